@@ -1,0 +1,1 @@
+"""The command line of minimind, installed as the package `minimind_cli`."""

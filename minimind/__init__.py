@@ -1,0 +1,70 @@
+"""minimind: pretraining of small language models.
+
+The public names load on first use, so that `import minimind` costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import PretrainConfig
+    from .errors import CheckpointError, ConfigError, DataError, UserError
+    from .model_config import MiniMindConfig
+    from .modeling.transformer import MiniMindForCausalLM
+    from .presets import PRESETS, preset_config
+    from .pretrain import pretrain
+    from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+_PUBLIC = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "MiniMindConfig": "model_config",
+    "MiniMindForCausalLM": "modeling.transformer",
+    "PRESETS": "presets",
+    "PretrainConfig": "config",
+    "Tokenizer": "tokenizer",
+    "UserError": "errors",
+    "load_tokenizer": "tokenizer",
+    "preset_config": "presets",
+    "pretrain": "pretrain",
+    "train_tokenizer": "tokenizer",
+}
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MiniMindConfig",
+    "MiniMindForCausalLM",
+    "PretrainConfig",
+    "Tokenizer",
+    "UserError",
+    "__version__",
+    "load_tokenizer",
+    "preset_config",
+    "pretrain",
+    "train_tokenizer",
+]
+
+try:
+    __version__ = version("minimind")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'minimind' has no attribute '{name}'")
+    value = getattr(importlib.import_module("." + _PUBLIC[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,219 @@
+"""Options of a pretraining run: names, types, defaults, help and checks, in one place.
+
+The command line, the TOML reader, the documentation and the library all read the dataclasses below.
+Nothing here imports torch or touches a disk, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .errors import ConfigError
+from .settings import Option, range_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data"""
+
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "Training text: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
+            aliases=("--data-path",),
+            default_text="text embedded in Python",
+        ),
+    ] = ()
+    val_data: Annotated[
+        tuple[str, ...], Option("Validation text, in the same formats as --data. Repeatable.")
+    ] = ()
+    val_fraction: Annotated[
+        float,
+        Option(
+            "Share of documents held out for validation, chosen by content; unused with --val-data.",
+            minimum=0.0,
+            below=1.0,
+        ),
+    ] = 0.01
+    tokenizer: Annotated[
+        str | None,
+        Option("A tokenizer.json, or a folder that holds one.", default_text="the one in the package"),
+    ] = None
+    text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
+    max_seq_len: Annotated[int, Option("Tokens in one row.", minimum=2)] = 512
+    packing: Annotated[
+        bool,
+        Option("Lay documents end to end in full rows; off: one document a row, truncated and padded."),
+    ] = True
+    cache_dir: Annotated[
+        str | None,
+        Option("Where tokenized text is kept.", default_text="~/.cache/minimind"),
+    ] = None
+    bad_lines: Annotated[
+        Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
+    ] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Model"""
+
+    hidden_size: Annotated[int, Option("Width of the model.", minimum=1)] = 512
+    num_hidden_layers: Annotated[int, Option("Transformer blocks.", minimum=1)] = 8
+    num_attention_heads: Annotated[int, Option("Query heads.", minimum=1)] = 8
+    num_key_value_heads: Annotated[
+        int, Option("Key and value heads, shared by groups of query heads.", minimum=1)
+    ] = 2
+    head_dim: Annotated[
+        int | None,
+        Option("Width of one head.", minimum=2, default_text="hidden size / attention heads"),
+    ] = None
+    intermediate_size: Annotated[
+        int | None,
+        Option(
+            "Width of the SwiGLU layer.",
+            minimum=1,
+            default_text="8/3 of the hidden size, up to a multiple of 64",
+        ),
+    ] = None
+    vocab_size: Annotated[
+        int | None,
+        Option("Rows of the embedding.", minimum=1, default_text="the tokenizer's"),
+    ] = None
+    dropout: Annotated[float, Option("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
+    rope_theta: Annotated[float, Option("Base of the rotary position embedding.", above=0.0)] = 1e6
+    tie_word_embeddings: Annotated[bool, Option("Use one matrix for the embedding and the output.")] = True
+    from_weight: Annotated[
+        str | None, Option("Start from the weights of this model folder.", default_text="random weights")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions:
+    """Optimization"""
+
+    epochs: Annotated[int, Option("Passes over the training text.", minimum=1)] = 1
+    max_steps: Annotated[int | None, Option("Stop after this many optimizer steps.", minimum=1)] = None
+    max_tokens: Annotated[int | None, Option("Stop after this many training tokens.", minimum=1)] = None
+    batch_size: Annotated[int, Option("Rows in one micro-batch of one process.", minimum=1)] = 32
+    accumulation_steps: Annotated[
+        int | None,
+        Option(
+            "Micro-batches in one optimizer step.", minimum=1, default_text="1, or from --global-batch-size"
+        ),
+    ] = None
+    global_batch_size: Annotated[
+        int | None,
+        Option(
+            "Rows in one optimizer step over all processes; sets --accumulation-steps.",
+            minimum=1,
+            default_text="batch size x accumulation x processes",
+        ),
+    ] = None
+    learning_rate: Annotated[float, Option("Peak learning rate.", above=0.0)] = 5e-4
+    lr_schedule: Annotated[
+        Literal["cosine", "linear", "wsd", "constant"],
+        Option("How the learning rate falls after warm-up; wsd is warm-up, stable, decay."),
+    ] = "cosine"
+    warmup_steps: Annotated[
+        int | None,
+        Option("Steps of linear warm-up.", minimum=0, default_text="2% of the steps, at most 1000"),
+    ] = None
+    min_lr_ratio: Annotated[
+        float, Option("Final learning rate as a share of the peak.", minimum=0.0, maximum=1.0)
+    ] = 0.1
+    decay_ratio: Annotated[
+        float, Option("Share of the steps that wsd spends decaying.", above=0.0, maximum=1.0)
+    ] = 0.2
+    weight_decay: Annotated[
+        float, Option("AdamW weight decay on matrices; norms and embeddings have none.", minimum=0.0)
+    ] = 0.1
+    beta1: Annotated[float, Option("AdamW decay of the first moment.", minimum=0.0, below=1.0)] = 0.9
+    beta2: Annotated[float, Option("AdamW decay of the second moment.", minimum=0.0, below=1.0)] = 0.95
+    grad_clip: Annotated[float, Option("Largest norm of the gradient; 0 does not clip.", minimum=0.0)] = 1.0
+    seed: Annotated[int, Option("Seed of weights, order and dropout.", minimum=0)] = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Run"""
+
+    mixed_precision: Annotated[
+        Literal["auto", "no", "bf16", "fp16"],
+        Option(
+            "Precision of the matrix products; auto takes bf16 where the GPU has it.", aliases=("--dtype",)
+        ),
+    ] = "auto"
+    compile: Annotated[bool | None, Option("Compile the model.", default_text="on a GPU")] = None
+    log_interval: Annotated[int, Option("Steps between two reports.", minimum=1)] = 100
+    eval_interval: Annotated[
+        int | None,
+        Option("Steps between two evaluations.", minimum=1, default_text="the save interval"),
+    ] = None
+    eval_batches: Annotated[
+        int | None, Option("Stop an evaluation after this many batches.", minimum=1, default_text="all")
+    ] = None
+    save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1)] = 1000
+    keep_checkpoints: Annotated[int, Option("Newest checkpoints kept, besides the best.", minimum=1)] = 2
+    output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",))] = "out"
+    resume: Annotated[
+        str | None,
+        Option("Go on from the newest valid checkpoint in the output folder, or from the one named."),
+    ] = None
+    tracker: Annotated[
+        tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
+        Option("Where metrics go besides metrics.jsonl. Repeatable."),
+    ] = ("tensorboard",)
+    project: Annotated[str, Option("Project name shown by WandB and SwanLab.")] = "minimind"
+    run_name: Annotated[str | None, Option("Name of the run.", default_text="the output folder's name")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(DataOptions, ModelOptions, OptimizationOptions, RunOptions):
+    """Everything one pretraining run depends on.
+
+    Raises:
+        ConfigError: when values are wrong; all of them are listed.
+    """
+
+    def __post_init__(self) -> None:
+        problems = [*range_problems(self), *self._cross_problems()]
+        if problems:
+            raise ConfigError(problems)
+
+    def _cross_problems(self) -> Iterator[str]:
+        """Yield what is wrong between options that are right on their own."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads > 0 and kv_heads > 0 and heads % kv_heads:
+            yield (
+                f"--num-key-value-heads {kv_heads} does not divide --num-attention-heads {heads}; "
+                f"use one of {_divisors(heads)}."
+            )
+        if self.head_dim is None and heads > 0 and self.hidden_size % heads:
+            yield (
+                f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads {heads}; "
+                "change one of them or set --head-dim."
+            )
+        elif (self.head_dim or self.hidden_size // max(heads, 1)) % 2:
+            yield (
+                "the width of one head must be even for rotary positions; set --head-dim to an even number."
+            )
+        if self.accumulation_steps and self.global_batch_size:
+            yield (
+                "--accumulation-steps and --global-batch-size both set the size of a step; give only one of them."
+            )
+        if self.val_data and not self.data:
+            yield "--val-data needs --data: name the training text too."
+        if "none" in self.tracker and len(self.tracker) > 1:
+            yield "--tracker none cannot go with another tracker; leave one of them out."
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+PANELS: tuple[type, ...] = (DataOptions, ModelOptions, OptimizationOptions, RunOptions)

@@ -1,0 +1,1 @@
+"""Weight formats that other tools read and write."""

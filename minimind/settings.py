@@ -1,0 +1,258 @@
+"""Typed settings on frozen dataclasses: read from strings or TOML, check, write back.
+
+A field is declared once as `name: Annotated[type, Option(...)] = default`; everything else follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said about one field besides its type and default.
+
+    Attributes:
+        help: one sentence for `--help` and the documentation.
+        aliases: further flags that set the same field.
+        minimum: smallest value allowed.
+        above: the value must be larger than this.
+        maximum: largest value allowed.
+        below: the value must be smaller than this.
+        default_text: shown as the default where the default is worked out later.
+    """
+
+    help: str
+    aliases: tuple[str, ...] = ()
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    default_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings dataclass, with its type taken apart.
+
+    Attributes:
+        name: field name, which is also the TOML key.
+        kind: `int`, `float`, `bool` or `str`.
+        choices: the allowed strings, empty where any will do.
+        repeatable: the field holds a tuple of `kind`.
+        optional: the field may be None.
+        default: the dataclass default.
+        option: what was declared beside the type.
+    """
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    repeatable: bool
+    optional: bool
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling, such as `--learning-rate`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default_text(self) -> str:
+        """The default as help and documentation show it."""
+        if self.option.default_text is not None:
+            return self.option.default_text
+        if self.default is None or self.default == ():
+            return "none"
+        if isinstance(self.default, tuple):
+            return ", ".join(map(str, self.default))
+        return _toml_value(self.default).strip('"')
+
+    @property
+    def metavar(self) -> str:
+        """What a value looks like, such as `INTEGER` or `cosine|linear`."""
+        if self.choices:
+            return "|".join(self.choices)
+        return {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}[self.kind]
+
+
+@cache
+def settings_of(cls: type) -> Mapping[str, Setting]:
+    """Return the settings of a dataclass by name, in the order they were declared."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: _setting(field, hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
+    kind, option = typing.get_args(hint)
+    repeatable = optional = False
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(kind) is tuple:
+        repeatable, kind = True, typing.get_args(kind)[0]
+    if isinstance(kind, types.UnionType):
+        optional, kind = True, next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        choices, kind = typing.get_args(kind), str
+    return Setting(field.name, kind, choices, repeatable, optional, field.default, option)
+
+
+def range_problems(settings: Any) -> Iterator[str]:
+    """Yield a sentence for each field whose value has the wrong type or lies outside its range."""
+    for setting in settings_of(type(settings)).values():
+        value = getattr(settings, setting.name)
+        for one in value if setting.repeatable and isinstance(value, (tuple, list)) else (value,):
+            if (problem := _problem(setting, one)) is not None:
+                yield problem
+
+
+def _problem(setting: Setting, value: Any) -> str | None:
+    if value is None and setting.optional:
+        return None
+    given = f"{setting.flag} {value}"
+    if setting.choices:
+        if value in setting.choices:
+            return None
+        return (
+            f"{given} is not known{_nearest(str(value), setting.choices)}; choose {_either(setting.choices)}."
+        )
+    if not isinstance(value, setting.kind) or (setting.kind is not bool and isinstance(value, bool)):
+        return f"{given} is not {_article(setting)}; write {_example(setting)}."
+    if setting.kind not in (int, float):
+        return None
+    option = setting.option
+    if not math.isfinite(value):
+        return f"{given} is not a finite number; write {_example(setting)}."
+    bounds = (
+        (option.minimum, lambda bound: value >= bound, "at least"),
+        (option.above, lambda bound: value > bound, "above"),
+        (option.maximum, lambda bound: value <= bound, "at most"),
+        (option.below, lambda bound: value < bound, "below"),
+    )
+    wrong = [f"{word} {bound:g}" for bound, holds, word in bounds if bound is not None and not holds(bound)]
+    return f"{given} is out of range; it must be {' and '.join(wrong)}." if wrong else None
+
+
+def parse_values(cls: type, values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """Turn the strings of a command line, or the values of a TOML file, into field values.
+
+    Args:
+        cls: the settings dataclass.
+        values: by field name; a repeatable field takes a sequence or one value.
+        source: where the values come from, such as `run.toml`; named for unknown keys.
+
+    Returns:
+        The values by field name, and one sentence for each that is wrong.
+    """
+    known = settings_of(cls)
+    parsed: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, raw in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            problems.append(f"{source}: unknown key '{key}'{_nearest(name, known)}.")
+            continue
+        setting = known[name]
+        many = raw if isinstance(raw, (list, tuple)) and setting.repeatable else (raw,)
+        converted = tuple(_convert(setting, one) for one in many)
+        faults = [fault for one in converted if (fault := _problem(setting, one)) is not None]
+        problems += faults
+        if not faults:
+            parsed[name] = converted if setting.repeatable else converted[0]
+    return parsed, problems
+
+
+def _convert(setting: Setting, raw: Any) -> Any:
+    """Return `raw` as the field's type where that is possible without guessing, else `raw` itself."""
+    if setting.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    if setting.kind is str or not isinstance(raw, str):
+        return raw
+    if setting.kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(raw.lower(), raw)
+    try:
+        number = float(raw)
+    except ValueError:
+        return raw
+    if setting.kind is float:
+        return number
+    try:
+        return int(raw)
+    except ValueError:
+        # 1e9 is how people write a number of tokens.
+        return int(number) if math.isfinite(number) and number.is_integer() else raw
+
+
+def read_toml(cls: type, text: str, source: str) -> tuple[dict[str, Any], list[str]]:
+    """Read the values of a settings dataclass from TOML text; see `parse_values`.
+
+    Raises:
+        ConfigError: when the text is not TOML.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}.") from error
+    return parse_values(cls, values, source)
+
+
+def write_toml(settings: Any, panels: Sequence[type]) -> str:
+    """Return settings as TOML that `read_toml` reads back to equal values.
+
+    Args:
+        settings: the dataclass instance.
+        panels: the base dataclasses it is made of; each becomes a headed paragraph.
+    """
+    lines: list[str] = []
+    for panel in panels:
+        lines += ["", f"# {panel.__doc__}"] if lines else [f"# {panel.__doc__}"]
+        for name, setting in settings_of(panel).items():
+            value = getattr(settings, name)
+            # TOML has no null: an unset value stands as a comment that says what it will become.
+            lines.append(
+                f"# {name}: {setting.default_text}" if value is None else f"{name} = {_toml_value(value)}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _either(choices: Sequence[str]) -> str:
+    return ", ".join(choices[:-1]) + f" or {choices[-1]}"
+
+
+def _article(setting: Setting) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[setting.kind]
+
+
+def _example(setting: Setting) -> str:
+    if setting.default is not None and not isinstance(setting.default, tuple):
+        return f"for example {_toml_value(setting.default)}"
+    return {int: "for example 8", float: "for example 0.1", bool: "true or false", str: "text in quotes"}[
+        setting.kind
+    ]
