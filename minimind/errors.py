@@ -27,3 +27,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not belong to this run."""
+
+
+class TrainingError(UserError):
+    """A run that cannot usefully go on; the message gives advice."""

@@ -1,0 +1,81 @@
+"""How the rows of one optimizer step are divided among processes and micro-batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config import PretrainConfig
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The size of a step and of its parts.
+
+    Attributes:
+        micro_batch_size: rows that one process runs at once.
+        accumulation_steps: micro-batches that one process runs before the optimizer steps.
+        num_processes: data-parallel processes.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    num_processes: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows in one optimizer step over all processes."""
+        return self.micro_batch_size * self.accumulation_steps * self.num_processes
+
+
+def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
+    """Work out the accumulation that gives the wanted global batch.
+
+    Raises:
+        ConfigError: when the global batch is not a multiple of the rows of one round of micro-batches;
+            the message lists global batches and micro-batches that would do.
+    """
+    rows = config.batch_size * num_processes
+    wanted = config.global_batch_size
+    if wanted is None:
+        return BatchPlan(config.batch_size, config.accumulation_steps or 1, num_processes)
+    if wanted % rows == 0:
+        return BatchPlan(config.batch_size, wanted // rows, num_processes)
+    below, above = wanted // rows * rows, math.ceil(wanted / rows) * rows
+    globals_that_fit = " or ".join(str(size) for size in (below, above) if size)
+    per_process = wanted // num_processes
+    fitting = [size for size in range(1, per_process + 1) if wanted % (size * num_processes) == 0]
+    if fitting:
+        nearest = min(fitting, key=lambda size: abs(size - config.batch_size))
+        micro = f", or --batch-size {nearest}"
+    else:
+        micro = f", or a number of processes that divides {wanted}"
+    raise ConfigError(
+        f"--global-batch-size {wanted} is not a multiple of {rows} rows "
+        f"(--batch-size {config.batch_size} x {num_processes} processes); "
+        f"use --global-batch-size {globals_that_fit}{micro}."
+    )
+
+
+def count_steps(
+    config: PretrainConfig, *, steps_per_epoch: int, tokens_per_epoch: int, global_batch_size: int, rows: int
+) -> int:
+    """Return the number of optimizer steps of a run: the first of --epochs, --max-steps and --max-tokens.
+
+    Args:
+        config: the limits.
+        steps_per_epoch: optimizer steps in one pass, the last of which may be short.
+        tokens_per_epoch: real input tokens in one pass.
+        global_batch_size: rows in a full step.
+        rows: rows in one pass.
+    """
+    steps = config.epochs * steps_per_epoch
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    if config.max_tokens is not None:
+        epochs, rest = divmod(config.max_tokens, tokens_per_epoch)
+        # Rows hold equally many tokens when packed and about equally many on average when padded.
+        last = math.ceil(rest * rows / (tokens_per_epoch * global_batch_size))
+        steps = min(steps, epochs * steps_per_epoch + min(last, steps_per_epoch))
+    return max(steps, 1)

@@ -1,0 +1,83 @@
+"""Loss on held-out text, exact over all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .data.loader import MicroBatch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        loss: mean cross-entropy in nats per target token.
+        bits_per_byte: cross-entropy in bits per byte of text, comparable between tokenizers.
+        tokens: target tokens counted, over all processes.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[MicroBatch],
+    bytes_per_token: torch.Tensor,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """Measure the loss of `model` on `batches`; every process must call it with equally many batches.
+
+    Args:
+        model: the prepared model; its training mode is put back.
+        batches: this process's share of the rows.
+        bytes_per_token: (V,) bytes of text that each token id stands for, on the model's device.
+        accelerator: sums the counts over the processes.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[torch.Tensor] = []
+    try:
+        for batch in batches:
+            output = model(
+                input_ids=batch.input_ids,
+                shift_labels=batch.shift_labels,
+                document_ids=batch.document_ids,
+                position_ids=batch.position_ids,
+                num_items_in_batch=1,
+            )
+            real = batch.shift_labels >= 0
+            text_bytes = torch.where(real, bytes_per_token[batch.shift_labels.clamp(min=0)], 0).sum()
+            sums.append(torch.stack((output.loss.float(), real.sum().float(), text_bytes.float())))
+    finally:
+        model.train(was_training)
+    # Float64 on the host: a float32 sum of counts loses single tokens beyond 2^24.
+    local = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
+    loss_sum, tokens, text_bytes = _sum_over_processes(local, accelerator)
+    loss = loss_sum / max(tokens, 1)
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=loss_sum / math.log(2) / max(text_bytes, 1),
+        tokens=round(tokens),
+    )
+
+
+def _sum_over_processes(values: torch.Tensor, accelerator: Accelerator) -> list[float]:
+    if accelerator.num_processes == 1:
+        return values.tolist()
+    # MPS knows no float64; there is one process there.
+    return accelerator.reduce(values.to(accelerator.device), reduction="sum").tolist()

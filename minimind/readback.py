@@ -1,0 +1,46 @@
+"""Numbers computed on a device, read on the host without making either wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import torch
+
+Tag = TypeVar("Tag")
+
+
+class Readback(Generic[Tag]):
+    """A queue of small device tensors on their way to the host, read a fixed number of puts later.
+
+    Reading a value at once (`tensor.item()`) would make the host wait for the device, and the device then
+    for the host's next launch. Here a copy to pinned memory is enqueued behind the work that makes the
+    values, and read when `lag` further puts have been made: by then the copy has long ended while the
+    device still has the later steps to do. The lag is a number, not a poll, so that all processes of a run
+    see the same value at the same step and decide alike.
+    """
+
+    def __init__(self, device: torch.device, lag: int = 2) -> None:
+        self._lag = lag if device.type == "cuda" else 0
+        self._pending: deque[tuple[Tag, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def put(self, tag: Tag, values: torch.Tensor) -> None:
+        """Start the way of `values` (any shape) to the host; `tag` comes back with them."""
+        values = values.detach()
+        if values.device.type != "cuda":
+            self._pending.append((tag, values.cpu().clone(), None))
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((tag, host, event))
+
+    def arrived(self, *, everything: bool = False) -> Iterator[tuple[Tag, list[float]]]:
+        """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""
+        while len(self._pending) > (0 if everything else self._lag):
+            tag, host, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            yield tag, host.flatten().tolist()

@@ -1,0 +1,82 @@
+"""The folder that a run leaves: where each thing lies, and that no run writes over another."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import PANELS, PretrainConfig
+from .errors import ConfigError
+from .settings import write_toml
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one output folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, readable by `--config`."""
+        return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware and command line."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per report."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Full training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The model in the format of Hugging Face transformers."""
+        return self.path / "model"
+
+    def holds_a_run(self) -> bool:
+        """Whether a run has written here before."""
+        return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+
+    def claim(self, *, resume: bool) -> None:
+        """Make the folder, unless it holds another run.
+
+        Raises:
+            ConfigError: when a run lies there and `resume` is off, or the folder cannot be written.
+        """
+        if not resume and self.holds_a_run():
+            raise ConfigError(
+                f"--output-dir {self.path} already holds a run; go on with it by --resume, "
+                "or name another folder."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".write-test-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"--output-dir {self.path} cannot be written ({error.strerror}); name another folder."
+            ) from error
+
+    def describe(self, config: PretrainConfig, environment: dict[str, Any]) -> None:
+        """Write `config.toml` and `environment.json`."""
+        write_text(self.config, write_toml(config, PANELS))
+        write_text(self.environment, json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
