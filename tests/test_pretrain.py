@@ -1,0 +1,186 @@
+"""A whole run from text to a model folder, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind import ConfigError, PretrainConfig, load_tokenizer, pretrain
+from minimind.config import PANELS
+from minimind.pretrain import PretrainResult
+from minimind.settings import read_toml, write_toml
+
+WORDS = "the cat sat on a mat while rain fell over quiet hills and nobody asked why it was so".split()
+
+
+def write_corpus(path: Path, documents: int = 300) -> Path:
+    """Sentences that a tiny model learns quickly: words in a fixed cycle, from a place that differs."""
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            start, count = number % len(WORDS), 12 + 7 * number % 40
+            text = " ".join((WORDS * 8)[start : start + count]) + f" {number}."
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def tiny(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
+    return dataclasses.replace(
+        PretrainConfig(
+            data=(str(corpus),),
+            cache_dir=str(corpus.parent / "cache"),
+            output_dir=str(out),
+            val_fraction=0.1,
+            max_seq_len=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            batch_size=4,
+            epochs=3,
+            learning_rate=1e-2,
+            log_interval=5,
+            save_interval=10,
+            compile=False,
+        ),
+        **changes,
+    )
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretrainResult]:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, pretrain(tiny(corpus, out))
+
+
+def test_the_loss_falls_and_the_result_says_so(finished: tuple[Path, PretrainResult]) -> None:
+    out, result = finished
+    evaluations = [row["val_bits_per_byte"] for row in metrics(out) if "val_bits_per_byte" in row]
+    assert evaluations[-1] < 0.7 * evaluations[0]
+    assert result.val_loss is not None
+    assert result.bits_per_byte == pytest.approx(evaluations[-1])
+    assert math.log(6400) * 0.9 < metrics(out)[0]["val_loss"] < math.log(6400) * 1.15
+    assert result.steps > 0
+    assert result.tokens > 0
+    assert isinstance(result.sample, str)
+
+
+def test_a_run_leaves_what_is_promised(finished: tuple[Path, PretrainResult]) -> None:
+    out, result = finished
+    assert result.model_dir == out / "model"
+    for name in ("config.toml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"):
+        assert (out / name).exists(), name
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        assert (out / "model" / name).is_file(), name
+    assert (out / "model" / "tokenizer_config.json").is_file()
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ or torch.__version__ in json.dumps(environment)
+    assert list((out / "tensorboard").rglob("events.*"))
+
+
+def test_the_written_configuration_reads_back(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
+    out, _ = finished
+    text = (out / "config.toml").read_text()
+    tomllib.loads(text)
+    values, problems = read_toml(PretrainConfig, text, "config.toml")
+    assert problems == []
+    assert write_toml(PretrainConfig(**values), PANELS) == text
+    assert values["data"] == (str(corpus),)
+
+
+def test_transformers_loads_the_model_and_gives_our_logits(finished: tuple[Path, PretrainResult]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from minimind.formats.qwen3 import load_model
+
+    out, _ = finished
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    ours = load_model(out / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    text = "the cat sat on a mat, 猫坐在垫子上。"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    assert ids[0].tolist() == load_tokenizer(None).encode(text)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_delivered_model_has_the_validation_loss_that_was_reported(
+    finished: tuple[Path, PretrainResult],
+) -> None:
+    """The last update is in the delivered model; half precision costs little."""
+    from minimind.formats.qwen3 import load_model
+
+    out, result = finished
+    model = load_model(out / "model").eval()
+    tokenizer = load_tokenizer(None)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(" ".join(WORDS * 2))]
+    with torch.no_grad():
+        loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert result.val_loss is not None
+    assert loss < result.val_loss + 1.0
+
+
+def test_an_existing_run_is_not_overwritten(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ConfigError, match=r"--output-dir .* already holds a run.*--resume"):
+        pretrain(tiny(corpus, out))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_the_same_seed_gives_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    def losses(name: str, seed: int) -> list[float]:
+        pretrain(tiny(corpus, tmp_path / name, seed=seed, max_steps=8, dropout=0.1, log_interval=2))
+        return [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
+
+    assert losses("a", 1) == losses("b", 1)
+    assert losses("c", 2) != losses("d", 1)
+
+
+def test_training_starts_from_the_weights_of_a_model_folder(
+    finished: tuple[Path, PretrainResult], corpus: Path, tmp_path: Path
+) -> None:
+    _, result = finished
+    pretrain(tiny(corpus, tmp_path / "more", from_weight=str(result.model_dir), max_steps=2))
+    first = next(row for row in metrics(tmp_path / "more") if "val_loss" in row)
+    assert result.val_loss is not None
+    assert first["val_loss"] == pytest.approx(result.val_loss, abs=0.3)
+
+
+def test_a_model_folder_of_another_shape_is_refused_with_both_shapes(
+    finished: tuple[Path, PretrainResult], corpus: Path, tmp_path: Path
+) -> None:
+    _, result = finished
+    with pytest.raises(ConfigError, match=r"--num-hidden-layers 3.*2"):
+        pretrain(
+            tiny(corpus, tmp_path / "other", from_weight=str(result.model_dir), num_hidden_layers=3)
+        )
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_padded_rows_train_too(corpus: Path, tmp_path: Path) -> None:
+    result = pretrain(tiny(corpus, tmp_path / "padded", packing=False, max_steps=20))
+    assert result.steps == 20
+    evaluations = [row["val_loss"] for row in metrics(tmp_path / "padded") if "val_loss" in row]
+    assert evaluations[-1] < evaluations[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"), [({"max_steps": 3}, 3), ({"max_tokens": 4 * 64 * 5, "epochs": 50}, 5)]
+)
+def test_a_run_stops_at_its_limit(corpus: Path, tmp_path: Path, limits: dict[str, int], steps: int) -> None:
+    assert pretrain(tiny(corpus, tmp_path / "short", **limits)).steps == steps
