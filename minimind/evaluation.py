@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from .data.loader import MicroBatch
+
+# Batches between two looks at whether to stop: with several processes each look is a message.
+STOP_CHECK_INTERVAL = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ def evaluate(
     batches: Iterable[MicroBatch],
     bytes_per_token: torch.Tensor,
     accelerator: Accelerator,
-) -> Evaluation:
+    *,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Measure the loss of `model` on `batches`; every process must call it with equally many batches.
 
     Args:
@@ -47,12 +52,18 @@ def evaluate(
         batches: this process's share of the rows.
         bytes_per_token: (V,) bytes of text that each token id stands for, on the model's device.
         accelerator: sums the counts over the processes.
+        asked_to_stop: whether this process wishes to stop.
+
+    Returns:
+        The result, or None when some process wished to stop and all left off together.
     """
     was_training = model.training
     model.eval()
     sums: list[torch.Tensor] = []
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number % STOP_CHECK_INTERVAL == 0 and _any_process(asked_to_stop(), accelerator):
+                return None
             output = model(
                 input_ids=batch.input_ids,
                 shift_labels=batch.shift_labels,
@@ -74,6 +85,12 @@ def evaluate(
         bits_per_byte=loss_sum / math.log(2) / max(text_bytes, 1),
         tokens=round(tokens),
     )
+
+
+def _any_process(asked: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return asked
+    return _sum_over_processes(torch.tensor([float(asked)]), accelerator)[0] > 0
 
 
 def _sum_over_processes(values: torch.Tensor, accelerator: Accelerator) -> list[float]:

@@ -18,6 +18,7 @@ from .evaluation import Evaluation, evaluate
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
+from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
 
@@ -86,18 +87,21 @@ class Run:
     progress: Progress
     trackers: Trackers
     save: Callable[[TrainState], None]
+    mark_best: Callable[[TrainState], None]
+    stop: StopRequest
     readback: Readback[StepRecord] = field(init=False)
     _interval: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
     _nonfinite_in_a_row: int = field(default=0, init=False)
     last_loss: float = field(default=math.nan, init=False)
     last_evaluation: Evaluation | None = field(default=None, init=False)
+    saved_step: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         self.readback = Readback(self.accelerator.device)
 
 
 def train(run: Run, state: TrainState) -> None:
-    """Train from `state` to the end of the run.
+    """Train from `state` to the end of the run, or until all processes have agreed to stop.
 
     Raises:
         TrainingError: when the gradient stays non-finite.
@@ -117,11 +121,11 @@ def train(run: Run, state: TrainState) -> None:
         run.readback.put(_record(run, state, batch, learning_rate, last), values)
         settle(run, state, everything=last)
         if last or due(state.step, config.save_interval):
-            settle(run, state, everything=True)
-            with run.meter.phase("saving"):
-                run.save(state)
-        if run.validation is not None and (last or due(state.step, evaluation_interval(config))):
+            save(run, state)
+        if last or due(state.step, evaluation_interval(config)):
             validate(run, state)
+    if run.saved_step != state.step:
+        save(run, state)
 
 
 def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
@@ -132,7 +136,8 @@ def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
     multiplied by both and divided by the number of targets, which every process knows without asking.
 
     Returns:
-        (2,) float32 on the device: the loss summed over all processes and the norm of the gradient.
+        (3,) float32 on the device: the loss summed over all processes, the number of processes that were
+        asked to stop, and the norm of the gradient.
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     scale = accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
@@ -151,7 +156,10 @@ def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
                 skip_if_nonfinite(optimizer, norm)
             optimizer.step()
             optimizer.zero_grad()
-    return torch.stack((accelerator.reduce(loss_sum, reduction="sum"), norm.float()))
+    # The wish of any process to stop rides along, so that all read it at the same step.
+    asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
+    sums = accelerator.reduce(torch.stack((loss_sum, asked)), reduction="sum")
+    return torch.cat((sums, norm.float().reshape(1)))
 
 
 def forward_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -177,7 +185,8 @@ def clip_gradient(run: Run) -> torch.Tensor:
 
 def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
     """Take in the device's numbers of earlier steps: count, report, and stop where that is hopeless."""
-    for record, (loss_sum, norm) in run.readback.arrived(everything=everything):
+    for record, (loss_sum, asked_to_stop, norm) in run.readback.arrived(everything=everything):
+        state.stopping |= asked_to_stop > 0
         if math.isfinite(loss_sum) and math.isfinite(norm):
             run._nonfinite_in_a_row = 0
             run._interval[0] += loss_sum
@@ -188,14 +197,42 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
             _report(run, state, record, norm)
 
 
-def validate(run: Run, state: TrainState, max_batches: int | None = None) -> Evaluation:
-    """Evaluate, log the result and keep the best loss."""
-    assert run.validation is not None
+def save(run: Run, state: TrainState) -> None:
+    """Save the state, after every step it contains has been looked at."""
+    settle(run, state, everything=True)
+    with run.meter.phase("saving"):
+        run.save(state)
+    run.saved_step = state.step
+
+
+def validate(run: Run, state: TrainState) -> None:
+    """Evaluate, log the result and keep the best loss; does nothing without validation text.
+
+    An evaluation can be long, so a wish to stop is heard between its batches too.
+    """
+    if run.validation is None:
+        return
     with run.meter.phase("evaluation"):
-        limit = max_batches or run.config.eval_batches
-        result = evaluate(run.model, run.validation(limit), run.bytes_per_token, run.accelerator)
+        result = evaluate(
+            run.model,
+            run.validation(run.config.eval_batches),
+            run.bytes_per_token,
+            run.accelerator,
+            asked_to_stop=lambda: run.stop.reason is not None,
+        )
+    if result is None:
+        state.stopping = True
+        return
     run.last_evaluation = result
-    state.best_val_loss = min(state.best_val_loss, result.loss)
+    if result.loss < state.best_val_loss:
+        state.best_val_loss = result.loss
+        if run.saved_step == state.step:
+            run.mark_best(state)
+    report_evaluation(run, state, result)
+
+
+def report_evaluation(run: Run, state: TrainState, result: Evaluation) -> None:
+    """Write an evaluation down and show it."""
     values = {
         "val_loss": result.loss,
         "val_perplexity": result.perplexity,
@@ -204,7 +241,6 @@ def validate(run: Run, state: TrainState, max_batches: int | None = None) -> Eva
     }
     run.trackers.log(values, state.step)
     run.progress.evaluation(state.step, values)
-    return result
 
 
 def due(step: int, interval: int) -> bool:

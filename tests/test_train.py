@@ -16,6 +16,7 @@ from minimind.errors import TrainingError
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim import build_optimizer
+from minimind.stopping import StopRequest
 from minimind.train import NONFINITE_STEPS_ALLOWED, Run, TrainState, settle, train, train_step
 
 ROWS, LENGTH, VOCAB = 8, 24, 97
@@ -99,6 +100,8 @@ def make_run(model: MiniMindForCausalLM, accumulation_steps: int = 1, **options:
         progress=recorder,
         trackers=recorder,
         save=lambda state: None,
+        mark_best=lambda state: None,
+        stop=StopRequest(),
     )
 
 
@@ -128,7 +131,7 @@ def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, ro
     run = make_run(tiny_model(), accumulation_steps=ROWS // micro_batch_size)
     for number, seed in enumerate([1, 2, 3]):
         batch = step_batch(seed, micro_batch_size, rows)
-        loss_sum, _norm = train_step(run, batch, TrainState()).tolist()
+        loss_sum, _asked, _norm = train_step(run, batch, TrainState()).tolist()
         assert loss_sum / batch.num_targets == pytest.approx(losses[number], rel=1e-5)
     for (name, ours), theirs in zip(run.model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
@@ -151,14 +154,14 @@ def test_the_reported_norm_is_that_before_clipping() -> None:
     loss.backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     run = make_run(tiny_model(), accumulation_steps=2, grad_clip=0.01)
-    _loss, norm = train_step(run, step_batch(1, 4), TrainState()).tolist()
+    _loss, _asked, norm = train_step(run, step_batch(1, 4), TrainState()).tolist()
     assert norm == pytest.approx(expected, rel=1e-4)
 
 
 def test_without_clipping_the_gradient_is_left_alone() -> None:
     run = make_run(tiny_model(), grad_clip=0.0)
     before = [p.detach().clone() for p in run.model.parameters()]
-    _loss, norm = train_step(run, step_batch(1, 8), TrainState()).tolist()
+    _loss, _asked, norm = train_step(run, step_batch(1, 8), TrainState()).tolist()
     moved = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in zip(before, run.model.parameters())))
     assert moved == pytest.approx(0.1 * norm, rel=1e-4)
 
@@ -189,7 +192,7 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_alone_and_is_counted()
 def test_many_non_finite_steps_in_a_row_stop_the_run_with_advice() -> None:
     run = make_run(tiny_model())
     state = TrainState()
-    bad = torch.tensor([math.nan, 1.0])
+    bad = torch.tensor([math.nan, 0.0, 1.0])
     with pytest.raises(TrainingError, match="--learning-rate"):
         for step in range(NONFINITE_STEPS_ALLOWED):
             run.readback.put(SimpleNamespace(step=step, num_targets=1, report=False), bad)
@@ -240,3 +243,48 @@ def test_a_report_is_the_mean_over_all_targets_since_the_last_one() -> None:
     expected = sum(loss * n for loss, n in zip(losses, targets, strict=True)) / sum(targets)
     (report,) = [values for _, values in run.trackers.logged if "loss" in values]
     assert report["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_wish_to_stop_ends_the_loop_after_a_save() -> None:
+    run = make_run(tiny_model(), save_interval=100)
+    run.total_steps = 1000
+    saved: list[int] = []
+    run.save = lambda state: saved.append(state.step)
+    now = [0.0]
+    run.stop = StopRequest(5, started=0.0, clock=lambda: now[0])
+
+    def batches(epoch: int, row: int) -> Any:
+        while True:
+            now[0] += 1.0
+            yield step_batch(int(now[0]), 8)
+
+    run.loader = SimpleNamespace(rows_per_epoch=10**6, steps=batches)
+    state = TrainState()
+    train(run, state)
+    assert state.stopping
+    assert saved == [state.step] == [5]
+
+
+def test_an_evaluation_is_left_when_a_stop_is_wished_and_the_state_is_saved_once() -> None:
+    run = make_run(tiny_model(), save_interval=2, eval_interval=2)
+    saved: list[int] = []
+    run.save = lambda state: saved.append(state.step)
+    wish = [False]
+    run.stop = SimpleNamespace(reason=None)
+
+    def validation(limit: int | None) -> Any:
+        for number in range(100):
+            if number == 9:
+                run.stop.reason = "SIGTERM"
+            wish[0] = number
+            yield step_batch(5, 8).micro_batches[0]
+
+    run.validation = validation
+    run.loader = SimpleNamespace(
+        rows_per_epoch=1000, steps=lambda epoch, row: (step_batch(k, 8) for k in range(100))
+    )
+    state = TrainState()
+    train(run, state)
+    assert saved == [2]
+    assert wish[0] < 20
+    assert run.last_evaluation is None
