@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -74,7 +76,7 @@ def skip_if_nonfinite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> N
     """
     if getattr(optimizer, "scaler", None) is not None:
         return
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
     if all(group.get("fused") for group in inner.param_groups):
         inner.found_inf = (~torch.isfinite(norm.detach())).to(torch.float32)
     elif not torch.isfinite(norm):
