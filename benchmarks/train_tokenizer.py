@@ -1,0 +1,196 @@
+"""Make the tokenizer in the package: collect free text, balance it, train, measure.
+
+    python benchmarks/train_tokenizer.py OUT_FOLDER SOURCE...
+
+A source is a folder or file of .jsonl, .html, .txt or man pages (docs/tokenizer.md lists those used); the
+text embedded in Python is always one of them. English and Chinese get equal bytes; within a language every
+source gets an equal share, and what small sources leave over goes to the larger ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+from minimind.data.embedded import embedded_documents
+from minimind.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+HAN = re.compile(r"[\u3400-\u9fff]")
+LATIN = re.compile(r"[A-Za-z]")
+BLOCKS = frozenset({"title", "h1", "h2", "h3", "h4", "h5", "h6", "p", "div", "section", "pre", "br"})
+BLOCKS |= {"li", "dt", "dd", "ul", "ol", "dl", "table", "tr"}
+SILENT = frozenset({"script", "style", "nav", "svg"})
+MAN_PAGE = re.compile(r"\.[1-9][a-z]*(\.gz)?$")
+CLASSICAL_SHARE = 0.05
+
+
+class _Prose(HTMLParser):
+    """Collects the text of a page: one line for each block, none for scripts and navigation."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._silent = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._silent += tag in SILENT
+        if tag in BLOCKS:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in SILENT and self._silent > 0
+        if tag in BLOCKS:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.parts.append(data)
+
+
+def html_text(page: str) -> str:
+    parser = _Prose()
+    parser.feed(page)
+    # Blank lines between blocks say nothing; those inside <pre> go too, which is no loss here.
+    lines = (line.strip() for line in "".join(parser.parts).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def man_text(page: str) -> str:
+    """Return a man page without its comments, requests and font changes."""
+    lines = []
+    for line in page.splitlines():
+        if line.startswith((r".\"", r"'\"")):
+            continue
+        line = re.sub(r"^\.(SH|SS|TP|B|I|BR|RB|BI|IR|IB|RI|IP|SM|Nm|Nd|Sh|It|Fl|Ar|Xr)\s+", "", line)
+        if line.startswith((".", "'")):
+            continue
+        line = re.sub(r"\\f(\[[^]]*\]|\(..|.)|\\[&|/^,%]|\\s[-+]?\d", "", line)
+        line = re.sub(r"\\\((..)", lambda m: {"em": "-", "aq": "'", "co": "(C)"}.get(m[1], ""), line)
+        line = line.replace(r"\-", "-").replace(r"\ ", " ").replace(r"\e", "\\").replace('"', "")
+        if line.strip():
+            lines.append(line.strip())
+    return "\n".join(lines)
+
+
+def documents(source: Path) -> Iterator[str]:
+    """Yield the documents of a source; files that are no text it knows are passed over."""
+    if not source.exists():
+        raise SystemExit(f"there is no {source}")
+    for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        if not file.is_file() or file.is_symlink():
+            continue
+        if file.suffix == ".jsonl":
+            yield from (json.loads(line)["text"] for line in file.open(encoding="utf-8"))
+        elif file.suffix == ".html":
+            yield html_text(file.read_text(encoding="utf-8", errors="ignore"))
+        elif MAN_PAGE.search(file.name) and "man" in str(file.parent):
+            read = gzip.open if file.suffix == ".gz" else open
+            with read(file, "rt", encoding="utf-8", errors="ignore") as page:
+                yield man_text(page.read())
+        elif file.name.endswith((".txt", ".txt.gz")) and "copyright" not in file.name:
+            read = gzip.open if file.suffix == ".gz" else open
+            with read(file, "rt", encoding="utf-8", errors="ignore") as page:
+                yield page.read()
+
+
+def language(text: str) -> str | None:
+    """Return en, zh or classical; None where the text is neither English nor Chinese enough."""
+    han, latin = len(HAN.findall(text)), len(LATIN.findall(text))
+    if han > 0.25 * (han + latin):
+        # Modern prose of any length uses this particle, poems hardly ever.
+        return "zh" if "的" in text else "classical"
+    return "en" if han == 0 and latin > 0.5 * len(text) else None
+
+
+def water_level(sizes: list[int], budget: int) -> int:
+    """Return the cap at which sources of these sizes together fill the budget."""
+    remaining = budget
+    for done, size in enumerate(sorted(sizes)):
+        share = remaining // (len(sizes) - done)
+        if size > share:
+            return share
+        remaining -= size
+    return max(sizes, default=0)
+
+
+def collect(sources: list[Path], budget: int) -> dict[str, dict[str, list[str]]]:
+    """Return texts by language and source, each language within `budget` bytes; duplicates are dropped."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    seen = set()
+    streams = [("embedded", embedded_documents()), *((source.name, documents(source)) for source in sources)]
+    for name, stream in streams:
+        for text in stream:
+            # A page is cut into parts of some paragraphs, so that a large one cannot fill its source's share.
+            for part in re.findall(r"(?s).{1,4000}(?:\n|\Z)|.{4000}", text):
+                key = hashlib.sha256(part.encode("utf-8", "replace")).digest()
+                if len(part) >= 40 and key not in seen and (tag := language(part)):
+                    seen.add(key)
+                    found[tag][name].append(part)
+    classical = int(budget * CLASSICAL_SHARE)
+    budgets = {"en": budget, "zh": budget - classical, "classical": classical}
+    for tag, by_source in found.items():
+        level = water_level([_bytes(texts) for texts in by_source.values()], budgets[tag])
+        for name, texts in by_source.items():
+            by_source[name] = _sample(texts, level)
+    return found
+
+
+def _bytes(texts: list[str]) -> int:
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
+
+def _sample(texts: list[str], limit: int) -> list[str]:
+    """Return texts in an order of their hashes, as many as fit."""
+    kept = []
+    for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest()):
+        limit -= len(text.encode("utf-8", "replace"))
+        if limit < 0:
+            break
+        kept.append(text)
+    return kept
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
+    return _bytes(texts) / sum(map(len, tokenizer.encode_batch(texts)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write, such as minimind/assets/tokenizer")
+    parser.add_argument("sources", type=Path, nargs="*", help="folders and files of text")
+    parser.add_argument("--vocab-size", type=int, default=6400)
+    parser.add_argument("--megabytes", type=float, default=8.0, help="text of each language")
+    parser.add_argument("--compare", type=Path, nargs="*", default=[], help="other tokenizers to measure")
+    parser.add_argument("--on", type=Path, nargs="*", default=[], help="JSONL files to measure on")
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    found = collect(args.sources, int(args.megabytes * 1e6))
+    for tag in sorted(found):
+        for name, texts in found[tag].items():
+            print(f"{tag:<10} {_bytes(texts) / 1e6:7.2f} MB  {name}")
+        print(f"{tag:<10} {sum(map(_bytes, found[tag].values())) / 1e6:7.2f} MB  in all")
+    texts = [text for tag in sorted(found) for texts in found[tag].values() for text in texts]
+    tokenizer = train_tokenizer(texts, args.vocab_size)
+    tokenizer.save(args.out)
+    print(f"trained in {time.perf_counter() - start:.0f} s; fingerprint {tokenizer.fingerprint}")
+
+    measured = [("embedded", list(embedded_documents()))]
+    measured += [(file.name, list(documents(file))) for file in args.on]
+    for path in [args.out, *args.compare]:
+        other = load_tokenizer(path)
+        figures = "  ".join(f"{name} {bytes_per_token(other, texts):.3f}" for name, texts in measured)
+        print(f"{path}: {other.vocab_size} entries; bytes per token: {figures}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Training text that every Python carries with it: its language reference and its library's docstrings.
+
+A run without `--data` trains on this text, so that a first model needs no download. It is English prose
+written by people, about 2 MB, and all about one subject.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+# Raise when the same sources give other documents, so that tokens cached before are not taken for these.
+_REVISION = 1
+# Tests and tables hold little prose; installed packages are not part of Python.
+_SKIPPED = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "ensurepip"}
+    | {"site-packages", "dist-packages"}
+)
+_SMALLEST_DOCUMENT = 200
+
+
+def embedded_documents() -> Iterator[str]:
+    """Yield the documents, in the same order on every call.
+
+    First the topics of the language reference (what `help("while")` shows), then one document for each
+    library module (its docstring and those of its functions) and one for each class with its methods. A
+    docstring met before is left out, so is a document of less than 200 characters. Where Python's library
+    lies in an archive or without its sources, there is less text, down to none.
+    """
+    yield from (text.strip() for _, text in _topics())
+    seen: set[str] = set()
+    for name, file in _library():
+        for sections in _documents(name, file):
+            fresh = [(title, text) for title, text in sections if text not in seen]
+            seen.update(text for _, text in fresh)
+            if sum(len(text) for _, text in fresh) >= _SMALLEST_DOCUMENT:
+                yield "\n\n\n".join(f"{title}\n\n{text}" for title, text in fresh)
+
+
+def embedded_fingerprint() -> str:
+    """Return a hash (hex) that changes when the documents do, from the sources they are taken from."""
+    digest = hashlib.sha256(f"{_REVISION} {sys.version_info[:3]}".encode())
+    for name, text in _topics():
+        digest.update(f"\0{name}\0{text}".encode())
+    for name, file in _library():
+        digest.update(f"\0{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _topics() -> list[tuple[str, str]]:
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:  # some distributions package it apart
+        return []
+    return sorted(topics.items())
+
+
+def _library() -> list[tuple[str, Path]]:
+    """Return the dotted names and files of the library's modules, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for file in root.rglob("*.py"):
+        parts = file.relative_to(root).with_suffix("").parts
+        # A folder whose name is not that of a package, such as config-3.12, holds build files.
+        if _SKIPPED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            found.append((".".join(part for part in parts if part != "__init__"), file))
+    return sorted(found)
+
+
+def _documents(module: str, file: Path) -> Iterator[list[tuple[str, str]]]:
+    """Yield the sections (title, text) of a module's own document, then those of each of its classes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's sources
+            tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    yield [*_sections(tree, module, enter_classes=False)]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield [*_sections(node, f"{module}.{node.name}", enter_classes=True)]
+
+
+def _sections(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+    name: str,
+    *,
+    enter_classes: bool,
+) -> Iterator[tuple[str, str]]:
+    docstring = ast.get_docstring(node, clean=False)
+    if docstring and (text := inspect.cleandoc(docstring).strip()):
+        yield name, text
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    entered = (ast.FunctionDef, ast.AsyncFunctionDef, *([ast.ClassDef] if enter_classes else []))
+    for child in node.body:
+        if isinstance(child, entered):
+            yield from _sections(child, f"{name}.{child.name}", enter_classes=enter_classes)

@@ -1,0 +1,84 @@
+"""AdamW set up for a model, and the two things a training step asks of an optimizer beside stepping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PretrainConfig
+
+# Where the fused kernel exists and leaves everything alone when told so on the device; see
+# skip_if_nonfinite.
+FUSED_DEVICES = ("cuda", "cpu")
+
+
+def build_optimizer(
+    model: nn.Module, config: PretrainConfig, device: torch.device | str
+) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters of `model`, in at most two groups.
+
+    Weight decay acts on matrices; embeddings, norms and other parameters of fewer than two dimensions have
+    none. An embedding that is also the output matrix counts as an embedding, once. Each group lists its
+    parameter names under `param_names`.
+
+    Args:
+        model: before Accelerate wraps it, so that names are those of the plain model.
+        config: learning rate, weight decay and betas.
+        device: where the parameters will be when the optimizer steps.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if is_matrix else others).append((name, parameter))
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = torch.device(device).type in FUSED_DEVICES
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=fused or None,
+        foreach=None if fused else True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its learning rate: `lr` times the group's `lr_scale`, where it has one."""
+    # Accelerate's prepare replaces the group dictionaries, so they are looked up each time.
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def skip_if_nonfinite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Turn the coming `optimizer.step()` into nothing if the gradient's norm is infinite or NaN.
+
+    Weights, moments and the step count of AdamW then stay as they were. The host does not wait for the
+    norm: the fused kernels read a tensor `found_inf` of the optimizer, 1.0 for a step to leave out, which
+    is how PyTorch's GradScaler skips steps (`torch/optim/adam.py`, `_fused_adam`). Call it before every
+    step: what it says holds until the next call. With an fp16 scaler nothing is to be done, because that
+    has looked at the gradient itself; without a fused kernel the host waits for the norm.
+
+    Args:
+        optimizer: plain, or as Accelerate prepared it.
+        norm: () the norm of the gradient on the device, the same on all processes.
+    """
+    if getattr(optimizer, "scaler", None) is not None:
+        return
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    if all(group.get("fused") for group in inner.param_groups):
+        inner.found_inf = (~torch.isfinite(norm.detach())).to(torch.float32)
+    elif not torch.isfinite(norm):
+        # A parameter without a gradient is passed over, its step count included.
+        inner.zero_grad(set_to_none=True)

@@ -1,0 +1,119 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from minimind.config import PretrainConfig
+from minimind.schedule import learning_rates, lr_factor
+
+FALLING = ("cosine", "linear", "wsd")
+
+
+@st.composite
+def runs(draw: st.DrawFn, schedules: tuple[str, ...] = (*FALLING, "constant")) -> dict:
+    total = draw(st.integers(2, 3000))
+    return {
+        "total_steps": total,
+        "warmup_steps": draw(st.integers(0, total - 1)),
+        "schedule": draw(st.sampled_from(schedules)),
+        "min_lr_ratio": draw(st.floats(0, 1)),
+        "decay_ratio": draw(st.floats(0.01, 1)),
+    }
+
+
+def curve(run: dict) -> list[float]:
+    return [lr_factor(step, **run) for step in range(run["total_steps"])]
+
+
+@given(runs())
+def test_warm_up_is_linear_and_its_first_step_learns(run):
+    warmup = run["warmup_steps"]
+    factors = curve(run)
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    assert factors[max(warmup - 1, 0)] == 1.0
+
+
+@given(runs())
+def test_factor_stays_in_bounds_and_never_rises_after_warm_up(run):
+    factors = curve(run)
+    after = factors[max(run["warmup_steps"] - 1, 0) :]
+    assert all(run["min_lr_ratio"] - 1e-12 <= factor <= 1 for factor in after)
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+
+
+@given(runs(FALLING))
+def test_last_step_has_exactly_the_smallest_rate_and_it_stays_there(run):
+    # A warm-up up to the last step leaves no step to fall in.
+    assume(run["warmup_steps"] < run["total_steps"] - 1)
+    last = run["total_steps"] - 1
+    assert lr_factor(last, **run) == pytest.approx(run["min_lr_ratio"], abs=1e-12)
+    assert lr_factor(last + 5, **run) == lr_factor(last, **run)
+
+
+@given(runs())
+def test_neighbouring_steps_differ_by_no_more_than_the_steepest_slope(run):
+    factors = curve(run)
+    warmup, last = run["warmup_steps"], run["total_steps"] - 1
+    falling = last - max(warmup - 1, 0)
+    decaying = min(falling, max(round(run["decay_ratio"] * run["total_steps"]), 1))
+    steepest = {
+        "cosine": math.pi / 2 / max(falling, 1),
+        "linear": 1 / max(falling, 1),
+        "wsd": 1 / math.sqrt(max(decaying, 1)),
+        "constant": 0.0,
+    }[run["schedule"]]
+    limit = max(1 / warmup if warmup else 0.0, steepest)
+    jumps = [abs(b - a) for a, b in zip(factors, factors[1:], strict=False)]
+    assert max(jumps) <= limit + 1e-12
+
+
+def test_values_by_hand():
+    run = {"total_steps": 101, "warmup_steps": 1, "min_lr_ratio": 0.1, "decay_ratio": 0.5}
+    assert lr_factor(50, schedule="cosine", **run) == pytest.approx(0.55)
+    assert lr_factor(25, schedule="cosine", **run) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    assert lr_factor(25, schedule="linear", **run) == pytest.approx(0.775)
+    # 101 steps decay over the last 50: half-way down they have lost sqrt(1/2) of the way.
+    assert lr_factor(50, schedule="wsd", **run) == 1.0
+    assert lr_factor(75, schedule="wsd", **run) == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
+    assert lr_factor(100, schedule="constant", **run) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_one_step_run_learns_at_the_peak(schedule):
+    run = {"total_steps": 1, "schedule": schedule, "min_lr_ratio": 0.0, "decay_ratio": 0.2}
+    assert lr_factor(0, warmup_steps=0, **run) == 1.0
+
+
+def test_run_shorter_than_its_warm_up_has_the_rates_of_the_long_run():
+    rest = {"warmup_steps": 100, "schedule": "cosine", "min_lr_ratio": 0.1, "decay_ratio": 0.2}
+    short = [lr_factor(step, total_steps=10, **rest) for step in range(10)]
+    assert short == [lr_factor(step, total_steps=1000, **rest) for step in range(10)]
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(10, 0), (1000, 20), (1_000_000, 1000)])
+def test_default_warm_up_is_two_percent_up_to_a_thousand(total, warmup):
+    rate = learning_rates(PretrainConfig(learning_rate=1.0, lr_schedule="constant"), total)
+    reached = next(step for step in range(total) if rate(step) == 1.0)
+    assert reached == max(warmup - 1, 0)
+
+
+def test_rates_are_the_peak_times_the_factor():
+    config = PretrainConfig(learning_rate=4e-3, lr_schedule="linear", warmup_steps=4, min_lr_ratio=0.25)
+    rate = learning_rates(config, 50)
+    assert rate(0) == pytest.approx(1e-3)
+    assert rate(3) == pytest.approx(4e-3)
+    assert rate(49) == pytest.approx(1e-3)
+
+
+def test_every_schedule_of_the_configuration_exists():
+    from minimind.settings import settings_of
+
+    for schedule in settings_of(PretrainConfig)["lr_schedule"].choices:
+        assert learning_rates(PretrainConfig(lr_schedule=schedule), 100)(50) > 0
+    with pytest.raises(ValueError, match="unknown schedule"):
+        lr_factor(0, total_steps=1, warmup_steps=0, schedule="step", min_lr_ratio=0, decay_ratio=1)
