@@ -5,6 +5,8 @@ Shapes: B batch, T queries, S keys, C hidden, H heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +19,6 @@ from .rope import rotate
 # What a query may see besides "itself and what came before", which needs no mask and is None:
 # a (B or 1, 1, T, S) boolean tensor, or the same as blocks for FlexAttention.
 Mask = Tensor | BlockMask
-
-# In a compiled model the mask is built block by block and never exists whole.
-_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 class RMSNorm(nn.Module):
@@ -50,14 +49,21 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return same.tril_()
 
 
-def document_block_mask(document_ids: Tensor) -> BlockMask:
-    """Return the mask of `document_mask` for FlexAttention, which skips blocks that no query may see."""
+def document_block_mask(
+    document_ids: Tensor, create: Callable[..., BlockMask] = create_block_mask
+) -> BlockMask:
+    """Return the mask of `document_mask` for FlexAttention, which skips blocks that no query may see.
+
+    Args:
+        document_ids: (B, T).
+        create: `create_block_mask`; compiled, it never holds the mask element by element.
+    """
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (document_ids[batch, query] == document_ids[batch, key]) & (query >= key)
 
     rows, length = document_ids.shape
-    return _create_block_mask(sees, rows, None, length, length, device=document_ids.device)
+    return create(sees, rows, None, length, length, device=document_ids.device)
 
 
 def cached_mask(start: int, length: int, device: torch.device) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ..model_config import MiniMindConfig
 from .attention import Attention, Mask, RMSNorm, cached_mask, document_block_mask, document_mask
@@ -67,8 +68,8 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config)
-        # Whether attention runs compiled, so that FlexAttention may be used.
-        self.compiled = False
+        # Set where attention runs compiled, so that FlexAttention may be used.
+        self.create_block_mask: Callable[..., BlockMask] | None = None
 
     def forward(
         self,
@@ -103,8 +104,8 @@ class MiniMindModel(nn.Module):
         if document_ids is None:
             return None
         dropout = self.training and self.config.dropout > 0
-        if self.compiled and device.type == "cuda" and not dropout:
-            return document_block_mask(document_ids)
+        if self.create_block_mask is not None and device.type == "cuda" and not dropout:
+            return document_block_mask(document_ids, self.create_block_mask)
         return document_mask(document_ids)
 
 
@@ -167,7 +168,7 @@ class MiniMindForCausalLM(nn.Module):
         else:
             for layer in self.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
-        self.model.compiled = True
+        self.model.create_block_mask = torch.compile(create_block_mask, dynamic=False)
         self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
 
     def forward(
