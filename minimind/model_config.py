@@ -173,15 +173,15 @@ class MiniMindConfig:
         for key, ours in _FIXED.items():
             if values.get(key, ours) != ours:
                 raise ConfigError(f"{key} is {values[key]!r}, but this model has {ours!r} only.")
-        given = {
-            field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values
-        }
+        given = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
         missing = [
             name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                               "num_key_value_heads", "intermediate_size") if given.get(name) is None
         ]  # fmt: skip
         if missing:
-            raise ConfigError(f"{', '.join(missing)} missing; take the config.json that belongs to the weights.")
+            raise ConfigError(
+                f"{', '.join(missing)} missing; take the config.json that belongs to the weights."
+            )
         # Absent keys mean the defaults of transformers' Qwen3Config where those are not ours.
         given.setdefault("head_dim", 128)
         given.setdefault("tie_word_embeddings", False)
