@@ -1,0 +1,220 @@
+"""The shape of a model, readable without torch.
+
+Field names and meanings are those of Hugging Face's `Qwen3Config`, so that a saved model needs no
+translation. See `formats/qwen3.py` for the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+# Keys of a Qwen3 config.json that this model has one answer to. Another value means another model.
+_FIXED: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
+
+_YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniMindConfig:
+    """Shape and constants of a decoder-only transformer.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: transformer blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads, each shared by a group of query heads.
+        head_dim: width of one head; None makes it hidden_size / num_attention_heads.
+        intermediate_size: inner width of SwiGLU; None makes it 8/3 of the hidden size, rounded up to a
+            multiple of 64, which gives three matrices the parameters of a plain layer's two of width 4.
+        max_position_embeddings: longest sequence the rotary table covers.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, or YaRN in the keys of Hugging Face (`rope_type`, `factor`,
+            `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `attention_factor`, `truncate`).
+        rms_norm_eps: added to the mean square in every norm.
+        dropout: probability on attention weights and on what attention and SwiGLU add to the stream.
+        tie_word_embeddings: embedding and output are one matrix.
+        initializer_range: standard deviation of new weights.
+        bos_token_id: token that begins a document.
+        eos_token_id: token that ends one.
+        pad_token_id: filler, never a target.
+
+    Raises:
+        ConfigError: for a shape that cannot be built; all problems are listed.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    # None only until __post_init__ has run; typed so that readers need no check.
+    head_dim: int = None  # type: ignore[assignment]
+    intermediate_size: int = None  # type: ignore[assignment]
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rope_scaling: Mapping[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None and self.num_attention_heads > 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; change one of them or set head_dim."
+                )
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", -(-self.hidden_size * 8 // (3 * 64)) * 64)
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", _normal_rope_scaling(self.rope_scaling))
+        if problems := list(self._problems()):
+            raise ConfigError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"{name} {value} is not a size; write a whole number of at least 1."
+                return
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; choose a divisor."
+            )
+        if self.head_dim % 2:
+            yield f"head_dim {self.head_dim} is odd, but rotary positions turn pairs; make it even."
+        if not 0 <= self.dropout < 1:
+            yield f"dropout {self.dropout} is out of range; it must be at least 0 and below 1."
+
+    def num_parameters(self) -> int:
+        """Return the exact number of parameters, a tied matrix counted once."""
+        c, heads, kv_heads, d = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
+        attention = 2 * c * heads * d + 2 * c * kv_heads * d + 2 * d
+        block = attention + 3 * c * self.intermediate_size + 2 * c
+        embeddings = self.vocab_size * c * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * block + c
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the floating-point operations that training spends on one token.
+
+        6N + 6·L·H·D·T, after appendix B of PaLM (Chowdhery et al. 2022): each weight is multiplied and added
+        once forward and twice backward. N holds the vocabulary once, as the output matrix; looking up an
+        embedding costs nothing. PaLM's 12·L·H·D·T for attention is halved, since a causal query sees half
+        of the keys on average. The document mask saves more than that, and recomputation is not counted:
+        neither may flatter the utilisation.
+
+        Args:
+            seq_len: T, tokens in a row.
+        """
+        weights = self.num_parameters()
+        if not self.tie_word_embeddings:
+            weights -= self.vocab_size * self.hidden_size
+        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
+        return 6 * weights + 6 * attention
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as the keys of a Qwen3 `config.json`.
+
+        transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`: both are there.
+        """
+        values = dataclasses.asdict(self)
+        del values["dropout"]
+        scaling = dict(self.rope_scaling) if self.rope_scaling is not None else {"rope_type": "default"}
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **values,
+            "rope_scaling": scaling if self.rope_scaling is not None else None,
+            "rope_parameters": {**scaling, "rope_theta": self.rope_theta},
+            "attention_dropout": self.dropout,
+            **_FIXED,
+            "use_cache": True,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MiniMindConfig:
+        """Read the keys of a Qwen3 `config.json`, written by transformers 4 or 5 or by `to_dict`.
+
+        Raises:
+            ConfigError: when it describes a model that this is not, or misses its shape.
+        """
+        if (kind := values.get("model_type")) != "qwen3":
+            raise ConfigError(f"model_type is {kind!r}, but only 'qwen3' can be read.")
+        for key, ours in _FIXED.items():
+            if values.get(key, ours) != ours:
+                raise ConfigError(f"{key} is {values[key]!r}, but this model has {ours!r} only.")
+        given = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        missing = [
+            name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                              "num_key_value_heads", "intermediate_size") if given.get(name) is None
+        ]  # fmt: skip
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)} missing; take the config.json that belongs to the weights."
+            )
+        # Absent keys mean the defaults of transformers' Qwen3Config where those are not ours.
+        given.setdefault("head_dim", 128)
+        given.setdefault("tie_word_embeddings", False)
+        given["dropout"] = values.get("attention_dropout", 0.0)
+        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        given["rope_theta"] = float(rope.pop("rope_theta", values.get("rope_theta", 1e4)))
+        given["rope_scaling"] = rope or None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = given.pop(name, None)
+            # A list of end tokens begins with the main one.
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                given[name] = token
+        return cls(**given)
+
+
+def _normal_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return YaRN settings with one spelling of the kind and nothing unset, None for no scaling.
+
+    Raises:
+        ConfigError: for another kind of scaling, or a number missing.
+    """
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in (None, "default"):
+        return None
+    if kind != "yarn":
+        raise ConfigError(f"rope_scaling of type {kind!r} is not supported; use 'yarn' or none.")
+    known = {"rope_type": "yarn"}
+    known |= {key: scaling[key] for key in (*_YARN_NUMBERS, "truncate") if scaling.get(key) is not None}
+    for key in ("factor", "original_max_position_embeddings"):
+        if not isinstance(known.get(key), (int, float)):
+            raise ConfigError(f"rope_scaling has no {key}; YaRN needs it as a number.")
+    unread = {key for key in ("mscale", "mscale_all_dim") if scaling.get(key)}
+    if unread:
+        raise ConfigError(f"rope_scaling {' and '.join(sorted(unread))} not supported; set attention_factor.")
+    return known

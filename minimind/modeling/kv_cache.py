@@ -1,0 +1,54 @@
+"""Keys and values of the tokens generated so far.
+
+Shapes: B batch, T new tokens, S all tokens so far, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model_config import MiniMindConfig
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, K, capacity, D), of which the first `length` are filled."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) new keys and values and return all so far, (B, K, S, D)."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """One `LayerCache` per layer, allocated at once: nothing is copied as the text grows."""
+
+    def __init__(
+        self,
+        config: MiniMindConfig,
+        capacity: int,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = batch_size, config.num_key_value_heads, capacity, config.head_dim
+        self.layers = [
+            LayerCache(
+                torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def length(self) -> int:
+        """Tokens stored so far, which is the position of the next one."""
+        return self.layers[0].length

@@ -1,0 +1,100 @@
+"""Rotary position embedding, plain or stretched by YaRN.
+
+Shapes: B batch, T queries, D head dim, P positions in the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model_config import MiniMindConfig
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None
+) -> tuple[Tensor, float]:
+    """Return the (D/2,) float32 angles per position, and the factor on cos and sin.
+
+    Su et al. 2021 (arXiv 2104.09864): pair i turns by theta^(-2i/D) per position. With `scaling`, YaRN (Peng et
+    al. 2023, arXiv 2309.00071, section 3): pairs that turn more than `beta_fast` times within the original
+    length keep their frequency, those that turn less than `beta_slow` times are slowed by `factor`, with a
+    linear ramp between; the factor on cos and sin is 0.1·ln(factor) + 1 unless `attention_factor` is set.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (theta**exponents)
+    if scaling is None:
+        return frequencies, 1.0
+    factor = float(scaling["factor"])
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    length = scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(times: float) -> float:
+        return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_that_turns(scaling.get("beta_fast", 32))
+    high = pair_that_turns(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)
+    slowed = ramp.clamp(0, 1)
+    return frequencies / factor * slowed + frequencies * (1 - slowed), float(attention_factor)
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of every position, (P, D/2), always float32 and never in the state dict.
+
+    A table cast to bf16 would place position 1001 where 1000 is. Whatever `to`, `half` or `to_empty` do to
+    the module, the table is therefore computed anew.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self._positions = config.max_position_embeddings
+        self._frequencies = config.head_dim, config.rope_theta, config.rope_scaling
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self._fill()
+
+    def _fill(self) -> None:
+        device = self.cos.device
+        # Computed on the CPU, so that every device holds the same bits.
+        with torch.device("cpu"):
+            frequencies, factor = rope_frequencies(*self._frequencies)
+            angles = torch.outer(torch.arange(self._positions).float(), frequencies)  # (P, D/2)
+        self.cos = (angles.cos() * factor).to(device)
+        self.sin = (angles.sin() * factor).to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        super()._apply(fn, recurse)
+        self._fill()
+        return self
+
+    def forward(self, position_ids: Tensor | None, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, (B or 1, T, 1, D/2) float32.
+
+        Args:
+            position_ids: (B, T) positions, or None for `start`, start + 1, ...
+            start: first position where `position_ids` is None.
+            length: T.
+        """
+        if position_ids is None:
+            rows = slice(start, start + length)
+            return self.cos[None, rows, None], self.sin[None, rows, None]
+        return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of each head, (B, T, H, D), in float32; the layout of Llama and Qwen."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

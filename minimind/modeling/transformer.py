@@ -1,0 +1,212 @@
+"""The model: a Qwen3-shaped decoder with the parameter names of Hugging Face.
+
+Shapes: B batch, T tokens, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from ..model_config import MiniMindConfig
+from .attention import Attention, Mask, RMSNorm, cached_mask, document_block_mask, document_mask
+from .feed_forward import SwiGLU
+from .kv_cache import KVCache, LayerCache
+from .loss import IGNORED, linear_cross_entropy
+from .rope import RotaryTable
+
+
+class CausalLMOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: float32 scalar, None without labels.
+        logits: (B, T, V), None where only the loss was asked for.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+
+
+class MiniMindBlock(nn.Module):
+    """Attention, then SwiGLU, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map the residual stream (B, T, C) to the next."""
+        # Not in place: under autocast a sublayer returns bf16, and `+=` into it would round the stream.
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class MiniMindModel(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config)
+        # Set where attention runs compiled, so that FlexAttention may be used.
+        self.create_block_mask: Callable[..., BlockMask] | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return the (B, T, C) hidden states that the output matrix reads; see `MiniMindForCausalLM.forward`."""
+        length = input_ids.shape[1]
+        start = kv_cache.length if kv_cache is not None else 0
+        if start + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{start + length} tokens are more than max_position_embeddings "
+                f"{self.config.max_position_embeddings}."
+            )
+        # Built once and shared: every layer sees the same positions and the same documents.
+        rotary = self.rotary(position_ids, start, length)
+        mask = self._mask(length, input_ids.device, document_ids, kv_cache)
+        x = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, kv_cache.layers[index] if kv_cache is not None else None)
+        return self.norm(x)
+
+    def _mask(
+        self, length: int, device: torch.device, document_ids: Tensor | None, kv_cache: KVCache | None
+    ) -> Mask | None:
+        if kv_cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids and kv_cache do not go together: a cache holds one document.")
+            return cached_mask(kv_cache.length, length, device)
+        if document_ids is None:
+            return None
+        dropout = self.training and self.config.dropout > 0
+        if self.create_block_mask is not None and device.type == "cuda" and not dropout:
+            return document_block_mask(document_ids, self.create_block_mask)
+        return document_mask(document_ids)
+
+
+class MiniMindForCausalLM(nn.Module):
+    """The backbone and its output matrix.
+
+    New weights are normal with standard deviation `initializer_range`. Those that write to the residual
+    stream (`o_proj`, `down_proj`) are smaller by √(2L), so that the sum of 2L contributions does not grow
+    with depth (GPT-2, Radford et al. 2019, section 2.3). Norms begin at 1.
+
+    Args:
+        config: the shape. The generator of `torch.manual_seed` draws the weights.
+    """
+
+    # Read by Accelerate: FSDP shards each of these as a unit.
+    _no_split_modules = ("MiniMindBlock",)
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self._init_weights()
+        self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+
+    def _init_weights(self) -> None:
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if writes else std)
+
+    def tie_weights(self) -> None:
+        """Make embedding and output one parameter where the config says so; call it after moving from meta."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the embedding."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the output matrix."""
+        return self.lm_head
+
+    def compile_for_training(self, mode: Literal["whole", "blocks"]) -> None:
+        """Compile the inner parts in place, before the model is wrapped; state-dict keys do not change.
+
+        The wrappers of Accelerate, DDP and FSDP stay outside of the compiled code. Shapes are taken as fixed:
+        each new one compiles again.
+
+        Args:
+            mode: "whole" makes one graph of the backbone, the fastest to run; "blocks" compiles one block and
+                uses it for all, which is quick to compile and leaves FSDP's hooks between the blocks.
+        """
+        if mode == "whole":
+            self.model.compile(fullgraph=True, dynamic=False)
+        else:
+            for layer in self.model.layers:
+                layer.compile(fullgraph=True, dynamic=False)
+        self.model.create_block_mask = torch.compile(create_block_mask, dynamic=False)
+        self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> CausalLMOutput:
+        """Run the model.
+
+        Args:
+            input_ids: (B, T) int64 token ids.
+            labels: (B, T) int64, `input_ids` with -100 where there is nothing to predict; they are shifted
+                here. The loss is their mean cross-entropy, and logits are returned.
+            shift_labels: (B, T) int64, what follows each input token, or -100. The loss is the sum of their
+                cross-entropy over `num_items_in_batch`; logits are not returned and never held whole.
+            num_items_in_batch: divides the loss of `shift_labels`; None means the number of real ones.
+            position_ids: (B, T) position of each token; None counts up from the cache's length.
+            document_ids: (B, T) int32, tokens attend within equal ids only; None lets each row be one document.
+            kv_cache: keys and values of earlier tokens, extended by these.
+        """
+        hidden = self.model(input_ids, position_ids, document_ids, kv_cache)
+        if shift_labels is not None:
+            loss = self._summed_loss(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            if num_items_in_batch is None:
+                num_items_in_batch = (shift_labels != IGNORED).sum().clamp(min=1)
+            return CausalLMOutput(loss / num_items_in_batch, None)
+        logits = self.lm_head(hidden)
+        if labels is None:
+            return CausalLMOutput(None, logits)
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+        )
+        return CausalLMOutput(loss, logits)
