@@ -17,12 +17,19 @@ from dataclasses import dataclass
 import psutil  # a dependency of Accelerate
 import torch
 
+from .gpu_peaks import device_peak_flops
+
 # The first steps compile kernels, fill the allocator's pools and start the prefetch: none is typical.
 WARMUP_STEPS = 3
 # The estimate of the time left follows the speed of this many last report intervals.
 RECENT_INTERVALS = 10
 # Inside training time: a run that waits for data is slow, and its speed has to show it.
 _WAITING = "data"
+
+
+def peak_flops_of(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of a device in FLOP/s, None where it has none that is known."""
+    return device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Meter:
         Args:
             flops_per_token: arithmetic for the forward and backward pass of one token.
             num_processes: devices that share the work.
-            peak_flops: of one device, see `gpu_peaks`; None leaves utilization out of all reports.
+            peak_flops: of one device, see `peak_flops_of`; None leaves utilization out of all reports.
             total_steps: steps of the whole run, for the time left.
             start_step: steps done before, by the run that this one goes on from.
             intervals: steps between two phases of a name, such as {"evaluation": 100, "saving": 1000}; the
