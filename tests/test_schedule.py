@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_factor_stays_in_bounds_and_never_rises_after_warm_up(run):
     factors = curve(run)
     after = factors[max(run["warmup_steps"] - 1, 0) :]
     assert all(run["min_lr_ratio"] - 1e-12 <= factor <= 1 for factor in after)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
 @given(runs(FALLING))
@@ -68,7 +69,7 @@ def test_neighbouring_steps_differ_by_no_more_than_the_steepest_slope(run):
         "constant": 0.0,
     }[run["schedule"]]
     limit = max(1 / warmup if warmup else 0.0, steepest)
-    jumps = [abs(b - a) for a, b in zip(factors, factors[1:], strict=False)]
+    jumps = [abs(b - a) for a, b in itertools.pairwise(factors)]
     assert max(jumps) <= limit + 1e-12
 
 

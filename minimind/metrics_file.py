@@ -1,0 +1,66 @@
+"""metrics.jsonl: one JSON object a line, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .run_folder import write_text
+
+
+class MetricsFile:
+    """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
+
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train` or `evaluation`) and the numbers by name;
+    a number that is not finite is null, for JSON has no other word for it.
+    """
+
+    def __init__(self, path: Path, *, keep_to_step: int) -> None:
+        """Open the file, leaving out what an earlier run wrote beyond the step that this one goes on from.
+
+        Args:
+            path: the file; made where it is missing.
+            keep_to_step: lines of later steps go; 0 is a new start and keeps none.
+        """
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as old:
+                text = "".join(_lines_up_to(old, keep_to_step))
+            write_text(path, text)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, values: Mapping[str, Any], step: int) -> None:
+        """Append one line.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        kind = "evaluation" if any(name.startswith("val_") for name in values) else "train"
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        numbers = {name: _number(value) for name, value in values.items()}
+        line = json.dumps({"step": step, "time": now, "kind": kind, **numbers}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:
+    """Yield the whole lines of steps up to `step`; one that a crash cut short is not whole."""
+    for line in lines:
+        try:
+            kept = step > 0 and json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            continue
+        if kept:
+            yield line.rstrip("\n") + "\n"
+
+
+def _number(value: Any) -> int | float | None:
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,196 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard, WandB and SwanLab as asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import queue
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, SwanLabTracker, TensorBoardTracker, WandBTracker
+
+from .config import PretrainConfig
+from .errors import ConfigError
+from .metrics_file import MetricsFile
+from .run_folder import RunFolder
+
+_INSTALL = {
+    "tensorboard": "tensorboard",
+    "wandb": "'minimind[wandb]'",
+    "swanlab": "'minimind[swanlab]'",
+}
+# Seconds that the end of a run waits for trackers that are slow or gone.
+CLOSE_SECONDS = 60.0
+
+Values = Mapping[str, Any]
+
+
+def check_trackers(config: PretrainConfig) -> None:
+    """Refuse trackers whose packages are missing; Accelerate would leave them out without a word.
+
+    Raises:
+        ConfigError: naming each missing package and the command that installs it.
+    """
+    problems = [
+        f"--tracker {name} needs a package that is not installed; pip install {_INSTALL[name]}"
+        for name in config.tracker
+        if name != "none" and not _installed(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+class Trackers:
+    """The trackers of a run, fed by one background thread so that no step waits for a disk or a network.
+
+    Only the main process writes; on the others everything here does nothing. A tracker that fails is
+    reported once and left out from then on: the run and the other trackers go on. Accelerate's tracker
+    classes do the talking.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        run_folder: RunFolder,
+        accelerator: Accelerator,
+        resume_state: Mapping[str, str] | None = None,
+        *,
+        start_step: int = 0,
+        warn: Callable[[str], None] = logging.getLogger(__name__).warning,
+    ) -> None:
+        """Open the trackers.
+
+        Args:
+            config: which trackers, under which names; sent as hyper-parameters of a new run.
+            run_folder: where metrics.jsonl, the TensorBoard events and local files of the others lie.
+            accelerator: tells the main process.
+            resume_state: what `state` returned in the run that this one goes on from.
+            start_step: the step it goes on from; what was logged beyond it goes out of metrics.jsonl and
+                out of TensorBoard's view, so that no step appears twice.
+            warn: shows a sentence to the user.
+        """
+        self._warn = warn
+        self._ids: dict[str, str] = dict(resume_state or {})
+        self._trackers: dict[str, GeneralTracker] = {}
+        self._queue: queue.Queue[tuple[Values, int] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        if not accelerator.is_main_process:
+            return
+        self._file: MetricsFile | None = MetricsFile(run_folder.metrics, keep_to_step=start_step)
+        for name in config.tracker:
+            if name != "none":
+                self._start(name, config, run_folder.path, start_step)
+        self._thread = threading.Thread(target=self._write_all, name="trackers", daemon=True)
+        self._thread.start()
+
+    def log(self, values: Values, step: int) -> None:
+        """Take the numbers of a step; returns at once.
+
+        Args:
+            values: numbers by name.
+            step: optimizer steps done when they were measured.
+        """
+        if self._thread is not None:
+            self._queue.put((dict(values), step))
+
+    def state(self) -> dict[str, str]:
+        """Return the run ids that a resumed run hands back to go on in the same charts."""
+        return dict(self._ids)
+
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Write what is queued and close all trackers, waiting at most `timeout` seconds; safe to repeat."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._warn(f"the trackers were still busy after {timeout:g} s; their last values may be missing.")
+            # The thread hangs in a tracker. What it has not come to is still owed to metrics.jsonl.
+            while (item := self._next_or_none()) is not None:
+                self._write_file(*item)
+        self._thread = None
+
+    def _start(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> None:
+        try:
+            tracker = _make(name, config, folder, self._ids.get(name), start_step)
+            tracker.start()
+            # A resumed run has its hyper-parameters already, and TensorBoard would show them as one more run.
+            if start_step == 0:
+                tracker.store_init_configuration(hyper_parameters(config))
+        except Exception as error:
+            self._give_up(name, "could not be started", error)
+            return
+        self._trackers[name] = tracker
+        run_id = getattr(getattr(tracker, "run", None), "id", None)
+        if run_id is not None:
+            self._ids[name] = str(run_id)
+
+    def _write_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            self._write_file(*item)
+            for name, tracker in list(self._trackers.items()):
+                try:
+                    tracker.log(*item)
+                except Exception as error:
+                    del self._trackers[name]
+                    self._give_up(name, "failed and gets no more values", error)
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._give_up(name, "could not be closed", error)
+        if self._file is not None:
+            self._file.close()
+
+    def _write_file(self, values: Values, step: int) -> None:
+        try:
+            if self._file is not None:
+                self._file.write(values, step)
+        except OSError as error:
+            self._file = None
+            self._give_up("metrics.jsonl", "cannot be written any more", error)
+
+    def _next_or_none(self) -> tuple[Values, int] | None:
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _give_up(self, name: str, what: str, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        self._warn(f"tracker {name} {what} ({type(error).__name__}: {reason}); training goes on without it.")
+
+
+def hyper_parameters(config: PretrainConfig) -> dict[str, bool | int | float | str]:
+    """Return the options in the types that every tracker takes; TensorBoard refuses None and lists."""
+    values = dataclasses.asdict(config)
+    for name, value in values.items():
+        if isinstance(value, (tuple, list)):
+            values[name] = ", ".join(map(str, value)) or "none"
+        elif value is None:
+            values[name] = "none"
+    return values
+
+
+def _make(
+    name: str, config: PretrainConfig, folder: Path, run_id: str | None, start_step: int
+) -> GeneralTracker:
+    run_name = config.run_name or folder.resolve().name
+    resumed = {"id": run_id, "resume": "allow"} if run_id is not None else {}
+    if name == "tensorboard":
+        purge = {"purge_step": start_step + 1} if start_step else {}
+        return TensorBoardTracker("tensorboard", str(folder), **purge)
+    if name == "wandb":
+        return WandBTracker(config.project, name=run_name, dir=str(folder), **resumed)
+    return SwanLabTracker(config.project, experiment_name=run_name, logdir=str(folder / "swanlab"), **resumed)
+
+
+def _installed(package: str) -> bool:
+    # A module that is loaded may lack the spec that find_spec wants.
+    return sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None
