@@ -7,12 +7,10 @@ kills the process or the machine leaves complete checkpoints and hidden remains,
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
 import shutil
-import struct
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,14 +21,17 @@ from typing import Any
 
 import torch
 
+from .durable_files import sync_folder, write_file, write_tensors
 from .errors import CheckpointError
 from .stored_checkpoint import (
+    BEST,
     FORMAT,
     MANIFEST,
     MODEL,
     OPTIMIZER,
     TRAINER,
     StoredCheckpoint,
+    best_checkpoint,
     folder_name,
     latest_checkpoint,
     open_checkpoint,
@@ -39,19 +40,6 @@ from .stored_checkpoint import (
 
 # Free space asked for beyond the tensors themselves: JSON, directory entries, what others write meanwhile.
 _SPACE_MARGIN = 16 << 20
-_BEST = "best.json"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _ADVICE = {
     errno.ENOSPC: "free space there, or lower --keep-checkpoints",
     errno.EDQUOT: "your quota is used up; free space there, or lower --keep-checkpoints",
@@ -123,7 +111,7 @@ class CheckpointStore:
         self._abandoned: set[str] = set()
         # The interpreter joins the thread of an executor at exit, so a checkpoint being written is finished.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._last_job: Future[None] | None = None
+        self._last_job: Future[object] | None = None
 
     def entries(self) -> list[StoredCheckpoint]:
         """Return all checkpoints, oldest first, unverified."""
@@ -155,7 +143,9 @@ class CheckpointStore:
         waited = self.settle()
         # Encoded here, because the caller may change what it handed over.
         trainer = json.dumps(dict(snapshot.trainer), indent=1).encode()
-        self._submit(lambda: self._save(snapshot, trainer))
+        # Popped by the job: a finished job may linger in the executor, but its snapshot must not.
+        held = [snapshot]
+        self._submit(lambda: self._save(held.pop(), trainer))
         return waited
 
     def mark_best(self, step: int, val_loss: float) -> None:
@@ -164,7 +154,8 @@ class CheckpointStore:
         Does nothing where no checkpoint of that step was written. Done in the background, after the saves
         that were asked for before.
         """
-        self._submit(lambda: self._mark_best(step, val_loss))
+        failed = f"step {step} was not marked as the best"
+        self._submit(lambda: self._reported(failed, lambda: self._mark_best(step, val_loss)))
 
     def rewind(self, step: int) -> None:
         """Say that the run goes on from `step`: newer checkpoints go once the next one is safe."""
@@ -188,7 +179,7 @@ class CheckpointStore:
             raise self.last_error
 
     def clean(self) -> None:
-        """Remove what a killed process left half-written or half-deleted. Only for the process that writes."""
+        """Remove what a killed process left half-done. Only for the one process that writes."""
         if not self.folder.is_dir():
             return
         for left in self.folder.glob(".step-*"):
@@ -197,31 +188,34 @@ class CheckpointStore:
                 left.rename(self.folder / name)
             else:
                 shutil.rmtree(left, ignore_errors=True)
-        (self.folder / f".{_BEST}.tmp").unlink(missing_ok=True)
+        (self.folder / f".{BEST}.tmp").unlink(missing_ok=True)
 
-    def _submit(self, work: Callable[[], None]) -> None:
+    def _submit(self, work: Callable[[], object]) -> None:
         self._last_job = self._writer.submit(work)
 
     def _save(self, snapshot: Snapshot, trainer: bytes) -> None:
-        problem = None
+        self.last_error = None
+        failed = f"the checkpoint of step {snapshot.step} was not saved"
+        if self._reported(failed, lambda: self._write(snapshot, trainer)):
+            self._reported("an old checkpoint was not removed", self._rotate)
+
+    def _reported(self, failed: str, work: Callable[[], None]) -> bool:
+        """Return whether `work` ended well; otherwise report why, in words that start with `failed`."""
         try:
-            self._write(snapshot, trainer)
+            work()
+            return True
         except OSError as error:
             advice = _ADVICE.get(error.errno or 0, "see whether the disk is sound")
             problem = f"{error.strerror or error} at {error.filename or self.folder}; {advice}."
         except CheckpointError as error:
             problem = str(error)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem is None:
-            self.last_error = None
-            return
+            problem = f"{type(error).__name__}: {error}."
         # A new exception without a cause: the traceback of the old one would keep the snapshot in memory.
-        self.last_error = CheckpointError(
-            f"the checkpoint of step {snapshot.step} was not saved: {problem} Earlier checkpoints are untouched."
-        )
+        self.last_error = CheckpointError(f"{failed}: {problem} Earlier checkpoints are untouched.")
         if self._on_error is not None:
             self._on_error(self.last_error)
+        return False
 
     def _write(self, snapshot: Snapshot, trainer: bytes) -> None:
         if (name := snapshot.first_not_finite()) is not None:
@@ -230,25 +224,24 @@ class CheckpointStore:
             )
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         _check_space(self.folder, snapshot.num_bytes + len(trainer))
         temporary = self.folder / f".{folder_name(snapshot.step)}.tmp-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
             files = {
-                MODEL: _write_tensors(temporary / MODEL, snapshot.weights),
-                OPTIMIZER: _write_tensors(temporary / OPTIMIZER, snapshot.moments),
-                TRAINER: _write_file(temporary / TRAINER, [trainer]),
+                MODEL: write_tensors(temporary / MODEL, snapshot.weights),
+                OPTIMIZER: write_tensors(temporary / OPTIMIZER, snapshot.moments),
+                TRAINER: write_file(temporary / TRAINER, [trainer]),
             }
             manifest = {"format": FORMAT, "step": snapshot.step, "files": files}
-            _write_file(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-            _sync_folder(temporary)
+            write_file(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+            sync_folder(temporary)
             self._publish(temporary, self.folder / folder_name(snapshot.step))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._rotate()
 
     def _publish(self, temporary: Path, final: Path) -> None:
         replaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
@@ -261,7 +254,10 @@ class CheckpointStore:
             if replaced.exists():
                 replaced.rename(final)
             raise
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
+        best = self.best()
+        if best is not None and folder_name(best[0]) in self._abandoned:
+            (self.folder / BEST).unlink()  # or the mark would pass to a later checkpoint of the same step
         self._abandoned.discard(final.name)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -269,7 +265,7 @@ class CheckpointStore:
         current = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
         best = self.best()
         spared = {entry.path.name for entry in current[-self.keep :]}
-        if best is not None and folder_name(best[0]) not in self._abandoned:
+        if best is not None:
             spared.add(folder_name(best[0]))
         for entry in self.entries():
             if entry.path.name not in spared:
@@ -280,33 +276,17 @@ class CheckpointStore:
         self._abandoned.clear()
 
     def _mark_best(self, step: int, val_loss: float) -> None:
-        best = self.best()
-        if not (self.folder / folder_name(step)).is_dir() or not math.isfinite(val_loss):
+        name = folder_name(step)
+        if name in self._abandoned or not (self.folder / name).is_dir() or not math.isfinite(val_loss):
             return
+        best = self.best()
         if best is not None and best[1] <= val_loss and folder_name(best[0]) not in self._abandoned:
             return
-        temporary = self.folder / f".{_BEST}.tmp"
-        try:
-            _write_file(temporary, [json.dumps({"step": step, "val_loss": val_loss}).encode()])
-            temporary.replace(self.folder / _BEST)
-            _sync_folder(self.folder)
-            self._rotate()
-        except OSError as error:
-            self.last_error = CheckpointError(
-                f"{error.filename}: {error.strerror}; the best was not recorded."
-            )
-            if self._on_error is not None:
-                self._on_error(self.last_error)
-
-
-def best_checkpoint(folder: Path) -> tuple[int, float] | None:
-    """Return step and validation loss of the best checkpoint in a folder, None where none is marked."""
-    try:
-        record = json.loads((folder / _BEST).read_bytes())
-        step, val_loss = int(record["step"]), float(record["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (step, val_loss) if (folder / folder_name(step)).is_dir() else None
+        temporary = self.folder / f".{BEST}.tmp"
+        write_file(temporary, [json.dumps({"step": step, "val_loss": val_loss}).encode()])
+        temporary.replace(self.folder / BEST)
+        sync_folder(self.folder)
+        self._rotate()
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
@@ -317,53 +297,3 @@ def _check_space(folder: Path, num_bytes: int) -> None:
             f"it needs {(num_bytes + _SPACE_MARGIN) / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
             str(folder),
         )
-
-
-def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Write the safetensors format: length of the header, header in JSON, then the bytes end to end.
-
-    Written here rather than by the library, which holds the interpreter's lock meanwhile and so would stop
-    training, and which hides the number of an operating system's error.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    # Wide types first, so that every tensor is aligned to its own width.
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in ordered:
-        tensor = tensors[name]
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    data = (tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy() for name in ordered)
-    return _write_file(file, [struct.pack("<Q", len(encoded)), encoded, *data])
-
-
-def _write_file(file: Path, parts: list[Any]) -> dict[str, Any]:
-    """Write bytes-like parts to a new file and force them to the disk; return their size and SHA-256."""
-    digest, size = hashlib.sha256(), 0
-    with file.open("wb", buffering=0) as stream:
-        for part in parts:
-            rest = memoryview(part).cast("B")
-            digest.update(rest)
-            size += len(rest)
-            while rest:  # an unbuffered write may take less than it was given
-                rest = rest[stream.write(rest) :]
-        os.fsync(stream.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, so that a rename outlives a power cut."""
-    if os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,7 @@ MODEL, OPTIMIZER, TRAINER, MANIFEST = (
     "trainer.json",
     "manifest.json",
 )
+BEST = "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22
 
@@ -74,7 +75,7 @@ class StoredCheckpoint:
         files = manifest.get("files")
         if manifest.get("format") != FORMAT or not isinstance(files, dict) or set(files) != _FILES:
             raise CheckpointError(
-                f"{self.path / MANIFEST} is not of format {FORMAT}; it is damaged or of another minimind version."
+                f"{self.path / MANIFEST} is not format {FORMAT}: damaged, or by another version of minimind."
             )
         if manifest.get("step") != self.step:
             raise CheckpointError(f"{self.path / MANIFEST} tells of another step than {self.step}.")
@@ -153,6 +154,16 @@ def open_checkpoint(path: Path, on_damaged: Callable[[str], None] | None = None)
         why = f"all {damaged} checkpoints are damaged" if damaged else "there is no checkpoint"
         raise CheckpointError(f"{why} in {folder}; name another run or checkpoint folder, or start anew.")
     return found
+
+
+def best_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """Return step and validation loss of the best checkpoint in a folder, None where none is marked."""
+    try:
+        record = json.loads((folder / BEST).read_bytes())
+        step, val_loss = int(record["step"]), float(record["val_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (step, val_loss) if (folder / folder_name(step)).is_dir() else None
 
 
 def _verify_file(file: Path, recorded: Any, *, contents: bool) -> None:

@@ -7,7 +7,8 @@ already. Names are those of the bare model, so what four sharded processes save,
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -146,19 +147,14 @@ def _unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
 
 def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the live tensors of the bare model by name, and for each tied name the one that is kept."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            break
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
     # `state_dict` rather than `named_parameters`: its hook brings FSDP2 parameters back to shards.
     for raw, tensor in model.state_dict(keep_vars=True).items():
-        name = raw.replace("_orig_mod.", "")
+        name = raw.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
         if id(tensor) in first:
             tied[name] = first[id(tensor)]
         else:
@@ -176,7 +172,7 @@ def _to_host(tensors: Mapping[str, torch.Tensor], main: bool) -> dict[str, torch
             whole = whole.full_tensor()
         if main:
             on_cuda = whole.device.type == "cuda"
-            # Pinned memory given back is handed out again by the allocator, so only the first save pays for it.
+            # The allocator hands pinned memory out again, so only the first save pays for it.
             host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=on_cuda)
             copies[name] = host.copy_(whole, non_blocking=on_cuda)
     return copies
@@ -215,10 +211,11 @@ def _load_optimizer(
         fields.setdefault(name, []).append(field)
     state: dict[int, dict[str, torch.Tensor]] = {}
     groups: list[dict[str, Any]] = []
+    numbers = count()
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         indices: list[int] = []
         for parameter in group["params"]:
-            index = sum(len(done["params"]) for done in groups) + len(indices)
+            index = next(numbers)
             indices.append(index)
             name = names[id(parameter)]
             for field in fields.get(name, ()):
