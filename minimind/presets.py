@@ -92,6 +92,12 @@ SHAPE_OPTIONS = frozenset(
 )
 
 
+def size_text(name: str) -> str:
+    """Return the size of a preset as people write it, such as `26M`."""
+    count = PRESET_PARAMETERS[name]
+    return f"{count / 1e9:g}B" if count >= 1e9 else f"{count / 1e6:g}M"
+
+
 def default_preset(shape_given: bool, has_gpu: bool) -> str | None:
     """Return the preset of a run that names none: `tiny` where nothing else would finish in minutes.
 
