@@ -58,7 +58,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         code = _report(error.problems if isinstance(error, ConfigError) else [str(error)])
     except typer.TyperException as error:
-        code = _report([error.format_message()])
+        # Without any word Typer has printed the help and raises an empty message.
+        code = _report([message] if (message := error.format_message()) else [])
     if code == 130:
         _report(["interrupted; go on with --resume."])
     sys.exit(code)

@@ -117,7 +117,7 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
 
 def range_problems(settings: Any) -> Iterator[str]:
     """Yield a sentence for each field whose value has the wrong type or lies outside its range."""
-    for setting in settings_of(type(settings)).values():
+    for setting in settings_of(settings.__class__).values():
         value = getattr(settings, setting.name)
         if setting.repeatable and not isinstance(value, tuple):
             yield f"{setting.flag} {value!r} is not a tuple; write ({value!r},)."
@@ -135,8 +135,8 @@ def _problem(setting: Setting, value: Any) -> str | None:
         if value in setting.choices:
             return None
         return f"{given} is not known; choose {_either(setting.choices)}."
-    kinds = (int, float) if setting.kind is float else (setting.kind,)
-    if not isinstance(value, kinds) or (setting.kind is not bool and isinstance(value, bool)):
+    right = isinstance(value, (int, float) if setting.kind is float else setting.kind)
+    if not right or (setting.kind is not bool and isinstance(value, bool)):
         return f"{given} is not {_article(setting)}; write {_example(setting)}."
     if setting.kind not in (int, float):
         return None
