@@ -32,7 +32,7 @@ def pretrain(
     config: Annotated[
         str | None,
         typer.Option(
-            help="A TOML file of options; flags go before it, it goes before the preset.", metavar="PATH"
+            help="A TOML file of options; it overrides the preset, and flags override it.", metavar="PATH"
         ),
     ] = None,
     print_config: Annotated[

@@ -27,7 +27,7 @@ app = typer.Typer(help="Train a tokenizer, or look into one.", no_args_is_help=T
 def tokenize(
     ctx: typer.Context,
     config: Annotated[
-        str | None, typer.Option(help="A TOML file of options; flags go before it.", metavar="PATH")
+        str | None, typer.Option(help="A TOML file of options; flags override it.", metavar="PATH")
     ] = None,
     **_: Any,
 ) -> None:

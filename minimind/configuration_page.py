@@ -16,11 +16,11 @@ _INTRODUCTION = """\
 
 Every option of a run, made from `minimind/config.py` by `python -m minimind.configuration_page`.
 
-A flag goes before a value of the file given by `--config`, which goes before the `--preset`, which goes before
-the default. `--print-config` prints the result as TOML that `--config` reads back. A file names options with
-underscores, at the top level, and may hold `preset = "NAME"`; flags may be written with hyphens or
-underscores. On the command line `none` unsets an option that a file or preset has set. From Python the same
-names are arguments of `minimind.PretrainConfig` and `minimind.preset_config`.
+A flag overrides the file given by `--config`, which overrides the `--preset`, which overrides the default.
+`--print-config` prints the result as TOML that `--config` reads back. A file names options with underscores, at
+the top level, and may hold `preset = "NAME"`; flags may be written with hyphens or underscores. On the command
+line `none` unsets an option that a file or preset has set. From Python the same names are arguments of
+`minimind.PretrainConfig` and `minimind.preset_config`.
 """
 
 _PRESETS = """\
@@ -43,7 +43,8 @@ def render() -> str:
 
 
 def _row(setting: Setting) -> str:
-    names = [setting.flag, *setting.option.aliases]
+    negative = ["--no-" + setting.flag.removeprefix("--")] if setting.kind is bool else []
+    names = [setting.flag, *negative, *setting.option.aliases]
     default = setting.default_text
     if setting.option.default_text is None and default != "none":
         default = f"`{default}`"
@@ -53,17 +54,9 @@ def _row(setting: Setting) -> str:
 
 def _meaning(setting: Setting) -> str:
     """Return the help with the range of values and their other spellings."""
-    option = setting.option
-    bounds = (
-        ("at least", option.minimum),
-        ("above", option.above),
-        ("at most", option.maximum),
-        ("below", option.below),
-    )
-    limits = [f"{word} {bound:g}" if bound < 2**31 else "" for word, bound in bounds if bound is not None]
-    notes = [" and ".join(filter(None, limits)).capitalize()]
-    notes += [f"`{spelling}` is read as `{value}`" for spelling, value in option.synonyms]
-    return " ".join([option.help, *(f"{note}." for note in notes if note)])
+    notes = [setting.range_text.capitalize()]
+    notes += [f"`{spelling}` is read as `{value}`" for spelling, value in setting.option.synonyms]
+    return " ".join([setting.option.help, *(f"{note}." for note in notes if note)])
 
 
 def _preset_rows() -> Iterator[str]:

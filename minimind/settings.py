@@ -86,6 +86,18 @@ class Setting:
         return _toml_value(self.default).strip('"')
 
     @property
+    def range_text(self) -> str:
+        """The values allowed, such as `at least 0 and below 1`; empty where any will do."""
+        option = self.option
+        bounds = {
+            "at least": option.minimum,
+            "above": option.above,
+            "at most": option.maximum,
+            "below": option.below,
+        }
+        return " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items() if bound is not None)
+
+    @property
     def metavar(self) -> str:
         """What a value looks like, such as `INTEGER` or `cosine|linear`."""
         if self.choices:
@@ -143,16 +155,13 @@ def _problem(setting: Setting, value: Any) -> str | None:
     option = setting.option
     if not math.isfinite(value):
         return f"{given} is not a finite number; write {_example(setting)}."
-    bounds = (
-        (option.minimum, lambda bound: value >= bound, "at least"),
-        (option.above, lambda bound: value > bound, "above"),
-        (option.maximum, lambda bound: value <= bound, "at most"),
-        (option.below, lambda bound: value < bound, "below"),
+    outside = (
+        (option.minimum is not None and value < option.minimum)
+        or (option.above is not None and value <= option.above)
+        or (option.maximum is not None and value > option.maximum)
+        or (option.below is not None and value >= option.below)
     )
-    wrong = [
-        f"{word} {_bound(bound)}" for bound, holds, word in bounds if bound is not None and not holds(bound)
-    ]
-    return f"{given} is out of range; it must be {' and '.join(wrong)}." if wrong else None
+    return f"{given} is out of range; it must be {setting.range_text}." if outside else None
 
 
 def parse_values(
@@ -258,10 +267,6 @@ def _toml_value(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
     return repr(value)
-
-
-def _bound(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
