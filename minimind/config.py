@@ -189,8 +189,9 @@ class RunOptions:
     )
 
 
+# Fields of the last base come first.
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(DataOptions, ModelOptions, OptimizationOptions, RunOptions):
+class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions):
     """Everything one pretraining run depends on.
 
     Raises:

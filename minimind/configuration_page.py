@@ -17,10 +17,10 @@ _INTRODUCTION = """\
 Every option of a run, made from `minimind/config.py` by `python -m minimind.configuration_page`.
 
 A flag overrides the file given by `--config`, which overrides the `--preset`, which overrides the default.
-`--print-config` prints the result as TOML that `--config` reads back. A file names options with underscores, at
-the top level, and may hold `preset = "NAME"`; flags may be written with hyphens or underscores. On the command
-line `none` unsets an option that a file or preset has set. From Python the same names are arguments of
-`minimind.PretrainConfig` and `minimind.preset_config`.
+`--print-config` prints the result as TOML that `--config` reads back. A file names options with underscores,
+at the top level, and may hold `preset = "NAME"`; flags may be written with hyphens or underscores. On the
+command line `none` unsets an option that a file or preset has set. From Python the same names are arguments
+of `minimind.PretrainConfig` and `minimind.preset_config`.
 """
 
 _PRESETS = """\
