@@ -23,11 +23,12 @@ class DataOptions:
         Option(
             "Training text: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
+            metavar="PATH",
             default_text="text embedded in Python",
         ),
     ] = ()
     val_data: Annotated[
-        tuple[str, ...], Option("Validation text, in the same formats as --data. Repeatable.")
+        tuple[str, ...], Option("Validation text, in the same formats as --data. Repeatable.", metavar="PATH")
     ] = ()
     val_fraction: Annotated[
         float,
@@ -39,7 +40,11 @@ class DataOptions:
     ] = 0.01
     tokenizer: Annotated[
         str | None,
-        Option("A tokenizer.json, or a folder that holds one.", default_text="the one in the package"),
+        Option(
+            "A tokenizer.json, or a folder that holds one.",
+            metavar="PATH",
+            default_text="the one in the package",
+        ),
     ] = None
     text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
     max_seq_len: Annotated[int, Option("Tokens in one row.", minimum=2)] = 512
@@ -49,7 +54,7 @@ class DataOptions:
     ] = True
     cache_dir: Annotated[
         str | None,
-        Option("Where tokenized text is kept.", default_text="~/.cache/minimind"),
+        Option("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
     ] = None
     bad_lines: Annotated[
         Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
@@ -86,7 +91,10 @@ class ModelOptions:
     rope_theta: Annotated[float, Option("Base of the rotary position embedding.", above=0.0)] = 1e6
     tie_word_embeddings: Annotated[bool, Option("Use one matrix for the embedding and the output.")] = True
     from_weight: Annotated[
-        str | None, Option("Start from the weights of this model folder.", default_text="random weights")
+        str | None,
+        Option(
+            "Start from the weights of this model folder.", metavar="FOLDER", default_text="random weights"
+        ),
     ] = None
 
 
@@ -133,7 +141,7 @@ class OptimizationOptions:
     beta1: Annotated[float, Option("AdamW decay of the first moment.", minimum=0.0, below=1.0)] = 0.9
     beta2: Annotated[float, Option("AdamW decay of the second moment.", minimum=0.0, below=1.0)] = 0.95
     grad_clip: Annotated[float, Option("Largest norm of the gradient; 0 does not clip.", minimum=0.0)] = 1.0
-    seed: Annotated[int, Option("Seed of weights, order and dropout.", minimum=0)] = 42
+    seed: Annotated[int, Option("Seed of weights, order and dropout.", minimum=0, maximum=2**32 - 1)] = 42
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +151,9 @@ class RunOptions:
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
         Option(
-            "Precision of the matrix products; auto takes bf16 where the GPU has it.", aliases=("--dtype",)
+            "Precision of the matrix products; auto takes bf16 where the GPU has it.",
+            aliases=("--dtype",),
+            synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
         ),
     ] = "auto"
     compile: Annotated[bool | None, Option("Compile the model.", default_text="on a GPU")] = None
@@ -157,54 +167,63 @@ class RunOptions:
     ] = None
     save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1)] = 1000
     keep_checkpoints: Annotated[int, Option("Newest checkpoints kept, besides the best.", minimum=1)] = 2
-    output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",))] = "out"
+    output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER")] = (
+        "out"
+    )
     resume: Annotated[
         str | None,
-        Option("Go on from the newest valid checkpoint in the output folder, or from the one named."),
+        Option(
+            "Go on from the newest valid checkpoint in the output folder (auto), or from the one named.",
+            metavar="[PATH]",
+        ),
     ] = None
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
         Option("Where metrics go besides metrics.jsonl. Repeatable."),
     ] = ("tensorboard",)
-    project: Annotated[str, Option("Project name shown by WandB and SwanLab.")] = "minimind"
+    project: Annotated[
+        str, Option("Project name shown by WandB and SwanLab.", aliases=("--wandb-project",))
+    ] = "minimind"
     run_name: Annotated[str | None, Option("Name of the run.", default_text="the output folder's name")] = (
         None
     )
 
 
+# Fields of the last base come first.
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(DataOptions, ModelOptions, OptimizationOptions, RunOptions):
+class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions):
     """Everything one pretraining run depends on.
 
     Raises:
-        ConfigError: when values are wrong; all of them are listed.
+        ConfigError: with all values that are wrong on their own, else with all that do not fit together.
     """
 
     def __post_init__(self) -> None:
-        problems = [*range_problems(self), *self._cross_problems()]
+        problems = [*range_problems(self)] or [*self._cross_problems()]
         if problems:
             raise ConfigError(problems)
 
     def _cross_problems(self) -> Iterator[str]:
         """Yield what is wrong between options that are right on their own."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads > 0 and kv_heads > 0 and heads % kv_heads:
+        if heads % kv_heads:
             yield (
                 f"--num-key-value-heads {kv_heads} does not divide --num-attention-heads {heads}; "
                 f"use one of {_divisors(heads)}."
             )
-        if self.head_dim is None and heads > 0 and self.hidden_size % heads:
+        if self.head_dim is None and self.hidden_size % heads:
             yield (
                 f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads {heads}; "
                 "change one of them or set --head-dim."
             )
-        elif (self.head_dim or self.hidden_size // max(heads, 1)) % 2:
+        elif (self.head_dim or self.hidden_size // heads) % 2:
             yield (
                 "the width of one head must be even for rotary positions; set --head-dim to an even number."
             )
         if self.accumulation_steps and self.global_batch_size:
             yield (
-                "--accumulation-steps and --global-batch-size both set the size of a step; give only one of them."
+                "--accumulation-steps and --global-batch-size both set the size of a step; "
+                "give only one of them."
             )
         if self.val_data and not self.data:
             yield "--val-data needs --data: name the training text too."

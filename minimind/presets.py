@@ -10,7 +10,7 @@ from .errors import ConfigError
 from .settings import parse_values
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # 3M parameters; learns from the embedded text in minutes on two CPU cores.
+    # Learns from the embedded text in minutes on two CPU cores.
     "tiny": {
         "hidden_size": 128,
         "num_hidden_layers": 4,
@@ -24,7 +24,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eval_interval": 100,
         "save_interval": 100,
     },
-    # 26M parameters.
     "minimind2-small": {
         "hidden_size": 512,
         "num_hidden_layers": 8,
@@ -32,7 +31,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 1408,
     },
-    # 64M parameters.
     "minimind-3": {
         "hidden_size": 768,
         "num_hidden_layers": 8,
@@ -40,7 +38,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "intermediate_size": 2432,
     },
-    # 104M parameters.
     "minimind2": {
         "hidden_size": 768,
         "num_hidden_layers": 16,
@@ -48,27 +45,67 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 2048,
     },
-    # 350M parameters: 1024 wide, 24 deep as GPT-3 Medium, heads of 128 as Qwen3.
+    # As wide, deep and inner-wide as Qwen3-0.6B, with half its heads of 128.
     "350m": {
         "hidden_size": 1024,
         "num_hidden_layers": 28,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "intermediate_size": 2816,
+        "head_dim": 128,
+        "intermediate_size": 3072,
         "max_seq_len": 2048,
         "learning_rate": 3e-4,
     },
-    # 1B parameters.
     "1b": {
         "hidden_size": 1792,
-        "num_hidden_layers": 26,
+        "num_hidden_layers": 28,
         "num_attention_heads": 14,
         "num_key_value_heads": 7,
+        "head_dim": 128,
         "intermediate_size": 4864,
         "max_seq_len": 2048,
         "learning_rate": 2e-4,
     },
 }
+
+# Parameters with the tokenizer in the package (6400 entries) and tied embeddings, rounded.
+PRESET_PARAMETERS: Mapping[str, int] = {
+    "tiny": 1_600_000,
+    "minimind2-small": 26_000_000,
+    "minimind-3": 64_000_000,
+    "minimind2": 104_000_000,
+    "350m": 350_000_000,
+    "1b": 1_000_000_000,
+}
+
+# A run that sets one of these has chosen the size of its model.
+SHAPE_OPTIONS = frozenset(
+    {
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "from_weight",
+    }
+)
+
+
+def size_text(name: str) -> str:
+    """Return the size of a preset as people write it, such as `26M`."""
+    count = PRESET_PARAMETERS[name]
+    return f"{count / 1e9:g}B" if count >= 1e9 else f"{count / 1e6:g}M"
+
+
+def default_preset(shape_given: bool, has_gpu: bool) -> str | None:
+    """Return the preset of a run that names none: `tiny` where nothing else would finish in minutes.
+
+    Args:
+        shape_given: an option, a file or a preset has chosen the size of the model.
+        has_gpu: the run will train on a GPU.
+    """
+    return None if shape_given or has_gpu else "tiny"
 
 
 def preset_config(name: str, **overrides: Any) -> PretrainConfig:
@@ -99,25 +136,30 @@ def resolve(
         ConfigError: with every wrong value, unknown key and conflict found.
     """
     file_values = dict(file or {})
-    preset = preset or file_values.pop("preset", None)
-    file_values.pop("preset", None)
+    file_preset = file_values.pop("preset", None)
+    preset = preset if preset is not None else file_preset
     problems: list[str] = []
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and str(preset) not in PRESETS:
         problems.append(f"--preset {preset} is not known; choose one of {', '.join(PRESETS)}.")
-    merged: dict[str, Any] = dict(PRESETS.get(preset or "", {}))
-    for values, source in ((file_values, file_name), (dict(flags or {}), "option")):
-        parsed, wrong = parse_values(PretrainConfig, values, source)
+    merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
+    refused: set[str] = set()
+    for values, name in ((file_values, file_name), (flags or {}, None)):
+        parsed, wrong = parse_values(PretrainConfig, values, name)
         # A lower layer's step size gives way to the one the higher layer sets.
-        if "global_batch_size" in parsed:
+        if parsed.get("global_batch_size") is not None:
             merged.pop("accumulation_steps", None)
-        if "accumulation_steps" in parsed:
+        if parsed.get("accumulation_steps") is not None:
             merged.pop("global_batch_size", None)
         merged.update(parsed)
         problems += wrong
+        refused |= {key.replace("-", "_") for key in values} - parsed.keys()
     try:
         config = PretrainConfig(**merged)
     except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
+        # A default that stands in for a refused value must not be blamed.
+        flags_refused = ["--" + name.replace("_", "-") for name in refused]
+        problems += [line for line in error.problems if not any(flag in line for flag in flags_refused)]
+        raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
     return config

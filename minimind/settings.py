@@ -11,9 +11,10 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -31,6 +32,8 @@ class Option:
         maximum: largest value allowed.
         below: the value must be smaller than this.
         default_text: shown as the default where the default is worked out later.
+        metavar: what stands for the value in `--help`, where the type says too little.
+        synonyms: pairs of another spelling of a value and the value.
     """
 
     help: str
@@ -40,6 +43,8 @@ class Option:
     maximum: float | None = None
     below: float | None = None
     default_text: str | None = None
+    metavar: str | None = None
+    synonyms: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,24 @@ class Setting:
         return _toml_value(self.default).strip('"')
 
     @property
+    def range_text(self) -> str:
+        """The values allowed, such as `at least 0 and below 1`; empty where any will do."""
+        option = self.option
+        bounds = {
+            "at least": option.minimum,
+            "above": option.above,
+            "at most": option.maximum,
+            "below": option.below,
+        }
+        return " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items() if bound is not None)
+
+    @property
     def metavar(self) -> str:
         """What a value looks like, such as `INTEGER` or `cosine|linear`."""
         if self.choices:
             return "|".join(self.choices)
+        if self.option.metavar is not None:
+            return self.option.metavar
         return {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}[self.kind]
 
 
@@ -110,9 +129,12 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
 
 def range_problems(settings: Any) -> Iterator[str]:
     """Yield a sentence for each field whose value has the wrong type or lies outside its range."""
-    for setting in settings_of(type(settings)).values():
+    for setting in settings_of(settings.__class__).values():
         value = getattr(settings, setting.name)
-        for one in value if setting.repeatable and isinstance(value, (tuple, list)) else (value,):
+        if setting.repeatable and not isinstance(value, tuple):
+            yield f"{setting.flag} {value!r} is not a tuple; write ({value!r},)."
+            continue
+        for one in value if setting.repeatable else (value,):
             if (problem := _problem(setting, one)) is not None:
                 yield problem
 
@@ -124,49 +146,51 @@ def _problem(setting: Setting, value: Any) -> str | None:
     if setting.choices:
         if value in setting.choices:
             return None
-        return (
-            f"{given} is not known{_nearest(str(value), setting.choices)}; choose {_either(setting.choices)}."
-        )
-    if not isinstance(value, setting.kind) or (setting.kind is not bool and isinstance(value, bool)):
+        return f"{given} is not known; choose {_either(setting.choices)}."
+    right = isinstance(value, (int, float) if setting.kind is float else setting.kind)
+    if not right or (setting.kind is not bool and isinstance(value, bool)):
         return f"{given} is not {_article(setting)}; write {_example(setting)}."
     if setting.kind not in (int, float):
         return None
     option = setting.option
     if not math.isfinite(value):
         return f"{given} is not a finite number; write {_example(setting)}."
-    bounds = (
-        (option.minimum, lambda bound: value >= bound, "at least"),
-        (option.above, lambda bound: value > bound, "above"),
-        (option.maximum, lambda bound: value <= bound, "at most"),
-        (option.below, lambda bound: value < bound, "below"),
+    outside = (
+        (option.minimum is not None and value < option.minimum)
+        or (option.above is not None and value <= option.above)
+        or (option.maximum is not None and value > option.maximum)
+        or (option.below is not None and value >= option.below)
     )
-    wrong = [f"{word} {bound:g}" for bound, holds, word in bounds if bound is not None and not holds(bound)]
-    return f"{given} is out of range; it must be {' and '.join(wrong)}." if wrong else None
+    return f"{given} is out of range; it must be {setting.range_text}." if outside else None
 
 
-def parse_values(cls: type, values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+def parse_values(
+    cls: type, values: Mapping[str, Any], file_name: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Turn the strings of a command line, or the values of a TOML file, into field values.
 
     Args:
         cls: the settings dataclass.
         values: by field name; a repeatable field takes a sequence or one value.
-        source: where the values come from, such as `run.toml`; named for unknown keys.
+        file_name: the file that the values come from; problems begin with it.
 
     Returns:
         The values by field name, and one sentence for each that is wrong.
     """
     known = settings_of(cls)
+    where = f"{file_name}: " if file_name else ""
     parsed: dict[str, Any] = {}
     problems: list[str] = []
     for key, raw in values.items():
         name = key.replace("-", "_")
         if name not in known:
-            problems.append(f"{source}: unknown key '{key}'{_nearest(name, known)}.")
+            table = "; write its keys without a table header." if isinstance(raw, dict) else ""
+            problems.append(f"{where}unknown key '{key}'{table or suggestion(name, known)}")
             continue
         setting = known[name]
         many = raw if isinstance(raw, (list, tuple)) and setting.repeatable else (raw,)
         converted = tuple(_convert(setting, one) for one in many)
-        faults = [fault for one in converted if (fault := _problem(setting, one)) is not None]
+        faults = [where + fault for one in converted if (fault := _problem(setting, one)) is not None]
         problems += faults
         if not faults:
             parsed[name] = converted if setting.repeatable else converted[0]
@@ -178,7 +202,7 @@ def _convert(setting: Setting, raw: Any) -> Any:
     if setting.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
     if setting.kind is str or not isinstance(raw, str):
-        return raw
+        return dict(setting.option.synonyms).get(raw, raw) if isinstance(raw, str) else raw
     if setting.kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(raw.lower(), raw)
     try:
@@ -194,21 +218,29 @@ def _convert(setting: Setting, raw: Any) -> Any:
         return int(number) if math.isfinite(number) and number.is_integer() else raw
 
 
-def read_toml(cls: type, text: str, source: str) -> tuple[dict[str, Any], list[str]]:
-    """Read the values of a settings dataclass from TOML text; see `parse_values`.
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a TOML file, unchecked; see `parse_values`.
 
     Raises:
-        ConfigError: when the text is not TOML.
+        ConfigError: when the file cannot be read or is not TOML.
     """
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"--config {path} cannot be read ({error.strerror}); name a TOML file, "
+            "such as one that --print-config wrote."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not UTF-8 text; save it as UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}.") from error
-    return parse_values(cls, values, source)
+        raise ConfigError(
+            f"--config {path} is not valid TOML: {error}; write lines like batch_size = 32."
+        ) from error
 
 
 def write_toml(settings: Any, panels: Sequence[type]) -> str:
-    """Return settings as TOML that `read_toml` reads back to equal values.
+    """Return settings as TOML that `read_toml` and `parse_values` turn back into equal values.
 
     Args:
         settings: the dataclass instance.
@@ -237,9 +269,10 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _nearest(name: str, known: Any) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence about an unknown name: the nearest known one, or a full stop."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def _either(choices: Sequence[str]) -> str:

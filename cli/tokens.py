@@ -1,0 +1,145 @@
+"""`minimind-train tokenize` and `minimind-train tokenizer`: text to tokens, ahead of a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minimind.config import DataOptions
+from minimind.errors import ConfigError
+from minimind.settings import Option
+
+from .options import LENIENT, parse_config, parse_settings, with_options
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+app = typer.Typer(help="Train a tokenizer, or look into one.", no_args_is_help=True)
+
+
+@with_options(DataOptions)
+def tokenize(
+    ctx: typer.Context,
+    config: Annotated[
+        str | None, typer.Option(help="A TOML file of options; flags override it.", metavar="PATH")
+    ] = None,
+    **_: Any,
+) -> None:
+    """Tokenize training text ahead of a run, and report on it."""
+    resolved = parse_config(ctx, file=config)
+    from minimind.data.prepare import prepare_data
+    from minimind.tokenizer import load_tokenizer
+
+    with _progress("tokenizing") as (progress, task):
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        prepared = prepare_data(resolved, load_tokenizer(resolved.tokenizer), progress=show)
+    typer.echo("tokenized" if prepared.built else "found in the cache")
+    for line in prepared.report.lines():
+        typer.echo(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """Tokenizer"""
+
+    output_dir: Annotated[str, Option("Folder for the tokenizer.", metavar="FOLDER")] = "tokenizer"
+    vocab_size: Annotated[int, Option("Entries, special tokens among them.", minimum=1)] = 6400
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "Text to learn from: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
+            aliases=("--data-path",),
+            metavar="PATH",
+            default_text="text embedded in Python",
+        ),
+    ] = ()
+    text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
+    bad_lines: Annotated[
+        Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
+    ] = "error"
+
+
+@app.command(context_settings=LENIENT)
+@with_options(TokenizerOptions)
+def train(ctx: typer.Context, **_: Any) -> None:
+    """Learn a tokenizer from text and save it in the format of Hugging Face."""
+    options = parse_settings(ctx, TokenizerOptions)
+    folder = Path(options.output_dir)
+    if (folder / "tokenizer.json").exists():
+        raise ConfigError(f"--output-dir {folder} already holds a tokenizer; name another folder.")
+    from minimind.tokenizer import train_tokenizer
+
+    with _progress("reading") as (progress, task):
+
+        def show(done: int, total: int | None) -> None:
+            progress.update(task, completed=done, total=total)
+
+        def texts() -> Iterator[str]:
+            yield from _texts(options, show)
+            progress.update(task, description="learning", total=None)
+
+        tokenizer = train_tokenizer(texts(), options.vocab_size)
+    tokenizer.save(folder)
+    typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str | None, typer.Argument(help="A tokenizer.json or its folder; by default the one in the package.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.")] = None,
+) -> None:
+    """Show what a tokenizer is made of, and what it makes of a text."""
+    from minimind.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    typer.echo(f"entries      {tokenizer.vocab_size}")
+    for role in ("bos", "eos", "pad"):
+        token = getattr(tokenizer, f"{role}_token_id")
+        typer.echo(f"{role}          {token} {tokenizer.decode([token], skip_special_tokens=False)}")
+    typer.echo(f"fingerprint  {tokenizer.fingerprint}")
+    if text:
+        ids = tokenizer.encode(text)
+        size = len(text.encode("utf-8", "replace"))
+        for token in ids:
+            typer.echo(f"{token:>8}  {tokenizer.decode([token])!r}")
+        typer.echo(f"{len(ids)} tokens, {size} bytes, {size / len(ids):.2f} bytes per token")
+
+
+def _texts(options: TokenizerOptions, show: Callable[[int, int | None], None]) -> Iterator[str]:
+    """Yield the documents asked for, and show how many bytes of the files are read."""
+    from minimind.data.embedded import embedded_documents
+    from minimind.data.sources import Reading, TextFile, find_files
+
+    if not options.data:
+        yield from embedded_documents()
+        return
+    files = find_files(options.data, "--data")
+    total, before = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        reading = Reading()
+        source = TextFile(file, "--data", options.text_key, options.bad_lines)
+        for document in source.documents(reading):
+            show(before + reading.done_bytes, total)
+            yield document
+        before += file.stat().st_size
+
+
+@contextmanager
+def _progress(text: str) -> Iterator[tuple[Progress, Any]]:
+    """Show a bar on a terminal; yield it with its only task."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        yield progress, progress.add_task(text, total=None)
