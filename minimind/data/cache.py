@@ -47,7 +47,7 @@ def open_or_build(cache_dir: Path, key: str, build: Build) -> tuple[Path, dict[s
         # Another process may have built it while this one waited.
         if (manifest := _whole(folder)) is not None:
             return folder, manifest, False
-        _remove_stale(cache_dir)
+        _remove_stale(cache_dir, key)
         return folder, _build(folder, build), True
 
 
@@ -100,24 +100,25 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _remove_stale(cache_dir: Path) -> None:
-    """Remove what builds that died have left behind, of any key; the caller's own key is locked by it."""
+def _remove_stale(cache_dir: Path, key: str) -> None:
+    """Remove what builds that died have left behind, of any key; the caller holds the lock of `key`."""
     for draft in cache_dir.glob(f"*{_BUILDING}*"):
-        host, _, pid = draft.name.rpartition(_BUILDING)[2].rpartition("-")
-        here = host == socket.gethostname() and fcntl is not None
-        if _alive(pid) if here else time.time() - _last_written(draft) < _STALE_SECONDS:
-            continue
-        shutil.rmtree(draft, ignore_errors=True)
+        name, _, builder = draft.name.partition(_BUILDING)
+        host, _, pid = builder.rpartition("-")
+        here = fcntl is not None and host == socket.gethostname()
+        dead = here and (name == key or not _alive(int(pid)))
+        if dead or time.time() - _last_written(draft) > _STALE_SECONDS:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
-def _alive(pid: str) -> bool:
+def _alive(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
-    except OSError:
+    except OSError:  # It belongs to someone else.
         return True
-    return int(pid) != os.getpid()
+    return True
 
 
 def _last_written(folder: Path) -> float:

@@ -28,10 +28,21 @@ _BATCH_DOCUMENTS = 4096
 class DocumentTokenizer(Protocol):
     """What is needed of a tokenizer here; `minimind.tokenizer.Tokenizer` has it."""
 
-    vocab_size: int
-    bos_token_id: int | None
-    eos_token_id: int
-    fingerprint: str
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Begins a document, where there is such a token."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends a document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this tokenizer from any other."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without those that begin and end a document."""
@@ -230,8 +241,8 @@ def _count_duplicates(encoded: Encoded, files: dict[str, BinaryIO]) -> None:
         file.seek(0)
         hashes[split] = np.fromfile(file, np.uint64)
         hashes[split].sort()
-        encoded.duplicates[split] = np.count_nonzero(hashes[split][1:] == hashes[split][:-1])
+        encoded.duplicates[split] = int(np.count_nonzero(hashes[split][1:] == hashes[split][:-1]))
     train, validation = hashes["train"], hashes["validation"]
     if len(train) and len(validation):
         at = np.minimum(np.searchsorted(train, validation), len(train) - 1)
-        encoded.shared = np.count_nonzero(train[at] == validation)
+        encoded.shared = int(np.count_nonzero(train[at] == validation))

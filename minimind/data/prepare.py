@@ -150,8 +150,8 @@ def _refuse_unusable(config: PretrainConfig, encoded: Encoded) -> None:
     left_out = sum(r.empty + r.bad_lines.total() for r in encoded.readings)
     if not train and validation and not config.val_data:
         raise DataError(
-            f"--val-fraction {config.val_fraction:g} holds out all {validation} documents of {_wanted(config)}; "
-            "lower it, or add text."
+            f"--val-fraction {config.val_fraction:g} holds out all {validation} documents of "
+            f"{_wanted(config)}; lower it, or add text."
         )
     if not train or (config.val_data and not validation):
         name = "--val-data " + " ".join(config.val_data) if train else _wanted(config)
@@ -180,8 +180,8 @@ def _report(
     notes = []
     if validation is None and config.val_fraction > 0:
         notes.append(
-            f"--val-fraction {config.val_fraction:g} chose none of {train.amount.documents} documents, so there "
-            "is no validation; raise it or give --val-data."
+            f"--val-fraction {config.val_fraction:g} chose none of {train.amount.documents} documents, "
+            "so there is no validation; raise it or give --val-data."
         )
     packed, padded = row_costs(read_length_counts(folder, "train"), config.max_seq_len)
     sources = tuple(
@@ -203,7 +203,8 @@ def _report(
 
 
 def _open(folder: Path, split: str, manifest: dict[str, Any], fingerprint: str) -> TokenShards | None:
-    index = SplitIndex(**manifest["splits"][split])
+    values = manifest["splits"][split]
+    index = SplitIndex(**{**values, "shard_tokens": tuple(values["shard_tokens"])})
     return TokenShards(folder, split, index, f"{fingerprint}-{split}") if index.num_documents else None
 
 

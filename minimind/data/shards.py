@@ -11,6 +11,7 @@ import mmap
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARD_TOKENS = 1 << 28
+_GATHER_TOKENS = 1 << 18
+_LONG_SPAN = 128
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -163,11 +166,44 @@ class TokenShards:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
+    def gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """Return spans of tokens end to end; no span may cross a document."""
+        ends = np.cumsum(lengths)
+        out = np.empty(int(ends[-1]) if len(ends) else 0, self._dtype)
+        shards = np.searchsorted(self._ends, starts, side="right")
+        begins = ends - lengths
+        # In pieces, so that the indices below stay small beside the tokens.
+        bounds = np.unique(np.searchsorted(begins, np.arange(0, len(out), _GATHER_TOKENS)))
+        for low, high in pairwise([*bounds.tolist(), len(ends)]):
+            for shard in np.unique(shards[low:high]).tolist():
+                here = low + np.flatnonzero(shards[low:high] == shard)
+                tokens = self._shards[shard]
+                source = starts[here] - (int(self._ends[shard]) - len(tokens))
+                _copy_spans(tokens, source, out, begins[here], lengths[here])
+        return out
+
     def release_pages(self) -> None:
         """Let go of the pages read so far, so that resident memory stays small however much is read."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _copy_spans(
+    source: NDArray[Any],
+    source_starts: NDArray[np.int64],
+    target: NDArray[Any],
+    target_starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> None:
+    total = int(lengths.sum())
+    if total > _LONG_SPAN * len(lengths):
+        for a, b, n in zip(source_starts.tolist(), target_starts.tolist(), lengths.tolist(), strict=True):
+            target[b : b + n] = source[a : a + n]
+        return
+    # Short spans: one gather by index costs less than a Python step for each.
+    within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    target[within + np.repeat(target_starts, lengths)] = source[within + np.repeat(source_starts, lengths)]
 
 
 def read_length_counts(folder: Path, split: str) -> NDArray[np.int64]:

@@ -222,7 +222,8 @@ class TextFile:
                 yield from self._parquet_rows(file, reading)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
-                f"{self.option}: {self.path} is not a sound parquet file ({error}); write or download it again."
+                f"{self.option}: {self.path} is not a sound parquet file ({error}); "
+                "write or download it again."
             ) from error
 
     def _parquet_rows(self, file: Any, reading: Reading) -> Iterator[str]:
