@@ -1,0 +1,143 @@
+"""Token rows from the documents of a window: packed end to end, or one document a row.
+
+B rows, T inputs in a row, R rows of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from .sampler import Window
+from .shards import TokenShards
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Arrays of rows; what is never filled in is a row without targets.
+
+    Attributes:
+        wide: (2, B, T) int64: inputs, and labels shifted so that `labels[t]` follows `inputs[t]`.
+        narrow: (2, B, T) int32: document ids and positions; None where a row is one document.
+    """
+
+    wide: NDArray[np.int64]
+    narrow: NDArray[np.int32] | None
+
+    @classmethod
+    def blank(cls, count: int, seq_len: int, *, packing: bool, pad_token_id: int) -> Rows:
+        """Return `count` rows of padding."""
+        wide = np.empty((2, count, seq_len), np.int64)
+        wide[0], wide[1] = pad_token_id, IGNORED
+        if not packing:
+            return cls(wide, None)
+        narrow = np.zeros((2, count, seq_len), np.int32)
+        narrow[1] = np.arange(seq_len, dtype=np.int32)
+        return cls(wide, narrow)
+
+
+class WindowRows(Protocol):
+    """The rows of one window, numbered as they are cut.
+
+    Attributes:
+        inputs: (R,) real input tokens of each row.
+        targets: (R,) targets of each row.
+        identities: (R, 4) first document, first token in it, last document, end in it.
+    """
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    identities: NDArray[np.int64]
+
+    def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        """Write the rows `which` of the window at the places `at` of `rows`."""
+
+
+class PackedRows:
+    """Documents laid end to end and cut into rows of T inputs; see `WindowRows`.
+
+    A document that a cut divides goes on in the next row. Nothing is truncated: a row looks one token ahead
+    for its last label, so every token but each document's first is a target exactly once. Positions begin
+    at 0 with each row and with each document, and no attention crosses either.
+    """
+
+    def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
+        self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id
+        rows = len(window.order)
+        first, end = shards.offsets[window.documents], shards.offsets[window.documents + 1]
+        # Places are counted from the window's first token; the first document may begin before it.
+        stops = np.cumsum(end - first) - window.skip
+        starts = stops - (end - first)
+        used = (stops > 0) & (starts < rows * seq_len + 1)
+        documents, starts, stops, first = (a[used] for a in (window.documents, starts, stops, first))
+        length = min(int(stops[-1]), rows * seq_len + 1)
+        # Where each document's part in this window lies in the shards, and its tokens.
+        self._spans = (first - np.minimum(starts, 0), np.minimum(stops, length) - np.maximum(starts, 0))
+        # (R*T+1,) whether a document begins here; the padding after the stream counts as one that does.
+        self._begins = np.zeros(rows * seq_len + 1, bool)
+        self._begins[starts[starts >= 0]] = True
+        self._begins[length:] = True
+        edges = np.arange(rows + 1) * seq_len
+        # The last token of all is no input: nothing follows it.
+        self.inputs = np.diff(np.minimum(edges, length - 1))
+        self.targets = seq_len - np.add.reduceat(self._begins[1:], edges[:-1], dtype=np.int64)
+        head = np.searchsorted(stops, edges[:-1], side="right")
+        last = np.minimum(edges[1:], length) - 1
+        tail = np.searchsorted(stops, last, side="right")
+        self.identities = np.stack(
+            (documents[head], edges[:-1] - starts[head], documents[tail], last + 1 - starts[tail]), axis=1
+        )
+
+    def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        """Write the rows `which` of the window at the places `at` of `rows`."""
+        assert rows.narrow is not None
+        # (B, T+1) with the token ahead; each window is a view, so that only whole rows are copied.
+        tokens = sliding_window_view(self._tokens, self._seq_len + 1)[:: self._seq_len][which]
+        begins = sliding_window_view(self._begins, self._seq_len + 1)[:: self._seq_len][which]
+        rows.wide[0, at] = tokens[:, :-1]
+        rows.wide[1, at] = np.where(begins[:, 1:], np.int64(IGNORED), tokens[:, 1:])
+        begins[:, 0] = False
+        heads = begins[:, :-1]
+        places = np.arange(self._seq_len, dtype=np.int32)
+        rows.narrow[0, at] = np.cumsum(heads, axis=1, dtype=np.int32)
+        rows.narrow[1, at] = places - np.maximum.accumulate(heads * places, axis=1)
+
+    @cached_property
+    def _tokens(self) -> NDArray[Any]:
+        """(R*T+1,) the tokens of the window, padding after the stream's end."""
+        first, lengths = self._spans
+        tokens = self._shards.gather(first, lengths)
+        self._shards.release_pages()
+        return np.append(tokens, np.full(len(self._begins) - len(tokens), self._pad, tokens.dtype))
+
+
+class PaddedRows:
+    """One document a row, truncated to T inputs and padded; see `WindowRows`."""
+
+    def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
+        self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id
+        self._first = shards.offsets[window.documents]
+        lengths = shards.offsets[window.documents + 1] - self._first
+        # The last token of a document is only ever a target.
+        self.inputs = np.minimum(lengths - 1, seq_len)
+        self.targets = self.inputs
+        ids = window.documents
+        self.identities = np.stack((ids, np.zeros_like(ids), ids, self.inputs), axis=1)
+
+    def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        """Write the rows `which` of the window at the places `at` of `rows`."""
+        inputs = self.inputs[which, None]
+        places = np.arange(self._seq_len + 1)
+        tokens = np.full((len(which), self._seq_len + 1), self._pad, np.int64)
+        tokens[places <= inputs] = self._shards.gather(self._first[which], self.inputs[which] + 1)
+        self._shards.release_pages()
+        real = places[:-1] < inputs
+        rows.wide[0, at] = np.where(real, tokens[:, :-1], self._pad)
+        rows.wide[1, at] = np.where(real, tokens[:, 1:], IGNORED)

@@ -1,0 +1,224 @@
+"""From a configuration to token shards: found in the cache, or built once."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import PretrainConfig
+from ..errors import DataError
+from .cache import open_or_build
+from .encode import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
+from .report import Amount, DataReport, SourceReport, SplitReport, length_quantiles, row_costs
+from .shards import SplitIndex, TokenShards, read_length_counts
+from .sources import Reading, TextFile, find_files, identify
+
+# Part of every fingerprint: a change of what encoding writes makes older caches unused.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenized text, ready to train on.
+
+    Attributes:
+        train: the training text.
+        validation: the held-out text, None without any.
+        report: what is in them.
+        fingerprint: tells this text, tokenizer and settings from any other.
+        built: the text was tokenized just now rather than found in the cache.
+    """
+
+    train: TokenShards
+    validation: TokenShards | None
+    report: DataReport
+    fingerprint: str
+    built: bool
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    """The text in the package and in the Python installation, used when --data names none."""
+
+    def documents(self, reading: Reading) -> Iterator[str]:
+        """Yield its documents; see `sources.TextFile.documents`."""
+        from .embedded import embedded_documents
+
+        for text in embedded_documents():
+            if text and not text.isspace():
+                yield text
+            else:
+                reading.empty += 1
+
+
+def prepare_data(
+    config: PretrainConfig,
+    tokenizer: DocumentTokenizer,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedData:
+    """Open the tokenized text of a run, tokenizing it first where the cache has none.
+
+    Call it before processes are joined: one process of a machine builds under a file lock, the others wait
+    for the lock and then open what it built.
+
+    Args:
+        config: the data options.
+        tokenizer: its fingerprint is part of the cache's.
+        progress: called during a build with bytes read and bytes in all (0 where unknown).
+
+    Raises:
+        DataError: for text that is missing, cannot be read or is too little, and for a cache folder that
+            cannot be written.
+    """
+    named, identities = _sources(config)
+    settings = {
+        "format": _FORMAT,
+        "sources": identities,
+        "tokenizer": tokenizer.fingerprint,
+        "text_key": config.text_key,
+        "bad_lines": config.bad_lines,
+        "val_fraction": 0.0 if config.val_data else config.val_fraction,
+    }
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    total = sum(identity.get("size", 0) for identity in identities)
+
+    def build(folder: Path) -> dict[str, Any]:
+        report = None if progress is None else lambda done: progress(done, total)
+        encoded = encode([assignment for _, assignment in named], tokenizer, folder, report)
+        _refuse_unusable(config, encoded)
+        return {
+            "settings": settings,
+            "splits": {split: dataclasses.asdict(index) for split, index in encoded.splits.items()},
+            "report": _report(config, folder, encoded, [name for name, _ in named], tokenizer).to_dict(),
+        }
+
+    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    try:
+        folder, manifest, built = open_or_build(cache_dir, fingerprint, build)
+    except OSError as error:
+        raise _unwritable(cache_dir, error) from error
+    train, validation = (_open(folder, split, manifest, fingerprint) for split in SPLITS)
+    assert train is not None
+    if train.num_tokens <= config.max_seq_len:
+        raise DataError(
+            f"{_wanted(config)} holds {train.num_tokens} tokens for training, not enough for one row of "
+            f"--max-seq-len {config.max_seq_len}; add text or lower --max-seq-len."
+        )
+    packed, padded = row_costs(train.length_counts, config.max_seq_len)
+    report = dataclasses.replace(
+        DataReport.from_dict(manifest["report"]), seq_len=config.max_seq_len, packed=packed, padded=padded
+    )
+    return PreparedData(train, validation, report, fingerprint, built)
+
+
+def default_cache_dir() -> Path:
+    """Return `$XDG_CACHE_HOME/minimind`, or `~/.cache/minimind` without that variable."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "minimind"
+
+
+def _sources(config: PretrainConfig) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
+    """Return the named sources of a run, and what tells whether one of them has changed."""
+    if not config.data:
+        from .embedded import embedded_fingerprint
+
+        assignment = Assignment(EmbeddedText(), "train", config.val_fraction)
+        return [("embedded text", assignment)], [{"embedded": embedded_fingerprint()}]
+    held_out = 0.0 if config.val_data else config.val_fraction
+    named, identities = [], []
+    for patterns, option, split, share in (
+        (config.data, "--data", "train", held_out),
+        (config.val_data, "--val-data", "validation", 0.0),
+    ):
+        for path in find_files(patterns, option):
+            source = TextFile(path, option, config.text_key, config.bad_lines)
+            named.append((str(path), Assignment(source, split, share)))
+            identities.append({"split": split, **identify(path)})
+    return named, identities
+
+
+def _refuse_unusable(config: PretrainConfig, encoded: Encoded) -> None:
+    """Raise DataError where a split that was asked for has no text."""
+    train, validation = encoded.counts[:, :, 0].sum(0).tolist()
+    left_out = sum(r.empty + r.bad_lines.total() for r in encoded.readings)
+    if not train and validation and not config.val_data:
+        raise DataError(
+            f"--val-fraction {config.val_fraction:g} holds out all {validation} documents of "
+            f"{_wanted(config)}; lower it, or add text."
+        )
+    if not train or (config.val_data and not validation):
+        name = "--val-data " + " ".join(config.val_data) if train else _wanted(config)
+        raise DataError(
+            f"{name} holds no text ({left_out} documents were empty or could not be read); "
+            "name a file with text in it."
+        )
+
+
+def _report(
+    config: PretrainConfig, folder: Path, encoded: Encoded, names: list[str], tokenizer: DocumentTokenizer
+) -> DataReport:
+    splits: dict[str, SplitReport | None] = {}
+    totals = encoded.counts.sum(0).tolist()
+    for split, total in zip(SPLITS, totals, strict=True):
+        amount = Amount(*total)
+        splits[split] = (
+            SplitReport(
+                amount, length_quantiles(read_length_counts(folder, split)), encoded.duplicates[split]
+            )
+            if amount.documents
+            else None
+        )
+    train, validation = splits["train"], splits["validation"]
+    assert train is not None
+    notes = []
+    if validation is None and config.val_fraction > 0:
+        notes.append(
+            f"--val-fraction {config.val_fraction:g} chose none of {train.amount.documents} documents, "
+            "so there is no validation; raise it or give --val-data."
+        )
+    packed, padded = row_costs(read_length_counts(folder, "train"), config.max_seq_len)
+    sources = tuple(
+        SourceReport(name, Amount(*counts[0]), Amount(*counts[1]), reading.empty, dict(reading.bad_lines))
+        for name, counts, reading in zip(names, encoded.counts.tolist(), encoded.readings, strict=True)
+    )
+    return DataReport(
+        sources=sources,
+        train=train,
+        validation=validation,
+        validation_in_train=encoded.shared,
+        vocab_size=tokenizer.vocab_size,
+        unused_vocabulary=int((encoded.token_counts == 0).sum()),
+        seq_len=config.max_seq_len,
+        packed=packed,
+        padded=padded,
+        notes=tuple(notes),
+    )
+
+
+def _open(folder: Path, split: str, manifest: dict[str, Any], fingerprint: str) -> TokenShards | None:
+    values = manifest["splits"][split]
+    index = SplitIndex(**{**values, "shard_tokens": tuple(values["shard_tokens"])})
+    return TokenShards(folder, split, index, f"{fingerprint}-{split}") if index.num_documents else None
+
+
+def _wanted(config: PretrainConfig) -> str:
+    return "--data " + " ".join(config.data) if config.data else "the embedded text"
+
+
+def _unwritable(cache_dir: Path, error: OSError) -> DataError:
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return DataError(
+            f"the disk of the token cache {cache_dir} is full; free some space, or name another disk with "
+            "--cache-dir."
+        )
+    return DataError(
+        f"the token cache {cache_dir} cannot be written ({error.strerror or error}); "
+        "name a folder that can with --cache-dir."
+    )

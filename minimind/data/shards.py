@@ -1,0 +1,215 @@
+"""Tokens on disk: memory-mapped shards of documents laid end to end, and where each document begins.
+
+A split `train` is the files `train-00000.bin`, `train-00001.bin`, … (tokens, uint16 or uint32, a document
+never crosses files), `train.offsets` (int64, one more than there are documents) and `train.lengths`
+(int64, (2, L): each length that occurs and how often).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHARD_TOKENS = 1 << 28
+_GATHER_TOKENS = 1 << 18
+_LONG_SPAN = 128
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest type that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """What must be known to open one split.
+
+    Attributes:
+        dtype: name of the tokens' type.
+        shard_tokens: tokens in each shard file.
+        num_documents: documents in all of them.
+    """
+
+    dtype: str
+    shard_tokens: tuple[int, ...]
+    num_documents: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(self.shard_tokens)
+
+
+@dataclass
+class ShardWriter:
+    """Writes one split; memory does not grow with it.
+
+    Attributes:
+        folder: where the files go.
+        split: `train` or `validation`.
+        dtype: type of a token.
+        shard_tokens: a new file begins when one has reached this many tokens.
+    """
+
+    folder: Path
+    split: str
+    dtype: np.dtype[Any]
+    shard_tokens: int = SHARD_TOKENS
+    _written: list[int] = field(default_factory=list, init=False)
+    _documents: int = field(default=0, init=False)
+    _end: int = field(default=0, init=False)
+    _lengths: Counter[int] = field(default_factory=Counter, init=False)
+    _tokens_file: BinaryIO | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._offsets_file = (self.folder / f"{self.split}.offsets").open("wb")
+        self._offsets_file.write(np.zeros(1, np.int64).tobytes())
+
+    def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Add documents: `tokens` end to end, `lengths` of each."""
+        if not len(lengths):
+            return
+        if self._tokens_file is None or self._written[-1] >= self.shard_tokens:
+            self._finish(self._tokens_file)
+            name = _shard_name(self.split, len(self._written))
+            self._tokens_file = (self.folder / name).open("wb")
+            self._written.append(0)
+        self._tokens_file.write(tokens.astype(self.dtype, copy=False).data)
+        self._written[-1] += len(tokens)
+        ends = self._end + np.cumsum(lengths, dtype=np.int64)
+        self._offsets_file.write(ends.data)
+        self._end = int(ends[-1])
+        self._documents += len(lengths)
+        values, counts = np.unique(lengths, return_counts=True)
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            self._lengths[value] += count
+
+    def close(self) -> SplitIndex:
+        """Bring everything to the disk and return the index."""
+        with (self.folder / f"{self.split}.lengths").open("wb") as file:
+            pairs = np.array(sorted(self._lengths.items()), np.int64).reshape(-1, 2)
+            file.write(np.ascontiguousarray(pairs.T).data)
+        self._finish(self._tokens_file)
+        self._finish(self._offsets_file)
+        return SplitIndex(self.dtype.name, tuple(self._written), self._documents)
+
+    def abandon(self) -> None:
+        """Close the files of a build that failed."""
+        for file in (self._tokens_file, self._offsets_file):
+            if file is not None:
+                file.close()
+
+    @staticmethod
+    def _finish(file: BinaryIO | None) -> None:
+        if file is not None:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
+class TokenShards:
+    """One split of tokenized text, mapped into memory.
+
+    Attributes:
+        num_documents: documents in the split.
+        num_tokens: tokens, with those that begin and end documents.
+        offsets: (documents + 1,) int64, where each document begins.
+        length_counts: (2, L) int64, each document length that occurs and how often, ascending.
+        fingerprint: tells this text, tokenizer and split from any other.
+    """
+
+    def __init__(self, folder: Path, split: str, index: SplitIndex, fingerprint: str) -> None:
+        self.num_documents = index.num_documents
+        self.num_tokens = index.num_tokens
+        self.fingerprint = fingerprint
+        self._dtype = np.dtype(index.dtype)
+        self._ends = np.cumsum(index.shard_tokens, dtype=np.int64)
+        self._maps: list[mmap.mmap] = []
+        self._shards = [
+            self._map(folder / _shard_name(split, i), self._dtype) for i in range(len(index.shard_tokens))
+        ]
+        self.offsets: NDArray[np.int64] = self._map(folder / f"{split}.offsets", np.dtype(np.int64))
+        self.length_counts = read_length_counts(folder, split)
+
+    def _map(self, path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+        with path.open("rb") as file:
+            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self._maps[-1], dtype)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(documents,) tokens of each document; a new array of 8 bytes a document."""
+        return np.diff(self.offsets)
+
+    def document(self, i: int) -> NDArray[Any]:
+        """Return the tokens of one document."""
+        return self.tokens(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def tokens(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the tokens of a span of the split; a view where the span lies within one file."""
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while start < stop:
+            begin = int(self._ends[shard]) - len(self._shards[shard])
+            end = min(stop, int(self._ends[shard]))
+            parts.append(self._shards[shard][start - begin : end - begin])
+            start, shard = end, shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """Return spans of tokens end to end; no span may cross a document."""
+        ends = np.cumsum(lengths)
+        out = np.empty(int(ends[-1]) if len(ends) else 0, self._dtype)
+        shards = np.searchsorted(self._ends, starts, side="right")
+        begins = ends - lengths
+        # In pieces, so that the indices below stay small beside the tokens.
+        bounds = np.unique(np.searchsorted(begins, np.arange(0, len(out), _GATHER_TOKENS)))
+        for low, high in pairwise([*bounds.tolist(), len(ends)]):
+            for shard in np.unique(shards[low:high]).tolist():
+                here = low + np.flatnonzero(shards[low:high] == shard)
+                tokens = self._shards[shard]
+                source = starts[here] - (int(self._ends[shard]) - len(tokens))
+                _copy_spans(tokens, source, out, begins[here], lengths[here])
+        return out
+
+    def release_pages(self) -> None:
+        """Let go of the pages read so far, so that resident memory stays small however much is read."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _copy_spans(
+    source: NDArray[Any],
+    source_starts: NDArray[np.int64],
+    target: NDArray[Any],
+    target_starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> None:
+    total = int(lengths.sum())
+    if total > _LONG_SPAN * len(lengths):
+        for a, b, n in zip(source_starts.tolist(), target_starts.tolist(), lengths.tolist(), strict=True):
+            target[b : b + n] = source[a : a + n]
+        return
+    # Short spans: one gather by index costs less than a Python step for each.
+    within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    target[within + np.repeat(target_starts, lengths)] = source[within + np.repeat(source_starts, lengths)]
+
+
+def read_length_counts(folder: Path, split: str) -> NDArray[np.int64]:
+    """Return (2, L): the document lengths of a split, ascending, and how often each occurs."""
+    return np.fromfile(folder / f"{split}.lengths", np.int64).reshape(2, -1)
+
+
+def _shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.bin"
