@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, ProgressColumn, Task
+from rich.progress import BarColumn, ProgressColumn, Task
+from rich.progress import Progress as Bar
 from rich.text import Text
 
-from .wording import count, duration, evaluation_parts, train_parts
+from .wording import count, evaluation_parts, train_parts
 
 # In a pipe, a line about the preparation of data at most so often.
 SECONDS_BETWEEN_LINES = 10.0
@@ -34,7 +35,7 @@ class Progress:
         """Show nothing yet.
 
         Args:
-            total_steps: steps of the whole run; may be set later, before the first step is shown.
+            total_steps: steps of the whole run; `start` may tell it later.
             enabled: False on all processes but one: nothing is ever written.
             stream: where to; standard output where None.
         """
@@ -48,6 +49,12 @@ class Progress:
             console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
             # A dumb terminal cannot take a line back.
             self._console = None if console.is_dumb_terminal else console
+
+    def start(self, total_steps: int, step: int = 0) -> None:
+        """Set the length of the run and, in a terminal, show the bar before there is a first report."""
+        self.total_steps = total_steps
+        if self._console is not None:
+            self._show("train", step, total_steps, {})
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Show a report of the training loop; the time left runs down until the next one."""

@@ -89,8 +89,14 @@ def test_terminal_shows_one_line_that_is_redrawn_and_taken_away(terminal):
     assert any("step 200/2000 | loss 3.0000" in line for line in lines)
     # The evaluation and the summary stay; what was drawn last under them was erased.
     assert "step 100/2000 | val loss 3.1000 | perplexity 22.2 | 1.2500 bits/byte" in lines
-    assert terminal.getvalue().endswith("\n\nloss: 3.0\n")
-    assert "\x1b[2K" in terminal.getvalue()
+        assert terminal.getvalue().endswith("\x1b[2K\nloss: 3.0\n")
+
+
+def test_bar_is_there_before_the_first_report(terminal):
+    progress = Progress(stream=terminal)
+    progress.start(2000, step=50)
+    progress.close()
+    assert "step 50/2000" in terminal.text()
 
 
 def test_time_left_runs_down_between_reports(terminal):
