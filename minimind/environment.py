@@ -15,10 +15,11 @@ from typing import Any
 import psutil  # a dependency of Accelerate
 import torch
 
+from . import __version__
 from .config import PretrainConfig
 from .settings import settings_of
 
-PACKAGES = ("minimind", "torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensorboard")
+PACKAGES = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensorboard")
 _SECRET_WORDS = {
     "key",
     "apikey",
@@ -45,7 +46,7 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
         "command": hide_secrets(sys.argv),
         "git": _git_revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"minimind": __version__} | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "host": platform.node(),
         "cpu_count": os.cpu_count(),

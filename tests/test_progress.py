@@ -89,7 +89,7 @@ def test_terminal_shows_one_line_that_is_redrawn_and_taken_away(terminal):
     assert any("step 200/2000 | loss 3.0000" in line for line in lines)
     # The evaluation and the summary stay; what was drawn last under them was erased.
     assert "step 100/2000 | val loss 3.1000 | perplexity 22.2 | 1.2500 bits/byte" in lines
-        assert terminal.getvalue().endswith("\x1b[2K\nloss: 3.0\n")
+    assert terminal.getvalue().endswith("\x1b[2K\nloss: 3.0\n")
 
 
 def test_bar_is_there_before_the_first_report(terminal):
