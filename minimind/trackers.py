@@ -30,6 +30,8 @@ CLOSE_SECONDS = 60.0
 
 Values = Mapping[str, Any]
 
+_log = logging.getLogger(__name__)
+
 
 def check_trackers(config: PretrainConfig) -> None:
     """Refuse trackers whose packages are missing; Accelerate would leave them out without a word.
@@ -62,7 +64,7 @@ class Trackers:
         resume_state: Mapping[str, str] | None = None,
         *,
         start_step: int = 0,
-        warn: Callable[[str], None] = logging.getLogger(__name__).warning,
+        warn: Callable[[str], None] = _log.warning,
     ) -> None:
         """Open the trackers.
 

@@ -1,0 +1,55 @@
+"""Numbers and durations as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def count(number: float) -> str:
+    """Return a count in three digits, such as `950`, `12.3k` or `1.25G`."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit * 0.9995:
+            scaled = number / limit
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units, such as `8s`, `3m12s`, `2h05m` or `1d04h`."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(round(seconds), 0)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def train_parts(values: Mapping[str, Any]) -> list[str]:
+    """Return the parts of a training report, leaving out what is not known (yet)."""
+    forms = {
+        "loss": lambda v: f"loss {v:.4f}",
+        "learning_rate": lambda v: f"lr {v:.1e}",
+        "tokens_per_second": lambda v: f"{count(v)} tok/s",
+        "mfu": lambda v: f"mfu {v:.0%}",
+        "memory_gb": lambda v: f"{v:.1f} GB",
+        "eta_seconds": lambda v: f"eta {duration(v)}",
+    }
+    return [form(values[name]) for name, form in forms.items() if name in values]
+
+
+def evaluation_parts(values: Mapping[str, Any]) -> list[str]:
+    """Return the parts of an evaluation report."""
+    forms = {
+        "val_loss": lambda v: f"val loss {v:.4f}",
+        "val_perplexity": lambda v: f"perplexity {v:.4g}",
+        "val_bits_per_byte": lambda v: f"{v:.4f} bits/byte",
+    }
+    return [form(values[name]) for name, form in forms.items() if name in values]
