@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
 def lines(*arguments: object) -> list[str]:
     result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    return result.output.splitlines()
+    return [line.rstrip() for line in result.output.splitlines()]
 
 
 def test_each_checkpoint_has_a_row(run: Path) -> None:

@@ -65,7 +65,8 @@ def test_the_same_global_batch_divided_otherwise_is_fine_and_another_is_not() ->
     refused, _ = differences(saved, settings(batch_size=16, accumulation_steps=2, global_batch_size=32))
     assert refused == [
         "--global-batch-size 64 → 32: a step would hold other rows; choose --batch-size and "
-        "--accumulation-steps so that batch size x accumulation x processes is 64, or give --global-batch-size 64."
+        "--accumulation-steps so that batch size x accumulation x processes is 64, "
+        "or give --global-batch-size 64."
     ]
 
 
