@@ -82,7 +82,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
     refused, changed = [], []
     for key, reason in REFUSED.items():
         if _differ(key, saved, now):
-            give = f"give {_flag(key)} {saved[key]}"
+            give = f"give {_spelled(key, saved[key])}"
             refused.append(f"{_change(key, saved, now)}: {reason.format(give=give, old=saved[key])}.")
     for key, effect in CHANGED.items():
         if _differ(key, saved, now):
@@ -113,6 +113,13 @@ def _change(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 60 else text[:12] + "..."
+
+
+def _spelled(key: str, value: Any) -> str:
+    """Return an option as it is typed."""
+    if isinstance(value, bool):
+        return _flag(key) if value else _flag("no_" + key)
+    return f"{_flag(key)} {value}"
 
 
 def _flag(key: str) -> str:

@@ -172,9 +172,9 @@ def _verify_file(file: Path, recorded: Any, *, contents: bool) -> None:
     try:
         size = file.stat().st_size
         if size != recorded["bytes"]:
-            raise CheckpointError(f"{file} has {size} bytes instead of {recorded['bytes']}.")
+            raise CheckpointError(f"{file} has {size} bytes, not the {recorded['bytes']} of {MANIFEST}.")
         if contents and _sha256(file) != recorded["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one written.")
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one of {MANIFEST}.")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:

@@ -81,7 +81,9 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert hidden(store.folder) == []
 
 
-DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -194,7 +196,7 @@ def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     manifest["files"][file.name] = write_file(file, [file.read_bytes()])
     manifest_file.write_text(json.dumps(manifest))
     stored = store.open(tmp_path)
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         stored.weights()
 
 
@@ -347,7 +349,9 @@ def raising(number: int):
 
 
 @pytest.mark.parametrize("place", ["write_tensors", "write_file", "sync_folder"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO]
+)
 def test_an_error_of_the_disk_is_reported_and_nothing_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int
 ) -> None:
