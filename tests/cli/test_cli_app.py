@@ -51,7 +51,7 @@ def test_help_shows_every_option_with_its_default(run: Command, monkeypatch: pyt
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
     out = run("pretrain --help").out
     for setting in settings_of(PretrainConfig).values():
-        line = next(line for line in out.splitlines() if f" {setting.flag}" in line)
+        line = next(line for line in out.splitlines() if line.startswith(f"│ {setting.flag}"))
         assert setting.option.help in line
         assert "[default: " in line
         if setting.kind is not bool:

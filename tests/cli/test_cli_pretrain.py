@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minimind.config import PANELS, PretrainConfig
 from minimind.errors import ConfigError
 from minimind.presets import PRESETS, resolve
-from minimind.settings import write_toml
+from minimind.settings import settings_of, write_toml
 
 Command = Callable[..., Any]
 SHAPED = "--hidden-size 512"
@@ -231,12 +231,16 @@ def test_every_configuration_survives_its_file(values: dict[str, Any]) -> None:
     assert resolve(file=tomllib.loads(write_toml(config, PANELS))) == config
 
 
-@given(
-    st.dictionaries(st.text(string.ascii_lowercase + "_-", min_size=1), TEXT | st.integers() | st.floats())
-)
+NAMES = st.sampled_from(["preset", *settings_of(PretrainConfig)]) | st.text(string.ascii_lowercase + "_-")
+SCALARS = st.text() | st.integers() | st.floats() | st.booleans()
+
+
+@given(st.dictionaries(NAMES, SCALARS | st.lists(SCALARS) | st.just({"a": 1})))
 def test_any_file_gives_a_configuration_or_sentences(values: dict[str, Any]) -> None:
+    problems = ["fine."]
     try:
         resolve(file=values)
     except ConfigError as error:
-        assert error.problems
-        assert all(problem.endswith((".", "?")) for problem in error.problems)
+        problems = error.problems
+    assert problems
+    assert all(problem.endswith((".", "?")) for problem in problems)
