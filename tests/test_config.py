@@ -58,7 +58,8 @@ def test_all_conflicts_are_listed() -> None:
     )
     assert problems == [
         "--num-key-value-heads 4 does not divide --num-attention-heads 6; use one of 1, 2, 3, 6.",
-        "--hidden-size 512 is not a multiple of --num-attention-heads 6; change one of them or set --head-dim.",
+        "--hidden-size 512 is not a multiple of --num-attention-heads 6; "
+        "change one of them or set --head-dim.",
         "--accumulation-steps and --global-batch-size both set the size of a step; give only one of them.",
         "--val-data needs --data: name the training text too.",
         "--tracker none cannot go with another tracker; leave one of them out.",

@@ -1,0 +1,55 @@
+"""Running the command line inside the test process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from minimind.config import PretrainConfig
+from minimind_cli.app import main
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the words of a command line; a string is split at spaces."""
+
+    def command(*words: str) -> Finished:
+        with pytest.raises(SystemExit) as stop:
+            main(words[0].split() if len(words) == 1 else list(words))
+        captured = capsys.readouterr()
+        code = stop.value.code
+        assert isinstance(code, int)
+        return Finished(code, captured.out, captured.err)
+
+    return command
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
+    """Put a recorder in place of the training; the list holds the configurations it was called with."""
+    configs: list[PretrainConfig] = []
+    monkeypatch.setitem(sys.modules, "minimind.pretrain", SimpleNamespace(pretrain=configs.append))  # type: ignore[arg-type]
+    return configs
+
+
+@pytest.fixture(params=[False, True], ids=["no gpu", "gpu"])
+def has_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Pretend that there is a GPU, or none."""
+    monkeypatch.setattr("minimind_cli.pretrain._has_gpu", lambda: request.param)
+    return request.param

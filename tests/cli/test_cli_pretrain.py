@@ -1,0 +1,248 @@
+"""`minimind-train pretrain`: from words to a configuration."""
+
+from __future__ import annotations
+
+import string
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind.config import PANELS, PretrainConfig
+from minimind.errors import ConfigError
+from minimind.presets import PRESETS, resolve
+from minimind.settings import settings_of, write_toml
+
+Command = Callable[..., Any]
+SHAPED = "--hidden-size 512"
+
+
+@pytest.mark.usefixtures("has_gpu")
+def test_a_full_command_line_trains_what_it_says(run: Command, trained: list[PretrainConfig]) -> None:
+    words = (
+        "pretrain --epochs 2 --batch_size 32 --learning_rate 5e-4 --hidden_size 512 "
+        "--num_hidden_layers 8 --max_seq_len 512"
+    )
+    done = run(words)
+    assert (done.code, done.err) == (0, "")
+    assert trained == [
+        PretrainConfig(
+            epochs=2,
+            batch_size=32,
+            learning_rate=5e-4,
+            hidden_size=512,
+            num_hidden_layers=8,
+            max_seq_len=512,
+        )
+    ]
+
+
+def test_without_a_size_a_machine_without_gpu_trains_the_tiny_preset(
+    run: Command, trained: list[PretrainConfig], has_gpu: bool
+) -> None:
+    done = run("pretrain --epochs 1 --batch_size 128 --learning_rate 1e-3")
+    assert done.code == 0
+    preset = None if has_gpu else "tiny"
+    assert trained == [resolve(preset=preset, flags={"epochs": 1, "batch_size": 128, "learning_rate": 1e-3})]
+    assert len(done.err.splitlines()) == (0 if has_gpu else 1)
+    assert ("'tiny'" in done.err) is not has_gpu
+
+
+@pytest.mark.usefixtures("has_gpu")
+def test_the_flag_of_the_original_resumes(run: Command, trained: list[PretrainConfig]) -> None:
+    assert run("pretrain --from_resume 1 --epochs 3").code == 0
+    assert (trained[0].resume, trained[0].epochs) == ("auto", 3)
+
+
+@pytest.mark.parametrize(
+    "size", ["--preset minimind-3", "--num_hidden_layers 2", "--from_weight m", "--config"]
+)
+def test_who_names_a_size_is_not_asked_for_a_gpu(
+    run: Command, trained: list[PretrainConfig], size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind_cli.pretrain._has_gpu", lambda: pytest.fail("asked for a GPU"))
+    (tmp_path / "run.toml").write_text("epochs = 2\n")
+    words = size.split() + ([str(tmp_path / "run.toml")] if size == "--config" else [])
+    assert run("pretrain", *words).code == 0
+    assert len(trained) == 1
+
+
+def test_the_cpu_asked_for_counts_as_no_gpu(
+    run: Command, trained: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert run("pretrain").code == 0
+    assert trained[0].hidden_size == PRESETS["tiny"]["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--data-path a.txt --data b.txt", "data", ("a.txt", "b.txt")),
+        ("--data_path=a_b.txt", "data", ("a_b.txt",)),
+        ("--save_dir my_run", "output_dir", "my_run"),
+        ("--dtype bfloat16", "mixed_precision", "bf16"),
+        ("--dtype float16", "mixed_precision", "fp16"),
+        ("--dtype float32", "mixed_precision", "no"),
+        ("--mixed-precision auto", "mixed_precision", "auto"),
+        ("--use_wandb", "tracker", ("tensorboard", "wandb")),
+        ("--use-wandb --tracker wandb", "tracker", ("wandb",)),
+        ("--tracker swanlab --tracker tensorboard", "tracker", ("swanlab", "tensorboard")),
+        ("--wandb_project Mine", "project", "Mine"),
+        ("--from_resume 0", "resume", None),
+        ("--resume", "resume", "auto"),
+        ("--resume --epochs 2", "resume", "auto"),
+        ("--resume out/checkpoints/5 --epochs 2", "resume", "out/checkpoints/5"),
+        ("--from_resume 1 --resume here", "resume", "here"),
+        ("--compile", "compile", True),
+        ("--no-compile", "compile", False),
+        ("--use_compile 0", "compile", False),
+        ("--use_compile 1", "compile", True),
+        ("--no_packing", "packing", False),
+        ("--packing false", "packing", False),
+        ("--packing=1", "packing", True),
+        ("--from_weight none", "from_weight", None),
+        ("--use_moe 0", "hidden_size", 512),
+        ("--accumulation_steps 8", "accumulation_steps", 8),
+        ("--max-tokens 1e9", "max_tokens", 10**9),
+        ("--grad_clip 0", "grad_clip", 0.0),
+        ("--epochs 2 --epochs 3", "epochs", 3),
+    ],
+)
+def test_flags_in_every_spelling(
+    run: Command, trained: list[PretrainConfig], words: str, name: str, value: object
+) -> None:
+    done = run(f"pretrain {SHAPED} {words}")
+    assert (done.code, done.err) == (0, "")
+    assert getattr(trained[0], name) == value
+
+
+def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: list[PretrainConfig]) -> None:
+    done = run(
+        "pretrain --batch_size many --learnin_rate 3 --from_resume 7 --lr-schedule cosin --epochs 0 "
+        "--warmup_steps -1 text.jsonl --config nowhere.toml"
+    )
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.splitlines() == [
+        "error: unknown option --learnin-rate; did you mean '--learning-rate'?",
+        "error: unexpected word 'text.jsonl'; values follow an option, such as --data text.jsonl.",
+        "error: --from-resume 7 is not 0 or 1; write 0 or 1.",
+        "error: --config nowhere.toml cannot be read (No such file or directory); name a TOML file, "
+        "such as one that --print-config wrote.",
+        "error: --epochs 0 is out of range; it must be at least 1.",
+        "error: --batch-size many is not a whole number; write for example 32.",
+        "error: --lr-schedule cosin is not known; choose cosine, linear, wsd or constant.",
+        "error: --warmup-steps -1 is out of range; it must be at least 0.",
+    ]
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("--device cuda:0", "CUDA_VISIBLE_DEVICES"),
+        ("--num_workers 8", "leave it out"),
+        ("--save_weight pretrain", "--output-dir"),
+        ("--use_moe 1", "every layer is dense"),
+        ("--use_compile yes", "write 0 or 1"),
+        ("--accumulation_steps 2 --global_batch_size 64", "give only one of them"),
+        ("--preset huge", "choose one of tiny, "),
+        ("--tracker none --use_wandb", "cannot go with another tracker"),
+        ("--batch-size", "requires an argument"),
+        ("-x", "unknown option -x."),
+    ],
+)
+def test_a_mistake_says_what_to_do(
+    run: Command, trained: list[PretrainConfig], words: str, advice: str
+) -> None:
+    done = run(f"pretrain {SHAPED} {words}")
+    assert done.code == 2
+    assert [line.startswith("error: ") and advice in line for line in done.err.splitlines()] == [True]
+    assert trained == []
+
+
+def test_a_file_gives_way_to_flags_and_overrides_the_preset(
+    run: Command, trained: list[PretrainConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "tiny"\nbatch_size = 4\nmax_steps = 7\nlog-interval = 3\n')
+    assert run("pretrain", "--config", str(file), "--batch_size", "2", "--max-steps", "none").code == 0
+    assert trained == [resolve(preset="tiny", flags={"batch_size": 2, "log_interval": 3})]
+
+
+def test_a_wrong_key_in_the_file_suggests_the_nearest(run: Command, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("hiden_size = 64\n")
+    done = run("pretrain", "--config", str(file))
+    assert done.code == 2
+    assert done.err == f"error: {file}: unknown key 'hiden_size'; did you mean 'hidden_size'?\n"
+
+
+def test_the_printed_configuration_can_be_read_back(
+    run: Command, trained: list[PretrainConfig], tmp_path: Path
+) -> None:
+    words = [
+        "--preset",
+        "minimind-3",
+        "--data",
+        'a "b"\\ü.txt',
+        "--dtype",
+        "bfloat16",
+        "--use_wandb",
+        "--resume",
+    ]
+    printed = run("pretrain", *words, "--print-config")
+    assert (printed.code, printed.err) == (0, "")
+    assert trained == []
+    file = tmp_path / "run.toml"
+    file.write_text(printed.out, encoding="utf-8")
+    assert run("pretrain", "--config", str(file)).code == 0
+    assert run("pretrain", *words).code == 0
+    assert trained[0] == trained[1]
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "data": st.lists(TEXT, min_size=1).map(tuple),
+    "tokenizer": st.none() | TEXT,
+    "val_fraction": st.floats(0, 1, exclude_max=True),
+    "learning_rate": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    "grad_clip": st.floats(min_value=0, allow_infinity=False),
+    "packing": st.booleans(),
+    "compile": st.none() | st.booleans(),
+    "max_tokens": st.none() | st.integers(1),
+    "head_dim": st.none() | st.integers(1, 64).map(lambda half: 2 * half),
+    "lr_schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    "tracker": st.sets(st.sampled_from(["tensorboard", "wandb", "swanlab"])).map(tuple),
+    "output_dir": TEXT,
+    "resume": st.none() | TEXT,
+    "run_name": st.none() | TEXT,
+}
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_every_configuration_survives_its_file(values: dict[str, Any]) -> None:
+    config = PretrainConfig(**values)
+    assert resolve(file=tomllib.loads(write_toml(config, PANELS))) == config
+
+
+NAMES = st.sampled_from(["preset", *settings_of(PretrainConfig)]) | st.text(string.ascii_lowercase + "_-")
+SCALARS = st.text() | st.integers() | st.floats() | st.booleans()
+
+
+@settings(deadline=None)
+@given(st.dictionaries(NAMES, SCALARS | st.lists(SCALARS) | st.just({"a": 1})))
+def test_any_file_gives_a_configuration_or_sentences(values: dict[str, Any]) -> None:
+    problems = ["fine."]
+    try:
+        resolve(file=values)
+    except ConfigError as error:
+        problems = error.problems
+    assert problems
+    assert all(problem.endswith((".", "?")) for problem in problems)

@@ -1,0 +1,244 @@
+"""Which file may import which: the table of the house, held against the imports in the tree."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Module: its layer, and the modules of the same layer that it may import. Lower layers are open to all.
+#   0 standard library   1 torch and numpy   2 accelerate   3 the loop   4 one call   5 the command line
+LAYERS: dict[str, tuple[int, str]] = {
+    "minimind": (0, ""),
+    "minimind.errors": (0, ""),
+    "minimind.settings": (0, "errors"),
+    "minimind.config": (0, "errors settings"),
+    "minimind.presets": (0, "errors settings config"),
+    "minimind.configuration_page": (0, "settings config presets"),
+    "minimind.model_config": (0, "errors"),
+    "minimind.schedule": (0, "config"),
+    "minimind.batch_plan": (0, "errors config"),
+    "minimind.run_folder": (0, "errors settings config"),
+    "minimind.metrics_file": (0, "run_folder"),
+    "minimind.gpu_peaks": (0, ""),
+    "minimind.modeling": (1, ""),
+    "minimind.modeling.rope": (1, ""),
+    "minimind.modeling.kv_cache": (1, ""),
+    "minimind.modeling.attention": (1, "modeling.rope modeling.kv_cache"),
+    "minimind.modeling.feed_forward": (1, ""),
+    "minimind.modeling.loss": (1, ""),
+    "minimind.modeling.transformer": (
+        1,
+        "modeling.rope modeling.kv_cache modeling.attention modeling.feed_forward modeling.loss",
+    ),
+    "minimind.tokenizer": (1, ""),
+    "minimind.data": (1, ""),
+    "minimind.data.embedded": (1, ""),
+    "minimind.data.sources": (1, ""),
+    "minimind.data.shards": (1, ""),
+    "minimind.data.report": (1, ""),
+    "minimind.data.cache": (1, ""),
+    "minimind.data.encode": (1, "data.sources data.shards tokenizer"),
+    "minimind.data.prepare": (
+        1,
+        "data.cache data.embedded data.encode data.report data.shards data.sources tokenizer",
+    ),
+    "minimind.data.sampler": (1, "data.shards"),
+    "minimind.data.packing": (1, "data.sampler data.shards"),
+    "minimind.data.steps": (1, "data.packing data.sampler data.shards"),
+    "minimind.data.prefetch": (1, ""),
+    "minimind.data.loader": (1, "data.packing data.prefetch data.sampler data.shards data.steps"),
+    "minimind.readback": (1, ""),
+    "minimind.optim": (1, ""),
+    "minimind.throughput": (1, ""),
+    "minimind.durable_files": (1, ""),
+    "minimind.stored_checkpoint": (1, "durable_files"),
+    "minimind.checkpoint": (1, "durable_files stored_checkpoint"),
+    "minimind.launch": (2, ""),
+    "minimind.training_state": (2, ""),
+    "minimind.resume": (2, "training_state"),
+    "minimind.trackers": (2, ""),
+    "minimind.progress": (2, ""),
+    "minimind.environment": (2, ""),
+    "minimind.evaluation": (2, ""),
+    "minimind.generation": (2, ""),
+    "minimind.formats": (2, ""),
+    "minimind.formats.qwen3": (2, ""),
+    "minimind.formats.upstream": (2, "formats.qwen3"),
+    "minimind.train": (3, ""),
+    "minimind.pretrain": (4, ""),
+    "minimind_cli": (5, ""),
+    "minimind_cli.options": (5, ""),
+    "minimind_cli.upstream_flags": (5, "minimind_cli.options"),
+    "minimind_cli.pretrain": (5, "minimind_cli.options minimind_cli.upstream_flags"),
+    "minimind_cli.tokens": (5, "minimind_cli.options"),
+    "minimind_cli.checkpoints": (5, "minimind_cli.options"),
+    "minimind_cli.app": (
+        5,
+        "minimind_cli.options minimind_cli.pretrain minimind_cli.tokens minimind_cli.checkpoints",
+    ),
+    "minimind_cli.__main__": (5, "minimind_cli.app"),
+}
+
+# Layer 1 modules that do without torch, besides all of layer 0 and the command line.
+TORCH_FREE = {
+    "minimind.tokenizer",
+    "minimind.data",
+    "minimind.data.embedded",
+    "minimind.data.sources",
+    "minimind.data.shards",
+    "minimind.data.report",
+    "minimind.data.cache",
+    "minimind.data.encode",
+    "minimind.data.prepare",
+    "minimind.data.sampler",
+    "minimind.data.packing",
+    "minimind.data.steps",
+}
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "misc", "common"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: the module it names, the line, and whether it runs when the file is loaded."""
+
+    target: str
+    line: int
+    on_load: bool
+
+
+def modules() -> dict[str, Path]:
+    """Return the files of both packages by module name."""
+    found: dict[str, Path] = {}
+    for folder, package in (("minimind", "minimind"), ("cli", "minimind_cli")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(source: str, module: str, *, is_package: bool = False) -> Iterator[Import]:
+    """Yield what a file imports: relative imports made absolute, names that are modules as modules."""
+    tree = ast.parse(source)
+    late = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, node not in late)
+        elif isinstance(node, ast.ImportFrom):
+            home = module.split(".") if is_package else module.split(".")[:-1]
+            base = home[: len(home) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                yield Import(inner if inner in LAYERS else origin, node.lineno, node not in late)
+
+
+@cache
+def imports(module: str) -> tuple[Import, ...]:
+    """Return the imports of a module in the tree."""
+    path = MODULES[module]
+    is_package = path.name == "__init__.py"
+    return tuple(imports_of(path.read_text(encoding="utf-8"), module, is_package=is_package))
+
+
+def ours(name: str) -> bool:
+    return name.split(".")[0] in ("minimind", "minimind_cli")
+
+
+def third_party(name: str) -> bool:
+    return not ours(name) and name.split(".")[0] not in sys.stdlib_module_names
+
+
+def may_import(module: str, target: str) -> bool:
+    layer, neighbours = LAYERS[module]
+    if LAYERS[target][0] < layer:
+        return True
+    return target.removeprefix("minimind.") in neighbours.split()
+
+
+def test_every_file_stands_in_the_table() -> None:
+    unknown = sorted(MODULES.keys() - LAYERS.keys())
+    assert not unknown, f"add {', '.join(unknown)} with a layer to LAYERS in tests/test_layers.py"
+
+
+# The package itself only names what it loads on first use.
+@pytest.mark.parametrize("module", sorted((MODULES.keys() & LAYERS.keys()) - {"minimind"}))
+def test_a_file_imports_only_what_its_layer_allows(module: str) -> None:
+    wrong = []
+    for item in imports(module):
+        if ours(item.target):
+            assert item.target in LAYERS, f"{MODULES[module]}:{item.line} imports the unknown {item.target}"
+            if not may_import(module, item.target):
+                wrong.append(f"{MODULES[module]}:{item.line} imports {item.target}")
+    assert not wrong, "move it to another layer, or name the neighbour in LAYERS: " + "; ".join(wrong)
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    graph = {
+        module: {item.target for item in imports(module) if ours(item.target) and item.target != module}
+        for module in MODULES.keys() - {"minimind"}
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_loads_only_the_packages_of_its_layer(module: str) -> None:
+    layer = LAYERS[module][0]
+    loaded = {
+        item.target.split(".")[0] for item in imports(module) if item.on_load and third_party(item.target)
+    }
+    if layer == 0:
+        assert not loaded
+    elif layer == 1:
+        assert "accelerate" not in loaded
+    elif layer == 5:
+        assert loaded <= {"typer"}
+
+
+@pytest.mark.parametrize(
+    "module", sorted(name for name in MODULES if LAYERS[name][0] in (0, 5) or name in TORCH_FREE)
+)
+def test_a_torch_free_file_loads_nothing_that_loads_torch(module: str) -> None:
+    for item in imports(module):
+        if item.on_load:
+            where = f"{MODULES[module]}:{item.line}"
+            assert item.target.split(".")[0] not in ("torch", "accelerate", "transformers"), where
+            if ours(item.target):
+                assert LAYERS[item.target][0] in (0, 5) or item.target in TORCH_FREE, where
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    assert not [path for path in MODULES.values() if VAGUE_NAMES & set(path.stem.split("_"))]
+
+
+def test_relative_and_late_imports_are_understood() -> None:
+    source = "from . import shards\nfrom ..errors import DataError\ndef f():\n    import torch\n"
+    assert list(imports_of(source, "minimind.data.encode")) == [
+        Import("minimind.data.shards", 1, on_load=True),
+        Import("minimind.errors", 2, on_load=True),
+        Import("torch", 4, on_load=False),
+    ]
+    assert not may_import("minimind.data.encode", "minimind.modeling.rope")
+    assert not may_import("minimind.config", "minimind.tokenizer")
+    assert may_import("minimind.train", "minimind.data.loader")
