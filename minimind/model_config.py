@@ -145,7 +145,7 @@ class MiniMindConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as the keys of a Qwen3 `config.json`.
 
-        transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`: both are there.
+        transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`.
         """
         values = dataclasses.asdict(self)
         del values["dropout"]
@@ -209,11 +209,18 @@ def _normal_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if kind != "yarn":
         raise ConfigError(f"rope_scaling of type {kind!r} is not supported; use 'yarn' or none.")
-    known = {"rope_type": "yarn"}
-    known |= {key: scaling[key] for key in (*_YARN_NUMBERS, "truncate") if scaling.get(key) is not None}
-    for key in ("factor", "original_max_position_embeddings"):
-        if not isinstance(known.get(key), (int, float)):
-            raise ConfigError(f"rope_scaling has no {key}; YaRN needs it as a number.")
+    for key in _YARN_NUMBERS:
+        value = scaling.get(key)
+        if value is None and key not in ("factor", "original_max_position_embeddings"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(f"rope_scaling {key} is {value}; YaRN needs a number above 0.")
+    # transformers warns of whole numbers here, except for the length.
+    known: dict[str, Any] = {"rope_type": "yarn"}
+    known |= {key: float(scaling[key]) for key in _YARN_NUMBERS if scaling.get(key) is not None}
+    known["original_max_position_embeddings"] = int(known["original_max_position_embeddings"])
+    if scaling.get("truncate") is not None:
+        known["truncate"] = bool(scaling["truncate"])
     unread = {key for key in ("mscale", "mscale_all_dim") if scaling.get(key)}
     if unread:
         raise ConfigError(f"rope_scaling {' and '.join(sorted(unread))} not supported; set attention_factor.")

@@ -1,4 +1,4 @@
-"""Models as Hugging Face transformers reads them: `config.json`, `generation_config.json`, `model.safetensors`.
+"""Models in the files that Hugging Face transformers reads.
 
 The architecture is Qwen3, so transformers, vLLM, llama.cpp's converter and others need no code of ours.
 """
@@ -53,7 +53,7 @@ def save_weights(
     old model or the new one, and a full disk leaves the old one.
 
     Args:
-        state_dict: all parameters by their Hugging Face names, on any device; a tied matrix may be there twice.
+        state_dict: all parameters by their Hugging Face names, on any device; a tied matrix may stand twice.
         config: the shape.
         folder: made where it does not exist.
         dtype: what the weights are rounded to, float16 or bfloat16.
@@ -125,7 +125,7 @@ def load_model(folder: Path) -> MiniMindForCausalLM:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}); it is damaged, copy or save it again."

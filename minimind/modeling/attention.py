@@ -24,8 +24,8 @@ Mask = Tensor | BlockMask
 class RMSNorm(nn.Module):
     """x / rms(x) · weight (Zhang and Sennrich 2019, arXiv 1910.07467).
 
-    Computed in float32 for any input, and returned in the dtype of the weight: float32 under autocast, bf16 in
-    a bf16 model, which is what the layer behind it expects in either case.
+    Computed in float32 for any input and returned in the dtype of the weight: float32 under autocast, bf16
+    in a bf16 model, which is what the layer behind it expects in either case.
     """
 
     def __init__(self, width: int, eps: float) -> None:

@@ -20,8 +20,8 @@ def rope_frequencies(
 ) -> tuple[Tensor, float]:
     """Return the (D/2,) float32 angles per position, and the factor on cos and sin.
 
-    Su et al. 2021 (arXiv 2104.09864): pair i turns by theta^(-2i/D) per position. With `scaling`, YaRN (Peng et
-    al. 2023, arXiv 2309.00071, section 3): pairs that turn more than `beta_fast` times within the original
+    Su et al. 2021 (arXiv 2104.09864): pair i turns by theta^(-2i/D) per position. With `scaling`, YaRN (Peng
+    et al. 2023, arXiv 2309.00071, section 3): pairs that turn more than `beta_fast` times within the original
     length keep their frequency, those that turn less than `beta_slow` times are slowed by `factor`, with a
     linear ramp between; the factor on cos and sin is 0.1·ln(factor) + 1 unless `attention_factor` is set.
     """

@@ -78,7 +78,7 @@ class MiniMindModel(nn.Module):
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        """Return the (B, T, C) hidden states that the output matrix reads; see `MiniMindForCausalLM.forward`."""
+        """Return the (B, T, C) normed hidden states; see `MiniMindForCausalLM.forward`."""
         length = input_ids.shape[1]
         start = kv_cache.length if kv_cache is not None else 0
         if start + length > self.config.max_position_embeddings:
@@ -141,7 +141,7 @@ class MiniMindForCausalLM(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if writes else std)
 
     def tie_weights(self) -> None:
-        """Make embedding and output one parameter where the config says so; call it after moving from meta."""
+        """Make embedding and output one parameter where the config says so; moving off meta undoes it."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -192,7 +192,7 @@ class MiniMindForCausalLM(nn.Module):
                 cross-entropy over `num_items_in_batch`; logits are not returned and never held whole.
             num_items_in_batch: divides the loss of `shift_labels`; None means the number of real ones.
             position_ids: (B, T) position of each token; None counts up from the cache's length.
-            document_ids: (B, T) int32, tokens attend within equal ids only; None lets each row be one document.
+            document_ids: (B, T) int32; tokens attend within equal ids only. None: a row is one document.
             kv_cache: keys and values of earlier tokens, extended by these.
         """
         hidden = self.model(input_ids, position_ids, document_ids, kv_cache)
