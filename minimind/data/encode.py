@@ -6,12 +6,13 @@ import hashlib
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,8 +137,6 @@ def encode(
         OSError: when `folder` cannot be written.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
-    hashes: dict[str, BinaryIO] = {split: tempfile.TemporaryFile(dir=folder) for split in SPLITS}
     readings = [Reading() for _ in assignments]
     encoded = Encoded(
         splits={},
@@ -147,7 +146,11 @@ def encode(
     )
     held_out = np.array([assignment.held_out for assignment in assignments])
     all_validation = np.array([assignment.split == "validation" for assignment in assignments])
-    try:
+    with ExitStack() as stack:
+        writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.abandon)
+        hashes = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
         for batch, ids in _tokenized(_batches(assignments, readings), tokenizer, dtype):
             validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
             _count(encoded, batch, ids, validation)
@@ -161,10 +164,6 @@ def encode(
                 progress(batch.done_bytes)
         encoded.splits = {split: writer.close() for split, writer in writers.items()}
         _count_duplicates(encoded, hashes)
-    finally:
-        for split in SPLITS:
-            writers[split].abandon()
-            hashes[split].close()
     return encoded
 
 
@@ -234,7 +233,7 @@ def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bo
     np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), values)
 
 
-def _count_duplicates(encoded: Encoded, files: dict[str, BinaryIO]) -> None:
+def _count_duplicates(encoded: Encoded, files: Mapping[str, IO[bytes]]) -> None:
     """Count equal documents by their hashes: the one place whose memory grows, by 9 bytes a document."""
     hashes = {}
     for split, file in files.items():

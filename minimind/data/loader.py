@@ -12,7 +12,6 @@ from itertools import islice
 import torch
 
 from ..batch_plan import BatchPlan
-from .packing import Rows
 from .prefetch import prefetch
 from .sampler import RowOrder
 from .shards import TokenShards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -29,10 +30,9 @@ def prefetch(items: Iterator[Item], depth: int) -> Iterator[Item]:
 
     def put(item: Item | _End) -> None:
         while not stop.is_set():
-            try:
-                return queue.put(item, timeout=_POLL_SECONDS)
-            except Full:
-                continue
+            with suppress(Full):
+                queue.put(item, timeout=_POLL_SECONDS)
+                return
 
     def produce() -> None:
         try:
