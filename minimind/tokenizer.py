@@ -26,7 +26,6 @@ from .errors import ConfigError, DataError
 SHIPPED = Path(__file__).parent / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
 
-ROLES = ("bos_token", "eos_token", "pad_token")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
 """First entries of a tokenizer trained here: padding, start, end, and 13 that later training may name."""
 
@@ -44,25 +43,18 @@ _KNOWN_NAMES = {
 }
 _BYTE_SYMBOLS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
+_FIX = (
+    "Give a tokenizer.json or the folder that holds one; transformers writes it with "
+    "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
+)
 _PIECE_CHARACTERS = 1 << 16
-_TOKEN_CHARACTERS = 24
 
-
-def _keep_parallel_and_quiet() -> None:
-    """Let the Rust threads work, and let forked children do without them unasked.
-
-    Unless this variable is set when a process forks, tokenizers prints a warning in the child, also for the
-    fork of an unrelated subprocess. A child has none of the threads, so there the answer must be "false".
-    """
-    if "TOKENIZERS_PARALLELISM" not in os.environ:
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                after_in_child=lambda: os.environ.__setitem__("TOKENIZERS_PARALLELISM", "false")
-            )
-
-
-_keep_parallel_and_quiet()
+# Unless this is set when a process forks, tokenizers prints a warning in the child, even if that only runs an
+# unrelated command. A child has none of the Rust threads and would wait for them for ever.
+if "TOKENIZERS_PARALLELISM" not in os.environ:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 class Tokenizer:
@@ -81,60 +73,61 @@ class Tokenizer:
     pad_token_id: int
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, roles: Mapping[str, str | None], chat_template: Any = None
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token: str,
+        bos_token: str | None = None,
+        pad_token: str | None = None,
+        chat_template: Any = None,
     ) -> None:
-        """Take over `backend`; `roles` holds `eos_token` and maybe `bos_token`, `pad_token`, all in it."""
-        self._roles = {name: roles.get(name) for name in ROLES}
-        self._roles["pad_token"] = self._roles["pad_token"] or self._roles["eos_token"]
+        """Take over `backend`, whose vocabulary holds the tokens named."""
+        pad_token = pad_token or eos_token
+        self._roles = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self._chat_template = chat_template
         # A tokenizer.json may carry the cut-off and padding of some earlier use.
         backend.no_truncation()
         backend.no_padding()
-        # A role must be a special token, or decoding would print it and text could spell it. The id stays.
-        names = [name for name in self._roles.values() if name is not None]
-        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        # A role must be a special token, or decoding would print it and text could spell it. Its id stays.
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        for name in self._roles.values():
+            if name is not None and name not in special:
+                backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
         backend.encode_special_tokens = True
         self._backend = backend
 
-        ids = {
-            role: None if name is None else backend.token_to_id(name) for role, name in self._roles.items()
-        }
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = (ids[role] for role in ROLES)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = backend.get_vocab()
+        self.bos_token_id = None if bos_token is None else ids[bos_token]
+        self.eos_token_id, self.pad_token_id = ids[eos_token], ids[pad_token]
+        self.vocab_size = max(ids.values()) + 1
         rules = json.loads(backend.to_str())
         canonical = json.dumps([rules, self._roles], sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
-        self._byte_level = "ByteLevel" in _types(rules.get("decoder"))
-        self._special_ids = frozenset(
-            id for id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
-        self._dropped = self._ids_text_can_spell(rules)
+        self._byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
+        self._added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(id for id, token in self._added.items() if token.special)
+        self._struck = self._ids_text_can_spell(rules["model"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # The switch is no part of a pickled backend.
         self._backend.encode_special_tokens = True
 
-    def _ids_text_can_spell(self, rules: dict[str, Any]) -> frozenset[int]:
-        """Return the special ids to strike from encoded text; the unknown token stays unless it has a role.
+    def _ids_text_can_spell(self, model: Mapping[str, Any]) -> frozenset[int]:
+        """Return the special ids to strike from encoded text; an unknown token without a role stays.
 
         Byte-level BPE cannot reach a special token from text. Unigram and word vocabularies can, as their
         special tokens are pieces like any other.
         """
-        names = [
-            token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
-        ]
-        probes = self._backend.encode_batch(
-            [prefix + name for name in names for prefix in ("", "a")], add_special_tokens=False
-        )
-        reachable = any(not self._special_ids.isdisjoint(probe.ids) for probe in probes)
-        if self._byte_level and not reachable:
+        names = [self._added[id].content for id in self._special_ids]
+        spelled = self._backend.encode_batch(names + [f"a{name}" for name in names], add_special_tokens=False)
+        if self._byte_level and all(self._special_ids.isdisjoint(encoding.ids) for encoding in spelled):
             return frozenset()
-        unknown = rules["model"].get("unk_token")
-        if rules["model"].get("unk_id") is not None:
-            unknown = rules["model"]["vocab"][rules["model"]["unk_id"]][0]
-        kept = set() if unknown in self._roles.values() else {self._backend.token_to_id(unknown or "")}
-        return self._special_ids - kept
+        unknown = model.get("unk_token")
+        if model.get("unk_id") is not None:
+            unknown = model["vocab"][model["unk_id"]][0]
+        kept = {unknown}.difference(self._roles.values())
+        return frozenset(id for id in self._special_ids if self._added[id].content not in kept)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without start or end token; see `encode_batch`."""
@@ -149,12 +142,11 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
-            whole = [
-                text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in texts
-            ]
-            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
-        if self._dropped:
-            return [[id for id in encoding.ids if id not in self._dropped] for encoding in encodings]
+            halves = (text.encode("utf-16-le", "surrogatepass") for text in texts)
+            texts = [half.decode("utf-16-le", "replace") for half in halves]
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        if self._struck:
+            return [[id for id in encoding.ids if id not in self._struck] for encoding in encodings]
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -168,18 +160,17 @@ class Tokenizer:
         tokenizer does not normalize text. Other vocabularies: what the id adds to the text of the one before.
         """
         sizes = np.zeros(self.vocab_size, dtype=np.float32)
-        added = self._backend.get_added_tokens_decoder()
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        anchor = next((id for token, id in vocabulary.items() if id not in added and token.isalpha()), None)
-        before = [] if anchor is None else [anchor]
+        vocabulary = self._backend.get_vocab()
+        words = (id for token, id in vocabulary.items() if id not in self._added and token.isalpha())
+        before = [min(words, default=self.eos_token_id)]
         offset = len(self.decode(before).encode())
         for token, id in vocabulary.items():
             if id in self._special_ids:
                 continue
-            if id in added:
+            if self._byte_level and id not in self._added and _BYTE_SYMBOLS.issuperset(token):
+                sizes[id] = len(token)
+            elif self._byte_level or id in self._added:
                 sizes[id] = len(token.encode())
-            elif self._byte_level:
-                sizes[id] = len(token) if _BYTE_SYMBOLS.issuperset(token) else len(token.encode())
             elif _BYTE_FALLBACK.fullmatch(token):
                 sizes[id] = 1
             else:
@@ -190,17 +181,12 @@ class Tokenizer:
         """Write `tokenizer.json` and the two files beside it that transformers' AutoTokenizer reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **self._roles,
-            "clean_up_tokenization_spaces": False,
-        }
-        if self._chat_template is not None:
-            config["chat_template"] = self._chat_template
         named = {role: name for role, name in self._roles.items() if name is not None}
-        _write(folder / "tokenizer.json", self._backend.to_str(pretty=True))
-        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
-        _write(folder / "special_tokens_map.json", json.dumps(named, ensure_ascii=False, indent=2))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        template = {} if self._chat_template is None else {"chat_template": self._chat_template}
+        _write(folder / "special_tokens_map.json", named)
+        _write(folder / "tokenizer_config.json", {**config, **self._roles, **template})
+        _write(folder / "tokenizer.json", json.loads(self._backend.to_str()))
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
@@ -216,85 +202,62 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     file = SHIPPED if path is None else Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
+    rules = _read_json(file)
+    if "model" not in rules:
+        raise ConfigError(f"--tokenizer {file} holds no tokenizer: it has no 'model'. {_FIX}")
     try:
-        text = file.read_text(encoding="utf-8")
-        rules = json.loads(text)
-        if not isinstance(rules, dict) or "model" not in rules:
-            raise ConfigError(
-                f"--tokenizer {file} is not a tokenizer: it has no 'model'. Give the tokenizer.json of a "
-                "tokenizers or transformers tokenizer, or leave the option out."
-            )
-        backend = tokenizers.Tokenizer.from_str(text)
-    except OSError as error:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
+    except Exception as error:  # what the Rust side raises has no type of its own
         raise ConfigError(
-            f"--tokenizer {path}: cannot read {file} ({error.strerror}). Give a tokenizer.json or the folder "
-            "that holds one; a model on a hub must be downloaded first."
+            f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
+            "Save it again with the transformers installed here, or update tokenizers."
         ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"--tokenizer {file} is not JSON ({error}). Give a tokenizer.json; transformers writes one for any "
-            "model with AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
-        ) from error
-    except ConfigError:
-        raise
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ConfigError(
-            f"--tokenizer {file} is not a tokenizer that tokenizers {tokenizers.__version__} can read "
-            f"({error}). Write it again with save_pretrained, or update tokenizers."
-        ) from error
-    config = _read_config(file.with_name(f"{file.stem}_config.json"))
-    return Tokenizer(backend, _find_roles(backend, config, file), config.get("chat_template"))
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"--tokenizer: {file} is not JSON ({error}); mend or remove it.") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"--tokenizer: {file} does not hold a JSON object; mend or remove it.")
-    return config
-
-
-def _find_roles(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path
-) -> dict[str, str | None]:
-    """Return the token of each role: as the config says, else the first known name in the vocabulary."""
-    roles: dict[str, str | None] = {}
-    for role in ROLES:
-        said = config.get(role)
-        name = said["content"] if isinstance(said, dict) else said
-        if name is not None and backend.token_to_id(name) is None:
-            raise ConfigError(
-                f"--tokenizer {file}: its config names {name!r} as {role}, which is not in the vocabulary. "
-                f"Correct {role} in {file.stem}_config.json."
-            )
-        # A config that says null means it, except that documents must end.
-        if name is None and (role not in config or role == "eos_token"):
-            name = next(
-                (known for known in _KNOWN_NAMES[role] if backend.token_to_id(known) is not None), None
-            )
-        roles[role] = name
-    if roles["eos_token"] is None:
+    config_file = file.with_name(f"{file.stem}_config.json")
+    config = _read_json(config_file) if config_file.is_file() else {}
+    bos, eos, pad = (_find_role(role, backend, config, file) for role in _KNOWN_NAMES)
+    if eos is None:
         raise ConfigError(
             f"--tokenizer {file} has no token that ends a document. Name one of its tokens in a file "
-            f'{file.stem}_config.json beside it: {{"eos_token": "..."}}.'
+            f'{config_file.name} beside it: {{"eos_token": "..."}}.'
         )
-    return roles
+    template = config.get("chat_template")
+    return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad, chat_template=template)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {_FIX}") from error
+    except ValueError as error:
+        raise ConfigError(f"--tokenizer {file} is not JSON ({error}). {_FIX}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--tokenizer {file} is not a JSON object. {_FIX}")
+    return content
+
+
+def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> str | None:
+    """Return the token the config names for a role, else the first known name in the vocabulary."""
+    named = config.get(role)
+    if isinstance(named, dict):
+        named = named.get("content")
+    if named is not None and backend.token_to_id(str(named)) is None:
+        raise ConfigError(
+            f"--tokenizer {file}: the vocabulary has no {named!r}, the {role} that {file.stem}_config.json "
+            "beside it names. Correct the name there."
+        )
+    # A config that says null means it, except that documents must end.
+    if named is None and (role not in config or role == "eos_token"):
+        named = next((name for name in _KNOWN_NAMES[role] if backend.token_to_id(name) is not None), None)
+    return named
 
 
 def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Refuse a tokenizer with more entries than the model has embedding rows.
-
-    Raises:
-        ConfigError: naming the size that would do.
-    """
+    """Raise ConfigError, naming a size that would do, if the model has fewer rows than the tokenizer entries."""
     if tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(
-            f"--vocab-size {model_vocab_size} is too small: the tokenizer has {tokenizer.vocab_size} entries. "
-            f"Leave the option out, set it to {tokenizer.vocab_size} or more, or choose another --tokenizer."
+            f"--vocab-size {model_vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries. "
+            f"Leave the option out, give at least {tokenizer.vocab_size}, or choose another --tokenizer."
         )
 
 
@@ -306,10 +269,10 @@ def train_tokenizer(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokenizer:
-    """Train a byte-level BPE on a sample of some text.
+    """Train a byte-level BPE of the package's kind.
 
-    Memory is bounded: of any amount of text at most `max_bytes` are kept, a sample in which every piece of
-    65,536 characters has the same chance. The same texts in the same order give the same tokenizer.
+    At most `max_bytes` of the text are kept: a random sample in which every document, or piece of 65,536
+    characters of a long one, has the same chance. The same texts in the same order give the same tokenizer.
 
     Args:
         texts: documents, read once.
@@ -329,19 +292,16 @@ def train_tokenizer(
             f"special tokens need {smallest}. Give at least {smallest}."
         )
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    to_symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_symbols])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(_BYTE_SYMBOLS),
-        max_token_length=_TOKEN_CHARACTERS,
+        max_token_length=24,  # in bytes: long rules and runs of spaces are not worth an entry
         show_progress=False,
     )
     backend.train_from_iterator(_sample(texts, max_bytes, seed, progress), trainer)
@@ -352,7 +312,7 @@ def train_tokenizer(
             f"give more text, or --vocab-size {entries}."
         )
     pad, bos, eos = SPECIAL_TOKENS[:3]
-    return Tokenizer(backend, {"bos_token": bos, "eos_token": eos, "pad_token": pad})
+    return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad)
 
 
 def _sample(
@@ -379,19 +339,13 @@ def _sample(
                 kept_bytes -= size
         if progress is not None:
             progress(documents, bytes_read)
-    yield from (piece.encode("utf-8", "replace").decode() for _, _, piece in kept)
+    while kept:
+        # Handed over and let go, so that the trainer's counts grow while the sample shrinks.
+        yield kept.pop()[2].encode("utf-8", "replace").decode()
 
 
-def _types(component: Any) -> set[str]:
-    """Return the types of a component of tokenizer.json and of the parts of a sequence."""
-    if not isinstance(component, dict):
-        return set()
-    parts = [part for value in component.values() if isinstance(value, list) for part in value]
-    return {component["type"]}.union(*(_types(part) for part in parts))
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is either whole or not there."""
     draft = file.with_name(f"{file.name}.tmp")
-    draft.write_text(text + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, file)

@@ -25,6 +25,8 @@ _SKIPPED = frozenset(
 )
 _SMALLEST_DOCUMENT = 200
 
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 def embedded_documents() -> Iterator[str]:
     """Yield the documents, in the same order on every call.
@@ -88,18 +90,14 @@ def _documents(module: str, file: Path) -> Iterator[list[tuple[str, str]]]:
             yield [*_sections(node, f"{module}.{node.name}", enter_classes=True)]
 
 
-def _sections(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
-    name: str,
-    *,
-    enter_classes: bool,
-) -> Iterator[tuple[str, str]]:
+def _sections(node: _Documented, name: str, *, enter_classes: bool) -> Iterator[tuple[str, str]]:
     docstring = ast.get_docstring(node, clean=False)
     if docstring and (text := inspect.cleandoc(docstring).strip()):
         yield name, text
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return
-    entered = (ast.FunctionDef, ast.AsyncFunctionDef, *([ast.ClassDef] if enter_classes else []))
     for child in node.body:
-        if isinstance(child, entered):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            enter_classes and isinstance(child, ast.ClassDef)
+        ):
             yield from _sections(child, f"{name}.{child.name}", enter_classes=enter_classes)
