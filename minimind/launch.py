@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
 
 from .config import PretrainConfig
@@ -86,3 +87,12 @@ def _refuse_broken_launch(accelerator: Accelerator) -> None:
             "FSDP was asked for but is not in force as version 2; launch on GPUs with "
             "--use_fsdp --fsdp_version 2."
         )
+
+
+def close_accelerator(accelerator: Accelerator) -> None:
+    """Leave the processes and forget their state, so that the same program can start another run."""
+    accelerator.free_memory()
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -50,6 +50,15 @@ class MetricsFile:
         self._file.close()
 
 
+def last_step_with(path: Path, name: str) -> int | None:
+    """Return the last step whose line has the number `name`, None where there is none."""
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as file:
+        records = map(json.loads, file)
+        return max((record["step"] for record in records if name in record), default=None)
+
+
 def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:
     """Yield the whole lines of steps up to `step`; one that a crash cut short is not whole."""
     for line in lines:

@@ -5,32 +5,409 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from .batch_plan import BatchPlan, count_steps, plan_batches
 from .checkpoint import CheckpointStore
 from .config import PretrainConfig
-from .data.loader import Loader, MicroBatch, evaluation_batches
+from .data.loader import Loader, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
+from .data.shards import TokenShards
+from .delivery import deliver_model, write_sample
 from .environment import describe_environment
-from .errors import ConfigError
-from .formats.qwen3 import load_config, load_model, save_weights
-from .generation import generate
+from .errors import CheckpointError
+from .evaluation import evaluate
 from .launch import close_accelerator, is_main_process, start_accelerator, wants_compile
+from .metrics_file import last_step_with
 from .model_config import MiniMindConfig
-from .modeling.transformer import MiniMindForCausalLM
 from .optim import build_optimizer
 from .progress import Progress
+from .resume import changed_group_values, differences
 from .run_folder import RunFolder
 from .schedule import learning_rates
-from .throughput import Meter, device_peak_flops
-from .tokenizer import Tokenizer, check_vocab, load_tokenizer
-from .train import Run, TrainState, train, validate
+from .starting_model import make_model, resolve_shape
+from .stopping import StopRequest
+from .stored_checkpoint import StoredCheckpoint
+from .throughput import Meter, peak_flops_of
+from .tokenizer import Tokenizer, load_tokenizer
+from .train import Run, TrainState, due, evaluation_interval, report_evaluation, train, validate
 from .trackers import Trackers, check_trackers
+from .training_state import agree, collect, restore
+from .wording import count, duration
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run has to show.
+
+    Attributes:
+        model_dir: folder that Hugging Face transformers loads; not written by a run that was stopped early.
+        steps: optimizer steps done.
+        tokens: real input tokens trained.
+        loss: mean training loss of the last report, in nats per token.
+        val_loss: last validation loss, None without validation text.
+        bits_per_byte: last validation bits per byte, None without validation text.
+        tokens_per_second: speed after warm-up.
+        seconds: wall time of the whole call.
+        sample: a short text written by the model, empty on all processes but the main one.
+        stopped: why the run ended early (`SIGTERM`, `SIGINT`, `--max-time`), None where it did not.
+    """
+
+    model_dir: Path
+    steps: int
+    tokens: int
+    loss: float
+    val_loss: float | None
+    bits_per_byte: float | None
+    tokens_per_second: float
+    seconds: float
+    sample: str
+    stopped: str | None
+
+
+def pretrain(config: PretrainConfig) -> PretrainResult:
+    """Train a model as the configuration says, from text files to a model folder.
+
+    Under `accelerate launch` every process calls this. SIGTERM and SIGINT end the run after the step under
+    way with its state saved, as `PretrainResult.stopped` then tells.
+
+    Raises:
+        UserError: for anything the caller can put right: options, data, checkpoints, a loss that diverges.
+    """
+    started = time.monotonic()
+    check_trackers(config)
+    folder = RunFolder(Path(config.output_dir))
+    with ExitStack() as closing:
+        stop = closing.enter_context(StopRequest())
+        progress = Progress(enabled=is_main_process())
+        closing.callback(progress.close)
+        tokenizer = load_tokenizer(config.tokenizer)
+        config, shape = resolve_shape(config, tokenizer)
+        if is_main_process():
+            folder.claim(resume=config.resume is not None)
+        # Before the processes are joined: a long build would outlast the patience of those that wait.
+        data = prepare_data(config, tokenizer, progress.data_build)
+        if data.built:
+            progress.banner([("data", line) for line in data.report.lines()])
+
+        accelerator = start_accelerator(config)
+        closing.callback(close_accelerator, accelerator)
+        plan = plan_batches(config, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = plan.accumulation_steps
+        model, optimizer, compiled = _prepare_model(config, shape, accelerator)
+        loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
+
+        store = CheckpointStore(
+            folder.checkpoints,
+            config.keep_checkpoints,
+            on_error=lambda error: progress.warn(str(error)),
+        )
+        settings = _settings(config, shape, plan, tokenizer, data)
+        state, saved_trackers = _resume(config, settings, store, accelerator, model, optimizer, progress)
+        total_steps = count_steps(
+            config,
+            steps_per_epoch=loader.steps_per_epoch,
+            tokens_per_epoch=loader.tokens_per_epoch,
+            global_batch_size=plan.global_batch_size,
+            rows=loader.rows_per_epoch,
+        )
+        if accelerator.is_main_process:
+            folder.describe(config, describe_environment(accelerator.device))
+        trackers = Trackers(
+            config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
+        )
+        closing.callback(trackers.close)
+        progress.banner(_banner(config, shape, plan, data, accelerator, compiled, total_steps))
+
+        meter = Meter(
+            shape.flops_per_token(config.max_seq_len),
+            accelerator.num_processes,
+            peak_flops_of(accelerator.device),
+            total_steps,
+            start_step=state.step,
+            intervals={"evaluation": evaluation_interval(config), "saving": config.save_interval},
+            device=accelerator.device,
+        )
+        run = Run(
+            config=config,
+            accelerator=accelerator,
+            model=model,
+            optimizer=optimizer,
+            loader=loader,
+            validation=_validation(config, data.validation, tokenizer, accelerator),
+            bytes_per_token=_bytes_per_token(tokenizer, shape.vocab_size, accelerator.device),
+            learning_rate=learning_rates(config, total_steps),
+            total_steps=total_steps,
+            meter=meter,
+            progress=progress,
+            trackers=trackers,
+            save=partial(_save, accelerator, model, optimizer, store, trackers, settings),
+            mark_best=partial(_mark_best, accelerator, store),
+            stop=stop,
+        )
+        _look_before_the_first_step(run, state, folder)
+        progress.start(total_steps, state.step)
+        train(run, state)
+        store.settle()
+        sample = ""
+        if not state.stopping:
+            deliver_model(accelerator, model, shape, tokenizer, folder.model)
+            if accelerator.is_main_process:
+                sample = write_sample(folder.model, tokenizer, config.seed, accelerator.device)
+        totals = meter.totals()
+        trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
+        evaluation = run.last_evaluation
+        result = PretrainResult(
+            model_dir=folder.model,
+            steps=state.step,
+            tokens=state.tokens,
+            loss=run.last_loss,
+            val_loss=evaluation.loss if evaluation else None,
+            bits_per_byte=evaluation.bits_per_byte if evaluation else None,
+            tokens_per_second=totals["tokens_per_second"],
+            seconds=time.monotonic() - started,
+            sample=sample,
+            stopped=(stop.reason or "another process") if state.stopping else None,
+        )
+        progress.summary(_summary(result, folder, totals, meter.bottleneck(), state))
+        # Only a run that got this far waits for the others: one that failed must not.
+        accelerator.wait_for_everyone()
+        return result
+
+
+def _prepare_model(
+    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
+    """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""
+    model = make_model(config, shape)
+    compiled = wants_compile(config, accelerator)
+    if compiled:
+        # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
+        model.compile_for_training("whole" if accelerator.num_processes == 1 else "blocks")
+    optimizer = build_optimizer(model, config, accelerator.device)
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    return prepared_model, prepared_optimizer, compiled
+
+
+def _make_loader(
+    config: PretrainConfig,
+    shards: TokenShards,
+    plan: BatchPlan,
+    tokenizer: Tokenizer,
+    accelerator: Accelerator,
+) -> Loader:
+    return Loader(
+        shards,
+        seq_len=config.max_seq_len,
+        packing=config.packing,
+        plan=plan,
+        seed=config.seed,
+        process_index=accelerator.process_index,
+        device=accelerator.device,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _validation(
+    config: PretrainConfig, shards: TokenShards | None, tokenizer: Tokenizer, accelerator: Accelerator
+) -> Any:
+    """Return a function from a number of batches, None for all, to this process's validation batches."""
+    if shards is None:
+        return None
+    return lambda max_batches: evaluation_batches(
+        shards,
+        seq_len=config.max_seq_len,
+        packing=config.packing,
+        batch_size=config.batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        device=accelerator.device,
+        max_batches=max_batches,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _bytes_per_token(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> torch.Tensor:
+    table = torch.zeros(vocab_size)
+    table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
+    return table.to(device)
+
+
+def _settings(
+    config: PretrainConfig, shape: MiniMindConfig, plan: BatchPlan, tokenizer: Tokenizer, data: PreparedData
+) -> dict[str, Any]:
+    """Return everything that decides whether a checkpoint belongs to this run; see `resume.differences`."""
+    return {
+        **dataclasses.asdict(config),
+        "global_batch_size": plan.global_batch_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "data_fingerprint": data.fingerprint,
+    }
+
+
+def _resume(
+    config: PretrainConfig,
+    settings: dict[str, Any],
+    store: CheckpointStore,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> tuple[TrainState, dict[str, str]]:
+    """Return the state to start from, and the run ids of the trackers, from a checkpoint if one is wanted."""
+
+    def find() -> StoredCheckpoint | None:
+        store.clean()
+        if config.resume is None:
+            return None
+        if config.resume != "auto":
+            return store.open(Path(config.resume))
+        return store.latest(progress.warn)
+
+    checkpoint = agree(accelerator, find)
+    if checkpoint is None:
+        if config.resume is not None:
+            progress.note(f"--resume: no checkpoint in {store.folder}, so the run starts from the beginning.")
+        return TrainState(), {}
+
+    def compare() -> frozenset[str]:
+        saved = checkpoint.trainer["settings"]
+        refused, changed = differences(saved, settings)
+        if refused:
+            lines = "\n  ".join(refused)
+            raise CheckpointError(f"{checkpoint.path} belongs to a run with other settings:\n  {lines}")
+        for change in changed:
+            progress.warn(change)
+        return changed_group_values(saved, settings)
+
+    changed = agree(accelerator, compare)
+    trainer = restore(accelerator, model, optimizer, checkpoint, keep_group_values=changed)
+    state = TrainState(**trainer["state"])
+    best = store.best()
+    if best is not None and best[0] <= state.step:
+        state.best_val_loss = min(state.best_val_loss, best[1])
+    if accelerator.is_main_process:
+        store.rewind(state.step)
+    progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
+    return state, trainer["trackers"]
+
+
+def _save(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    store: CheckpointStore,
+    trackers: Trackers,
+    settings: dict[str, Any],
+    state: TrainState,
+) -> None:
+    """Copy the state to the host and let the store write it in the background."""
+    store.settle()
+    extra = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "state": dataclasses.asdict(dataclasses.replace(state, stopping=False)),
+        "settings": settings,
+        "trackers": trackers.state(),
+    }
+    snapshot = collect(accelerator, model, optimizer, extra)
+    if snapshot is not None:
+        store.save(snapshot)
+
+
+def _mark_best(accelerator: Accelerator, store: CheckpointStore, state: TrainState) -> None:
+    if accelerator.is_main_process:
+        store.mark_best(state.step, state.best_val_loss)
+
+
+def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) -> None:
+    """Run one validation batch, so that what would fail at the first evaluation fails at once.
+
+    A resumed run instead makes up for an evaluation that its checkpoint was written just before.
+    """
+    if run.validation is None:
+        return
+    with run.meter.phase("evaluation"):
+        result = evaluate(run.model, run.validation(1), run.bytes_per_token, run.accelerator)
+    if state.step == 0 and result is not None:
+        report_evaluation(run, state, result)
+    elif due(state.step, evaluation_interval(run.config)):
+        missing = agree(run.accelerator, lambda: last_step_with(folder.metrics, "val_loss") != state.step)
+        if missing:
+            validate(run, state)
+
+
+def _banner(
+    config: PretrainConfig,
+    shape: MiniMindConfig,
+    plan: BatchPlan,
+    data: PreparedData,
+    accelerator: Accelerator,
+    compiled: bool,
+    total_steps: int,
+) -> list[tuple[str, str]]:
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    tokens = plan.global_batch_size * config.max_seq_len
+    validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
+    return [
+        (
+            "model",
+            f"{count(shape.num_parameters())} parameters: {shape.num_hidden_layers} blocks {shape.hidden_size} "
+            f"wide, {shape.num_attention_heads} heads, {shape.num_key_value_heads} key/value heads",
+        ),
+        (
+            "data",
+            f"{count(data.train.num_tokens)} tokens in {data.train.num_documents:,} documents{validation}",
+        ),
+        (
+            "steps",
+            f"{total_steps:,} of up to {count(tokens)} tokens: {plan.micro_batch_size} rows x "
+            f"{plan.accumulation_steps} micro-batches x {plan.num_processes} processes, "
+            f"{config.max_seq_len} tokens a row",
+        ),
+        (
+            "device",
+            f"{name} x {accelerator.num_processes}, {precision}, {'compiled' if compiled else 'not compiled'}",
+        ),
+        ("folder", config.output_dir),
+    ]
+
+
+def _summary(
+    result: PretrainResult, folder: RunFolder, totals: dict[str, float], bottleneck: str, state: TrainState
+) -> list[tuple[str, str]]:
+    if result.stopped is not None:
+        end = f"stopped by {result.stopped} after step {result.steps:,}; go on with --resume"
+        rows = [("end", end)]
+    else:
+        rows = [("model", str(result.model_dir))]
+    loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "not measured"
+    if result.val_loss is not None:
+        loss += f", validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)"
+    parts = [
+        f"{name.replace('_', ' ')} {duration(totals[name])}"
+        for name in ("training", "first_steps", "data", "evaluation", "saving", "compile")
+        if totals.get(name, 0.0) >= 0.5
+    ]
+    rows += [
+        ("loss", loss),
+        ("trained", f"{result.steps:,} steps, {count(result.tokens)} tokens"),
+        ("speed", f"{count(result.tokens_per_second)} tokens/s"),
+        ("time", f"{duration(result.seconds)}" + (f": {', '.join(parts)}" if parts else "")),
+        ("bottleneck", bottleneck),
+    ]
+    if state.skipped_steps:
+        rows.append(("skipped", f"{state.skipped_steps:,} updates, for a loss or gradient that was not finite"))
+    if result.sample:
+        rows.append(("sample", " ".join(result.sample.split())))
+    return rows

@@ -87,6 +87,16 @@ def reserve_host_memory(
             held.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
 
 
+def gather_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Return whole copies of the weights on the host, on the main process; every process must call this."""
+    copies = _to_host(_named_tensors(model)[0], accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return None
+    if accelerator.device.type == "cuda":
+        torch.cuda.current_stream(accelerator.device).synchronize()
+    return copies
+
+
 def restore(
     accelerator: Accelerator,
     model: nn.Module,

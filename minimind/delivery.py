@@ -1,0 +1,52 @@
+"""What a run hands over at its end: the model folder, and a short text that the model in it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .formats.qwen3 import load_model, save_weights
+from .generation import generate
+from .model_config import MiniMindConfig
+from .tokenizer import Tokenizer
+from .training_state import gather_weights
+
+SAMPLE_TOKENS = 64
+
+
+def deliver_model(
+    accelerator: Accelerator, model: nn.Module, shape: MiniMindConfig, tokenizer: Tokenizer, folder: Path
+) -> None:
+    """Write model and tokenizer as Hugging Face transformers reads them; every process must call this.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    weights = gather_weights(accelerator, model)
+    if weights is not None:
+        # A model trained in bf16 may hold what fp16 cannot; any other gains three bits by fp16.
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
+        save_weights(weights, shape, folder, dtype)
+        tokenizer.save(folder)
+    accelerator.wait_for_everyone()
+
+
+def write_sample(folder: Path, tokenizer: Tokenizer, seed: int, device: torch.device) -> str:
+    """Return the beginning of a document as the delivered model writes it.
+
+    The model is read back from its folder, so the sample also shows that the folder is sound.
+    """
+    model = load_model(folder).to(device)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    generator = torch.Generator(device).manual_seed(seed)
+    written = generate(
+        model,
+        torch.tensor([[start]]),
+        max_new_tokens=SAMPLE_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        generator=generator,
+    )
+    return tokenizer.decode(written).strip()
