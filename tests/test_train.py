@@ -17,6 +17,7 @@ from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim import build_optimizer
 from minimind.stopping import StopRequest
+from minimind.throughput import Meter
 from minimind.train import NONFINITE_STEPS_ALLOWED, Run, TrainState, settle, train, train_step
 
 ROWS, LENGTH, VOCAB = 8, 24, 97
@@ -63,7 +64,7 @@ def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
 
 
 class Recorder:
-    """Stands for progress, trackers and meter: keeps what it is told."""
+    """Stands for progress and trackers: keeps what it is told."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -96,7 +97,7 @@ def make_run(model: MiniMindForCausalLM, accumulation_steps: int = 1, **options:
         bytes_per_token=torch.ones(VOCAB),
         learning_rate=lambda step: 0.1,
         total_steps=10,
-        meter=recorder,
+        meter=Meter(1.0, 1, None, 10),
         progress=recorder,
         trackers=recorder,
         save=lambda state: None,
