@@ -51,9 +51,10 @@ def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
         micro = f", or --batch-size {nearest}"
     else:
         micro = f", or a number of processes that divides {wanted}"
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     raise ConfigError(
         f"--global-batch-size {wanted} is not a multiple of {rows} rows "
-        f"(--batch-size {config.batch_size} x {num_processes} processes); "
+        f"(--batch-size {config.batch_size} x {processes}); "
         f"use --global-batch-size {globals_that_fit}{micro}."
     )
 

@@ -54,20 +54,22 @@ class RunFolder:
         Raises:
             ConfigError: when a run lies there and `resume` is off, or the folder cannot be written.
         """
-        if not resume and self.holds_a_run():
-            raise ConfigError(
-                f"--output-dir {self.path} already holds a run; go on with it by --resume, "
-                "or name another folder."
-            )
         try:
+            taken = not resume and self.holds_a_run()
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test-{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            # Processes of two machines may share the folder and have the same id.
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"--output-dir {self.path} cannot be written ({error.strerror}); name another folder."
             ) from error
+        if taken:
+            raise ConfigError(
+                f"--output-dir {self.path} already holds a run; go on with it by --resume, "
+                "or name another folder."
+            )
 
     def describe(self, config: PretrainConfig, environment: dict[str, Any]) -> None:
         """Write `config.toml` and `environment.json`."""

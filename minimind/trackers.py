@@ -8,7 +8,7 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ _INSTALL = {
 }
 # Seconds that the end of a run waits for trackers that are slow or gone.
 CLOSE_SECONDS = 60.0
+# SwanLab puts back signal handlers when it closes, which Python allows to the main thread alone.
+CLOSED_BY_MAIN_THREAD = ("swanlab",)
 
 Values = Mapping[str, Any]
 
@@ -116,6 +118,8 @@ class Trackers:
             # The thread hangs in a tracker. What it has not come to is still owed to metrics.jsonl.
             while (item := self._next_or_none()) is not None:
                 self._write_file(*item)
+        else:
+            self._finish(name for name in self._trackers if name in CLOSED_BY_MAIN_THREAD)
         self._thread = None
 
     def _start(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> None:
@@ -142,13 +146,16 @@ class Trackers:
                 except Exception as error:
                     del self._trackers[name]
                     self._give_up(name, "failed and gets no more values", error)
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.finish()
-            except Exception as error:
-                self._give_up(name, "could not be closed", error)
+        self._finish(name for name in self._trackers if name not in CLOSED_BY_MAIN_THREAD)
         if self._file is not None:
             self._file.close()
+
+    def _finish(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self._trackers[name].finish()
+            except Exception as error:
+                self._give_up(name, "could not be closed", error)
 
     def _write_file(self, values: Values, step: int) -> None:
         try:

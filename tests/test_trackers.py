@@ -27,13 +27,13 @@ class FakeRun:
         self.options = options
         self.id = options.get("id", "fresh-id")
         self.logged: list[tuple[int, dict]] = []
-        self.finished = False
+        self.finished_by: threading.Thread | None = None
 
     def log(self, values: dict, step: int) -> None:
         self.logged.append((step, values))
 
     def finish(self) -> None:
-        self.finished = True
+        self.finished_by = threading.current_thread()
 
 
 class FakePackage(types.ModuleType):
@@ -173,7 +173,9 @@ def test_wandb_and_swanlab_get_name_hyper_parameters_and_values(desk, package):
     assert package.hyper_parameters["learning_rate"] == 0.25
     assert package.hyper_parameters["max_tokens"] == "none"
     assert run.logged == [(10, {"loss": 1.5})]
-    assert run.finished
+    # SwanLab's own finish refuses any other thread.
+    assert (run.finished_by is threading.main_thread()) is (package.__name__ == "swanlab")
+    assert run.finished_by is not None
     assert desk.warnings == []
 
 
