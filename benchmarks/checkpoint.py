@@ -31,7 +31,16 @@ class Weights(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(6400, 768)
         for layer in range(8):
-            shapes = ((768, 768), (384, 768), (384, 768), (768, 768), (2432, 768), (2432, 768), (768, 2432), (768,))
+            shapes = (
+                (768, 768),
+                (384, 768),
+                (384, 768),
+                (768, 768),
+                (2432, 768),
+                (2432, 768),
+                (768, 2432),
+                (768,),
+            )
             for number, shape in enumerate(shapes):
                 self.register_parameter(f"layer{layer}_{number}", nn.Parameter(torch.randn(shape) * 0.02))
 
