@@ -10,6 +10,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -31,7 +32,16 @@ class Weights(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(6400, 768)
         for layer in range(8):
-            shapes = ((768, 768), (384, 768), (384, 768), (768, 768), (2432, 768), (2432, 768), (768, 2432), (768,))
+            shapes = (
+                (768, 768),
+                (384, 768),
+                (384, 768),
+                (768, 768),
+                (2432, 768),
+                (2432, 768),
+                (768, 2432),
+                (768,),
+            )
             for number, shape in enumerate(shapes):
                 self.register_parameter(f"layer{layer}_{number}", nn.Parameter(torch.randn(shape) * 0.02))
 
@@ -60,9 +70,9 @@ def measure(folder: Path, repeats: int, device: str) -> list[tuple[str, float]]:
     blocked: list[float] = []
     written: list[float] = []
     for step in range(1, repeats + 1):
-        seconds, snapshot = timed(lambda: collect(accelerator, model, optimizer, {"step": step}))  # noqa: B023
+        seconds, snapshot = timed(partial(collect, accelerator, model, optimizer, {"step": step}))
         assert snapshot is not None
-        returned, _ = timed(lambda: store.save(snapshot))  # noqa: B023
+        returned, _ = timed(partial(store.save, snapshot))
         num_bytes = snapshot.num_bytes
         del snapshot
         finished, _ = timed(store.settle)

@@ -69,9 +69,7 @@ def collect(
     return Snapshot(int(extra["step"]), host_weights, host_moments, trainer)
 
 
-def reserve_host_memory(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def reserve_host_memory(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Pin the memory of `collect` ahead, which would otherwise make the first save on a GPU slow.
 
     The memory goes back to the allocator of torch, which hands it to `collect` each time.

@@ -439,6 +439,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path: Path, value: float, par
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:
     rounds, interrupted, reported = 45, 0, 0
     chance = random.Random(3)

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from minimind.checkpoint import CheckpointStore, Snapshot
 from minimind.errors import CheckpointError
 from minimind.stored_checkpoint import StoredCheckpoint
-from minimind.training_state import agree, collect, restore
+from minimind.training_state import agree, collect, reserve_host_memory, restore
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +169,49 @@ def test_missing_unknown_and_untied_parameters_are_named(tmp_path: Path) -> None
         restore(accelerator, model, optimizer, checkpoint)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
+    accelerator, model, optimizer = topologies.start(cpu=False)
+    reserve_host_memory(accelerator, model, optimizer)
+    topologies.train(accelerator, model, optimizer, 0, 3)
+    snapshot = collect(accelerator, model, optimizer, {"step": 3})
+    losses = topologies.train(accelerator, model, optimizer, 3, 6)
+    assert snapshot is not None
+    assert all(tensor.is_pinned() for tensor in snapshot.weights.values())
+    checkpoint = saved(tmp_path, snapshot)
+    for cpu in (False, True):
+        topologies.forget_accelerator()
+        accelerator, model, optimizer = topologies.start(cpu=cpu, seed=4)
+        restore(accelerator, model, optimizer, checkpoint)
+        again = collect(accelerator, model, optimizer, {"step": 3})
+        assert again is not None
+        for kind in ("weights", "moments"):
+            for name, tensor in getattr(checkpoint, kind)().items():
+                assert torch.equal(getattr(again, kind)[name], tensor), name
+        assert topologies.train(accelerator, model, optimizer, 3, 6) == pytest.approx(losses, rel=1e-4)
+        checkpoint = saved(tmp_path / str(cpu), again)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_pinned_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
+    accelerator, model, optimizer = topologies.start(cpu=False)
+    topologies.train(accelerator, model, optimizer, 0, 1)
+    store = CheckpointStore(tmp_path, 1)
+    addresses = []
+    for step in range(3):
+        store.settle()
+        snapshot = collect(accelerator, model, optimizer, {"step": step})
+        assert snapshot is not None
+        tensors = [*snapshot.weights.values(), *snapshot.moments.values()]
+        addresses.append({tensor.data_ptr() for tensor in tensors})
+        store.save(snapshot)
+        del snapshot, tensors
+    store.wait()
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
 def test_extra_may_not_take_the_names_collect_uses() -> None:
     accelerator, model, optimizer = topologies.start()
     with pytest.raises(ValueError, match="scaler"):
@@ -222,6 +265,7 @@ def run_processes(folder: Path, topology: str, count: int = 2) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }

@@ -59,14 +59,14 @@ class TinyTied(nn.Module):
         return nn.functional.cross_entropy(self.head(self.norm(x))[:-1], ids[1:])
 
 
-def start(**model_options: Any):
+def start(*, cpu: bool = True, **model_options: Any):
     """Return accelerator, model and AdamW with two parameter groups, prepared."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=cpu)
     model = TinyTied(**model_options)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "lr_scale": 0.5}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=not cpu)
     return accelerator, *accelerator.prepare(model, optimizer)
 
 
@@ -75,6 +75,7 @@ def train(accelerator, model, optimizer, first: int, last: int) -> list[float]:
     losses = []
     for step in range(first, last):
         ids = torch.randint(0, 11, (20,), generator=torch.Generator().manual_seed(step))
+        ids = ids.to(accelerator.device)
         loss = model(ids)
         accelerator.backward(loss)
         optimizer.step()
