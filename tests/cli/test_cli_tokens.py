@@ -41,9 +41,8 @@ def test_tokenize_builds_the_cache_once_and_reports(run: Command, corpus: Path, 
 
 def test_tokenize_reads_the_file_of_a_run(run: Command, corpus: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text(
-        f'data = "{corpus.as_posix()}"\ntext_key = "title"\ncache_dir = "{tmp_path.as_posix()}/cache"\nepochs = 3\n'
-    )
+    cache = (tmp_path / "cache").as_posix()
+    file.write_text(f'data = "{corpus.as_posix()}"\ntext_key = "title"\ncache_dir = "{cache}"\nepochs = 3\n')
     wrong = run("tokenize", "--config", str(file))
     assert wrong.code == 2
     assert f"{corpus}:1" in wrong.err
