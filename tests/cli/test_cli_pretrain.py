@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import string
 import tomllib
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from minimind.config import PANELS, PretrainConfig
 from minimind.errors import ConfigError
 from minimind.presets import PRESETS, resolve
+from minimind.run_folder import RunFolder
 from minimind.settings import settings_of, write_toml
 
 Command = Callable[..., Any]
@@ -155,6 +157,7 @@ def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: li
         ("--tracker none --use_wandb", "cannot go with another tracker"),
         ("--batch-size", "requires an argument"),
         ("-x", "unknown option -x."),
+        ("--learnrate -1", "unknown option --learnrate; did you mean '--learning-rate'?"),
     ],
 )
 def test_a_mistake_says_what_to_do(
