@@ -60,6 +60,23 @@ def test_the_flag_of_the_original_resumes(run: Command, trained: list[PretrainCo
     assert (trained[0].resume, trained[0].epochs) == ("auto", 3)
 
 
+@pytest.mark.parametrize("how", ["--from_resume 1", "--resume", "--resume auto"])
+def test_a_resumed_run_keeps_the_options_it_began_with(
+    run: Command, trained: list[PretrainConfig], how: str, tmp_path: Path
+) -> None:
+    began = PretrainConfig(hidden_size=64, epochs=2, batch_size=4, output_dir=str(tmp_path / "run"))
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(resume=False)
+    folder.describe(began, {})
+    done = run("pretrain", *how.split(), "--epochs", "3", "--save_dir", str(folder.path))
+    assert done.code == 0
+    assert trained == [dataclasses.replace(began, epochs=3, resume="auto")]
+    assert str(folder.config) in done.err
+    # A preset or a file that is named counts instead.
+    run("pretrain", *how.split(), "--preset", "tiny", "--save_dir", str(folder.path))
+    assert trained[1].hidden_size == 128
+
+
 @pytest.mark.parametrize(
     "size", ["--preset minimind-3", "--num_hidden_layers 2", "--from_weight m", "--config"]
 )
