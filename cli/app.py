@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
         # Without any word Typer has printed the help and raises an empty message.
         code = _report([message] if (message := error.format_message()) else [])
     if code == 130:
-        _report(["interrupted; go on with --resume."])
+        _report(["interrupted."])
     sys.exit(code)
 
 

@@ -24,6 +24,8 @@ LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 RESUME_NEWEST = "auto"
 
+_SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
+
 T = TypeVar("T")
 
 
@@ -112,7 +114,8 @@ def unknown_words(ctx: typer.Context) -> list[str]:
     problems: list[str] = []
     after_option = False
     for word in ctx.args:
-        if word.startswith("-"):
+        # A negative number is a value.
+        if word.startswith("-") and not word[1:2].isdigit():
             flag, assigned, _ = word.partition("=")
             problems.append(f"unknown option {flag}{suggestion(flag, known)}")
             after_option = not assigned
@@ -209,6 +212,3 @@ def _normalised(words: list[str], switches: set[str]) -> Iterator[str]:
             yield f"{flag}={RESUME_NEWEST}"
         else:
             yield flag + assigned + value
-
-
-_SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}

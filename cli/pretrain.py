@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from minimind.config import PANELS, PretrainConfig
 from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
+from minimind.run_folder import RunFolder
 from minimind.settings import write_toml
 
 from . import upstream_flags
@@ -54,22 +57,38 @@ def pretrain(
 
 
 def _read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:
-    """Return the configuration asked for; without a GPU or a size of model that of the preset `tiny`."""
+    """Return the configuration asked for.
+
+    Where neither a preset nor a file is named, a resumed run keeps the options that it began with, and a run
+    without a GPU or a size of model is that of the preset `tiny`.
+    """
     flags, problems = upstream_flags.translate(ctx)
+    typed = {**flags, **typed_values(ctx, PretrainConfig)}
+    if not preset and not file and (file := _options_to_resume(typed)) is not None:
+        _note(f"Going on with the options of {file}; flags override them.")
     config = parse_config(ctx, preset=preset, file=file, flags=flags, problems=problems)
-    shape_given = bool(preset or file or SHAPE_OPTIONS & typed_values(ctx, PretrainConfig).keys())
+    shape_given = bool(preset or file or SHAPE_OPTIONS & typed.keys())
     # Asking for a GPU loads torch, which takes seconds: only where the answer matters.
     default = default_preset(shape_given, has_gpu=shape_given or _has_gpu())
     if default is not None:
-        if is_main_process():
-            note = (
-                f"No GPU found: training the preset '{default}'; choose another by --preset or --hidden-size."
-            )
-            typer.echo(note, err=True)
+        _note(f"No GPU found: training the preset '{default}'; choose another by --preset or --hidden-size.")
         config = parse_config(ctx, preset=default, flags=flags)
     if ctx.params["use_wandb"] and "wandb" not in config.tracker:
         config = dataclasses.replace(config, tracker=(*config.tracker, "wandb"))
     return config
+
+
+def _options_to_resume(typed: Mapping[str, Any]) -> str | None:
+    """Return the file with the options of the run that is to go on, None where there is none."""
+    if not typed.get("resume"):
+        return None
+    file = RunFolder(Path(typed.get("output_dir", PretrainConfig.output_dir))).config
+    return str(file) if file.is_file() else None
+
+
+def _note(text: str) -> None:
+    if is_main_process():
+        typer.echo(text, err=True)
 
 
 def _has_gpu() -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,9 +15,6 @@ from minimind.errors import ConfigError
 from minimind.settings import Option
 
 from .options import LENIENT, parse_config, parse_settings, with_options
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 app = typer.Typer(help="Train a tokenizer, or look into one.", no_args_is_help=True)
 
@@ -34,14 +30,15 @@ def tokenize(
     """Tokenize training text ahead of a run, and report on it."""
     resolved = parse_config(ctx, file=config)
     from minimind.data.prepare import prepare_data
+    from minimind.progress import Progress
     from minimind.tokenizer import load_tokenizer
 
-    with _progress("tokenizing") as (progress, task):
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        prepared = prepare_data(resolved, load_tokenizer(resolved.tokenizer), progress=show)
+    progress = Progress(0, enabled=True, stream=sys.stderr)
+    try:
+        tokenizer = load_tokenizer(resolved.tokenizer)
+        prepared = prepare_data(resolved, tokenizer, progress=progress.data_build)
+    finally:
+        progress.close()
     typer.echo("tokenized" if prepared.built else "found in the cache")
     for line in prepared.report.lines():
         typer.echo(line)
@@ -76,17 +73,20 @@ def train(ctx: typer.Context, **_: Any) -> None:
     folder = Path(options.output_dir)
     if (folder / "tokenizer.json").exists():
         raise ConfigError(f"--output-dir {folder} already holds a tokenizer; name another folder.")
+    from rich.console import Console
+    from rich.progress import Progress
+
     from minimind.tokenizer import train_tokenizer
 
-    with _progress("reading") as (progress, task):
+    bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    task = bar.add_task("reading", total=None)
 
-        def show(done: int, total: int | None) -> None:
-            progress.update(task, completed=done, total=total)
+    def texts() -> Iterator[str]:
+        yield from _texts(options, lambda done, total: bar.update(task, completed=done, total=total))
+        # How long the merges take is not known ahead.
+        bar.update(task, description="learning", total=None)
 
-        def texts() -> Iterator[str]:
-            yield from _texts(options, show)
-            progress.update(task, description="learning", total=None)
-
+    with bar:
         tokenizer = train_tokenizer(texts(), options.vocab_size)
     tokenizer.save(folder)
     typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
@@ -116,7 +116,7 @@ def inspect(
         typer.echo(f"{len(ids)} tokens, {size} bytes, {size / len(ids):.2f} bytes per token")
 
 
-def _texts(options: TokenizerOptions, show: Callable[[int, int | None], None]) -> Iterator[str]:
+def _texts(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
     """Yield the documents asked for, and show how many bytes of the files are read."""
     from minimind.data.embedded import embedded_documents
     from minimind.data.sources import Reading, TextFile, find_files
@@ -133,13 +133,3 @@ def _texts(options: TokenizerOptions, show: Callable[[int, int | None], None]) -
             show(before + reading.done_bytes, total)
             yield document
         before += file.stat().st_size
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[tuple[Progress, Any]]:
-    """Show a bar on a terminal; yield it with its only task."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        yield progress, progress.add_task(text, total=None)

@@ -19,8 +19,9 @@ Every option of a run, made from `minimind/config.py` by `python -m minimind.con
 A flag overrides the file given by `--config`, which overrides the `--preset`, which overrides the default.
 `--print-config` prints the result as TOML that `--config` reads back. A file names options with underscores,
 at the top level, and may hold `preset = "NAME"`; flags may be written with hyphens or underscores. On the
-command line `none` unsets an option that a file or preset has set. From Python the same names are arguments
-of `minimind.PretrainConfig` and `minimind.preset_config`.
+command line `none` unsets an option that a file or preset has set. `--resume` reads the options that the run
+began with from its output folder, unless `--config` or `--preset` is given. From Python the same names are
+arguments of `minimind.PretrainConfig` and `minimind.preset_config`.
 """
 
 _PRESETS = """\

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,12 @@ class Finished:
 
 
 Command = Callable[..., Finished]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no file in the checkout, and read none of an earlier run there."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_help_shows_every_option_with_its_default(run: Command, monkeypatch: pyt
     [
         (ConfigError(["one.", "two."]), 2, ["error: one.", "error: two."]),
         (TrainingError("the loss is not finite."), 2, ["error: the loss is not finite."]),
-        (KeyboardInterrupt(), 130, ["error: interrupted; go on with --resume."]),
+        (KeyboardInterrupt(), 130, ["error: interrupted."]),
     ],
 )
 @pytest.mark.parametrize("rank", [None, "0", "1"])

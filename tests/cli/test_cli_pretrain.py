@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import string
 import tomllib
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from minimind.config import PANELS, PretrainConfig
 from minimind.errors import ConfigError
 from minimind.presets import PRESETS, resolve
+from minimind.run_folder import RunFolder
 from minimind.settings import settings_of, write_toml
 
 Command = Callable[..., Any]
@@ -56,6 +58,23 @@ def test_without_a_size_a_machine_without_gpu_trains_the_tiny_preset(
 def test_the_flag_of_the_original_resumes(run: Command, trained: list[PretrainConfig]) -> None:
     assert run("pretrain --from_resume 1 --epochs 3").code == 0
     assert (trained[0].resume, trained[0].epochs) == ("auto", 3)
+
+
+@pytest.mark.parametrize("how", ["--from_resume 1", "--resume", "--resume auto"])
+def test_a_resumed_run_keeps_the_options_it_began_with(
+    run: Command, trained: list[PretrainConfig], how: str, tmp_path: Path
+) -> None:
+    began = PretrainConfig(hidden_size=64, epochs=2, batch_size=4, output_dir=str(tmp_path / "run"))
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(resume=False)
+    folder.describe(began, {})
+    done = run("pretrain", *how.split(), "--epochs", "3", "--save_dir", str(folder.path))
+    assert done.code == 0
+    assert trained == [dataclasses.replace(began, epochs=3, resume="auto")]
+    assert str(folder.config) in done.err
+    # A preset or a file that is named counts instead.
+    run("pretrain", *how.split(), "--preset", "tiny", "--save_dir", str(folder.path))
+    assert trained[1].hidden_size == 128
 
 
 @pytest.mark.parametrize(
@@ -155,6 +174,7 @@ def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: li
         ("--tracker none --use_wandb", "cannot go with another tracker"),
         ("--batch-size", "requires an argument"),
         ("-x", "unknown option -x."),
+        ("--learnrate -1", "unknown option --learnrate; did you mean '--learning-rate'?"),
     ],
 )
 def test_a_mistake_says_what_to_do(
