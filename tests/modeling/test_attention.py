@@ -58,7 +58,10 @@ def test_without_a_mask_a_query_sees_itself_and_what_came_before(kv_heads):
 def test_with_documents_a_query_sees_the_earlier_part_of_its_own(ids):
     length = ids.shape[1]
     allowed = torch.tensor(
-        [[[row[t] == row[s] and s <= t for s in range(length)] for t in range(length)] for row in ids.tolist()]
+        [
+            [[row[t] == row[s] and s <= t for s in range(length)] for t in range(length)]
+            for row in ids.tolist()
+        ]
     )
     mask = document_mask(ids)
     assert torch.equal(mask[:, 0], allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -83,11 +84,11 @@ def test_packed_documents_are_computed_as_if_each_were_alone(with_positions):
     cuts = (0, 7, 8, 25, 40)
     documents = torch.empty(1, 40, dtype=torch.int32)
     positions = torch.empty(1, 40, dtype=torch.int32)
-    for index, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for index, (start, end) in enumerate(itertools.pairwise(cuts)):
         documents[:, start:end] = index
         positions[:, start:end] = torch.arange(end - start)
     packed = model(ids, document_ids=documents, position_ids=positions if with_positions else None).logits
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         alone = model(ids[:, start:end]).logits
         torch.testing.assert_close(packed[:, start:end], alone, atol=1e-5, rtol=0)
     assert (packed - model(ids).logits)[:, 7:].abs().max() > 0.01
@@ -136,7 +137,9 @@ def test_rows_without_a_real_target_have_zero_loss_and_gradient():
 def test_the_residual_stream_stays_float32_under_autocast():
     model, seen = build(), []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+        layer.register_forward_hook(
+            lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+        )
     scores = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, x: scores.append(x[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,7 +205,10 @@ def test_the_backbone_traces_into_one_graph_that_serves_every_batch(packed):
         extra = {}
         if packed:
             documents = (torch.arange(24) >= 4 * seed).int().expand(2, 24).contiguous()
-            extra = {"document_ids": documents, "position_ids": torch.arange(24).int().expand(2, 24).contiguous()}
+            extra = {
+                "document_ids": documents,
+                "position_ids": torch.arange(24).int().expand(2, 24).contiguous(),
+            }
         with torch._dynamo.config.patch(error_on_recompile=seed > 1):
             hidden = compiled(ids, **extra)
         torch.testing.assert_close(hidden, model.model(ids, **extra), atol=1e-5, rtol=0)
@@ -240,5 +246,3 @@ def test_compiled_on_a_gpu_documents_give_the_loss_and_gradients_of_the_cpu(mode
     for name, grad in gradients(on_gpu).items():
         expected = gradients(model)[name]
         assert (grad.cpu() - expected).norm() < 0.05 * expected.norm(), name
-
-
