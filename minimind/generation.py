@@ -5,6 +5,8 @@ Shapes: T tokens of the prompt, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,8 @@ def generate(
     model.eval()
     try:
         # Lengths change with every token, so code compiled for the shapes of training does not fit.
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
+        with torch.inference_mode(), eager:
             while length + len(written) < capacity:
                 logits = model(new, kv_cache=cache).logits[0, -1]
                 token = _choose(logits.float(), temperature, top_k, generator)

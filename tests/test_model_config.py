@@ -1,4 +1,4 @@
-"""The shape of a model: counts against torch, files against transformers' keys, mistakes against sentences."""
+"""The shape of a model: counts against torch, its file form, mistakes against sentences."""
 
 from __future__ import annotations
 
@@ -80,7 +80,13 @@ def test_flops_are_those_torch_counts_with_causal_attention_halved(tied):
 def test_absent_keys_of_a_hugging_face_config_mean_transformers_defaults():
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MiniMindConfig.from_dict(
-        {"model_type": "qwen3", "num_key_value_heads": 2, "intermediate_size": 16, "eos_token_id": [7, 3], **shape}
+        {
+            "model_type": "qwen3",
+            "num_key_value_heads": 2,
+            "intermediate_size": 16,
+            "eos_token_id": [7, 3],
+            **shape,
+        }
     )
     assert (config.head_dim, config.tie_word_embeddings, config.rope_theta) == (128, False, 1e4)
     assert config.eos_token_id == 7

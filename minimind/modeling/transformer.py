@@ -131,6 +131,7 @@ class MiniMindForCausalLM(nn.Module):
         self.tie_weights()
         self._init_weights()
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+        self.compiled = False
 
     def _init_weights(self) -> None:
         std = self.config.initializer_range
@@ -168,6 +169,7 @@ class MiniMindForCausalLM(nn.Module):
         else:
             for layer in self.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
+        self.compiled = True
         self.model.create_block_mask = torch.compile(create_block_mask, dynamic=False)
         self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
 

@@ -14,7 +14,12 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 
 
 def table(**changes) -> RotaryTable:
-    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    shape = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     return RotaryTable(MiniMindConfig(**{**shape, **changes}))
 
 
@@ -30,7 +35,13 @@ def test_a_pair_turns_by_its_frequency_times_the_position():
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"attention_factor": 1.0}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"truncate": False}, {"factor": 0.5}],
+    [
+        {},
+        {"attention_factor": 1.0},
+        {"beta_fast": 16.0, "beta_slow": 2.0},
+        {"truncate": False},
+        {"factor": 0.5},
+    ],
 )
 @pytest.mark.parametrize("head_dim", [16, 96])
 def test_yarn_is_that_of_transformers(extra, head_dim):

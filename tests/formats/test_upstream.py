@@ -1,0 +1,88 @@
+"""The original's files: shape, weights and refusals. Its logits: test_transformer.py."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from minimind.errors import ConfigError
+from minimind.formats.upstream import load_upstream, read_upstream_config, upstream_config
+from minimind.model_config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+
+TINY = {
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dense", "yarn"])
+def test_the_originals_weights_are_read_without_loss(shared, kind):
+    path = shared / "compat" / f"minimind3_{kind}_tiny"
+    model = load_upstream(path.with_suffix(".pth"), read_upstream_config(path.with_suffix(".config.json")))
+    stored = torch.load(path.with_suffix(".pth"), weights_only=True)
+    assert model.state_dict().keys() == stored.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.half(), stored[name])
+
+
+def test_a_mixture_of_experts_is_refused(shared, tmp_path):
+    path = shared / "compat" / "minimind3_moe_tiny"
+    with pytest.raises(ConfigError, match="use_moe is true, but mixture-of-experts"):
+        read_upstream_config(path.with_suffix(".config.json"))
+    with pytest.raises(ConfigError, match=r"moe_tiny.pth is a mixture of experts"):
+        load_upstream(path.with_suffix(".pth"), MiniMindConfig(**TINY))
+
+
+def test_yarn_takes_the_originals_defaults_and_acts_only_beyond_the_original_length():
+    short = {"type": "yarn", "original_max_position_embeddings": 64}
+    assert upstream_config({**TINY, "rope_scaling": short}).rope_scaling == {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.0,
+    }
+    off = upstream_config({**TINY, "rope_scaling": short, "inference_rope_scaling": False})
+    assert off.rope_scaling is None
+    within = upstream_config({**TINY, "rope_scaling": short, "max_position_embeddings": 64})
+    assert within.rope_scaling["factor"] == 1.0
+
+
+def test_a_file_that_would_run_code_is_not_run(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    torch.save({"weights": Harmful()}, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match="cannot be read as a state dict"):
+        load_upstream(tmp_path / "x.pth", MiniMindConfig(**TINY))
+    assert not ran.exists()
+
+
+def test_files_that_are_no_weights_are_explained(tmp_path):
+    config = MiniMindConfig(**TINY)
+    with pytest.raises(ConfigError, match=r"does not exist; name a \.pth"):
+        load_upstream(tmp_path / "none.pth", config)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ConfigError, match=r"text.pth cannot be read as a state dict"):
+        load_upstream(tmp_path / "text.pth", config)
+    torch.save({"model": {}, "step": 3}, tmp_path / "resume.pth")
+    with pytest.raises(ConfigError, match=r"name a pretrain_.*pth, not a resume file"):
+        load_upstream(tmp_path / "resume.pth", config)
+    weights = MiniMindForCausalLM(config).half().state_dict()
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"is \(32, 16\), but the config makes it \(33, 16\)"):
+        load_upstream(tmp_path / "other.pth", MiniMindConfig(**{**TINY, "vocab_size": 33}))
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(ConfigError, match="is not a JSON object"):
+        read_upstream_config(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_upstream_config(tmp_path / "none.json")
