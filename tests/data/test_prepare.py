@@ -6,7 +6,10 @@ import errno
 import json
 import multiprocessing
 import os
+import socket
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 from made_text import ByteTokenizer, write_jsonl
 
 from minimind.config import PretrainConfig
-from minimind.data import prepare
+from minimind.data import cache, prepare
 from minimind.data.encode import content_hash
 from minimind.data.prepare import default_cache_dir, prepare_data
 from minimind.data.report import DataReport
@@ -107,13 +110,13 @@ def test_a_build_that_dies_is_not_taken_for_finished_and_is_cleaned_up(tmp_path,
     process = context.Process(target=prepare_data, args=(config, Dying()))
     process.start()
     process.join()
-    cache = tmp_path / "cache"
+    folder = tmp_path / "cache"
     assert process.exitcode == -9
-    assert [path for path in cache.iterdir() if ".building-" in path.name]
+    assert [path for path in folder.iterdir() if ".building-" in path.name]
     data = prepare_data(config, tokenizer)
     assert data.built
     assert texts_of(data.train, tokenizer) == TEXTS
-    assert not [path for path in cache.iterdir() if ".building-" in path.name]
+    assert not [path for path in folder.iterdir() if ".building-" in path.name]
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, corpus, tokenizer):
@@ -261,6 +264,40 @@ def test_a_full_disk_names_the_cache_option(tmp_path, corpus, tokenizer, monkeyp
 def test_a_cache_that_is_no_folder_names_the_cache_option(tmp_path, corpus, tokenizer):
     with pytest.raises(DataError, match=r"cannot be written .* --cache-dir"):
         prepare_data(config_for(tmp_path, corpus, cache_dir=str(corpus)), tokenizer)
+
+
+def test_without_data_the_embedded_text_is_used(tmp_path, tokenizer, monkeypatch):
+    embedded = types.ModuleType("minimind.data.embedded")
+    embedded.embedded_documents = lambda: iter(["some embedded text", " ", "and more of it, for a row"])
+    embedded.embedded_fingerprint = lambda: "first"
+    monkeypatch.setitem(sys.modules, embedded.__name__, embedded)
+    data = prepare_data(config_for(tmp_path), tokenizer)
+    assert texts_of(data.train, tokenizer) == ["some embedded text", "and more of it, for a row"]
+    assert data.report.sources[0].empty == 1
+    assert not prepare_data(config_for(tmp_path), tokenizer).built
+    embedded.embedded_fingerprint = lambda: "second"
+    assert prepare_data(config_for(tmp_path), tokenizer).built
+
+
+def test_what_dead_builds_left_is_removed_and_live_ones_stay(tmp_path, corpus, tokenizer):
+    folder = tmp_path / "cache"
+    host = socket.gethostname()
+    dead = multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    old, new = folder / "k1.building-elsewhere-5", folder / "k2.building-elsewhere-5"
+    ours, live = folder / f"k3.building-{host}-{dead.pid}", folder / f"k4.building-{host}-{os.getpid()}"
+    for draft in (old, new, ours, live):
+        draft.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    prepare_data(config_for(tmp_path, corpus), tokenizer)
+    assert [draft.exists() for draft in (old, new, ours, live)] == [False, True, False, True]
+
+
+def test_without_file_locks_a_build_still_works(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache, "fcntl", None)
+    assert prepare_data(config_for(tmp_path, corpus), tokenizer).built
+    assert not prepare_data(config_for(tmp_path, corpus), tokenizer).built
 
 
 def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
