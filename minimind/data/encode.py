@@ -164,6 +164,8 @@ def encode(
                 progress(batch.done_bytes)
         encoded.splits = {split: writer.close() for split, writer in writers.items()}
         _count_duplicates(encoded, hashes)
+    if progress is not None:
+        progress(sum(reading.done_bytes for reading in readings))
     return encoded
 
 

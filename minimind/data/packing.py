@@ -123,6 +123,8 @@ class PaddedRows:
 
     def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
         self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id
+        # What the window before has read is not read again in this pass.
+        shards.release_pages()
         self._first = shards.offsets[window.documents]
         lengths = shards.offsets[window.documents + 1] - self._first
         # The last token of a document is only ever a target.
@@ -137,7 +139,6 @@ class PaddedRows:
         places = np.arange(self._seq_len + 1)
         tokens = np.full((len(which), self._seq_len + 1), self._pad, np.int64)
         tokens[places <= inputs] = self._shards.gather(self._first[which], self.inputs[which] + 1)
-        self._shards.release_pages()
         real = places[:-1] < inputs
         rows.wide[0, at] = np.where(real, tokens[:, :-1], self._pad)
         rows.wide[1, at] = np.where(real, tokens[:, 1:], IGNORED)

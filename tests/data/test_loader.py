@@ -1,0 +1,140 @@
+"""The loader hands out the steps as tensors, ahead of the consumer, and stops when told."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from minimind.batch_plan import BatchPlan
+from minimind.data.loader import Loader, evaluation_batches
+from minimind.data.prefetch import prefetch
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards):
+    return make_shards(np.random.default_rng(0).integers(2, 60, 200).tolist())
+
+
+def loader_for(shards, plan=None, process=0, device="cpu", packing=True):
+    return Loader(
+        shards,
+        seq_len=16,
+        packing=packing,
+        plan=plan or BatchPlan(4, 2, 3),
+        seed=5,
+        process_index=process,
+        device=device,
+        pad_token_id=0,
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_sizes_of_a_pass_are_what_its_steps_add_up_to(shards, packing):
+    loader = loader_for(shards, packing=packing)
+    for epoch in range(2):
+        steps = list(loader.steps(epoch, 0))
+        assert len(steps) == loader.steps_per_epoch
+        assert sum(step.num_rows for step in steps) == loader.rows_per_epoch
+        assert sum(step.num_tokens for step in steps) == loader.tokens_per_epoch
+        assert [step.step_in_epoch for step in steps] == list(range(len(steps)))
+    if packing:
+        assert sum(step.num_targets for step in steps) == shards.num_tokens - shards.num_documents
+
+
+def test_every_step_has_the_same_shapes_also_the_short_last_one(shards):
+    steps = list(loader_for(shards, process=2).steps(0))
+    assert steps[-1].num_rows < 24
+    for step in steps:
+        assert len(step.micro_batches) == 2
+        for batch in step.micro_batches:
+            for tensor, dtype in (
+                (batch.input_ids, torch.int64),
+                (batch.shift_labels, torch.int64),
+                (batch.document_ids, torch.int32),
+                (batch.position_ids, torch.int32),
+            ):
+                assert tensor.shape == (4, 16)
+                assert tensor.dtype == dtype
+
+
+def test_padded_rows_need_no_documents_or_positions(shards):
+    batch = next(loader_for(shards, packing=False).steps(0)).micro_batches[0]
+    assert batch.document_ids is None
+    assert batch.position_ids is None
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("max_batches", [None, 3])
+def test_evaluation_has_equally_many_batches_and_the_same_rows_on_any_processes(shards, packing, max_batches):
+    def targets(num_processes, batch_size):
+        parts = [
+            list(
+                evaluation_batches(
+                    shards,
+                    seq_len=16,
+                    packing=packing,
+                    batch_size=batch_size,
+                    process_index=r,
+                    num_processes=num_processes,
+                    device="cpu",
+                    max_batches=max_batches,
+                )
+            )
+            for r in range(num_processes)
+        ]
+        assert len({len(part) for part in parts}) == 1
+        labels = torch.cat([batch.shift_labels for step in zip(*parts, strict=True) for batch in step])
+        return labels[labels != -100].tolist()
+
+    one = targets(1, 12)
+    assert one == targets(3, 4) == targets(2, 6)
+    assert one == sorted(one)
+    if max_batches is None and packing:
+        assert len(one) == shards.num_tokens - shards.num_documents
+
+
+def _prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_an_error_in_the_thread_reaches_the_consumer():
+    def items():
+        yield 1
+        raise ValueError("from the thread")
+
+    ahead = prefetch(items(), 2)
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="from the thread"):
+        next(ahead)
+    assert not _prefetch_threads()
+
+
+def test_closing_stops_the_thread_and_it_runs_only_so_far_ahead(shards):
+    made = []
+    ahead = prefetch((made.append(i) or i for i in range(1000)), 3)
+    assert next(ahead) == 0
+    time.sleep(0.3)
+    assert len(made) <= 3 + 2
+    ahead.close()
+    steps = loader_for(shards, BatchPlan(1, 1, 1)).steps(0)
+    next(steps)
+    assert _prefetch_threads()
+    steps.close()
+    assert not _prefetch_threads()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_steps_equal_those_of_the_cpu(shards):
+    for ours, theirs in zip(
+        loader_for(shards, device="cuda").steps(0), loader_for(shards).steps(0), strict=True
+    ):
+        for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+            torch.testing.assert_close(a.input_ids.cpu(), b.input_ids)
+            torch.testing.assert_close(a.shift_labels.cpu(), b.shift_labels)
+            torch.testing.assert_close(a.document_ids.cpu(), b.document_ids)
+            torch.testing.assert_close(a.position_ids.cpu(), b.position_ids)
