@@ -2,7 +2,7 @@
 
     python benchmarks/train_tokenizer.py OUT_FOLDER SOURCE...
 
-A source is a folder or file of .jsonl, .html, .txt or man pages (docs/tokenizer.md lists those used); the
+A source is a folder or file of .jsonl, .html, .page, .txt, .mo, man pages or fortunes (docs/tokenizer.md lists those used); the
 text embedded in Python is always one of them. English and Chinese get equal bytes; within a language every
 source gets an equal share, and what small sources leave over goes to the larger ones.
 """
@@ -14,9 +14,10 @@ import gzip
 import hashlib
 import json
 import re
+import struct
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,10 +28,12 @@ from minimind.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 HAN = re.compile(r"[\u3400-\u9fff]")
 LATIN = re.compile(r"[A-Za-z]")
 BLOCKS = frozenset({"title", "h1", "h2", "h3", "h4", "h5", "h6", "p", "div", "section", "pre", "br"})
-BLOCKS |= {"li", "dt", "dd", "ul", "ol", "dl", "table", "tr"}
+BLOCKS |= {"item", "li", "dt", "dd", "ul", "ol", "dl", "table", "tr"}
 SILENT = frozenset({"script", "style", "nav", "svg"})
 MAN_PAGE = re.compile(r"\.[1-9][a-z]*(\.gz)?$")
 CLASSICAL_SHARE = 0.05
+# Headings and notices that stand on every page of a source would each win an entry of the vocabulary.
+MOST_REPEATS = 5
 
 
 class _Prose(HTMLParser):
@@ -81,6 +84,22 @@ def man_text(page: str) -> str:
     return "\n".join(lines)
 
 
+def catalogue_texts(catalogue: bytes) -> list[str]:
+    """Return the original and the translated messages of a GNU .mo file, as one text each."""
+    order = "<" if catalogue[:4] == b"\xde\x12\x04\x95" else ">"
+    count, *tables = struct.unpack_from(f"{order}3I", catalogue, 8)
+    texts = []
+    for table in tables:
+        entries = struct.iter_unpack(f"{order}2I", catalogue[table : table + 8 * count])
+        messages = [catalogue[offset : offset + length].decode() for length, offset in entries][1:]
+        # A context stands before \4 or ^, a plural behind \0.
+        plain = (
+            re.sub(r"(?s)^.*\x04|^[^\n^]*\^|\x00.*|<[^>]*>", "", message).strip() for message in messages
+        )
+        texts.append("\n".join(message for message in plain if len(message) > 20))
+    return texts
+
+
 def documents(source: Path) -> Iterator[str]:
     """Yield the documents of a source; files that are no text it knows are passed over."""
     if not source.exists():
@@ -90,7 +109,9 @@ def documents(source: Path) -> Iterator[str]:
             continue
         if file.suffix == ".jsonl":
             yield from (json.loads(line)["text"] for line in file.open(encoding="utf-8"))
-        elif file.suffix == ".html":
+        elif file.suffix == ".mo":
+            yield from catalogue_texts(file.read_bytes())
+        elif file.suffix in (".html", ".page"):
             yield html_text(file.read_text(encoding="utf-8", errors="ignore"))
         elif MAN_PAGE.search(file.name) and "man" in str(file.parent):
             read = gzip.open if file.suffix == ".gz" else open
@@ -100,6 +121,9 @@ def documents(source: Path) -> Iterator[str]:
             read = gzip.open if file.suffix == ".gz" else open
             with read(file, "rt", encoding="utf-8", errors="ignore") as page:
                 yield page.read()
+        elif "fortunes" in file.parts and not file.suffix:
+            text = re.sub(r"\x1b\[[0-9;]*m", "", file.read_text(encoding="utf-8", errors="ignore"))
+            yield from text.split("\n%\n")
 
 
 def language(text: str) -> str | None:
@@ -126,9 +150,13 @@ def collect(sources: list[Path], budget: int) -> dict[str, dict[str, list[str]]]
     """Return texts by language and source, each language within `budget` bytes; duplicates are dropped."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     seen = set()
-    streams = [("embedded", embedded_documents()), *((source.name, documents(source)) for source in sources)]
+    streams = [("embedded", embedded_documents()), *((str(source), documents(source)) for source in sources)]
     for name, stream in streams:
+        times: Counter[str] = Counter()
         for text in stream:
+            lines = text.split("\n")
+            times.update(lines)
+            text = "\n".join(line for line in lines if times[line] <= MOST_REPEATS)
             # A page is cut into parts of some paragraphs, so that a large one cannot fill its source's share.
             for part in re.findall(r"(?s).{1,4000}(?:\n|\Z)|.{4000}", text):
                 key = hashlib.sha256(part.encode("utf-8", "replace")).digest()

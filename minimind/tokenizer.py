@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from .errors import ConfigError, DataError
 
-SHIPPED = Path(__file__).parent / "assets" / "tokenizer"
+PACKAGED = Path(__file__).parent / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
@@ -199,7 +199,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     Raises:
         ConfigError: when there is no tokenizer at the path or nothing in it can end a document.
     """
-    file = SHIPPED if path is None else Path(path)
+    file = PACKAGED if path is None else Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
     rules = _read_json(file)
@@ -253,7 +253,7 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
 
 
 def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise ConfigError, naming a size that would do, if the model has fewer rows than the tokenizer entries."""
+    """Raise ConfigError, naming a size that would do, when the model has too few rows for the tokenizer."""
     if tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(
             f"--vocab-size {model_vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries. "
@@ -265,7 +265,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     *,
-    max_bytes: int = 100_000_000,
+    max_bytes: int = 32_000_000,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokenizer:
@@ -277,7 +277,7 @@ def train_tokenizer(
     Args:
         texts: documents, read once.
         vocab_size: entries, of which 256 are the bytes and 16 are special.
-        max_bytes: UTF-8 bytes to train on.
+        max_bytes: UTF-8 bytes to train on; Chinese takes about 60 times as much memory, English far less.
         seed: of the sampling.
         progress: called with (documents read, bytes read) after each document.
 
@@ -304,7 +304,7 @@ def train_tokenizer(
         max_token_length=24,  # in bytes: long rules and runs of spaces are not worth an entry
         show_progress=False,
     )
-    backend.train_from_iterator(_sample(texts, max_bytes, seed, progress), trainer)
+    backend.train_from_iterator(sample_text(texts, max_bytes, seed, progress), trainer)
     entries = backend.get_vocab_size(with_added_tokens=True)
     if entries < vocab_size:
         raise DataError(
@@ -315,8 +315,11 @@ def train_tokenizer(
     return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad)
 
 
-def _sample(
-    texts: Iterable[str], max_bytes: int, seed: int, progress: Callable[[int, int], None] | None
+def sample_text(
+    texts: Iterable[str],
+    max_bytes: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[str]:
     """Yield at most `max_bytes` of the texts, in pieces: those that drew the smallest random numbers."""
     draw = random.Random(seed)

@@ -36,7 +36,7 @@ def embedded_documents() -> Iterator[str]:
     docstring met before is left out, so is a document of less than 200 characters. Where Python's library
     lies in an archive or without its sources, there is less text, down to none.
     """
-    yield from (text.strip() for _, text in _topics())
+    yield from dict.fromkeys(text.strip() for _, text in _topics())
     seen: set[str] = set()
     for name, file in _library():
         for sections in _documents(name, file):
