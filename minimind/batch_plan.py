@@ -60,7 +60,11 @@ def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
 
 
 def count_steps(
-    config: PretrainConfig, *, steps_per_epoch: int, tokens_per_epoch: int, global_batch_size: int, rows: int
+    config: PretrainConfig,
+    *,
+    steps_per_epoch: int,
+    tokens_per_epoch: int,
+    tokens_per_step: float,
 ) -> int:
     """Return the number of optimizer steps of a run: the first of --epochs, --max-steps and --max-tokens.
 
@@ -68,15 +72,13 @@ def count_steps(
         config: the limits.
         steps_per_epoch: optimizer steps in one pass, the last of which may be short.
         tokens_per_epoch: real input tokens in one pass.
-        global_batch_size: rows in a full step.
-        rows: rows in one pass.
+        tokens_per_step: real input tokens in a full step, on average.
     """
     steps = config.epochs * steps_per_epoch
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
     if config.max_tokens is not None:
         epochs, rest = divmod(config.max_tokens, tokens_per_epoch)
-        # Rows hold equally many tokens when packed and about equally many on average when padded.
-        last = math.ceil(rest * rows / (tokens_per_epoch * global_batch_size))
+        last = math.ceil(rest / tokens_per_step)
         steps = min(steps, epochs * steps_per_epoch + min(last, steps_per_epoch))
     return max(steps, 1)

@@ -112,12 +112,13 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         )
         settings = _settings(config, shape, plan, tokenizer, data)
         state, saved_trackers = _resume(config, settings, store, accelerator, model, optimizer, progress)
+        # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
+        row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
         total_steps = count_steps(
             config,
             steps_per_epoch=loader.steps_per_epoch,
             tokens_per_epoch=loader.tokens_per_epoch,
-            global_batch_size=plan.global_batch_size,
-            rows=loader.rows_per_epoch,
+            tokens_per_step=plan.global_batch_size * row,
         )
         if accelerator.is_main_process:
             folder.describe(config, describe_environment(accelerator.device))
@@ -133,7 +134,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             peak_flops_of(accelerator.device),
             total_steps,
             start_step=state.step,
-            intervals={"evaluation": evaluation_interval(config), "saving": config.save_interval},
+            intervals=_intervals(config, data),
             device=accelerator.device,
         )
         run = Run(
@@ -153,8 +154,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             mark_best=partial(_mark_best, accelerator, store),
             stop=stop,
         )
-        _look_before_the_first_step(run, state, folder)
         progress.start(total_steps, state.step)
+        _look_before_the_first_step(run, state, folder)
         train(run, state)
         store.settle()
         sample = ""
@@ -239,6 +240,14 @@ def _bytes_per_token(tokenizer: Tokenizer, vocab_size: int, device: torch.device
     table = torch.zeros(vocab_size)
     table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
     return table.to(device)
+
+
+def _intervals(config: PretrainConfig, data: PreparedData) -> dict[str, int]:
+    """Return the steps between the phases that the time left has to count."""
+    intervals = {"saving": config.save_interval}
+    if data.validation is not None:
+        intervals["evaluation"] = evaluation_interval(config)
+    return intervals
 
 
 def _settings(
@@ -371,9 +380,9 @@ def _banner(
         ),
         (
             "steps",
-            f"{total_steps:,} of up to {count(tokens)} tokens: {plan.micro_batch_size} rows x "
-            f"{plan.accumulation_steps} micro-batches x {plan.num_processes} processes, "
-            f"{config.max_seq_len} tokens a row",
+            f"{total_steps:,} of up to {count(tokens)} tokens (micro-batch {plan.micro_batch_size} x "
+            f"accumulation {plan.accumulation_steps} x processes {plan.num_processes}, rows of "
+            f"{config.max_seq_len})",
         ),
         (
             "device",

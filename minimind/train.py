@@ -212,6 +212,8 @@ def validate(run: Run, state: TrainState) -> None:
     """
     if run.validation is None:
         return
+    # Reports of steps before it come before it, and their time is not taken for that of the evaluation.
+    settle(run, state, everything=True)
     with run.meter.phase("evaluation"):
         result = evaluate(
             run.model,

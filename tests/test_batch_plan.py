@@ -65,8 +65,7 @@ def steps(*, rows: int = 1000, tokens_per_row: int = 100, batch: int = 64, **lim
         PretrainConfig(**limits),
         steps_per_epoch=-(-rows // batch),
         tokens_per_epoch=rows * tokens_per_row,
-        global_batch_size=batch,
-        rows=rows,
+        tokens_per_step=batch * tokens_per_row,
     )
 
 
