@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -14,6 +15,9 @@ from minimind.errors import ConfigError, UserError
 
 from . import pretrain, tokens
 from .options import LENIENT, is_main_process, normalise
+
+# A launcher ends all processes when the first one fails: the others wait for the one that speaks.
+SECONDS_TO_SPEAK = 2.0
 
 app = typer.Typer(
     help="Pretrain small language models.",
@@ -70,4 +74,6 @@ def _report(problems: Sequence[str]) -> int:
     if is_main_process():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
     return 2

@@ -80,6 +80,7 @@ def test_one_process_speaks_for_all(
     rank: str | None,
 ) -> None:
     monkeypatch.setitem(sys.modules, "minimind.pretrain", fail_with(error))  # type: ignore[arg-type]
+    monkeypatch.setattr("minimind_cli.app.SECONDS_TO_SPEAK", 0)
     if rank is None:
         monkeypatch.delenv("RANK", raising=False)
     else:
