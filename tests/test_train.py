@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -221,7 +222,9 @@ def test_the_loop_saves_evaluates_and_reports_when_due() -> None:
     run.validation = lambda limit: evaluated.append(limit) or [step_batch(5, 8).micro_batches[0]]
     run.loader = SimpleNamespace(
         rows_per_epoch=4 * ROWS,
-        steps=lambda epoch, row: (step_batch(10 * epoch + k, 8) for k in range(row // ROWS, 4)),
+        steps=lambda epoch, row: (
+            dataclasses.replace(step_batch(10 * epoch + k, 8), epoch=epoch) for k in range(row // ROWS, 4)
+        ),
     )
     state = TrainState()
     train(run, state)
