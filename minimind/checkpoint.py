@@ -273,7 +273,6 @@ class CheckpointStore:
                 # Renamed first, so that a half-deleted folder never looks like a checkpoint.
                 entry.path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-        self._abandoned.clear()
 
     def _mark_best(self, step: int, val_loss: float) -> None:
         name = folder_name(step)

@@ -247,7 +247,7 @@ def _load_optimizer(
             for field in fields.get(name, ()):
                 key = f"{name}|{field}"
                 shape, dtype = layout[key]
-                if shape == parameter.shape:
+                if shape == parameter.shape and field != "step":
                     value = torch.empty_like(parameter, dtype=dtype)
                 else:
                     value = torch.empty(shape, dtype=dtype)

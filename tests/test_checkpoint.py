@@ -107,6 +107,15 @@ def test_tensor_files_read_back_by_the_safetensors_library(
         assert torch.equal(found[name], tensor)
 
 
+def test_tensors_lie_at_multiples_of_their_width(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    write_tensors(file, {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float64)})
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    start = 8 + length + json.loads(data[8 : 8 + length])["b"]["data_offsets"][0]
+    assert start % 8 == 0
+
+
 def test_what_the_caller_changes_after_save_is_not_saved(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 2)
     trainer = {"step": 1, "trackers": {"id": "first"}}
