@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -42,7 +43,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for h, t in _pieces(hidden, weight, targets):
         logits = (h.to(dtype) @ low_weight.T).float()
-        loss = loss + _losses(logits, torch.logsumexp(logits, dim=-1), t).sum()
+        loss = loss + F.cross_entropy(logits, t, ignore_index=IGNORED, reduction="sum")
     return loss
 
 
@@ -53,31 +54,28 @@ def _pieces(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tenso
     return list(zip(hidden.split(tokens), targets.split(tokens), strict=True))
 
 
-def _losses(logits: Tensor, normalizer: Tensor, targets: Tensor) -> Tensor:
-    """Return the (N,) cross-entropy of each token, 0 where it is ignored."""
-    chosen = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets == IGNORED, 0.0, normalizer - chosen)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` with both gradients computed on the way forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         low_weight = weight.to(dtype)
-        ids = torch.arange(weight.shape[0], device=weight.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_hidden = []
         for h, t in _pieces(hidden, weight, targets):
             h = h.to(dtype)
             logits = (h @ low_weight.T).float()
-            normalizer = torch.logsumexp(logits, dim=-1)
-            loss = loss + _losses(logits, normalizer, t).sum()
-            # d loss / d logits = softmax - onehot; an ignored row is zeroed by its normalizer and hits no id.
-            normalizer = torch.where(t == IGNORED, float("inf"), normalizer)
-            grad = torch.exp(logits - normalizer[:, None]) - (ids == t[:, None]).float()
-            grad = grad.to(dtype)
+            ids, ignored = t.clamp(min=0)[:, None], (t == IGNORED)[:, None]
+            chosen, top = logits.gather(1, ids), logits.amax(-1, keepdim=True)
+            exps = logits.sub_(top).exp_()  # in place: eagerly, each pass over the logits counts
+            total = exps.sum(-1, keepdim=True)
+            log_probability = chosen - top - total.log()
+            loss = loss - torch.where(ignored, 0.0, log_probability).sum()
+            # d loss / d logits = softmax - onehot; an infinite total zeroes an ignored row.
+            grad = exps.div_(torch.where(ignored, float("inf"), total)).to(dtype)
+            at_target = torch.where(ignored, 0.0, torch.expm1(log_probability))
+            grad.scatter_(1, ids, at_target.to(dtype))
             grad_hidden.append((grad @ low_weight).to(hidden.dtype))
             grad_weight += grad.T @ h
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ class MiniMindForCausalLM(nn.Module):
     """
 
     # Read by Accelerate: FSDP shards each of these as a unit.
-    _no_split_modules = ("MiniMindBlock",)
+    _no_split_modules: ClassVar[list[str]] = ["MiniMindBlock"]
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
