@@ -140,7 +140,7 @@ def _sources(config: PretrainConfig) -> tuple[list[tuple[str, Assignment]], list
         for path in find_files(patterns, option):
             source = TextFile(path, option, config.text_key, config.bad_lines)
             named.append((str(path), Assignment(source, split, share)))
-            identities.append({"split": split, **identify(path)})
+            identities.append({"split": split, **identify(path, option)})
     return named, identities
 
 
