@@ -76,12 +76,13 @@ class Encoded:
     """What encoding left behind.
 
     Attributes:
-        splits: how to open each split that has documents.
+        splits: how to open each split, also one without documents.
         counts: (sources, splits, 3) int64: documents, bytes of text, tokens.
         readings: what was met in each source.
         token_counts: (V,) int64, how often each id occurs in the training split.
         duplicates: documents of each split that equal an earlier one of the same split.
         shared: validation documents that are also in the training split.
+        fingerprints: of each split's documents and their order, wherever they were read from.
     """
 
     splits: dict[str, SplitIndex]
@@ -90,6 +91,7 @@ class Encoded:
     token_counts: NDArray[np.int64]
     duplicates: dict[str, int] = field(default_factory=dict)
     shared: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def encode(
         for writer in writers.values():
             stack.callback(writer.abandon)
         hashes = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
+        contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
         for batch, ids in _tokenized(_batches(assignments, readings), tokenizer, dtype):
             validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
             _count(encoded, batch, ids, validation)
@@ -158,11 +161,13 @@ def encode(
                 kept = ids.tokens if chosen.all() else ids.tokens[np.repeat(chosen, ids.lengths)]
                 writers[split].append(kept, ids.lengths[chosen])
                 hashes[split].write(batch.hashes[chosen].data)
+                contents[split].update(batch.hashes[chosen].data)
                 if split == "train":
                     encoded.token_counts += np.bincount(kept, minlength=tokenizer.vocab_size)
             if progress is not None:
                 progress(batch.done_bytes)
         encoded.splits = {split: writer.close() for split, writer in writers.items()}
+        encoded.fingerprints = {split: content.hexdigest() for split, content in contents.items()}
         _count_duplicates(encoded, hashes)
     if progress is not None:
         progress(sum(reading.done_bytes for reading in readings))

@@ -32,7 +32,8 @@ class PreparedData:
         train: the training text.
         validation: the held-out text, None without any.
         report: what is in them.
-        fingerprint: tells this text, tokenizer and settings from any other.
+        fingerprint: tells these documents, their order and the tokenizer from any others; the same wherever
+            the text lies and whenever it was written, so that a run can go on after its files were moved.
         built: the text was tokenized just now rather than found in the cache.
     """
 
@@ -86,7 +87,7 @@ def prepare_data(
         "bad_lines": config.bad_lines,
         "val_fraction": 0.0 if config.val_data else config.val_fraction,
     }
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    key = _hash(settings)
     total = sum(identity.get("size", 0) for identity in identities)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -95,16 +96,20 @@ def prepare_data(
         _refuse_unusable(config, encoded)
         return {
             "settings": settings,
+            "fingerprints": {
+                split: _hash([content, tokenizer.fingerprint])
+                for split, content in encoded.fingerprints.items()
+            },
             "splits": {split: dataclasses.asdict(index) for split, index in encoded.splits.items()},
             "report": _report(config, folder, encoded, [name for name, _ in named], tokenizer).to_dict(),
         }
 
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir).expanduser()
     try:
-        folder, manifest, built = open_or_build(cache_dir, fingerprint, build)
+        folder, manifest, built = open_or_build(cache_dir, key, build)
     except OSError as error:
         raise _unwritable(cache_dir, error) from error
-    train, validation = (_open(folder, split, manifest, fingerprint) for split in SPLITS)
+    train, validation = (_open(folder, split, manifest) for split in SPLITS)
     assert train is not None
     if train.num_tokens <= config.max_seq_len:
         raise DataError(
@@ -115,7 +120,7 @@ def prepare_data(
     report = dataclasses.replace(
         DataReport.from_dict(manifest["report"]), seq_len=config.max_seq_len, packed=packed, padded=padded
     )
-    return PreparedData(train, validation, report, fingerprint, built)
+    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), built)
 
 
 def default_cache_dir() -> Path:
@@ -140,7 +145,7 @@ def _sources(config: PretrainConfig) -> tuple[list[tuple[str, Assignment]], list
         for path in find_files(patterns, option):
             source = TextFile(path, option, config.text_key, config.bad_lines)
             named.append((str(path), Assignment(source, split, share)))
-            identities.append({"split": split, **identify(path)})
+            identities.append({"split": split, **identify(path, option)})
     return named, identities
 
 
@@ -202,10 +207,16 @@ def _report(
     )
 
 
-def _open(folder: Path, split: str, manifest: dict[str, Any], fingerprint: str) -> TokenShards | None:
+def _open(folder: Path, split: str, manifest: dict[str, Any]) -> TokenShards | None:
     values = manifest["splits"][split]
     index = SplitIndex(**{**values, "shard_tokens": tuple(values["shard_tokens"])})
-    return TokenShards(folder, split, index, f"{fingerprint}-{split}") if index.num_documents else None
+    if not index.num_documents:
+        return None
+    return TokenShards(folder, split, index, manifest["fingerprints"][split])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _wanted(config: PretrainConfig) -> str:

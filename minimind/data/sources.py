@@ -65,14 +65,21 @@ def format_of(path: Path) -> str | None:
     return next((suffix for suffix in FORMATS if path.name.lower().endswith(suffix)), None)
 
 
-def identify(path: Path) -> dict[str, Any]:
-    """Return what tells a changed file from an unchanged one: path, size, time, and three small probes."""
-    status = path.stat()
+def identify(path: Path, option: str) -> dict[str, Any]:
+    """Return what tells a changed file from an unchanged one: path, size, time, and three small probes.
+
+    Raises:
+        DataError: for a file that cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for start in (0, status.st_size // 2, max(status.st_size - _PROBE_BYTES, 0)):
-            file.seek(start)
-            digest.update(file.read(_PROBE_BYTES))
+    try:
+        status = path.stat()
+        with path.open("rb") as file:
+            for start in (0, status.st_size // 2, max(status.st_size - _PROBE_BYTES, 0)):
+                file.seek(start)
+                digest.update(file.read(_PROBE_BYTES))
+    except OSError as error:
+        raise _unreadable(path, option, error) from error
     return {
         "path": str(path),
         "size": status.st_size,
@@ -132,10 +139,7 @@ class TextFile:
                 read = self._json_texts if suffix and suffix.startswith(".jsonl") else self._plain_texts
                 yield from self._kept(read(lines, raw, reading), reading)  # type: ignore[arg-type]
         except OSError as error:
-            raise DataError(
-                f"{self.option}: {self.path} cannot be read ({error.strerror or error}); "
-                "check that it exists, that you may read it and that the disk is sound."
-            ) from error
+            raise _unreadable(self.path, self.option, error) from error
 
     def _kept(self, texts: Iterator[str], reading: Reading) -> Iterator[str]:
         for text in texts:
@@ -238,6 +242,13 @@ class TextFile:
                 except _LineError as bad:
                     self._bad(row, str(bad), reading)
             reading.done_bytes = size * row // rows
+
+
+def _unreadable(path: Path, option: str, error: OSError) -> DataError:
+    return DataError(
+        f"{option}: {path} cannot be read ({error.strerror or error}); "
+        "check that it exists, that you may read it and that the disk is sound."
+    )
 
 
 def _text_of_json(line: bytes, text_key: str) -> str:

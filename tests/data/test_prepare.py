@@ -92,6 +92,17 @@ def test_a_change_of_source_tokenizer_or_setting_builds_again(tmp_path, corpus, 
     assert second.fingerprint != first.fingerprint
 
 
+def test_moved_text_is_still_the_same_text_and_reordered_text_is_not(tmp_path, corpus, tokenizer):
+    first = prepare_data(config_for(tmp_path, corpus), tokenizer)
+    moved = corpus.rename(tmp_path / "b.jsonl")
+    second = prepare_data(config_for(tmp_path, moved), tokenizer)
+    assert second.built
+    assert second.fingerprint == first.fingerprint
+    assert second.train.fingerprint == first.train.fingerprint
+    write_jsonl(moved, TEXTS[::-1])
+    assert prepare_data(config_for(tmp_path, moved), tokenizer).fingerprint != first.fingerprint
+
+
 def test_the_row_length_is_no_part_of_the_cache(tmp_path, corpus, tokenizer):
     prepare_data(config_for(tmp_path, corpus), tokenizer)
     longer = prepare_data(config_for(tmp_path, corpus, max_seq_len=64), tokenizer)
@@ -132,7 +143,8 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path, corpus, tokenizer):
 @pytest.mark.parametrize("damage", ["cut", "manifest"])
 def test_a_damaged_cache_is_built_again(tmp_path, corpus, tokenizer, damage):
     config = config_for(tmp_path, corpus)
-    folder = tmp_path / "cache" / prepare_data(config, tokenizer).fingerprint
+    prepare_data(config, tokenizer)
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     if damage == "cut":
         os.truncate(folder / "train-00000.bin", 10)
     else:

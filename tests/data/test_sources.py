@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minimind.data import sources
-from minimind.data.sources import Reading, TextFile, find_files
+from minimind.data.sources import Reading, TextFile, find_files, identify
 from minimind.errors import DataError
 
 
@@ -162,3 +162,12 @@ def test_paths_that_lead_nowhere_name_the_option(tmp_path, pattern, message):
     (tmp_path / "a.csv").touch()
     with pytest.raises(DataError, match=message):
         find_files([str(tmp_path / pattern)], "--val-data")
+
+
+def test_a_file_that_cannot_be_opened_is_named_with_its_option(tmp_path):
+    # A folder where the file was is an error for every user, also one who may read everything.
+    path = tmp_path / "a.jsonl"
+    path.mkdir()
+    for use in (lambda: identify(path, "--data"), lambda: read(path)):
+        with pytest.raises(DataError, match=r"--data: .*a\.jsonl cannot be read \(Is a directory\)"):
+            use()
