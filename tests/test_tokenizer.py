@@ -1,4 +1,4 @@
-"""The tokenizer: any text comes back, text spells no special token, roles are found, mistakes are explained."""
+"""The tokenizer: any text comes back, no text spells a special token, roles are found, mistakes explained."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ def test_training_reports_progress():
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(ConfigError, match="--vocab-size 271 .*at least 272"):
+    with pytest.raises(ConfigError, match=r"--vocab-size 271 .*at least 272"):
         train_tokenizer(prose(), 271)
 
 
@@ -339,7 +339,7 @@ def test_an_error_in_the_source_of_the_text_comes_through():
         yield "text"
         raise DataError("a.jsonl:2 is not JSON")
 
-    with pytest.raises(DataError, match="a.jsonl:2"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
         train_tokenizer(broken(), 300)
 
 
