@@ -2,9 +2,9 @@
 
     python benchmarks/train_tokenizer.py OUT_FOLDER SOURCE...
 
-A source is a folder or file of .jsonl, .html, .page, .txt, .mo, man pages or fortunes; docs/tokenizer.md lists
-those used, and the text embedded in Python is always one of them. English and Chinese get equal bytes; within
-a language every source gets an equal share, and what small sources leave over goes to the larger ones.
+A source is a folder or file of .jsonl, .html, .page, .txt, .mo, man pages or fortunes; docs/tokenizer.md
+lists those used, and the text embedded in Python is always one of them. English and Chinese get equal bytes;
+within a language every source gets an equal share, and what small sources leave over goes to larger ones.
 """
 
 from __future__ import annotations
@@ -37,15 +37,20 @@ MOST_REPEATS = 5
 
 # Two texts about no trade at all, written for this measurement.
 EVERYDAY = {
-    "everyday en": "A light rain fell this morning and few people were in the streets. My mother made breakfast in "
-    "the kitchen while my father read the newspaper by the window. Afterwards we walked to the park, where many "
-    "children were flying kites on the grass. To stay healthy, sleep well, eat plenty of vegetables and fruit, "
-    "and exercise often. The earth takes a year to go round the sun. The teacher told her pupils that science "
-    "needs patience, courage and imagination.",
-    "everyday zh": "今天早上下了一场小雨，街道上的行人不多。母亲在厨房里准备早饭，父亲坐在窗边看报纸。吃过饭以后，"
-    "我们一起去公园散步，看见许多孩子在草地上放风筝。中国有悠久的历史和丰富的文化，长江和黄河沿岸有很多古老的城市。"
-    "要保持健康，每天要睡好，多吃蔬菜和水果，还要经常锻炼。地球绕太阳一周需要一年。老师告诉学生，科学研究需要耐心、"
-    "勇气和想象力。",
+    "everyday en": (
+        "A light rain fell this morning and few people were in the streets. My mother made breakfast in the "
+        "kitchen while my father read the newspaper by the window. Afterwards we walked to the park, where "
+        "many children were flying kites on the grass. To stay healthy, sleep well, eat plenty of vegetables "
+        "and fruit, and exercise often. The earth takes a year to go round the sun. The teacher told her "
+        "pupils that science needs patience, courage and imagination."
+    ),
+    "everyday zh": (
+        "今天早上下了一场小雨，街道上的行人不多。母亲在厨房里准备早饭，父亲坐在窗边看报纸。"
+        "吃过饭以后，我们一起去公园散步，看见许多孩子在草地上放风筝。"
+        "中国有悠久的历史和丰富的文化，长江和黄河沿岸有很多古老的城市。"
+        "要保持健康，每天要睡好，多吃蔬菜和水果，还要经常锻炼。"
+        "地球绕太阳一周需要一年。老师告诉学生，科学研究需要耐心、勇气和想象力。"
+    ),
 }
 
 
