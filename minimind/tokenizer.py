@@ -332,7 +332,7 @@ def sample_text(
                 heapq.heappush(kept, (-number, size, piece))
                 kept_bytes += size
             while kept_bytes > max_bytes:
-                # Later numbers above this one would be dropped too: the sample is as if drawn from everything.
+                # Later numbers above it would be dropped too: the sample is as if drawn from everything.
                 largest, size, _ = heapq.heappop(kept)
                 threshold = -largest
                 kept_bytes -= size
