@@ -316,10 +316,7 @@ def train_tokenizer(
 
 
 def sample_text(
-    texts: Iterable[str],
-    max_bytes: int,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    texts: Iterable[str], max_bytes: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[str]:
     """Yield at most `max_bytes` of the texts, in pieces: those that drew the smallest random numbers."""
     draw = random.Random(seed)
@@ -331,12 +328,11 @@ def sample_text(
             piece = text[start : start + _PIECE_CHARACTERS]
             size = len(piece.encode("utf-8", "surrogatepass"))
             bytes_read += size
-            if (number := draw.random()) >= threshold:
-                continue
-            heapq.heappush(kept, (-number, size, piece))
-            kept_bytes += size
+            if (number := draw.random()) < threshold:
+                heapq.heappush(kept, (-number, size, piece))
+                kept_bytes += size
             while kept_bytes > max_bytes:
-                # Once a number was too large it stays too large, so the sample is as if all had been kept.
+                # Later numbers above it would be dropped too: the sample is as if drawn from everything.
                 largest, size, _ = heapq.heappop(kept)
                 threshold = -largest
                 kept_bytes -= size

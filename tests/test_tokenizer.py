@@ -1,4 +1,4 @@
-"""The tokenizer: any text comes back, text spells no special token, roles are found, mistakes are explained."""
+"""The tokenizer: any text comes back, no text spells a special token, roles are found, mistakes explained."""
 
 from __future__ import annotations
 
@@ -184,8 +184,9 @@ def test_without_a_config_known_names_are_the_roles(tmp_path):
 def test_roles_change_the_fingerprint(tmp_path):
     (tmp_path / "other").mkdir()
     backend = words("<unk>", "a", "<eos>", "<bos>")
+    backend.add_special_tokens(["<eos>", "<bos>"])
     one = load_tokenizer(saved(backend, tmp_path))
-    other = load_tokenizer(saved(backend, tmp_path / "other", eos_token="<bos>"))
+    other = load_tokenizer(saved(backend, tmp_path / "other", eos_token="<bos>", bos_token="<eos>"))
     assert one.fingerprint != other.fingerprint
 
 
@@ -285,7 +286,7 @@ def test_a_config_that_names_a_missing_token_is_refused(tmp_path):
 
 def prose(documents: int = 60) -> list[str]:
     return [
-        f"The {n % 7}th fox of {n} jumps over lazy dog number {n * n}; 第{n}只狐狸跳过懒狗。"
+        f"In 2024 the {n % 7}th fox of {n} jumps over lazy dog number {n * n}; 第{n}只狐狸跳过懒狗。"
         for n in range(documents)
     ]
 
@@ -297,6 +298,7 @@ def test_trained_tokenizer_is_of_the_packages_kind_and_repeatable():
     text = "A lazy fox 狐狸 <|im_end|>\u0000\U0010ffff"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(" lazy")) == 1
+    assert len(tokenizer.encode("2024")) == 4
     assert train_tokenizer(prose(), 320).fingerprint == tokenizer.fingerprint
 
 
@@ -323,13 +325,15 @@ def test_training_reports_progress():
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(ConfigError, match="--vocab-size 271 .*at least 272"):
+    with pytest.raises(ConfigError, match=r"--vocab-size 271 .*at least 272"):
         train_tokenizer(prose(), 271)
 
 
 def test_too_little_text_says_how_many_entries_it_gave():
     with pytest.raises(DataError, match=r"gave only 272 of the 6400 entries.*--vocab-size 272"):
         train_tokenizer([], 6400)
+    with pytest.raises(DataError, match="gave only 272 of"):
+        train_tokenizer(["every pair once"], 6400)
     with pytest.raises(DataError, match=r"gave only (2[789]\d|3\d\d) of"):
         train_tokenizer(["the fox the fox the fox"], 6400)
 
@@ -339,7 +343,7 @@ def test_an_error_in_the_source_of_the_text_comes_through():
         yield "text"
         raise DataError("a.jsonl:2 is not JSON")
 
-    with pytest.raises(DataError, match="a.jsonl:2"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
         train_tokenizer(broken(), 300)
 
 
