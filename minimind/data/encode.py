@@ -22,7 +22,7 @@ from .sources import Reading
 
 SPLITS = ("train", "validation")
 # Large enough to keep all threads of the tokenizer busy, small enough for few megabytes in flight.
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 4096
 
 
@@ -175,7 +175,7 @@ def encode(
 
 
 def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iterator[_Batch]:
-    """Yield documents of all sources in batches of about a megabyte."""
+    """Yield documents of all sources in batches of about half a megabyte."""
     texts: list[str] = []
     columns: tuple[list[int], list[int], list[int]] = ([], [], [])
     size = 0
