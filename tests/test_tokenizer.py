@@ -231,7 +231,11 @@ def test_truncation_padding_and_templates_of_an_earlier_use_are_ignored(tmp_path
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
     text = "one two three four five"
-    assert load_tokenizer(saved(backend, tmp_path)).encode(text) == SHIPPED.encode(text)
+    tokenizer = load_tokenizer(saved(backend, tmp_path))
+    assert tokenizer.encode(text) == SHIPPED.encode(text)
+    tokenizer.save(tmp_path)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (rules["truncation"], rules["padding"]) == (None, None)
 
 
 def test_normalizing_tokenizers_load(tmp_path):
