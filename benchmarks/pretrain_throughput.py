@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit("no CUDA GPU here; give --allow-cpu to run all the same")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}, {datetime.date.today()}")
-    print(f"{'preset':<18}{'batch':>6}{'T':>6}{'tokens/s':>12}{'MFU':>7}{'memory':>9}{'1st step':>9}{'wait':>7}")
+    print(f"{'preset':<18}{'batch':>6}{'T':>6}{'tokens/s':>12}{'MFU':>7}{'memory':>9}{'start':>9}{'wait':>7}")
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or write_corpus(Path(folder) / "corpus.jsonl")
         for preset in options.preset or ["minimind-3"]:
@@ -74,7 +74,7 @@ def measure(preset: str, options: argparse.Namespace, data: str, folder: Path) -
         f"{mean(row['tokens_per_second'] for row in steady):,.0f}",
         f"{mean(row['mfu'] for row in steady):.1%}" if steady[0].get("mfu") else "-",
         f"{steady[-1]['memory_gb']:.1f} GB",
-        f"{reports[0].get('first_step_seconds', float('nan')):.1f} s",
+        f"{rows[-1]['total_first_steps']:.1f} s",
         f"{mean(row['data_wait'] for row in steady):.1%}",
     ]
     print(f"{preset:<18}{options.batch_size:>6}{options.max_seq_len:>6}", end="")

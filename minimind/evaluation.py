@@ -64,26 +64,25 @@ def evaluate(
         for number, batch in enumerate(batches):
             if number % STOP_CHECK_INTERVAL == 0 and _any_process(asked_to_stop(), accelerator):
                 return None
-            output = model(
+            loss_sum = model(
                 input_ids=batch.input_ids,
                 shift_labels=batch.shift_labels,
                 document_ids=batch.document_ids,
                 position_ids=batch.position_ids,
                 num_items_in_batch=1,
-            )
+            ).loss
             real = batch.shift_labels >= 0
             text_bytes = torch.where(real, bytes_per_token[batch.shift_labels.clamp(min=0)], 0).sum()
-            sums.append(torch.stack((output.loss.float(), real.sum().float(), text_bytes.float())))
+            sums.append(torch.stack((loss_sum.float(), real.sum().float(), text_bytes.float())))
     finally:
         model.train(was_training)
     # Float64 on the host: a float32 sum of counts loses single tokens beyond 2^24.
     local = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
-    loss_sum, tokens, text_bytes = _sum_over_processes(local, accelerator)
-    loss = loss_sum / max(tokens, 1)
+    nats, num_tokens, num_bytes = _sum_over_processes(local, accelerator)
     return Evaluation(
-        loss=loss,
-        bits_per_byte=loss_sum / math.log(2) / max(text_bytes, 1),
-        tokens=round(tokens),
+        loss=nats / max(num_tokens, 1),
+        bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
+        tokens=round(num_tokens),
     )
 
 

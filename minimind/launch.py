@@ -32,7 +32,7 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
 
 def choose_precision(config: PretrainConfig) -> str:
     """Return `no`, `bf16` or `fp16`: what was asked for, or the best that the device computes natively."""
-    wanted = config.mixed_precision
+    wanted: str = config.mixed_precision
     if wanted == "auto":
         # What `accelerate config` or `accelerate launch --mixed_precision` set counts as asked for.
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto").lower()
@@ -73,8 +73,8 @@ def _refuse_broken_launch(accelerator: Accelerator) -> None:
     world = os.environ.get("WORLD_SIZE")
     if world is not None and int(world) != accelerator.num_processes:
         raise ConfigError(
-            f"{world} processes were launched but they were not joined (each would train alone); on a machine "
-            "without a GPU launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            f"{world} processes were launched but they were not joined (each would train alone); on a "
+            "machine without a GPU launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {world} -m minimind_cli pretrain ..."
         )
     if world is None and "MASTER_ADDR" in os.environ:

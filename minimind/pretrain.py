@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from .launch import close_accelerator, is_main_process, start_accelerator, wants
 from .metrics_file import last_step_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
+from .overview import PretrainResult, banner, summary
 from .progress import Progress
 from .resume import changed_group_values, differences
 from .run_folder import RunFolder
@@ -38,39 +37,9 @@ from .stopping import StopRequest
 from .stored_checkpoint import StoredCheckpoint
 from .throughput import Meter, peak_flops_of
 from .tokenizer import Tokenizer, load_tokenizer
-from .train import Run, TrainState, due, evaluation_interval, report_evaluation, train, validate
 from .trackers import Trackers, check_trackers
+from .train import Run, TrainState, due, evaluation_interval, report_evaluation, train, validate
 from .training_state import agree, collect, restore
-from .wording import count, duration
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """What a run has to show.
-
-    Attributes:
-        model_dir: folder that Hugging Face transformers loads; not written by a run that was stopped early.
-        steps: optimizer steps done.
-        tokens: real input tokens trained.
-        loss: mean training loss of the last report, in nats per token.
-        val_loss: last validation loss, None without validation text.
-        bits_per_byte: last validation bits per byte, None without validation text.
-        tokens_per_second: speed after warm-up.
-        seconds: wall time of the whole call.
-        sample: a short text written by the model, empty on all processes but the main one.
-        stopped: why the run ended early (`SIGTERM`, `SIGINT`, `--max-time`), None where it did not.
-    """
-
-    model_dir: Path
-    steps: int
-    tokens: int
-    loss: float
-    val_loss: float | None
-    bits_per_byte: float | None
-    tokens_per_second: float
-    seconds: float
-    sample: str
-    stopped: str | None
 
 
 def pretrain(config: PretrainConfig) -> PretrainResult:
@@ -126,7 +95,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
         )
         closing.callback(trackers.close)
-        progress.banner(_banner(config, shape, plan, data, accelerator, compiled, total_steps))
+        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps))
 
         meter = Meter(
             shape.flops_per_token(config.max_seq_len),
@@ -178,7 +147,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             sample=sample,
             stopped=(stop.reason or "another process") if state.stopping else None,
         )
-        progress.summary(_summary(result, folder, totals, meter.bottleneck(), state))
+        progress.summary(summary(result, totals, meter.bottleneck(), state.skipped_steps))
         # Only a run that got this far waits for the others: one that failed must not.
         accelerator.wait_for_everyone()
         return result
@@ -352,71 +321,3 @@ def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) 
         missing = agree(run.accelerator, lambda: last_step_with(folder.metrics, "val_loss") != state.step)
         if missing:
             validate(run, state)
-
-
-def _banner(
-    config: PretrainConfig,
-    shape: MiniMindConfig,
-    plan: BatchPlan,
-    data: PreparedData,
-    accelerator: Accelerator,
-    compiled: bool,
-    total_steps: int,
-) -> list[tuple[str, str]]:
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    tokens = plan.global_batch_size * config.max_seq_len
-    validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
-    return [
-        (
-            "model",
-            f"{count(shape.num_parameters())} parameters: {shape.num_hidden_layers} blocks {shape.hidden_size} "
-            f"wide, {shape.num_attention_heads} heads, {shape.num_key_value_heads} key/value heads",
-        ),
-        (
-            "data",
-            f"{count(data.train.num_tokens)} tokens in {data.train.num_documents:,} documents{validation}",
-        ),
-        (
-            "steps",
-            f"{total_steps:,} of up to {count(tokens)} tokens (micro-batch {plan.micro_batch_size} x "
-            f"accumulation {plan.accumulation_steps} x processes {plan.num_processes}, rows of "
-            f"{config.max_seq_len})",
-        ),
-        (
-            "device",
-            f"{name} x {accelerator.num_processes}, {precision}, {'compiled' if compiled else 'not compiled'}",
-        ),
-        ("folder", config.output_dir),
-    ]
-
-
-def _summary(
-    result: PretrainResult, folder: RunFolder, totals: dict[str, float], bottleneck: str, state: TrainState
-) -> list[tuple[str, str]]:
-    if result.stopped is not None:
-        end = f"stopped by {result.stopped} after step {result.steps:,}; go on with --resume"
-        rows = [("end", end)]
-    else:
-        rows = [("model", str(result.model_dir))]
-    loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "not measured"
-    if result.val_loss is not None:
-        loss += f", validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)"
-    parts = [
-        f"{name.replace('_', ' ')} {duration(totals[name])}"
-        for name in ("training", "first_steps", "data", "evaluation", "saving", "compile")
-        if totals.get(name, 0.0) >= 0.5
-    ]
-    rows += [
-        ("loss", loss),
-        ("trained", f"{result.steps:,} steps, {count(result.tokens)} tokens"),
-        ("speed", f"{count(result.tokens_per_second)} tokens/s"),
-        ("time", f"{duration(result.seconds)}" + (f": {', '.join(parts)}" if parts else "")),
-        ("bottleneck", bottleneck),
-    ]
-    if state.skipped_steps:
-        rows.append(("skipped", f"{state.skipped_steps:,} updates, for a loss or gradient that was not finite"))
-    if result.sample:
-        rows.append(("sample", " ".join(result.sample.split())))
-    return rows

@@ -45,16 +45,17 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
         )
     if config.max_seq_len > shape.max_position_embeddings:
         raise ConfigError(
-            f"--max-seq-len {config.max_seq_len} is more than the {shape.max_position_embeddings} positions of "
-            f"the model in {config.from_weight}; lower it."
+            f"--max-seq-len {config.max_seq_len} is more than the {shape.max_position_embeddings} positions "
+            f"of the model in {config.from_weight}; lower it."
         )
-    roles = {
-        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    bos = tokenizer.bos_token_id
     filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in _SHAPE})
-    return filled, dataclasses.replace(shape, **roles)
+    return filled, dataclasses.replace(
+        shape,
+        bos_token_id=bos if bos is not None else tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def make_model(config: PretrainConfig, shape: MiniMindConfig) -> MiniMindForCausalLM:
@@ -75,8 +76,8 @@ def make_model(config: PretrainConfig, shape: MiniMindConfig) -> MiniMindForCaus
 def _refuse_other_sizes(config: PretrainConfig, shape: MiniMindConfig) -> None:
     settings = settings_of(ModelOptions)
     problems = [
-        f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, where "
-        f"it is {getattr(shape, name)}; leave the option out."
+        f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
+        f"where it is {getattr(shape, name)}; leave the option out."
         for name in _SHAPE
         if getattr(config, name) not in (getattr(shape, name), settings[name].default)
     ]

@@ -281,8 +281,8 @@ def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: floa
     run.progress.warn(f"step {record.step}: the {what} is not finite; this update was skipped.")
     if run._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
         raise TrainingError(
-            f"the {what} was not finite in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step {record.step}; "
-            "go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
+            f"the {what} was not finite in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step "
+            f"{record.step}; go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
             "--mixed-precision bf16 instead of fp16."
         )
 

@@ -14,10 +14,11 @@ import torch
 
 from minimind import ConfigError, PretrainConfig, load_tokenizer, pretrain
 from minimind.config import PANELS
-from minimind.pretrain import PretrainResult
+from minimind.overview import PretrainResult
 from minimind.settings import parse_values, read_toml, write_toml
 
-WORDS = "the cat sat on a mat while rain fell over quiet hills and nobody asked why it was so".split()
+SENTENCE = "the cat sat on a mat while rain fell over quiet hills and nobody asked why it was so"
+WORDS = SENTENCE.split()
 
 
 def write_corpus(path: Path, documents: int = 300) -> Path:
@@ -166,9 +167,7 @@ def test_a_model_folder_of_another_shape_is_refused_with_both_shapes(
 ) -> None:
     _, result = finished
     with pytest.raises(ConfigError, match=r"--num-hidden-layers 3.*2"):
-        pretrain(
-            tiny(corpus, tmp_path / "other", from_weight=str(result.model_dir), num_hidden_layers=3)
-        )
+        pretrain(tiny(corpus, tmp_path / "other", from_weight=str(result.model_dir), num_hidden_layers=3))
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 

@@ -13,7 +13,7 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
 from minimind.presets import resolve
 from minimind.run_folder import RunFolder, write_text
-from minimind.settings import read_toml
+from minimind.settings import parse_values, read_toml
 
 
 @pytest.mark.parametrize("trace", ["config.toml", "metrics.jsonl", "checkpoints"])
@@ -63,7 +63,7 @@ def test_description_reads_back_to_the_same_configuration(tmp_path):
     config = PretrainConfig(data=("a b.txt", "模型.jsonl"), learning_rate=3e-4, max_steps=7)
     folder = RunFolder(tmp_path)
     folder.describe(config, {"python": "3.11", "host": "größer"})
-    values, problems = read_toml(PretrainConfig, folder.config.read_text(encoding="utf-8"), "config.toml")
+    values, problems = parse_values(PretrainConfig, read_toml(folder.config), "config.toml")
     assert problems == []
     assert resolve(file=values) == config
     assert json.loads(folder.environment.read_text(encoding="utf-8"))["host"] == "größer"

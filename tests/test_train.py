@@ -136,7 +136,9 @@ def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, ro
         loss_sum, _asked, _norm = train_step(run, batch, TrainState()).tolist()
         assert loss_sum / batch.num_targets == pytest.approx(losses[number], rel=1e-5)
     for (name, ours), theirs in zip(run.model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_mean_of_micro_batch_means_would_differ() -> None:
@@ -164,7 +166,8 @@ def test_without_clipping_the_gradient_is_left_alone() -> None:
     run = make_run(tiny_model(), grad_clip=0.0)
     before = [p.detach().clone() for p in run.model.parameters()]
     _loss, _asked, norm = train_step(run, step_batch(1, 8), TrainState()).tolist()
-    moved = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in zip(before, run.model.parameters())))
+    pairs = zip(before, run.model.parameters(), strict=True)
+    moved = math.sqrt(sum((old - new).square().sum().item() for old, new in pairs))
     assert moved == pytest.approx(0.1 * norm, rel=1e-4)
 
 
@@ -194,11 +197,16 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_alone_and_is_counted()
 def test_many_non_finite_steps_in_a_row_stop_the_run_with_advice() -> None:
     run = make_run(tiny_model())
     state = TrainState()
-    bad = torch.tensor([math.nan, 0.0, 1.0])
+
+    def settle_a_bad_step() -> None:
+        record = SimpleNamespace(step=state.skipped_steps, num_targets=1, report=False)
+        run.readback.put(record, torch.tensor([math.nan, 0.0, 1.0]))
+        settle(run, state)
+
+    for _ in range(NONFINITE_STEPS_ALLOWED - 1):
+        settle_a_bad_step()
     with pytest.raises(TrainingError, match="--learning-rate"):
-        for step in range(NONFINITE_STEPS_ALLOWED):
-            run.readback.put(SimpleNamespace(step=step, num_targets=1, report=False), bad)
-            settle(run, state)
+        settle_a_bad_step()
     assert state.skipped_steps == NONFINITE_STEPS_ALLOWED
 
 
