@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -50,7 +51,10 @@ def _options(
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 when done, 2 for a mistake of the user, 130 when interrupted.
+    """Run one command and exit.
+
+    The code is 0 when done, 2 for a mistake of the user, 75 for a run that was stopped early with its state
+    saved, 130 when interrupted.
 
     Args:
         words: the command line after the program name; by default that of this process.
@@ -66,6 +70,16 @@ def main(words: Sequence[str] | None = None) -> None:
         code = _report([message] if (message := error.format_message()) else [])
     if code == 130:
         _report(["interrupted."])
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. Several processes on CPUs leave at once: gloo's threads may abort an orderly end of Python."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -18,6 +18,9 @@ from minimind.settings import write_toml
 from . import upstream_flags
 from .options import is_main_process, parse_config, typed_values, with_options
 
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may be given again, with --resume.
+STOPPED_EARLY = 75
+
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
 
 
@@ -53,7 +56,9 @@ def pretrain(
         return
     from minimind.pretrain import pretrain as run
 
-    run(resolved)
+    result = run(resolved)
+    if result.stopped is not None:
+        raise typer.Exit(STOPPED_EARLY)
 
 
 def _read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from .errors import ConfigError
 from .settings import Option, range_problems
+from .wording import parse_duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,17 @@ class RunOptions:
             metavar="[PATH]",
         ),
     ] = None
+    on_save_error: Annotated[
+        Literal["continue", "stop"],
+        Option("After a checkpoint that could not be written, train on to the next one, or stop."),
+    ] = "continue"
+    max_time: Annotated[
+        str | None,
+        Option(
+            "Stop after this time, such as 3h30m, with the state saved; the wsd schedule finishes by then.",
+            metavar="TIME",
+        ),
+    ] = None
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
         Option("Where metrics go besides metrics.jsonl. Repeatable."),
@@ -227,6 +239,11 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
             )
         if self.val_data and not self.data:
             yield "--val-data needs --data: name the training text too."
+        if self.max_time is not None:
+            try:
+                parse_duration(self.max_time)
+            except ValueError:
+                yield f"--max-time {self.max_time} is not a time; write for example 3h30m, 90m or 45s."
         if "none" in self.tracker and len(self.tracker) > 1:
             yield "--tracker none cannot go with another tracker; leave one of them out."
 

@@ -39,7 +39,8 @@ from .throughput import Meter, peak_flops_of
 from .tokenizer import Tokenizer, load_tokenizer
 from .trackers import Trackers, check_trackers
 from .train import Run, TrainState, due, evaluation_interval, report_evaluation, train, validate
-from .training_state import agree, collect, restore
+from .training_state import agree, collect, reserve_host_memory, restore
+from .wording import parse_duration
 
 
 def pretrain(config: PretrainConfig) -> PretrainResult:
@@ -55,7 +56,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     check_trackers(config)
     folder = RunFolder(Path(config.output_dir))
     with ExitStack() as closing:
-        stop = closing.enter_context(StopRequest())
+        limit = None if config.max_time is None else parse_duration(config.max_time)
+        stop = closing.enter_context(StopRequest(limit, started=started))
         progress = Progress(enabled=is_main_process())
         closing.callback(progress.close)
         tokenizer = load_tokenizer(config.tokenizer)
@@ -77,7 +79,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         store = CheckpointStore(
             folder.checkpoints,
             config.keep_checkpoints,
-            on_error=lambda error: progress.warn(str(error)),
+            on_error=partial(_save_failed, config, progress, stop),
         )
         settings = _settings(config, shape, plan, tokenizer, data)
         state, saved_trackers = _resume(config, settings, store, accelerator, model, optimizer, progress)
@@ -101,7 +103,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             shape.flops_per_token(config.max_seq_len),
             accelerator.num_processes,
             peak_flops_of(accelerator.device),
-            total_steps,
+            state.ending[1] if state.ending else total_steps,
             start_step=state.step,
             intervals=_intervals(config, data),
             device=accelerator.device,
@@ -123,10 +125,11 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             mark_best=partial(_mark_best, accelerator, store),
             stop=stop,
         )
-        progress.start(total_steps, state.step)
+        progress.start(run.last_step(state), state.step)
+        reserve_host_memory(accelerator, model, optimizer)
         _look_before_the_first_step(run, state, folder)
         train(run, state)
-        store.settle()
+        agree(accelerator, partial(_last_save, config, store))
         sample = ""
         if not state.stopping:
             deliver_model(accelerator, model, shape, tokenizer, folder.model)
@@ -269,6 +272,8 @@ def _resume(
     changed = agree(accelerator, compare)
     trainer = restore(accelerator, model, optimizer, checkpoint, keep_group_values=changed)
     state = TrainState(**trainer["state"])
+    if state.ending is not None:
+        state.ending = (state.ending[0], state.ending[1])
     best = store.best()
     if best is not None and best[0] <= state.step:
         state.best_val_loss = min(state.best_val_loss, best[1])
@@ -299,6 +304,26 @@ def _save(
     snapshot = collect(accelerator, model, optimizer, extra)
     if snapshot is not None:
         store.save(snapshot)
+
+
+def _save_failed(
+    config: PretrainConfig, progress: Progress, stop: StopRequest, error: CheckpointError
+) -> None:
+    """Say that a save failed; called from the thread that writes."""
+    progress.warn(str(error))
+    if config.on_save_error == "stop":
+        stop.ask("--on-save-error stop")
+
+
+def _last_save(config: PretrainConfig, store: CheckpointStore) -> None:
+    """Wait until all is written.
+
+    Raises:
+        CheckpointError: where a failed save is to end the run.
+    """
+    store.settle()
+    if config.on_save_error == "stop":
+        store.wait()
 
 
 def _mark_best(accelerator: Accelerator, store: CheckpointStore, state: TrainState) -> None:

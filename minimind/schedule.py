@@ -20,6 +20,7 @@ def lr_factor(
     schedule: str,
     min_lr_ratio: float,
     decay_ratio: float,
+    decay_steps: int | None = None,
 ) -> float:
     """Return the learning rate of a step as a share of the peak.
 
@@ -42,6 +43,7 @@ def lr_factor(
         schedule: one of the names above.
         min_lr_ratio: the factor at the end.
         decay_ratio: share of all steps that `wsd` decays; its decay never starts inside the warm-up.
+        decay_steps: the same as a number of steps, where it was fixed otherwise.
 
     Raises:
         ValueError: for an unknown schedule.
@@ -53,7 +55,9 @@ def lr_factor(
     last = total_steps - 1
     peak = max(warmup_steps - 1, 0)
     if schedule == "wsd":
-        peak = max(peak, last - max(round(decay_ratio * total_steps), 1))
+        if decay_steps is None:
+            decay_steps = round(decay_ratio * total_steps)
+        peak = max(peak, last - max(decay_steps, 1))
     if schedule == "constant" or step <= peak:
         return 1.0
     progress = min((step - peak) / max(last - peak, 1), 1.0)
@@ -66,17 +70,57 @@ def lr_factor(
     return min_lr_ratio + (1 - min_lr_ratio) * remaining
 
 
-def learning_rates(config: PretrainConfig, total_steps: int) -> Callable[[int], float]:
-    """Return the function from optimizer step, from 0, to learning rate that a configuration asks for."""
+def learning_rates(
+    config: PretrainConfig, total_steps: int
+) -> Callable[[int, tuple[int, int] | None], float]:
+    """Return the learning rate that a configuration asks for.
+
+    Returns:
+        A function of the optimizer step, from 0, and of the step at which `wsd` begins to decay and the
+        number of steps of the run, where a time limit has moved these; None where nothing has.
+    """
     warmup = config.warmup_steps
     if warmup is None:
         warmup = min(DEFAULT_WARMUP_LIMIT, round(DEFAULT_WARMUP_SHARE * total_steps))
     factor = partial(
         lr_factor,
-        total_steps=total_steps,
         warmup_steps=warmup,
         schedule=config.lr_schedule,
         min_lr_ratio=config.min_lr_ratio,
         decay_ratio=config.decay_ratio,
     )
-    return lambda step: config.learning_rate * factor(step)
+
+    def learning_rate(step: int, ending: tuple[int, int] | None = None) -> float:
+        if ending is None:
+            return config.learning_rate * factor(step, total_steps=total_steps)
+        begin, end = ending
+        # A decay that begins inside the warm-up starts from what that has reached.
+        reached = min((begin + 1) / warmup, 1.0) if warmup else 1.0
+        decayed = partial(factor, total_steps=end, warmup_steps=0, decay_steps=end - begin)
+        return config.learning_rate * reached * decayed(step)
+
+    return learning_rate
+
+
+def decay_steps_due(
+    *,
+    steps_done: int,
+    decay_ratio: float,
+    seconds_left: float,
+    seconds_per_step: float,
+) -> int:
+    """Return how many steps a `wsd` run should now begin to decay to end in time; 0 while it can wait.
+
+    The decay is to be `decay_ratio` of all steps, those before it included, so it takes r/(1 - r) times
+    as many as lie behind it. It begins when the time left is only just enough for it, or at once with what
+    the time allows when there is less.
+
+    Args:
+        steps_done: optimizer steps of the whole run so far.
+        decay_ratio: r.
+        seconds_left: time for training steps, without what the end of the run takes.
+        seconds_per_step: recent speed.
+    """
+    wanted = math.ceil(steps_done * decay_ratio / max(1 - decay_ratio, 0.05))
+    possible = int(seconds_left / seconds_per_step)
+    return max(min(wanted, possible), 1) if possible <= wanted else 0

@@ -42,6 +42,7 @@ class StopRequest:
             None if max_seconds is None else max_seconds + (clock() if started is None else started)
         )
         self._signal: int | None = None
+        self._asked: str | None = None
         self._noted_at = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -50,6 +51,8 @@ class StopRequest:
         """Why to stop, such as `SIGTERM` or `--max-time`; None while nobody asked."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
+        if self._asked is not None:
+            return self._asked
         if self._deadline is not None and self._clock() >= self._deadline:
             return "--max-time"
         return None
@@ -57,6 +60,10 @@ class StopRequest:
     def seconds_left(self) -> float | None:
         """Return the time to the limit, None without one."""
         return None if self._deadline is None else self._deadline - self._clock()
+
+    def ask(self, reason: str) -> None:
+        """Wish for a stop from inside the program; callable from any thread."""
+        self._asked = reason
 
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread set handlers; a run inside another thread goes without.

@@ -89,6 +89,10 @@ class Meter:
         self._measured_tokens = 0
         self._measured_seconds = 0.0
 
+    def end_at(self, total_steps: int) -> None:
+        """Change the length of the run."""
+        self._total_steps = total_steps
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Book the time inside under `name`; phases do not nest.
@@ -139,6 +143,16 @@ class Meter:
         if self._recent:
             values["eta_seconds"] = self._time_left(step)
         return values
+
+    def seconds_per_step(self) -> float | None:
+        """Return the recent time of one step, None before the first whole interval."""
+        steps = sum(steps for steps, _ in self._recent)
+        return sum(seconds for _, seconds in self._recent) / steps if steps else None
+
+    def seconds_of(self, phase: str) -> float:
+        """Return what a phase took on average, 0 where there was none yet."""
+        count = self._phase_counts.get(phase, 0)
+        return self._phase_seconds[phase] / count if count else 0.0
 
     def totals(self) -> dict[str, float]:
         """Return seconds by where they went, and the speed over the whole run.
@@ -211,12 +225,11 @@ class Meter:
         return speed
 
     def _time_left(self, step: int) -> float:
-        seconds = sum(seconds for _, seconds in self._recent) / sum(steps for steps, _ in self._recent)
-        left = (self._total_steps - step) * seconds
+        left = (self._total_steps - step) * (self.seconds_per_step() or 0.0)
         for name, period in self._periods.items():
             if count := self._phase_counts.get(name):
                 planned = -(-self._total_steps // period) - self._start_step // period
-                left += max(planned - count, 0) * self._phase_seconds[name] / count
+                left += max(planned - count, 0) * self.seconds_of(name)
         return left
 
     def _memory_gb(self) -> float:

@@ -18,6 +18,7 @@ from .evaluation import Evaluation, evaluate
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
+from .schedule import decay_steps_due
 from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
@@ -25,6 +26,9 @@ from .trackers import Trackers
 # So many updates in a row may be skipped for a gradient that is not finite. The fp16 scaler starts high and
 # halves until nothing overflows: from 65536 that can take 16 steps before anything is wrong.
 NONFINITE_STEPS_ALLOWED = 20
+
+# Time kept for writing the model and its sample after the last step.
+END_SECONDS = 5.0
 
 
 @dataclass
@@ -39,6 +43,7 @@ class TrainState:
         skipped_steps: updates left out because the gradient was not finite.
         best_val_loss: lowest validation loss so far.
         stopping: all processes have agreed to stop after this step.
+        ending: where a time limit has set the end: the first step of the decay and the number of steps.
     """
 
     step: int = 0
@@ -48,6 +53,7 @@ class TrainState:
     skipped_steps: int = 0
     best_val_loss: float = math.inf
     stopping: bool = False
+    ending: tuple[int, int] | None = None
 
     def advance(self, batch: StepBatch, rows_per_epoch: int) -> None:
         """Count one optimizer step."""
@@ -81,7 +87,7 @@ class Run:
     loader: Loader
     validation: Callable[[int | None], Iterable[MicroBatch]] | None
     bytes_per_token: torch.Tensor
-    learning_rate: Callable[[int], float]
+    learning_rate: Callable[[int, tuple[int, int] | None], float]
     total_steps: int
     meter: Meter
     progress: Progress
@@ -99,6 +105,10 @@ class Run:
     def __post_init__(self) -> None:
         self.readback = Readback(self.accelerator.device)
 
+    def last_step(self, state: TrainState) -> int:
+        """Return the number of steps of the whole run."""
+        return self.total_steps if state.ending is None else state.ending[1]
+
 
 def train(run: Run, state: TrainState) -> None:
     """Train from `state` to the end of the run, or until all processes have agreed to stop.
@@ -109,15 +119,15 @@ def train(run: Run, state: TrainState) -> None:
     config = run.config
     run.model.train()
     batches = _batches(run.loader, state)
-    while state.step < run.total_steps and not state.stopping:
+    while state.step < run.last_step(state) and not state.stopping:
         with run.meter.phase("data"):
             batch = next(batches)
-        learning_rate = run.learning_rate(state.step)
+        learning_rate = run.learning_rate(state.step, state.ending)
         set_learning_rate(run.optimizer, learning_rate)
         values = train_step(run, batch, state)
         state.advance(batch, run.loader.rows_per_epoch)
         run.meter.step(batch.num_tokens)
-        last = state.step == run.total_steps
+        last = state.step == run.last_step(state)
         run.readback.put(_record(run, state, batch, learning_rate, last), values)
         settle(run, state, everything=last)
         if last or due(state.step, config.save_interval):
@@ -136,8 +146,9 @@ def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
     multiplied by both and divided by the number of targets, which every process knows without asking.
 
     Returns:
-        (3,) float32 on the device: the loss summed over all processes, the number of processes that were
-        asked to stop, and the norm of the gradient.
+        (4,) float32 on the device: the loss summed over all processes, the number of processes that were
+        asked to stop, the steps that the main process wants to decay from now on, and the norm of the
+        gradient.
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     scale = accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
@@ -156,10 +167,33 @@ def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
                 skip_if_nonfinite(optimizer, norm)
             optimizer.step()
             optimizer.zero_grad()
-    # The wish of any process to stop rides along, so that all read it at the same step.
+    # Wishes of single processes ride along, so that all read them at the same step.
     asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
-    sums = accelerator.reduce(torch.stack((loss_sum, asked)), reduction="sum")
+    decay = torch.full_like(loss_sum, float(decay_wanted(run, state)))
+    sums = accelerator.reduce(torch.stack((loss_sum, asked, decay)), reduction="sum")
     return torch.cat((sums, norm.float().reshape(1)))
+
+
+def decay_wanted(run: Run, state: TrainState) -> int:
+    """Return the steps to decay from now on so that a `wsd` run ends within --max-time; 0 for not yet."""
+    seconds_left, per_step = run.stop.seconds_left(), run.meter.seconds_per_step()
+    if (
+        run.config.lr_schedule != "wsd"
+        or not run.accelerator.is_main_process
+        or state.ending is not None
+        or seconds_left is None
+        or per_step is None
+    ):
+        return 0
+    # A tenth is kept for steps that take longer, and what the end of a run takes at least twice over.
+    ending = 2 * (run.meter.seconds_of("evaluation") + run.meter.seconds_of("saving")) + END_SECONDS
+    steps = decay_steps_due(
+        steps_done=state.step,
+        decay_ratio=run.config.decay_ratio,
+        seconds_left=0.9 * (seconds_left - ending),
+        seconds_per_step=per_step,
+    )
+    return steps if state.step + steps < run.total_steps else 0
 
 
 def forward_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -185,8 +219,10 @@ def clip_gradient(run: Run) -> torch.Tensor:
 
 def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
     """Take in the device's numbers of earlier steps: count, report, and stop where that is hopeless."""
-    for record, (loss_sum, asked_to_stop, norm) in run.readback.arrived(everything=everything):
+    for record, (loss_sum, asked_to_stop, decay, norm) in run.readback.arrived(everything=everything):
         state.stopping |= asked_to_stop > 0
+        if decay > 0 and state.ending is None:
+            _end_in_time(run, state, int(decay))
         if math.isfinite(loss_sum) and math.isfinite(norm):
             run._nonfinite_in_a_row = 0
             run._interval[0] += loss_sum
@@ -272,6 +308,14 @@ def _record(run: Run, state: TrainState, batch: StepBatch, learning_rate: float,
         learning_rate=learning_rate,
         report=last or due(state.step, run.config.log_interval),
     )
+
+
+def _end_in_time(run: Run, state: TrainState, decay_steps: int) -> None:
+    """Begin the decay that ends the run before its time is up."""
+    state.ending = (state.step, min(state.step + decay_steps, run.total_steps))
+    run.meter.end_at(state.ending[1])
+    run.progress.start(state.ending[1], state.step)
+    run.progress.note(f"--max-time: decaying from step {state.step:,}, to end at step {state.ending[1]:,}.")
 
 
 def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: float, norm: float) -> None:

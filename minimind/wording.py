@@ -1,8 +1,9 @@
-"""Numbers and durations as people read them."""
+"""Numbers and durations as people read and write them."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,25 @@ def count(number: float) -> str:
             digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
             return f"{scaled:.{digits}f}{unit}"
     return f"{number:.0f}"
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that a text such as `3h30m`, `90m`, `1d12h` or `45s` stands for.
+
+    Raises:
+        ValueError: when the text is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    seconds = (
+        0
+        if match is None
+        else sum(
+            int(number or 0) * unit for number, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)
+        )
+    )
+    if not seconds:
+        raise ValueError(f"{text!r} is not a time such as 3h30m")
+    return float(seconds)
 
 
 def duration(seconds: float) -> str:

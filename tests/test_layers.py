@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind": (0, ""),
     "minimind.errors": (0, ""),
     "minimind.settings": (0, "errors"),
-    "minimind.config": (0, "errors settings"),
+    "minimind.config": (0, "errors settings wording"),
     "minimind.presets": (0, "errors settings config"),
     "minimind.configuration_page": (0, "settings config presets"),
     "minimind.model_config": (0, "errors"),

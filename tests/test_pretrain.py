@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import signal
+import threading
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from minimind import ConfigError, PretrainConfig, load_tokenizer, pretrain
+from minimind import CheckpointError, ConfigError, PretrainConfig, load_tokenizer, pretrain
 from minimind.config import PANELS
 from minimind.overview import PretrainResult
 from minimind.settings import parse_values, read_toml, write_toml
@@ -183,3 +188,67 @@ def test_padded_rows_train_too(corpus: Path, tmp_path: Path) -> None:
 )
 def test_a_run_stops_at_its_limit(corpus: Path, tmp_path: Path, limits: dict[str, int], steps: int) -> None:
     assert pretrain(tiny(corpus, tmp_path / "short", **limits)).steps == steps
+
+
+def test_a_wsd_run_finishes_within_its_time(corpus: Path, tmp_path: Path) -> None:
+    """Without the limit it would go on for hours; with it the learning rate still falls to its minimum."""
+    out = tmp_path / "timed"
+    started = time.monotonic()
+    result = pretrain(
+        tiny(
+            corpus,
+            out,
+            epochs=100_000,
+            lr_schedule="wsd",
+            max_time="20s",
+            warmup_steps=10,
+            log_interval=1,
+            eval_batches=1,
+        )
+    )
+    assert time.monotonic() - started < 20
+    assert result.stopped is None
+    rates = [row["learning_rate"] for row in metrics(out) if "learning_rate" in row]
+    assert rates[-1] == pytest.approx(0.1 * max(rates))
+    decaying = sum(rate < max(rates) for rate in rates[len(rates) // 2 :])
+    assert decaying / len(rates) == pytest.approx(0.2, abs=0.06)
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_a_run_out_of_time_is_saved_and_goes_on(corpus: Path, tmp_path: Path) -> None:
+    config = tiny(corpus, tmp_path / "cut", epochs=100_000, max_time="6s", save_interval=10_000)
+    result = pretrain(config)
+    assert result.stopped == "--max-time"
+    assert result.steps > 0
+    assert not (tmp_path / "cut" / "model").exists()
+    limit = result.steps + 3
+    more = pretrain(dataclasses.replace(config, max_time=None, max_steps=limit, resume="auto"))
+    assert (more.steps, more.stopped) == (limit, None)
+
+
+def test_a_signal_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
+    timer = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    result = pretrain(tiny(corpus, tmp_path / "cut", epochs=100_000, save_interval=10_000))
+    timer.join()
+    assert result.stopped == "SIGTERM"
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("step-*")
+    assert checkpoint.name == f"step-{result.steps:08d}"
+
+
+@pytest.mark.parametrize(("choice", "finishes"), [("continue", True), ("stop", False)])
+def test_a_full_disk_ends_the_run_only_if_asked_to(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, finishes: bool
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "here")
+
+    monkeypatch.setattr("minimind.checkpoint.write_tensors", full)
+    config = tiny(corpus, tmp_path / "full", max_steps=30, save_interval=5, on_save_error=choice)
+    if finishes:
+        assert pretrain(config).steps == 30
+    else:
+        with pytest.raises(CheckpointError, match="was not saved"):
+            pretrain(config)
+    assert (tmp_path / "full" / "model").exists() == finishes
+    assert not list((tmp_path / "full" / "checkpoints").glob("*"))

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minimind.config import PretrainConfig
-from minimind.schedule import learning_rates, lr_factor
+from minimind.schedule import decay_steps_due, learning_rates, lr_factor
 
 FALLING = ("cosine", "linear", "wsd")
 
@@ -118,3 +118,34 @@ def test_every_schedule_of_the_configuration_exists():
         assert learning_rates(PretrainConfig(lr_schedule=schedule), 100)(50) > 0
     with pytest.raises(ValueError, match="unknown schedule"):
         lr_factor(0, total_steps=1, warmup_steps=0, schedule="step", min_lr_ratio=0, decay_ratio=1)
+
+
+@given(done=st.integers(0, 10_000), ratio=st.floats(0.05, 0.5), per_step=st.floats(0.01, 5.0))
+def test_a_timed_decay_begins_when_the_time_left_is_just_enough(
+    done: int, ratio: float, per_step: float
+) -> None:
+    def due(seconds_left: float) -> int:
+        return decay_steps_due(
+            steps_done=done, decay_ratio=ratio, seconds_left=seconds_left, seconds_per_step=per_step
+        )
+
+    wanted = math.ceil(done * ratio / (1 - ratio))
+    assert due(per_step * (wanted + 2)) == 0
+    begun = due(per_step * (wanted + 0.5))
+    assert begun == max(wanted, 1)
+    # Those steps then are the share of all steps that was asked for.
+    assert begun == pytest.approx(ratio * (done + begun), abs=1.1)
+    # A run that comes late decays in what is left.
+    assert due(per_step * (wanted // 2 + 0.5)) == max(wanted // 2, 1)
+
+
+def test_a_moved_end_decays_from_the_peak_to_the_minimum() -> None:
+    config = PretrainConfig(learning_rate=1.0, lr_schedule="wsd", min_lr_ratio=0.1, warmup_steps=10)
+    rate = learning_rates(config, 1000)
+    assert rate(300, None) == 1.0
+    assert rate(299, None) == 1.0
+    falling = [rate(step, (300, 400)) for step in range(300, 400)]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] == pytest.approx(0.1)
+    assert [rate(4, None), rate(5, (5, 20)), rate(19, (5, 20))] == pytest.approx([0.5, 0.6, 0.06], abs=0.16)
+    assert rate(19, (5, 20)) == pytest.approx(0.06)

@@ -96,7 +96,7 @@ def make_run(model: MiniMindForCausalLM, accumulation_steps: int = 1, **options:
         loader=SimpleNamespace(rows_per_epoch=1000),
         validation=None,
         bytes_per_token=torch.ones(VOCAB),
-        learning_rate=lambda step: 0.1,
+        learning_rate=lambda step, ending: 0.1,
         total_steps=10,
         meter=Meter(1.0, 1, None, 10),
         progress=recorder,
@@ -133,7 +133,7 @@ def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, ro
     run = make_run(tiny_model(), accumulation_steps=ROWS // micro_batch_size)
     for number, seed in enumerate([1, 2, 3]):
         batch = step_batch(seed, micro_batch_size, rows)
-        loss_sum, _asked, _norm = train_step(run, batch, TrainState()).tolist()
+        loss_sum, *_ = train_step(run, batch, TrainState()).tolist()
         assert loss_sum / batch.num_targets == pytest.approx(losses[number], rel=1e-5)
     for (name, ours), theirs in zip(run.model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(
@@ -158,14 +158,14 @@ def test_the_reported_norm_is_that_before_clipping() -> None:
     loss.backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     run = make_run(tiny_model(), accumulation_steps=2, grad_clip=0.01)
-    _loss, _asked, norm = train_step(run, step_batch(1, 4), TrainState()).tolist()
+    *_, norm = train_step(run, step_batch(1, 4), TrainState()).tolist()
     assert norm == pytest.approx(expected, rel=1e-4)
 
 
 def test_without_clipping_the_gradient_is_left_alone() -> None:
     run = make_run(tiny_model(), grad_clip=0.0)
     before = [p.detach().clone() for p in run.model.parameters()]
-    _loss, _asked, norm = train_step(run, step_batch(1, 8), TrainState()).tolist()
+    *_, norm = train_step(run, step_batch(1, 8), TrainState()).tolist()
     pairs = zip(before, run.model.parameters(), strict=True)
     moved = math.sqrt(sum((old - new).square().sum().item() for old, new in pairs))
     assert moved == pytest.approx(0.1 * norm, rel=1e-4)
@@ -200,7 +200,7 @@ def test_many_non_finite_steps_in_a_row_stop_the_run_with_advice() -> None:
 
     def settle_a_bad_step() -> None:
         record = SimpleNamespace(step=state.skipped_steps, num_targets=1, report=False)
-        run.readback.put(record, torch.tensor([math.nan, 0.0, 1.0]))
+        run.readback.put(record, torch.tensor([math.nan, 0.0, 0.0, 1.0]))
         settle(run, state)
 
     for _ in range(NONFINITE_STEPS_ALLOWED - 1):
@@ -282,12 +282,11 @@ def test_an_evaluation_is_left_when_a_stop_is_wished_and_the_state_is_saved_once
     saved: list[int] = []
     run.save = lambda state: saved.append(state.step)
     wish = [False]
-    run.stop = SimpleNamespace(reason=None)
 
     def validation(limit: int | None) -> Any:
         for number in range(100):
             if number == 9:
-                run.stop.reason = "SIGTERM"
+                run.stop.ask("a test")
             wish[0] = number
             yield step_batch(5, 8).micro_batches[0]
 

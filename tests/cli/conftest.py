@@ -51,7 +51,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Command:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
     """Put a recorder in place of the training; the list holds the configurations it was called with."""
     configs: list[PretrainConfig] = []
-    monkeypatch.setitem(sys.modules, "minimind.pretrain", SimpleNamespace(pretrain=configs.append))  # type: ignore[arg-type]
+
+    def pretrain(config: PretrainConfig) -> SimpleNamespace:
+        configs.append(config)
+        return SimpleNamespace(stopped=None)
+
+    monkeypatch.setitem(sys.modules, "minimind.pretrain", SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
     return configs
 
 
