@@ -74,8 +74,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = loss - torch.where(ignored, 0.0, log_probability).sum()
             # d loss / d logits = softmax - onehot; an infinite total zeroes an ignored row.
             grad = exps.div_(torch.where(ignored, float("inf"), total)).to(dtype)
-            at_target = torch.where(ignored, 0.0, torch.expm1(log_probability))
-            grad.scatter_(1, ids, at_target.to(dtype))
+            at_target = torch.where(ignored, 0.0, torch.expm1(log_probability)).to(dtype)
+            if torch.compiler.is_compiling():
+                # Joins the passes over the logits, where a scatter would be a pass of its own.
+                columns = torch.arange(weight.shape[0], device=weight.device)
+                grad = torch.where(ids == columns, at_target, grad)
+            else:
+                grad.scatter_(1, ids, at_target)
             grad_hidden.append((grad @ low_weight).to(hidden.dtype))
             grad_weight += grad.T @ h
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
