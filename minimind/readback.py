@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
 Tag = TypeVar("Tag")
+
+
+@dataclass(frozen=True)
+class Arrival(Generic[Tag]):
+    """Values that have come to the host.
+
+    Attributes:
+        tag: what they were put with.
+        values: the numbers, flattened.
+        time: reading of the clock when the device had made them, which on a GPU is before they are read.
+    """
+
+    tag: Tag
+    values: list[float]
+    time: float
 
 
 class Readback(Generic[Tag]):
@@ -21,26 +38,40 @@ class Readback(Generic[Tag]):
     see the same value at the same step and decide alike.
     """
 
-    def __init__(self, device: torch.device, lag: int = 2) -> None:
+    def __init__(
+        self, device: torch.device, lag: int = 2, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._lag = lag if device.type == "cuda" else 0
-        self._pending: deque[tuple[Tag, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._clock = clock
+        self._pending: deque[tuple[Tag, torch.Tensor, torch.cuda.Event | float]] = deque()
+        self._previous: tuple[torch.cuda.Event, float] | None = None
 
     def put(self, tag: Tag, values: torch.Tensor) -> None:
         """Start the way of `values` (any shape) to the host; `tag` comes back with them."""
         values = values.detach()
         if values.device.type != "cuda":
-            self._pending.append((tag, values.cpu().clone(), None))
+            self._pending.append((tag, values.cpu().clone(), self._clock()))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._pending.append((tag, host, event))
 
-    def arrived(self, *, everything: bool = False) -> Iterator[tuple[Tag, list[float]]]:
+    def arrived(self, *, everything: bool = False) -> Iterator[Arrival[Tag]]:
         """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""
         while len(self._pending) > (0 if everything else self._lag):
-            tag, host, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            yield tag, host.flatten().tolist()
+            tag, host, made = self._pending.popleft()
+            moment = made if isinstance(made, float) else self._moment(made)
+            yield Arrival(tag, host.flatten().tolist(), moment)
+
+    def _moment(self, event: torch.cuda.Event) -> float:
+        """Wait for an event and return when it was, by the device's own measure of the time since the last."""
+        event.synchronize()
+        if self._previous is None:
+            moment = self._clock()
+        else:
+            earlier, then = self._previous
+            moment = then + earlier.elapsed_time(event) / 1000
+        self._previous = event, moment
+        return moment

@@ -1,9 +1,9 @@
 """How fast a run goes, how long it still takes, and where its time went.
 
 On a GPU the host only launches work: it runs some steps ahead of the device, and the time that it takes to
-launch a step says little about the time that the step takes. What the two share is the moment at which a
-step's numbers come back. A report is made at that moment, so the time between two reports is what the
-device took for the steps between them; over one step it is uneven, over a report interval it is not.
+launch a step says little about the time that the step takes. A report is therefore given the moment at which
+the device had done the step (`readback.Arrival.time`), and the time between two reports is what the device
+took for the steps between them.
 """
 
 from __future__ import annotations
@@ -113,10 +113,14 @@ class Meter:
         self._tokens += num_tokens
         self._tokens_at.append((self._step, self._tokens))
         if self._mark is None and self._step - self._start_step == WARMUP_STEPS:
-            self._begin_measuring(self._step, self._tokens)
+            self._begin_measuring(self._step, self._tokens, self._clock())
 
-    def report(self, step: int) -> dict[str, float]:
+    def report(self, step: int, at: float | None = None) -> dict[str, float]:
         """Return the numbers of the interval that ends with `step`; call it when the step's values arrive.
+
+        Args:
+            step: optimizer steps done.
+            at: when the device had done them, by the same clock; None for now.
 
         Returns:
             `elapsed` seconds since the start; `memory_gb` (10^9 bytes: the most allocated so far on a CUDA
@@ -127,12 +131,12 @@ class Meter:
             as a share of the interval; `eta_seconds` to the end of the run.
         """
         tokens = self._tokens_up_to(step)
-        now = self._clock()
+        now = self._clock() if at is None else at
         values = {"elapsed": now - self._began, "memory_gb": self._memory_gb()}
         if self._mark is None:
-            self._begin_measuring(step, tokens)
+            self._begin_measuring(step, tokens, now)
         elif step > self._mark.step:
-            mark, self._mark = self._mark, self._marked(step, tokens)
+            mark, self._mark = self._mark, self._marked(step, tokens, now)
             seconds = max(self._mark.time - mark.time - (self._mark.excluded - mark.excluded), 1e-9)
             self._recent.append((step - mark.step, seconds))
             self._measured_tokens += tokens - mark.tokens
@@ -200,17 +204,17 @@ class Meter:
             )
         return f"Nothing stands out: {share('training'):.0%} of the time went into training steps."
 
-    def _begin_measuring(self, step: int, tokens: int) -> None:
+    def _begin_measuring(self, step: int, tokens: int, now: float) -> None:
         # After WARMUP_STEPS launches this is the host's view, a step or two ahead of the device; from the
         # first report on, the marks are arrivals.
-        self._mark = self._marked(step, tokens)
+        self._mark = self._marked(step, tokens, now)
         phases = self._mark.excluded + self._mark.waiting
         self._first_steps = max(self._mark.time - self._began - phases, 0.0)
 
-    def _marked(self, step: int, tokens: int) -> _Mark:
+    def _marked(self, step: int, tokens: int, now: float) -> _Mark:
         waiting = self._phase_seconds.get(_WAITING, 0.0)
         excluded = sum(self._phase_seconds.values()) - waiting
-        return _Mark(self._clock(), step, tokens, waiting, excluded)
+        return _Mark(now, step, tokens, waiting, excluded)
 
     def _tokens_up_to(self, step: int) -> int:
         """Return the tokens of all steps up to `step`, which the host may have passed already."""

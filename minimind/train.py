@@ -219,7 +219,8 @@ def clip_gradient(run: Run) -> torch.Tensor:
 
 def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
     """Take in the device's numbers of earlier steps: count, report, and stop where that is hopeless."""
-    for record, (loss_sum, asked_to_stop, decay, norm) in run.readback.arrived(everything=everything):
+    for arrival in run.readback.arrived(everything=everything):
+        record, (loss_sum, asked_to_stop, decay, norm) = arrival.tag, arrival.values
         state.stopping |= asked_to_stop > 0
         if decay > 0 and state.ending is None:
             _end_in_time(run, state, int(decay))
@@ -230,7 +231,7 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
         else:
             _count_nonfinite(run, state, record, loss_sum, norm)
         if record.report:
-            _report(run, state, record, norm)
+            _report(run, state, record, norm, arrival.time)
 
 
 def save(run: Run, state: TrainState) -> None:
@@ -331,7 +332,7 @@ def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: floa
         )
 
 
-def _report(run: Run, state: TrainState, record: StepRecord, norm: float) -> None:
+def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: float) -> None:
     loss_sum, targets = run._interval
     run._interval = [0.0, 0.0]
     loss = loss_sum / targets if targets else math.nan
@@ -343,7 +344,7 @@ def _report(run: Run, state: TrainState, record: StepRecord, norm: float) -> Non
         "epoch": record.epoch,
         "tokens": record.tokens,
         "skipped_steps": state.skipped_steps,
-        **run.meter.report(record.step),
+        **run.meter.report(record.step, time),
     }
     run.trackers.log(values, record.step)
     run.progress.step(record.step, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 from minimind.readback import Readback
 
 
+def read(readback: Readback, everything: bool = False) -> list:
+    return [(arrival.tag, arrival.values) for arrival in readback.arrived(everything=everything)]
+
+
 def test_on_a_cpu_values_arrive_at_once_in_order_with_their_tags():
     readback: Readback[str] = Readback(torch.device("cpu"))
     readback.put("a", torch.tensor([1.5, math.inf]))
     readback.put("b", torch.tensor(2))
-    assert list(readback.arrived()) == [("a", [1.5, math.inf]), ("b", [2])]
-    assert list(readback.arrived()) == []
+    assert read(readback) == [("a", [1.5, math.inf]), ("b", [2])]
+    assert read(readback) == []
 
 
 def test_values_are_those_of_the_moment_of_putting():
@@ -24,13 +29,21 @@ def test_values_are_those_of_the_moment_of_putting():
     readback.put(1, values)
     with torch.no_grad():
         values += 5
-    assert list(readback.arrived()) == [(1, [0.0, 0.0])]
+    assert read(readback) == [(1, [0.0, 0.0])]
 
 
 def test_shapes_are_flattened():
     readback: Readback[int] = Readback(torch.device("cpu"))
     readback.put(1, torch.arange(4.0).view(2, 2))
-    assert list(readback.arrived()) == [(1, [0.0, 1.0, 2.0, 3.0])]
+    assert read(readback) == [(1, [0.0, 1.0, 2.0, 3.0])]
+
+
+def test_on_a_cpu_values_are_made_when_they_are_put():
+    now = [5.0]
+    readback: Readback[int] = Readback(torch.device("cpu"), clock=lambda: now[0])
+    readback.put(1, torch.zeros(1))
+    now[0] = 9.0
+    assert [arrival.time for arrival in readback.arrived()] == [5.0]
 
 
 def needs_cuda() -> None:
@@ -45,9 +58,9 @@ def test_on_a_gpu_values_arrive_a_fixed_number_of_puts_later():
     seen = []
     for step in range(5):
         readback.put(step, torch.full((2,), float(step), device="cuda"))
-        seen.append([tag for tag, _ in readback.arrived()])
+        seen.append([tag for tag, _ in read(readback)])
     assert seen == [[], [], [0], [1], [2]]
-    assert list(readback.arrived(everything=True)) == [(3, [3.0, 3.0]), (4, [4.0, 4.0])]
+    assert read(readback, everything=True) == [(3, [3.0, 3.0]), (4, [4.0, 4.0])]
 
 
 @pytest.mark.gpu
@@ -63,4 +76,18 @@ def test_putting_does_not_wait_for_a_busy_gpu():
     busy.record()
     readback.put(1, values)
     assert not busy.query()
-    assert list(readback.arrived(everything=True)) == [(0, [1.0, 1.0]), (1, [2.0, 2.0])]
+    assert read(readback, everything=True) == [(0, [1.0, 1.0]), (1, [2.0, 2.0])]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_times_are_those_of_the_device_not_of_the_reading():
+    needs_cuda()
+    readback: Readback[int] = Readback(torch.device("cuda"), lag=5)
+    work = torch.ones(1, device="cuda")
+    for step in range(4):
+        torch.cuda._sleep(50_000_000)  # some 30 ms
+        readback.put(step, work)
+    torch.cuda.synchronize()
+    times = [arrival.time for arrival in readback.arrived(everything=True)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert all(0.01 < gap < 0.2 for gap in gaps)

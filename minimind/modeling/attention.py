@@ -20,6 +20,9 @@ from .rope import rotate
 # a (B or 1, 1, T, S) boolean tensor, or the same as blocks for FlexAttention.
 Mask = Tensor | BlockMask
 
+# FlexAttention knows no narrower heads.
+SMALLEST_FLEX_HEAD = 16
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight (Zhang and Sennrich 2019, arXiv 1910.07467).

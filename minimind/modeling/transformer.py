@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ..model_config import MiniMindConfig
-from .attention import Attention, Mask, RMSNorm, cached_mask, document_block_mask, document_mask
+from .attention import (
+    SMALLEST_FLEX_HEAD,
+    Attention,
+    Mask,
+    RMSNorm,
+    cached_mask,
+    document_block_mask,
+    document_mask,
+)
 from .feed_forward import SwiGLU
 from .kv_cache import KVCache, LayerCache
 from .loss import IGNORED, linear_cross_entropy
@@ -68,14 +76,12 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config)
-        # Set where attention runs compiled, so that FlexAttention may be used.
-        self.create_block_mask: Callable[..., BlockMask] | None = None
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        mask: Mask | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
         """Return the (B, T, C) normed hidden states; see `MiniMindForCausalLM.forward`."""
@@ -88,25 +94,10 @@ class MiniMindModel(nn.Module):
             )
         # Built once and shared: every layer sees the same positions and the same documents.
         rotary = self.rotary(position_ids, start, length)
-        mask = self._mask(length, input_ids.device, document_ids, kv_cache)
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, kv_cache.layers[index] if kv_cache is not None else None)
         return self.norm(x)
-
-    def _mask(
-        self, length: int, device: torch.device, document_ids: Tensor | None, kv_cache: KVCache | None
-    ) -> Mask | None:
-        if kv_cache is not None:
-            if document_ids is not None:
-                raise ValueError("document_ids and kv_cache do not go together: a cache holds one document.")
-            return cached_mask(kv_cache.length, length, device)
-        if document_ids is None:
-            return None
-        dropout = self.training and self.config.dropout > 0
-        if self.create_block_mask is not None and device.type == "cuda" and not dropout:
-            return document_block_mask(document_ids, self.create_block_mask)
-        return document_mask(document_ids)
 
 
 class MiniMindForCausalLM(nn.Module):
@@ -132,6 +123,8 @@ class MiniMindForCausalLM(nn.Module):
         self._init_weights()
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self.compiled = False
+        # Set where attention runs compiled, so that FlexAttention may be used.
+        self._create_block_mask: Callable[..., BlockMask] | None = None
 
     def _init_weights(self) -> None:
         std = self.config.initializer_range
@@ -170,7 +163,10 @@ class MiniMindForCausalLM(nn.Module):
             for layer in self.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
         self.compiled = True
-        self.model.create_block_mask = torch.compile(create_block_mask, dynamic=False)
+        if self.config.head_dim >= SMALLEST_FLEX_HEAD:
+            # Compiled by itself: made inside a graph without gradients, torch 2.11 hands the kernel a mask
+            # that points outside of its memory.
+            self._create_block_mask = torch.compile(create_block_mask, dynamic=False)
         self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
 
     def forward(
@@ -197,7 +193,8 @@ class MiniMindForCausalLM(nn.Module):
             document_ids: (B, T) int32; tokens attend within equal ids only. None: a row is one document.
             kv_cache: keys and values of earlier tokens, extended by these.
         """
-        hidden = self.model(input_ids, position_ids, document_ids, kv_cache)
+        mask = self._mask(input_ids, document_ids, kv_cache)
+        hidden = self.model(input_ids, position_ids, mask, kv_cache)
         if shift_labels is not None:
             loss = self._summed_loss(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
             if num_items_in_batch is None:
@@ -212,3 +209,16 @@ class MiniMindForCausalLM(nn.Module):
             ignore_index=IGNORED,
         )
         return CausalLMOutput(loss, logits)
+
+    def _mask(self, input_ids: Tensor, document_ids: Tensor | None, kv_cache: KVCache | None) -> Mask | None:
+        """Return what each token may see, in the form that suits the device; None is all before it."""
+        if kv_cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids and kv_cache do not go together: a cache holds one document.")
+            return cached_mask(kv_cache.length, input_ids.shape[1], input_ids.device)
+        if document_ids is None:
+            return None
+        dropout = self.training and self.config.dropout > 0
+        if self._create_block_mask is not None and input_ids.device.type == "cuda" and not dropout:
+            return document_block_mask(document_ids, self._create_block_mask)
+        return document_mask(document_ids)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minimind.formats.upstream import load_upstream, read_upstream_config
 from minimind.model_config import MiniMindConfig
+from minimind.modeling.attention import document_mask
 from minimind.modeling.kv_cache import KVCache
 from minimind.modeling.transformer import CausalLMOutput, MiniMindForCausalLM
 
@@ -206,7 +207,7 @@ def test_the_backbone_traces_into_one_graph_that_serves_every_batch(packed):
         if packed:
             documents = (torch.arange(24) >= 4 * seed).int().expand(2, 24).contiguous()
             extra = {
-                "document_ids": documents,
+                "mask": document_mask(documents),
                 "position_ids": torch.arange(24).int().expand(2, 24).contiguous(),
             }
         with torch._dynamo.config.patch(error_on_recompile=seed > 1):
@@ -234,7 +235,7 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients_under_the_same_names
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("mode", ["whole", "blocks"])
 def test_compiled_on_a_gpu_documents_give_the_loss_and_gradients_of_the_cpu(mode):
-    model = build(hidden_size=256, num_hidden_layers=2, max_position_embeddings=512)
+    model = build(hidden_size=256, head_dim=64, num_hidden_layers=2, max_position_embeddings=512)
     ids = tokens(rows=4, length=384)
     documents = (torch.arange(384) // 100).int().expand(4, 384).contiguous()
     on_gpu = copy.deepcopy(model).cuda()
@@ -246,3 +247,6 @@ def test_compiled_on_a_gpu_documents_give_the_loss_and_gradients_of_the_cpu(mode
     for name, grad in gradients(on_gpu).items():
         expected = gradients(model)[name]
         assert (grad.cpu() - expected).norm() < 0.05 * expected.norm(), name
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        evaluated = on_gpu.eval()(ids.cuda(), shift_labels=ids.cuda(), document_ids=documents.cuda())
+    torch.testing.assert_close(evaluated.loss, out.loss, rtol=1e-2, atol=0)
