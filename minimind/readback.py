@@ -66,7 +66,7 @@ class Readback(Generic[Tag]):
             yield Arrival(tag, host.flatten().tolist(), moment)
 
     def _moment(self, event: torch.cuda.Event) -> float:
-        """Wait for an event and return when it was, by the device's own measure of the time since the last."""
+        """Wait for an event and return when it was, as the device measures time since the last one."""
         event.synchronize()
         if self._previous is None:
             moment = self._clock()
