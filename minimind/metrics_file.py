@@ -15,8 +15,8 @@ from .run_folder import write_text
 class MetricsFile:
     """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train` or `evaluation`) and the numbers by name;
-    a number that is not finite is null, for JSON has no other word for it.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train` or `evaluation`) and the values by name, which
+    are numbers or text; a number that is not finite is null, for JSON has no other word for it.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int) -> None:
@@ -40,8 +40,8 @@ class MetricsFile:
         """
         kind = "evaluation" if any(name.startswith("val_") for name in values) else "train"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        numbers = {name: _number(value) for name, value in values.items()}
-        line = json.dumps({"step": step, "time": now, "kind": kind, **numbers}, allow_nan=False)
+        plain = {name: _plain(value) for name, value in values.items()}
+        line = json.dumps({"step": step, "time": now, "kind": kind, **plain}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -70,6 +70,8 @@ def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:
             yield line.rstrip("\n") + "\n"
 
 
-def _number(value: Any) -> int | float | None:
+def _plain(value: Any) -> int | float | str | None:
+    if isinstance(value, str):
+        return value
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None
