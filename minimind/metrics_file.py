@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,18 +46,29 @@ class MetricsFile:
         self._file.write(line + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def last_step_with(path: Path, name: str) -> int | None:
-    """Return the last step whose line has the number `name`, None where there is none."""
+def last_with(path: Path, name: str) -> tuple[int, Any] | None:
+    """Return the last step whose line has the value `name`, and the value; None where there is none."""
     if not path.exists():
         return None
+    found = None
     with path.open(encoding="utf-8") as file:
-        records = map(json.loads, file)
-        return max((record["step"] for record in records if name in record), default=None)
+        for record in map(json.loads, file):
+            if name in record:
+                found = record["step"], record[name]
+    return found
 
 
 def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:

@@ -24,7 +24,7 @@ from .environment import describe_environment
 from .errors import CheckpointError
 from .evaluation import evaluate
 from .launch import close_accelerator, is_main_process, start_accelerator, wants_compile
-from .metrics_file import last_step_with
+from .metrics_file import last_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
@@ -298,7 +298,8 @@ def _save(
     }
     snapshot = collect(accelerator, model, optimizer, extra)
     if snapshot is not None:
-        store.save(snapshot)
+        # A run that goes on from here does not repeat the reports up to here: they must outlive a crash too.
+        store.save(snapshot, first=trackers.settle)
 
 
 def _mark_best(accelerator: Accelerator, store: CheckpointStore, state: TrainState) -> None:
@@ -309,7 +310,8 @@ def _mark_best(accelerator: Accelerator, store: CheckpointStore, state: TrainSta
 def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) -> None:
     """Run one validation batch, so that what would fail at the first evaluation fails at once.
 
-    A resumed run instead makes up for an evaluation that its checkpoint was written just before.
+    A resumed run instead makes up for an evaluation that its checkpoint was written just before, or for the
+    mark of the best checkpoint that follows it.
     """
     if run.validation is None:
         return
@@ -317,7 +319,10 @@ def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) 
         result = evaluate(run.model, run.validation(1), run.bytes_per_token, run.accelerator)
     if state.step == 0 and result is not None:
         report_evaluation(run, state, result)
-    elif due(state.step, evaluation_interval(run.config)):
-        missing = agree(run.accelerator, lambda: last_step_with(folder.metrics, "val_loss") != state.step)
-        if missing:
+    elif state.step == run.total_steps or due(state.step, evaluation_interval(run.config)):
+        step, loss = agree(run.accelerator, lambda: last_with(folder.metrics, "val_loss") or (-1, None))
+        if step != state.step:
             validate(run, state)
+        elif loss is not None and loss < state.best_val_loss:
+            state.best_val_loss = loss
+            run.mark_best(state)
