@@ -54,9 +54,9 @@ def check_trackers(config: PretrainConfig) -> None:
 class Trackers:
     """The trackers of a run, fed in the background so that no step waits for a disk or a network.
 
-    metrics.jsonl has a thread of its own, which a tracker that hangs does not hold up. Only the main process writes; on the others everything here does nothing. A tracker that fails is
-    reported once and left out from then on: the run and the other trackers go on. Accelerate's tracker
-    classes do the talking.
+    metrics.jsonl has a thread of its own, which a tracker that hangs does not hold up. Only the main process
+    writes; on the others everything here does nothing. A tracker that fails is reported once and left out
+    from then on: the run and the other trackers go on. Accelerate's tracker classes do the talking.
     """
 
     def __init__(

@@ -85,7 +85,12 @@ class StepRecord:
 
 @dataclass
 class Run:
-    """The parts of a run that the loop works with."""
+    """The parts of a run that the loop works with.
+
+    Attributes:
+        stop_after: the step after which the run ends as if it had been asked to stop; None for no such step.
+        saved_step: the last step of which there is a checkpoint in the run's folder.
+    """
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -102,6 +107,7 @@ class Run:
     save: Callable[[TrainState], None]
     mark_best: Callable[[TrainState], None]
     stop: StopRequest
+    stop_after: int | None = None
     readback: Readback[StepRecord] = field(init=False)
     last_loss: float = field(default=math.nan, init=False)
     last_evaluation: Evaluation | None = field(default=None, init=False)
@@ -131,6 +137,7 @@ def train(run: Run, state: TrainState) -> None:
         last = state.step == run.total_steps
         run.readback.put(_record(run, state, batch, learning_rate, last), values)
         settle(run, state, everything=last)
+        state.stopping |= state.step == run.stop_after
         if last or due(state.step, config.save_interval):
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):
