@@ -1,4 +1,4 @@
-"""A run whose disk refuses checkpoints for some of its steps; called with a folder and the kind of refusal."""
+"""A run whose disk refuses checkpoints for a while; called with a folder, the kind of refusal and the steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def allow(kind: str, checkpoints: Path) -> None:
         checkpoints.chmod(0o755)
 
 
-def main(folder: Path, kind: str) -> None:
+def main(folder: Path, kind: str, steps: int) -> None:
     out = folder / "run"
     work = train_module.train_step
 
@@ -49,9 +49,9 @@ def main(folder: Path, kind: str) -> None:
         return work(run, batch, state)
 
     train_module.train_step = train_step
-    result = pretrain(tiny(folder / "corpus.jsonl", out), stop_after=int(sys.argv[3]))
-    sys.exit(0 if result.steps == int(sys.argv[3]) else 1)
+    result = pretrain(tiny(folder / "corpus.jsonl", out), stop_after=steps)
+    sys.exit(0 if result.steps == steps else 1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

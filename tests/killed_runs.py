@@ -52,10 +52,11 @@ def start(config: PretrainConfig) -> int:
     """Fork a process group that runs `pretrain` and exits with 0; return its id."""
     child = os.fork()
     if child:
+        os.setpgid(child, child)  # here too, for it may be killed before it comes to it
         return child
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         torch.set_num_threads(1)
         log = os.open(f"{config.output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
