@@ -92,8 +92,8 @@ def _verdict(check: ResumeCheck) -> str:
         )
     if not parting.same_rows:
         return f"NOT equal: {how}, the run trains on other rows from step {parting.step} on."
+    allowed = f"; up to {check.tolerance:g} is rounding" if check.tolerance else ""
     return (
         f"NOT equal: {how}, the run has another {parting.what} at step {parting.step}: {parting.resumed!r} "
-        f"instead of {parting.straight!r}, a difference of {parting.difference:.1e} of its value "
-        f"(up to {check.tolerance:g} is rounding)."
+        f"instead of {parting.straight!r} (a difference of {parting.difference:.1e} of its value{allowed})."
     )

@@ -1,4 +1,4 @@
-"""A run whose disk refuses checkpoints for a while; called with a folder, the kind of refusal and the steps."""
+"""A run whose disk refuses checkpoints for a while; called with a folder, the kind of refusal, the steps."""
 
 from __future__ import annotations
 
