@@ -1,9 +1,9 @@
-"""Time from the start of the program to its first new step: from nothing, and resumed early and late in a pass.
+"""Time from the start of the program to its first new step: from nothing, or resumed early or late in a pass.
 
 The place in a pass is found without replaying what came before it, so resuming near the end of a large pass
-must take as long as resuming at its start, and little longer than a start from nothing: what is added is reading
-and verifying the checkpoint. Text is tokenized before the clock starts. Each time is that of a process of its
-own, from its launch to the line of its first new step in metrics.jsonl.
+must take as long as resuming at its start, and little longer than a start from nothing: what is added is
+reading and verifying the checkpoint. Text is tokenized before the clock starts. Each time is that of a
+process of its own, from its launch to the line of its first new step in metrics.jsonl.
 
     python benchmarks/resume.py --preset minimind2-small --size 200
 """
