@@ -23,24 +23,27 @@ STOPPED_EARLY = 75
 
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
 
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Defaults for a size of model: {_PRESETS}.",
+        metavar="NAME",
+        show_default="tiny without a GPU, if nothing sets the size",
+    ),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        help="A TOML file of options; it overrides the preset, and flags override it.", metavar="PATH"
+    ),
+]
+
 
 @with_options(*PANELS, hidden=upstream_flags.HIDDEN)
 def pretrain(
     ctx: typer.Context,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Defaults for a size of model: {_PRESETS}.",
-            metavar="NAME",
-            show_default="tiny without a GPU, if nothing sets the size",
-        ),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="A TOML file of options; it overrides the preset, and flags override it.", metavar="PATH"
-        ),
-    ] = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
     print_config: Annotated[
         bool,
         typer.Option(
@@ -50,7 +53,7 @@ def pretrain(
     **_: Any,
 ) -> None:
     """Pretrain a language model."""
-    resolved = _read_config(ctx, preset, config)
+    resolved = read_config(ctx, preset, config)
     if print_config:
         typer.echo(write_toml(resolved, PANELS), nl=False)
         return
@@ -61,7 +64,7 @@ def pretrain(
         raise typer.Exit(STOPPED_EARLY)
 
 
-def _read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:
+def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:
     """Return the configuration asked for.
 
     Where neither a preset nor a file is named, a resumed run keeps the options that it began with, and a run

@@ -134,8 +134,13 @@ class CheckpointStore:
         """Return step and validation loss of the best checkpoint, None while there is none."""
         return best_checkpoint(self.folder)
 
-    def save(self, snapshot: Snapshot) -> float:
+    def save(self, snapshot: Snapshot, *, first: Callable[[], object] | None = None) -> float:
         """Write a snapshot in the background; wait first for one that is still being written.
+
+        Args:
+            snapshot: what to write.
+            first: done in the background before anything is written, such as waiting for what must be on the
+                disk before the checkpoint is; must not raise.
 
         Returns:
             Seconds that the caller was kept waiting for the earlier one.
@@ -145,7 +150,7 @@ class CheckpointStore:
         trainer = json.dumps(dict(snapshot.trainer), indent=1).encode()
         # Popped by the job: a finished job may linger in the executor, but its snapshot must not.
         held = [snapshot]
-        self._submit(lambda: self._save(held.pop(), trainer))
+        self._submit(lambda: self._save(held.pop(), trainer, first))
         return waited
 
     def mark_best(self, step: int, val_loss: float) -> None:
@@ -193,8 +198,10 @@ class CheckpointStore:
     def _submit(self, work: Callable[[], object]) -> None:
         self._last_job = self._writer.submit(work)
 
-    def _save(self, snapshot: Snapshot, trainer: bytes) -> None:
+    def _save(self, snapshot: Snapshot, trainer: bytes, first: Callable[[], object] | None) -> None:
         self.last_error = None
+        if first is not None:
+            first()
         failed = f"the checkpoint of step {snapshot.step} was not saved"
         if self._reported(failed, lambda: self._write(snapshot, trainer)):
             self._reported("an old checkpoint was not removed", self._rotate)

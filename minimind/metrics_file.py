@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +16,8 @@ from .run_folder import write_text
 class MetricsFile:
     """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train` or `evaluation`) and the numbers by name;
-    a number that is not finite is null, for JSON has no other word for it.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train` or `evaluation`) and the values by name, which
+    are numbers or text; a number that is not finite is null, for JSON has no other word for it.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int) -> None:
@@ -40,23 +41,34 @@ class MetricsFile:
         """
         kind = "evaluation" if any(name.startswith("val_") for name in values) else "train"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        numbers = {name: _number(value) for name, value in values.items()}
-        line = json.dumps({"step": step, "time": now, "kind": kind, **numbers}, allow_nan=False)
+        plain = {name: _plain(value) for name, value in values.items()}
+        line = json.dumps({"step": step, "time": now, "kind": kind, **plain}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def last_step_with(path: Path, name: str) -> int | None:
-    """Return the last step whose line has the number `name`, None where there is none."""
+def last_with(path: Path, name: str) -> tuple[int, Any] | None:
+    """Return the last step whose line has the value `name`, and the value; None where there is none."""
     if not path.exists():
         return None
+    found = None
     with path.open(encoding="utf-8") as file:
-        records = map(json.loads, file)
-        return max((record["step"] for record in records if name in record), default=None)
+        for record in map(json.loads, file):
+            if name in record:
+                found = record["step"], record[name]
+    return found
 
 
 def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:
@@ -70,6 +82,8 @@ def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:
             yield line.rstrip("\n") + "\n"
 
 
-def _number(value: Any) -> int | float | None:
+def _plain(value: Any) -> int | float | str | None:
+    if isinstance(value, str):
+        return value
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None

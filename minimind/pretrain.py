@@ -24,7 +24,7 @@ from .environment import describe_environment
 from .errors import CheckpointError
 from .evaluation import evaluate
 from .launch import close_accelerator, is_main_process, start_accelerator, wants_compile
-from .metrics_file import last_step_with
+from .metrics_file import last_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
@@ -43,11 +43,15 @@ from .training_state import agree, collect, reserve_host_memory, restore
 from .wording import parse_duration
 
 
-def pretrain(config: PretrainConfig) -> PretrainResult:
+def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
     Under `accelerate launch` every process calls this. SIGTERM and SIGINT end the run after the step under
     way with its state saved, as `PretrainResult.stopped` then tells.
+
+    Args:
+        config: all options.
+        stop_after: end the run after this step as a signal would, to go on from there another time.
 
     Raises:
         UserError: for anything the caller can put right: options, data, checkpoints, a loss that diverges.
@@ -82,7 +86,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             on_error=partial(_save_failed, config, progress, stop),
         )
         settings = _settings(config, shape, plan, tokenizer, data)
-        state, saved_trackers = _resume(config, settings, store, accelerator, model, optimizer, progress)
+        state, saved_step, saved_trackers = _resume(
+            config, settings, store, accelerator, model, optimizer, progress
+        )
         # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
         row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
         total_steps = count_steps(
@@ -124,7 +130,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             save=partial(_save, accelerator, model, optimizer, store, trackers, settings),
             mark_best=partial(_mark_best, accelerator, store),
             stop=stop,
+            stop_after=stop_after,
         )
+        run.saved_step = saved_step
         progress.start(run.last_step(state), state.step)
         reserve_host_memory(accelerator, model, optimizer)
         _look_before_the_first_step(run, state, folder)
@@ -148,7 +156,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             tokens_per_second=totals["tokens_per_second"],
             seconds=time.monotonic() - started,
             sample=sample,
-            stopped=(stop.reason or "another process") if state.stopping else None,
+            stopped=_why_stopped(stop, state, stop_after) if state.stopping else None,
         )
         progress.summary(summary(result, totals, meter.bottleneck(), state.skipped_steps))
         # Only a run that got this far waits for the others: one that failed must not.
@@ -242,22 +250,28 @@ def _resume(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-) -> tuple[TrainState, dict[str, str]]:
-    """Return the state to start from, and the run ids of the trackers, from a checkpoint if one is wanted."""
+) -> tuple[TrainState, int, dict[str, str]]:
+    """Return the state to start from, from a checkpoint if one is wanted.
 
-    def find() -> StoredCheckpoint | None:
+    Returns:
+        The state, its step if its checkpoint lies in the run's folder (else -1), and the run ids of the
+        trackers.
+    """
+
+    def find() -> tuple[StoredCheckpoint | None, bool]:
         store.clean()
         if config.resume is None:
-            return None
-        if config.resume != "auto":
-            return store.open(Path(config.resume))
-        return store.latest(progress.warn)
+            return None, False
+        if config.resume == "auto":
+            return store.latest(progress.warn), True
+        checkpoint = store.open(Path(config.resume))
+        return checkpoint, checkpoint.path.parent.resolve() == store.folder.resolve()
 
-    checkpoint = agree(accelerator, find)
+    checkpoint, is_own = agree(accelerator, find)
     if checkpoint is None:
         if config.resume is not None:
             progress.note(f"--resume: no checkpoint in {store.folder}, so the run starts from the beginning.")
-        return TrainState(), {}
+        return TrainState(), -1, {}
 
     def compare() -> frozenset[str]:
         saved = checkpoint.trainer["settings"]
@@ -280,7 +294,7 @@ def _resume(
     if accelerator.is_main_process:
         store.rewind(state.step)
     progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
-    return state, trainer["trackers"]
+    return state, state.step if is_own else -1, trainer["trackers"]
 
 
 def _save(
@@ -303,7 +317,8 @@ def _save(
     }
     snapshot = collect(accelerator, model, optimizer, extra)
     if snapshot is not None:
-        store.save(snapshot)
+        # A run that goes on from here does not repeat the reports up to here: they must outlive a crash too.
+        store.save(snapshot, first=trackers.settle)
 
 
 def _save_failed(
@@ -331,10 +346,17 @@ def _mark_best(accelerator: Accelerator, store: CheckpointStore, state: TrainSta
         store.mark_best(state.step, state.best_val_loss)
 
 
+def _why_stopped(stop: StopRequest, state: TrainState, stop_after: int | None) -> str:
+    if stop.reason is not None:
+        return stop.reason
+    return "the step asked for" if state.step == stop_after else "another process"
+
+
 def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) -> None:
     """Run one validation batch, so that what would fail at the first evaluation fails at once.
 
-    A resumed run instead makes up for an evaluation that its checkpoint was written just before.
+    A resumed run instead makes up for an evaluation that its checkpoint was written just before, or for the
+    mark of the best checkpoint that follows it.
     """
     if run.validation is None:
         return
@@ -342,7 +364,10 @@ def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) 
         result = evaluate(run.model, run.validation(1), run.bytes_per_token, run.accelerator)
     if state.step == 0 and result is not None:
         report_evaluation(run, state, result)
-    elif due(state.step, evaluation_interval(run.config)):
-        missing = agree(run.accelerator, lambda: last_step_with(folder.metrics, "val_loss") != state.step)
-        if missing:
+    elif state.step == run.total_steps or due(state.step, evaluation_interval(run.config)):
+        step, loss = agree(run.accelerator, lambda: last_with(folder.metrics, "val_loss") or (-1, None))
+        if step != state.step:
             validate(run, state)
+        elif loss is not None and loss < state.best_val_loss:
+            state.best_val_loss = loss
+            run.mark_best(state)

@@ -57,9 +57,9 @@ class RunFolder:
         try:
             taken = not resume and self.holds_a_run()
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".write-test-{os.getpid()}"
+            # Always the same name: should a process be killed right here, the next one removes it.
+            probe = self.path / ".write-test"
             probe.touch()
-            # Processes of two machines may share the folder and have the same id.
             probe.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(

@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ def check_trackers(config: PretrainConfig) -> None:
 
 
 class Trackers:
-    """The trackers of a run, fed by one background thread so that no step waits for a disk or a network.
+    """The trackers of a run, fed in the background so that no step waits for a disk or a network.
 
-    Only the main process writes; on the others everything here does nothing. A tracker that fails is
-    reported once and left out from then on: the run and the other trackers go on. Accelerate's tracker
-    classes do the talking.
+    metrics.jsonl has a thread of its own, which a tracker that hangs does not hold up. Only the main process
+    writes; on the others everything here does nothing. A tracker that fails is reported once and left out
+    from then on: the run and the other trackers go on. Accelerate's tracker classes do the talking.
     """
 
     def __init__(
@@ -82,26 +83,31 @@ class Trackers:
         self._warn = warn
         self._ids: dict[str, str] = dict(resume_state or {})
         self._trackers: dict[str, GeneralTracker] = {}
-        self._queue: queue.Queue[tuple[Values, int] | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
+        self._feeds: tuple[_Feed, ...] = ()
         if not accelerator.is_main_process:
             return
         self._file: MetricsFile | None = MetricsFile(run_folder.metrics, keep_to_step=start_step)
         for name in config.tracker:
             if name != "none":
                 self._start(name, config, run_folder.path, start_step)
-        self._thread = threading.Thread(target=self._write_all, name="trackers", daemon=True)
-        self._thread.start()
+        self._feeds = (_Feed("metrics", self._write_file), _Feed("trackers", self._tell_trackers))
 
     def log(self, values: Values, step: int) -> None:
         """Take the numbers of a step; returns at once.
 
         Args:
-            values: numbers by name.
+            values: numbers by name; text among them goes to metrics.jsonl alone.
             step: optimizer steps done when they were measured.
         """
-        if self._thread is not None:
-            self._queue.put((dict(values), step))
+        for feed in self._feeds:
+            feed.put(dict(values), step)
+
+    def settle(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Wait until metrics.jsonl holds, on the disk, all that was logged before; never raises."""
+        if self._feeds and self._feeds[0].settle(timeout) and self._file is not None:
+            # A file that cannot be written is reported where it is written.
+            with suppress(OSError, ValueError):
+                self._file.sync()
 
     def state(self) -> dict[str, str]:
         """Return the run ids that a resumed run hands back to go on in the same charts."""
@@ -109,18 +115,15 @@ class Trackers:
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Write what is queued and close all trackers, waiting at most `timeout` seconds; safe to repeat."""
-        if self._thread is None:
+        if not self._feeds:
             return
-        self._queue.put(None)
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        to_file, to_trackers = self._feeds
+        self._feeds = ()
+        ended = [to_file.end(timeout, self._close_file), to_trackers.end(timeout, self._finish_in_thread)]
+        if not all(ended):
             self._warn(f"the trackers were still busy after {timeout:g} s; their last values may be missing.")
-            # The thread hangs in a tracker. What it has not come to is still owed to metrics.jsonl.
-            while (item := self._next_or_none()) is not None:
-                self._write_file(*item)
-        else:
+        if ended[1]:
             self._finish(name for name in self._trackers if name in CLOSED_BY_MAIN_THREAD)
-        self._thread = None
 
     def _start(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> None:
         try:
@@ -137,16 +140,19 @@ class Trackers:
         if run_id is not None:
             self._ids[name] = str(run_id)
 
-    def _write_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            self._write_file(*item)
-            for name, tracker in list(self._trackers.items()):
-                try:
-                    tracker.log(*item)
-                except Exception as error:
-                    del self._trackers[name]
-                    self._give_up(name, "failed and gets no more values", error)
+    def _tell_trackers(self, values: Values, step: int) -> None:
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(numbers, step)
+            except Exception as error:
+                del self._trackers[name]
+                self._give_up(name, "failed and gets no more values", error)
+
+    def _finish_in_thread(self) -> None:
         self._finish(name for name in self._trackers if name not in CLOSED_BY_MAIN_THREAD)
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -165,15 +171,48 @@ class Trackers:
             self._file = None
             self._give_up("metrics.jsonl", "cannot be written any more", error)
 
-    def _next_or_none(self) -> tuple[Values, int] | None:
-        try:
-            return self._queue.get_nowait()
-        except queue.Empty:
-            return None
-
     def _give_up(self, name: str, what: str, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [""])[0]
         self._warn(f"tracker {name} {what} ({type(error).__name__}: {reason}); training goes on without it.")
+
+
+class _Feed:
+    """A queue of values, and the daemon thread that works it off."""
+
+    def __init__(self, name: str, work: Callable[[Values, int], None]) -> None:
+        self._work = work
+        self._queue: queue.Queue[tuple[Values, int] | Callable[[], None]] = queue.Queue()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, values: Values, step: int) -> None:
+        self._queue.put((values, step))
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until the work asked for so far is done; return whether it was within `timeout` seconds."""
+        done = threading.Event()
+        self._queue.put(done.set)
+        return done.wait(timeout)
+
+    def end(self, timeout: float, last: Callable[[], None]) -> bool:
+        """Do the work asked for so far and `last`, then end the thread; return as `settle` does."""
+
+        def finish() -> None:
+            self._ended = True
+            last()
+
+        self._queue.put(finish)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._ended:
+            item = self._queue.get()
+            if callable(item):
+                item()
+            else:
+                self._work(*item)
 
 
 def hyper_parameters(config: PretrainConfig) -> dict[str, bool | int | float | str]:

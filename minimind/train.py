@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,11 @@ class TrainState:
         tokens: real input tokens trained, over all processes.
         skipped_steps: updates left out because the gradient was not finite.
         best_val_loss: lowest validation loss so far.
+        digest: tells the rows of all steps so far, in their order, from any others; the same on any number
+            of processes.
+        interval_loss: summed loss of the steps since the last report.
+        interval_targets: targets in those steps.
+        nonfinite_in_a_row: updates left out one after the other, up to the last step.
         stopping: all processes have agreed to stop after this step.
         ending: where a time limit has set the end: the first step of the decay and the number of steps.
     """
@@ -52,6 +58,11 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     best_val_loss: float = math.inf
+    digest: str = ""
+    # A checkpoint may fall between two reports, so what the next one needs is part of the state.
+    interval_loss: float = 0.0
+    interval_targets: int = 0
+    nonfinite_in_a_row: int = 0
     stopping: bool = False
     ending: tuple[int, int] | None = None
 
@@ -59,6 +70,7 @@ class TrainState:
         """Count one optimizer step."""
         self.step += 1
         self.tokens += batch.num_tokens
+        self.digest = chained_digest(self.digest, batch.digest)
         self.epoch, self.row = batch.epoch, self.row + batch.num_rows
         if self.row >= rows_per_epoch:
             self.epoch, self.row = self.epoch + 1, 0
@@ -73,12 +85,18 @@ class StepRecord:
     tokens: int
     num_targets: int
     learning_rate: float
+    digest: str
     report: bool
 
 
 @dataclass
 class Run:
-    """The parts of a run that the loop works with."""
+    """The parts of a run that the loop works with.
+
+    Attributes:
+        stop_after: the step after which the run ends as if it had been asked to stop; None for no such step.
+        saved_step: the last step of which there is a checkpoint in the run's folder.
+    """
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -95,9 +113,8 @@ class Run:
     save: Callable[[TrainState], None]
     mark_best: Callable[[TrainState], None]
     stop: StopRequest
+    stop_after: int | None = None
     readback: Readback[StepRecord] = field(init=False)
-    _interval: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
-    _nonfinite_in_a_row: int = field(default=0, init=False)
     last_loss: float = field(default=math.nan, init=False)
     last_evaluation: Evaluation | None = field(default=None, init=False)
     saved_step: int = field(default=-1, init=False)
@@ -130,6 +147,7 @@ def train(run: Run, state: TrainState) -> None:
         last = state.step == run.last_step(state)
         run.readback.put(_record(run, state, batch, learning_rate, last), values)
         settle(run, state, everything=last)
+        state.stopping |= state.step == run.stop_after
         if last or due(state.step, config.save_interval):
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):
@@ -225,9 +243,9 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
         if decay > 0 and state.ending is None:
             _end_in_time(run, state, int(decay))
         if math.isfinite(loss_sum) and math.isfinite(norm):
-            run._nonfinite_in_a_row = 0
-            run._interval[0] += loss_sum
-            run._interval[1] += record.num_targets
+            state.nonfinite_in_a_row = 0
+            state.interval_loss += loss_sum
+            state.interval_targets += record.num_targets
         else:
             _count_nonfinite(run, state, record, loss_sum, norm)
         if record.report:
@@ -282,6 +300,11 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation) -> None:
     run.progress.evaluation(state.step, values)
 
 
+def chained_digest(before: str, step_digest: str) -> str:
+    """Return the digest of all steps up to one from that of the steps before it and its own."""
+    return hashlib.blake2b((before + step_digest).encode(), digest_size=16).hexdigest()
+
+
 def due(step: int, interval: int) -> bool:
     """Whether something done every `interval` steps is done after `step`."""
     return step % interval == 0
@@ -307,6 +330,7 @@ def _record(run: Run, state: TrainState, batch: StepBatch, learning_rate: float,
         tokens=state.tokens,
         num_targets=batch.num_targets,
         learning_rate=learning_rate,
+        digest=state.digest,
         report=last or due(state.step, run.config.log_interval),
     )
 
@@ -321,10 +345,10 @@ def _end_in_time(run: Run, state: TrainState, decay_steps: int) -> None:
 
 def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: float, norm: float) -> None:
     state.skipped_steps += 1
-    run._nonfinite_in_a_row += 1
+    state.nonfinite_in_a_row += 1
     what = "loss" if not math.isfinite(loss) else "gradient"
     run.progress.warn(f"step {record.step}: the {what} is not finite; this update was skipped.")
-    if run._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
+    if state.nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
         raise TrainingError(
             f"the {what} was not finite in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step "
             f"{record.step}; go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
@@ -333,9 +357,8 @@ def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: floa
 
 
 def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: float) -> None:
-    loss_sum, targets = run._interval
-    run._interval = [0.0, 0.0]
-    loss = loss_sum / targets if targets else math.nan
+    loss = state.interval_loss / state.interval_targets if state.interval_targets else math.nan
+    state.interval_loss, state.interval_targets = 0.0, 0
     run.last_loss = loss
     values = {
         "loss": loss,
@@ -344,6 +367,7 @@ def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: 
         "epoch": record.epoch,
         "tokens": record.tokens,
         "skipped_steps": state.skipped_steps,
+        "digest": record.digest,
         **run.meter.report(record.step, time),
     }
     run.trackers.log(values, record.step)

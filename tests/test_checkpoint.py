@@ -81,6 +81,19 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert hidden(store.folder) == []
 
 
+def test_what_must_come_first_is_done_before_a_checkpoint_is_there(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2)
+    seen: list[tuple[str, int]] = []
+    store.save(
+        snapshot(7),
+        first=lambda: seen.append((threading.current_thread().name, len(list(tmp_path.iterdir())))),
+    )
+    store.wait()
+    assert [count for _, count in seen] == [0]
+    assert seen[0][0].startswith("checkpoint")
+    assert steps_of(store) == [7]
+
+
 DTYPES = st.sampled_from(
     [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 )

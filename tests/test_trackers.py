@@ -275,6 +275,30 @@ def test_only_the_main_process_writes(desk, package):
     assert trackers.state() == {package.__name__: "id"}
 
 
+def test_text_goes_to_the_file_alone(desk, package):
+    trackers = desk.open(package.__name__)
+    trackers.log({"loss": 1.5, "digest": "a1b2"}, 10)
+    trackers.close()
+    assert desk.lines()[0]["digest"] == "a1b2"
+    assert package.runs[0].logged == [(10, {"loss": 1.5})]
+    assert desk.warnings == []
+
+
+def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(FakeRun, "log", lambda self, values, step: release.wait(30))
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(desk.lines()))
+    trackers = desk.open(package.__name__)
+    for step in range(1, 51):
+        trackers.log({"loss": 1.0}, step)
+    trackers.settle()
+    assert [line["step"] for line in synced[-1]] == list(range(1, 51))
+    release.set()
+    trackers.close()
+    trackers.settle()
+
+
 def test_values_are_those_of_the_moment_of_logging(desk):
     trackers = desk.open()
     values = {"loss": 1.0}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +257,40 @@ def test_a_report_is_the_mean_over_all_targets_since_the_last_one() -> None:
     expected = sum(loss * n for loss, n in zip(losses, targets, strict=True)) / sum(targets)
     (report,) = [values for _, values in run.trackers.logged if "loss" in values]
     assert report["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_report_covers_the_steps_before_a_checkpoint_that_fell_between_two_reports() -> None:
+    def losses(*parts: int) -> list[float]:
+        """Train four steps in parts, the state alone carried over."""
+        run = make_run(tiny_model(), log_interval=4)
+        state, seeds = TrainState(), iter((1, 2, 3, 4))
+        for part in parts:
+            run.total_steps, run.stop_after = 4, state.step + part
+            run.loader = SimpleNamespace(
+                rows_per_epoch=1000, steps=lambda epoch, row: (step_batch(seed, 8) for seed in seeds)
+            )
+            train(run, state)
+            state = TrainState(**json.loads(json.dumps(dataclasses.asdict(state))))
+            state.stopping = False
+            run.readback = type(run.readback)(run.accelerator.device)
+        return [values["loss"] for _, values in run.trackers.logged if "loss" in values]
+
+    assert losses(4) == losses(1, 2, 1)
+    assert len(losses(4)) == 1
+
+
+def test_the_digest_tells_all_steps_so_far_in_their_order() -> None:
+    def digest(*steps: str) -> str:
+        state = TrainState()
+        for step in steps:
+            state.advance(dataclasses.replace(step_batch(1, 8), digest=step), rows_per_epoch=1000)
+        return state.digest
+
+    assert digest("a", "b") == digest("a", "b")
+    assert len({digest("a"), digest("b"), digest("a", "b"), digest("b", "a"), digest("a", "a")}) == 5
+    expected = hashlib.blake2b(b"a", digest_size=16).hexdigest()
+    assert digest("a") == expected
+    assert digest("a", "b") == hashlib.blake2b((expected + "b").encode(), digest_size=16).hexdigest()
 
 
 def test_a_wish_to_stop_ends_the_loop_after_a_save() -> None:

@@ -1,0 +1,124 @@
+"""Time from the start of the program to its first new step: from nothing, or resumed early or late in a pass.
+
+The place in a pass is found without replaying what came before it, so resuming near the end of a large pass
+must take as long as resuming at its start, and little longer than a start from nothing: what is added is
+reading and verifying the checkpoint. Text is tokenized before the clock starts. Each time is that of a
+process of its own, from its launch to the line of its first new step in metrics.jsonl.
+
+    python benchmarks/resume.py --preset minimind2-small --size 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from synthetic_text import write_jsonl
+
+from minimind.checkpoint import CheckpointStore, Snapshot
+from minimind.stored_checkpoint import latest_checkpoint
+
+LIMIT = 1.2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--size", type=int, default=200, help="megabytes of text in a pass")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-seq-len", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=3, help="the median is shown")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_jsonl(folder / "corpus.jsonl", options.size * 10**6)
+        # Leaves the token cache, the files in the system's memory, and a checkpoint at the start of the pass.
+        first_step(folder, options, "early", "--max-steps", "2", "--save-interval", "1")
+        early = latest_checkpoint(folder / "early" / "checkpoints")
+        assert early is not None
+        rows = rows_of_a_pass(folder / "early")
+        late_row = rows - rows % options.batch_size - 10 * options.batch_size
+        move(early.path, folder / "late", late_row, options.batch_size)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"{device}, torch {torch.__version__}, {datetime.date.today()}; a pass has {rows:,} rows")
+        cases = {
+            "from nothing": ("none", []),
+            f"resumed at row {2 * options.batch_size}": ("early", ["--resume"]),
+            f"resumed at row {late_row:,}": ("late", ["--resume"]),
+        }
+        # In turns, so that what else the machine does falls on all alike.
+        seconds: dict[str, list[float]] = {case: [] for case in cases}
+        for number in range(options.repeat):
+            for case, (start, words) in cases.items():
+                run = f"{start}-{number}"
+                if start != "none":
+                    subprocess.run(["cp", "-r", folder / start, folder / run], check=True)
+                seconds[case].append(first_step(folder, options, run, *words))
+    base = median(seconds["from nothing"])
+    for case, values in seconds.items():
+        print(f"{case:<32}{median(values):>8.2f} s{median(values) / base:>8.2f} x")
+    if any(median(values) > LIMIT * base for values in seconds.values()):
+        sys.exit(f"a resumed run took more than {LIMIT} times as long")
+
+
+def first_step(folder: Path, options: argparse.Namespace, run: str, *words: str) -> float:
+    """Return the seconds from the launch of a run to its first new step; the run is ended after that."""
+    out = folder / run
+    command = [
+        *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset),
+        *("--data", folder / "corpus.jsonl", "--cache-dir", folder / "cache", "--output-dir", out),
+        *("--batch-size", options.batch_size, "--max-seq-len", options.max_seq_len, "--log-interval", 1),
+        *("--max-steps", 10**6, "--save-interval", 10**6, "--tracker", "none", *words),
+    ]
+    seen = reports(out)
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while reports(out) <= seen and process.poll() is None:
+        time.sleep(0.005)
+    seconds = time.perf_counter() - began
+    if "--max-steps" not in words:
+        process.kill()
+    _, errors = process.communicate()
+    if reports(out) <= seen:
+        sys.exit(f"{run} made no step:\n{errors}")
+    return seconds
+
+
+def reports(out: Path) -> int:
+    """Return how many steps a run has reported."""
+    file = out / "metrics.jsonl"
+    return file.read_text().count('"loss"') if file.exists() else 0
+
+
+def rows_of_a_pass(out: Path) -> int:
+    """Return the rows of a pass, from how far a run says it is after so many of them."""
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    epoch = [line["epoch"] for line in lines if "epoch" in line][-1]
+    return round(checkpoint.trainer["state"]["row"] / epoch)
+
+
+def move(checkpoint: Path, out: Path, row: int, batch_size: int) -> None:
+    """Copy a run's checkpoint to another run, as that of a step late in the pass."""
+    stored = latest_checkpoint(checkpoint.parent)
+    assert stored is not None
+    step = row // batch_size
+    trainer = {**stored.trainer, "step": step, "state": {**stored.trainer["state"], "step": step, "row": row}}
+    store = CheckpointStore(out / "checkpoints", 1)
+    store.save(Snapshot(step, stored.weights(), stored.moments(), trainer))
+    store.wait()
+
+
+if __name__ == "__main__":
+    main()
