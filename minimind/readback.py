@@ -10,6 +10,9 @@ import torch
 
 Tag = TypeVar("Tag")
 
+# Puts between that of a value and its arrival, where a device works beside the host.
+LAG = 2
+
 
 class Readback(Generic[Tag]):
     """A queue of small device tensors on their way to the host, read a fixed number of puts later.
@@ -21,7 +24,7 @@ class Readback(Generic[Tag]):
     see the same value at the same step and decide alike.
     """
 
-    def __init__(self, device: torch.device, lag: int = 2) -> None:
+    def __init__(self, device: torch.device, lag: int = LAG) -> None:
         self._lag = lag if device.type == "cuda" else 0
         self._pending: deque[tuple[Tag, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -36,6 +39,10 @@ class Readback(Generic[Tag]):
         event = torch.cuda.Event()
         event.record()
         self._pending.append((tag, host, event))
+
+    def __len__(self) -> int:
+        """Return how many puts have not arrived."""
+        return len(self._pending)
 
     def arrived(self, *, everything: bool = False) -> Iterator[tuple[Tag, list[float]]]:
         """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""

@@ -80,9 +80,10 @@ class Trackers:
             warn: shows a sentence to the user.
         """
         self._warn = warn
+        self._config, self._folder = config, run_folder.path
         self._ids: dict[str, str] = dict(resume_state or {})
         self._trackers: dict[str, GeneralTracker] = {}
-        self._queue: queue.Queue[tuple[Values, int] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[Values | None, int] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         if not accelerator.is_main_process:
             return
@@ -102,6 +103,15 @@ class Trackers:
         """
         if self._thread is not None:
             self._queue.put((dict(values), step))
+
+    def go_back(self, step: int) -> None:
+        """Take back what was logged of later steps, as far as a tracker allows; returns at once.
+
+        Out of metrics.jsonl and TensorBoard's view it goes. WandB and SwanLab keep it, and take no second value
+        for a step that they have had.
+        """
+        if self._thread is not None:
+            self._queue.put((None, step))
 
     def state(self) -> dict[str, str]:
         """Return the run ids that a resumed run hands back to go on in the same charts."""
@@ -140,9 +150,15 @@ class Trackers:
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
             self._write_file(*item)
+            values, step = item
             for name, tracker in list(self._trackers.items()):
                 try:
-                    tracker.log(*item)
+                    if values is not None:
+                        tracker.log(values, step)
+                    elif name == "tensorboard":
+                        # A new file of events tells TensorBoard from which step on the old ones count no more.
+                        tracker.finish()
+                        self._trackers[name] = self._again(name, step)
                 except Exception as error:
                     del self._trackers[name]
                     self._give_up(name, "failed and gets no more values", error)
@@ -157,15 +173,22 @@ class Trackers:
             except Exception as error:
                 self._give_up(name, "could not be closed", error)
 
-    def _write_file(self, values: Values, step: int) -> None:
+    def _write_file(self, values: Values | None, step: int) -> None:
         try:
-            if self._file is not None:
+            if self._file is not None and values is None:
+                self._file.go_back(step)
+            elif self._file is not None and values is not None:
                 self._file.write(values, step)
         except OSError as error:
             self._file = None
             self._give_up("metrics.jsonl", "cannot be written any more", error)
 
-    def _next_or_none(self) -> tuple[Values, int] | None:
+    def _again(self, name: str, step: int) -> GeneralTracker:
+        tracker = _make(name, self._config, self._folder, self._ids.get(name), step)
+        tracker.start()
+        return tracker
+
+    def _next_or_none(self) -> tuple[Values | None, int] | None:
         try:
             return self._queue.get_nowait()
         except queue.Empty:
