@@ -84,10 +84,10 @@ def skip_if_nonfinite(
         loss: () the loss of the step, the same on all processes.
         limit: known before the step; the same on all processes.
     """
-    inner: Any = getattr(optimizer, "optimizer", optimizer)
     scaled = getattr(optimizer, "scaler", None) is not None
     if scaled and (loss is None or limit == math.inf):
         return
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
     skip = ~torch.isfinite(norm.detach())
     if loss is not None:
         # Not "above": a NaN is above nothing.

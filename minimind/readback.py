@@ -44,6 +44,10 @@ class Readback(Generic[Tag]):
         """Return how many puts have not arrived."""
         return len(self._pending)
 
+    def clear(self) -> None:
+        """Forget what has not arrived."""
+        self._pending.clear()
+
     def arrived(self, *, everything: bool = False) -> Iterator[tuple[Tag, list[float]]]:
         """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""
         while len(self._pending) > (0 if everything else self._lag):

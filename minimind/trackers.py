@@ -80,7 +80,7 @@ class Trackers:
             warn: shows a sentence to the user.
         """
         self._warn = warn
-        self._config, self._folder = config, run_folder.path
+        self._folder = str(run_folder.path)
         self._ids: dict[str, str] = dict(resume_state or {})
         self._trackers: dict[str, GeneralTracker] = {}
         self._queue: queue.Queue[tuple[Values | None, int] | None] = queue.Queue()
@@ -158,7 +158,8 @@ class Trackers:
                     elif name == "tensorboard":
                         # A new file of events tells TensorBoard from which step on the old ones count no more.
                         tracker.finish()
-                        self._trackers[name] = self._again(name, step)
+                        self._trackers[name] = TensorBoardTracker(name, self._folder, purge_step=step + 1)
+                        self._trackers[name].start()
                 except Exception as error:
                     del self._trackers[name]
                     self._give_up(name, "failed and gets no more values", error)
@@ -182,11 +183,6 @@ class Trackers:
         except OSError as error:
             self._file = None
             self._give_up("metrics.jsonl", "cannot be written any more", error)
-
-    def _again(self, name: str, step: int) -> GeneralTracker:
-        tracker = _make(name, self._config, self._folder, self._ids.get(name), step)
-        tracker.start()
-        return tracker
 
     def _next_or_none(self) -> tuple[Values | None, int] | None:
         try:

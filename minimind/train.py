@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .evaluation import Evaluation, evaluate
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
+from .spikes import MAX_REWINDS, loss_limit, remember
 from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
@@ -36,8 +38,11 @@ class TrainState:
         epoch: the pass under way, from 0.
         row: rows of this pass trained.
         tokens: real input tokens trained, over all processes.
-        skipped_steps: updates left out because the gradient was not finite.
+        skipped_steps: updates left out, for a loss or gradient that was not finite or a loss that jumped.
         best_val_loss: lowest validation loss so far.
+        recent_losses: losses of the latest steps in nats per token, from which a jump is told.
+        left_out: pass, first row and number of rows of each step that a rewind has taken out for good.
+        rewinds: how often the run has gone back to a checkpoint by itself.
         stopping: all processes have agreed to stop after this step.
     """
 
@@ -47,15 +52,30 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     best_val_loss: float = math.inf
+    recent_losses: list[float] = field(default_factory=list)
+    left_out: list[list[int]] = field(default_factory=list)
+    rewinds: int = 0
     stopping: bool = False
 
     def advance(self, batch: StepBatch, rows_per_epoch: int) -> None:
         """Count one optimizer step."""
         self.step += 1
         self.tokens += batch.num_tokens
+        self.pass_over(batch, rows_per_epoch)
+
+    def pass_over(self, batch: StepBatch, rows_per_epoch: int) -> None:
+        """Move past the rows of a step."""
         self.epoch, self.row = batch.epoch, self.row + batch.num_rows
         if self.row >= rows_per_epoch:
             self.epoch, self.row = self.epoch + 1, 0
+
+    def leaves_out(self, batch: StepBatch) -> bool:
+        """Whether the step at the cursor has rows that a rewind has taken out."""
+        end = self.row + batch.num_rows
+        return any(
+            epoch == batch.epoch and row < end and self.row < row + count
+            for epoch, row, count in self.left_out
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,21 @@ class StepRecord:
     tokens: int
     num_targets: int
     learning_rate: float
+    limit: float
+    rows: list[int]
     report: bool
+
+
+class SpikeError(Exception):
+    """Leads out of the loop to go back to a checkpoint; never leaves this module.
+
+    Attributes:
+        record: the step that jumped or was not finite.
+    """
+
+    def __init__(self, record: StepRecord) -> None:
+        super().__init__(record.step)
+        self.record = record
 
 
 @dataclass
@@ -89,9 +123,14 @@ class Run:
     save: Callable[[TrainState], None]
     mark_best: Callable[[TrainState], None]
     stop: StopRequest
+    # Writes the texts of a step down, where reports are wanted, and returns words that tell where.
+    report_spike: Callable[[dict[str, Any]], str] | None = None
+    # Puts model, optimizer and the given state back to the last checkpoint.
+    go_back: Callable[[TrainState], None] | None = None
     readback: Readback[StepRecord] = field(init=False)
     _interval: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
-    _nonfinite_in_a_row: int = field(default=0, init=False)
+    _left_out_in_a_row: int = field(default=0, init=False)
+    _last_suspect: int = field(default=-1, init=False)
     last_loss: float = field(default=math.nan, init=False)
     last_evaluation: Evaluation | None = field(default=None, init=False)
     saved_step: int = field(default=-1, init=False)
@@ -104,8 +143,19 @@ def train(run: Run, state: TrainState) -> None:
     """Train from `state` to the end of the run, or until all processes have agreed to stop.
 
     Raises:
-        TrainingError: when the gradient stays non-finite.
+        TrainingError: when the gradient stays non-finite, or the run would go back too often.
     """
+    if _rewinds(run) and state.step == 0:
+        save(run, state)  # or a run that fails early would have nothing to go back to
+    while True:
+        try:
+            return _train(run, state)
+        except SpikeError as spike:
+            record = spike.record
+        rewind(run, state, record)
+
+
+def _train(run: Run, state: TrainState) -> None:
     config = run.config
     run.model.train()
     batches = _batches(run.loader, state)
@@ -114,11 +164,12 @@ def train(run: Run, state: TrainState) -> None:
             batch = next(batches)
         learning_rate = run.learning_rate(state.step)
         set_learning_rate(run.optimizer, learning_rate)
-        values = train_step(run, batch, state)
+        limit = _loss_limit(run, state, batch)
+        values = train_step(run, batch, state, limit)
         state.advance(batch, run.loader.rows_per_epoch)
         run.meter.step(batch.num_tokens)
         last = state.step == run.total_steps
-        run.readback.put(_record(run, state, batch, learning_rate, last), values)
+        run.readback.put(_record(run, state, batch, learning_rate, limit, last), values)
         settle(run, state, everything=last)
         if last or due(state.step, config.save_interval):
             save(run, state)
@@ -128,8 +179,10 @@ def train(run: Run, state: TrainState) -> None:
         save(run, state)
 
 
-def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
-    """Do one optimizer step.
+def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = math.inf) -> torch.Tensor:
+    """Do one optimizer step, whose update is left out where loss or gradient is not finite.
+
+    A summed loss above `limit` leaves the update out too with `--on-spike skip`.
 
     The loss is the mean over the real targets of the whole global batch. `Accelerator.backward` divides by
     the accumulation steps and the processes average their gradients, so the summed loss of a micro-batch is
@@ -152,13 +205,14 @@ def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
             accelerator.backward(loss * scale)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
+                # The wish of any process to stop rides along, so that all read it at the same step.
+                asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
+                sums = accelerator.reduce(torch.stack((loss_sum, asked)), reduction="sum")
                 norm = clip_gradient(run)
-                skip_if_nonfinite(optimizer, norm)
+                skips = run.config.on_spike == "skip"
+                skip_if_nonfinite(optimizer, norm, sums[0], limit=limit if skips else math.inf)
             optimizer.step()
             optimizer.zero_grad()
-    # The wish of any process to stop rides along, so that all read it at the same step.
-    asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
-    sums = accelerator.reduce(torch.stack((loss_sum, asked)), reduction="sum")
     return torch.cat((sums, norm.float().reshape(1)))
 
 
@@ -187,14 +241,20 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
     """Take in the device's numbers of earlier steps: count, report, and stop where that is hopeless."""
     for record, (loss_sum, asked_to_stop, norm) in run.readback.arrived(everything=everything):
         state.stopping |= asked_to_stop > 0
-        if math.isfinite(loss_sum) and math.isfinite(norm):
-            run._nonfinite_in_a_row = 0
+        remember(state.recent_losses, loss_sum / max(record.num_targets, 1))
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        jumped = finite and loss_sum > record.limit
+        if finite and not (jumped and run.config.on_spike == "skip"):
+            run._left_out_in_a_row = 0
             run._interval[0] += loss_sum
             run._interval[1] += record.num_targets
         else:
-            _count_nonfinite(run, state, record, loss_sum, norm)
+            run._left_out_in_a_row += 1
+            state.skipped_steps += 1
         if record.report:
             _report(run, state, record, norm)
+        if jumped or not finite:
+            _look_into(run, state, record, loss_sum, norm)
 
 
 def save(run: Run, state: TrainState) -> None:
@@ -203,6 +263,38 @@ def save(run: Run, state: TrainState) -> None:
     with run.meter.phase("saving"):
         run.save(state)
     run.saved_step = state.step
+
+
+def rewind(run: Run, state: TrainState, spike: StepRecord) -> None:
+    """Go back to the last checkpoint and leave the rows of `spike` out from then on.
+
+    Raises:
+        TrainingError: when the run has gone back too often already.
+    """
+    if state.rewinds >= MAX_REWINDS:
+        raise TrainingError(
+            f"the loss jumped or was not finite at step {spike.step} after {MAX_REWINDS} rewinds, so a few rows "
+            "are not the cause; go on with --resume and a lower --learning-rate, a lower --grad-clip, or "
+            "--on-spike skip."
+        )
+    rewinds, left_out, stopping = state.rewinds + 1, [*state.left_out, spike.rows], state.stopping
+    with run.meter.phase("rewinding"):
+        assert run.go_back is not None
+        run.go_back(state)
+    state.rewinds, state.left_out, state.stopping = rewinds, left_out, stopping
+    run.readback.clear()
+    run._interval, run._left_out_in_a_row, run._last_suspect = [0.0, 0.0], 0, -1
+    run.meter.go_back(state.step)
+    run.trackers.go_back(state.step)
+    epoch, row, count = spike.rows
+    values = {"rewound_from": spike.step, "left_out_epoch": epoch, "left_out_row": row, "left_out_rows": count}
+    run.trackers.log({**values, "rewinds": rewinds}, state.step)
+    run.progress.warn(
+        f"back from step {spike.step} to step {state.step}, and on without rows {row:,} to {row + count - 1:,} "
+        f"of pass {epoch} (rewind {rewinds} of at most {MAX_REWINDS})."
+    )
+    # At once, so that a run that is resumed from here leaves the rows out too.
+    save(run, state)
 
 
 def validate(run: Run, state: TrainState) -> None:
@@ -259,32 +351,88 @@ def _batches(loader: Loader, state: TrainState) -> Iterator[StepBatch]:
     """Yield the steps from the state's cursor on, pass after pass."""
     epoch, row = state.epoch, state.row
     while True:
-        yield from loader.steps(epoch, row)
+        for batch in loader.steps(epoch, row):
+            if state.leaves_out(batch):
+                state.pass_over(batch, loader.rows_per_epoch)
+            else:
+                yield batch
         epoch, row = epoch + 1, 0
 
 
-def _record(run: Run, state: TrainState, batch: StepBatch, learning_rate: float, last: bool) -> StepRecord:
+def _rewinds(run: Run) -> bool:
+    return run.config.on_spike == "rewind" and run.go_back is not None
+
+
+def _loss_limit(run: Run, state: TrainState, batch: StepBatch) -> float:
+    """Return the summed loss above which the coming step jumps, as a float32, as the device compares it."""
+    loader = run.loader
+    share = batch.num_rows * loader.steps_per_epoch / loader.rows_per_epoch
+    per_token = loss_limit(state.recent_losses, len(run.readback), run.config.spike_sigma, min(share, 1.0))
+    return float(np.float32(per_token * batch.num_targets))
+
+
+def _record(
+    run: Run, state: TrainState, batch: StepBatch, learning_rate: float, limit: float, last: bool
+) -> StepRecord:
     return StepRecord(
         step=state.step,
         epoch=state.epoch + state.row / run.loader.rows_per_epoch,
         tokens=state.tokens,
         num_targets=batch.num_targets,
         learning_rate=learning_rate,
+        limit=limit,
+        # The cursor is already past them.
+        rows=[batch.epoch, (state.row or run.loader.rows_per_epoch) - batch.num_rows, batch.num_rows],
         report=last or due(state.step, run.config.log_interval),
     )
 
 
-def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: float, norm: float) -> None:
-    state.skipped_steps += 1
-    run._nonfinite_in_a_row += 1
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    run.progress.warn(f"step {record.step}: the {what} is not finite; this update was skipped.")
-    if run._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
+def _look_into(run: Run, state: TrainState, record: StepRecord, loss_sum: float, norm: float) -> None:
+    """Tell of a step that jumped or was not finite, and have done about it what the run is to do.
+
+    Raises:
+        TrainingError: when too many updates in a row were left out.
+        SpikeError: when the run is to go back.
+    """
+    loss = loss_sum / max(record.num_targets, 1)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    name = "gradient" if math.isfinite(loss) else "loss"
+    parts = [f"step {record.step}: the {name} is not finite"]
+    if finite:
+        parts = [f"step {record.step}: the loss jumped to {loss:.4g} (limit {record.limit / record.num_targets:.4g})"]
+    if run._left_out_in_a_row:
+        parts.append("this update was skipped")
+    # A gradient that overflows in fp16 is how its scaler finds the scale, and nobody's fault.
+    suspect = name == "loss" or finite or run.accelerator.scaler is None
+    # One report tells enough of several steps in a row.
+    first, run._last_suspect = record.step != run._last_suspect + 1, record.step
+    if suspect and first and run.report_spike is not None:
+        epoch, row, count = record.rows
+        facts = {
+            "step": record.step,
+            "loss": loss,
+            "limit": record.limit / max(record.num_targets, 1),
+            "grad_norm": norm,
+            "learning_rate": record.learning_rate,
+            "update_skipped": run._left_out_in_a_row > 0,
+            "epoch": epoch,
+            "row": row,
+            "rows": count,
+            "rewinds": state.rewinds,
+            # The losses of the documents are measured now, with weights that have moved on since.
+            "weights_of_step": state.step,
+        }
+        with run.meter.phase("spikes"):
+            parts.append(run.report_spike(facts))
+    run.progress.warn("; ".join(parts) + ".")
+    if run._left_out_in_a_row >= NONFINITE_STEPS_ALLOWED:
         raise TrainingError(
-            f"the {what} was not finite in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step "
+            f"the {name} was {'far too high' if finite else 'not finite'} in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step "
             f"{record.step}; go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
             "--mixed-precision bf16 instead of fp16."
         )
+    if suspect and _rewinds(run):
+        raise SpikeError(record)
 
 
 def _report(run: Run, state: TrainState, record: StepRecord, norm: float) -> None:
