@@ -15,8 +15,8 @@ from .run_folder import write_text
 class MetricsFile:
     """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation` or `rewind`) and the numbers by name;
-    a number that is not finite is null, for JSON has no other word for it.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation` or `rewind`) and the numbers by
+    name; a number that is not finite is null, for JSON has no other word for it.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,9 +32,60 @@ LEAST_DEVIATION = 0.01
 # So much of the median absolute deviation is the standard deviation of normal noise.
 _MAD_TO_SIGMA = 1.4826
 
+# Reports of one process's life; beyond them only the line on the screen.
+MAX_REPORTS = 100
 # A run that must go back more often has another trouble than a few bad rows.
 MAX_REWINDS = 5
 MAX_TEXT_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step whose loss jumped, or whose loss or gradient is not finite.
+
+    Attributes:
+        step: its number, from 1.
+        loss: nats per token, over all processes.
+        limit: what it would not have been above.
+        grad_norm: before clipping.
+        learning_rate: in that step.
+        update_skipped: weights and moments were left as they were.
+        epoch: the pass.
+        row: number in the pass of the step's first row.
+        rows: how many it has.
+        rewinds: how often the run had gone back before.
+        weights_of_step: the step whose weights measure the documents. On a GPU the host learns of a loss two
+            steps later, and a jump that was not skipped has been learnt from: so these losses may be lower.
+    """
+
+    step: int
+    loss: float
+    limit: float
+    grad_norm: float
+    learning_rate: float
+    update_skipped: bool
+    epoch: int
+    row: int
+    rows: int
+    rewinds: int
+    weights_of_step: int
+
+    @property
+    def jumped(self) -> bool:
+        """Whether everything is finite, and the loss only too high."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def what(self) -> str:
+        """What is wrong, as the beginning of a sentence."""
+        if self.jumped:
+            return f"the loss jumped to {self.loss:.4g} (limit {self.limit:.4g})"
+        return f"the {'gradient' if math.isfinite(self.loss) else 'loss'} is not finite"
+
+    @property
+    def file_name(self) -> str:
+        """Names the report. The same step with the same rows writes over it, as after a resumption."""
+        return f"step-{self.step:08d}" + (f"-rewind-{self.rewinds}" if self.rewinds else "") + ".json"
 
 
 def remember(recent: list[float], loss: float) -> None:
@@ -72,8 +124,8 @@ def report_spike(
     model: nn.Module,
     loader: Loader,
     decode: Callable[[list[int]], str],
-    file: Path,
-    facts: dict[str, Any],
+    folder: Path,
+    spike: Spike,
 ) -> str:
     """Measure the loss of each document of a step anew and write it down, the worst first.
 
@@ -84,16 +136,17 @@ def report_spike(
         model: prepared.
         loader: reads the rows again.
         decode: from tokens to text.
-        file: the report.
-        facts: what is known of the step; at least `epoch` and `row`, the number of its first row in the pass.
+        folder: of all reports.
+        spike: the step.
 
     Returns:
         Words that tell where the report is, or why it could not be written.
     """
-    documents = gather_object(document_losses(model, loader, decode, facts["epoch"], facts["row"]))
+    documents = gather_object(document_losses(model, loader, decode, spike.epoch, spike.row))
+    file = folder / spike.file_name
     if accelerator.is_main_process:
         documents.sort(key=lambda one: (math.isfinite(one["loss"]), -one["loss"]))
-        report = {**facts, "documents": documents}
+        report = {**asdict(spike), "documents": documents}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(_finite_or_null(report), ensure_ascii=False, indent=1) + "\n")

@@ -107,8 +107,8 @@ class Trackers:
     def go_back(self, step: int) -> None:
         """Take back what was logged of later steps, as far as a tracker allows; returns at once.
 
-        Out of metrics.jsonl and TensorBoard's view it goes. WandB and SwanLab keep it, and take no second value
-        for a step that they have had.
+        Out of metrics.jsonl and TensorBoard's view it goes. WandB and SwanLab keep it, and take no second
+        value for a step that they have had.
         """
         if self._thread is not None:
             self._queue.put((None, step))
@@ -156,7 +156,7 @@ class Trackers:
                     if values is not None:
                         tracker.log(values, step)
                     elif name == "tensorboard":
-                        # A new file of events tells TensorBoard from which step on the old ones count no more.
+                        # A new file of events tells TensorBoard from which step on the old ones are void.
                         tracker.finish()
                         self._trackers[name] = TensorBoardTracker(name, self._folder, purge_step=step + 1)
                         self._trackers[name].start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +18,14 @@ from .evaluation import Evaluation, evaluate
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
-from .spikes import MAX_REWINDS, loss_limit, remember
+from .spikes import MAX_REPORTS, MAX_REWINDS, Spike, loss_limit, remember
 from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
 
-# So many updates in a row may be skipped for a gradient that is not finite. The fp16 scaler starts high and
+# So many updates in a row may be left out for a gradient that is not finite, or a loss that jumped. The fp16 scaler starts high and
 # halves until nothing overflows: from 65536 that can take 16 steps before anything is wrong.
-NONFINITE_STEPS_ALLOWED = 20
+UPDATES_LEFT_OUT_ALLOWED = 20
 
 
 @dataclass
@@ -96,12 +95,12 @@ class SpikeError(Exception):
     """Leads out of the loop to go back to a checkpoint; never leaves this module.
 
     Attributes:
-        record: the step that jumped or was not finite.
+        spike: the step that jumped or was not finite.
     """
 
-    def __init__(self, record: StepRecord) -> None:
-        super().__init__(record.step)
-        self.record = record
+    def __init__(self, spike: Spike) -> None:
+        super().__init__(spike.what)
+        self.spike = spike
 
 
 @dataclass
@@ -124,13 +123,14 @@ class Run:
     mark_best: Callable[[TrainState], None]
     stop: StopRequest
     # Writes the texts of a step down, where reports are wanted, and returns words that tell where.
-    report_spike: Callable[[dict[str, Any]], str] | None = None
+    report_spike: Callable[[Spike], str] | None = None
     # Puts model, optimizer and the given state back to the last checkpoint.
     go_back: Callable[[TrainState], None] | None = None
     readback: Readback[StepRecord] = field(init=False)
     _interval: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
     _left_out_in_a_row: int = field(default=0, init=False)
-    _last_suspect: int = field(default=-1, init=False)
+    _last_spike: int = field(default=-1, init=False)
+    _reports: int = field(default=0, init=False)
     last_loss: float = field(default=math.nan, init=False)
     last_evaluation: Evaluation | None = field(default=None, init=False)
     saved_step: int = field(default=-1, init=False)
@@ -150,9 +150,10 @@ def train(run: Run, state: TrainState) -> None:
     while True:
         try:
             return _train(run, state)
-        except SpikeError as spike:
-            record = spike.record
-        rewind(run, state, record)
+        except SpikeError as error:
+            spike = error.spike
+        # Out here the loop that was left is let go, and its thread that reads ahead with it.
+        rewind(run, state, spike)
 
 
 def _train(run: Run, state: TrainState) -> None:
@@ -265,7 +266,7 @@ def save(run: Run, state: TrainState) -> None:
     run.saved_step = state.step
 
 
-def rewind(run: Run, state: TrainState, spike: StepRecord) -> None:
+def rewind(run: Run, state: TrainState, spike: Spike) -> None:
     """Go back to the last checkpoint and leave the rows of `spike` out from then on.
 
     Raises:
@@ -273,25 +274,24 @@ def rewind(run: Run, state: TrainState, spike: StepRecord) -> None:
     """
     if state.rewinds >= MAX_REWINDS:
         raise TrainingError(
-            f"the loss jumped or was not finite at step {spike.step} after {MAX_REWINDS} rewinds, so a few rows "
-            "are not the cause; go on with --resume and a lower --learning-rate, a lower --grad-clip, or "
-            "--on-spike skip."
+            f"{spike.what} at step {spike.step} after {MAX_REWINDS} rewinds, so a few rows are not the cause; "
+            "go on with --resume and a lower --learning-rate or --grad-clip, or with --on-spike skip."
         )
-    rewinds, left_out, stopping = state.rewinds + 1, [*state.left_out, spike.rows], state.stopping
+    rows = [spike.epoch, spike.row, spike.rows]
+    rewinds, left_out, stopping = state.rewinds + 1, [*state.left_out, rows], state.stopping
     with run.meter.phase("rewinding"):
         assert run.go_back is not None
         run.go_back(state)
     state.rewinds, state.left_out, state.stopping = rewinds, left_out, stopping
     run.readback.clear()
-    run._interval, run._left_out_in_a_row, run._last_suspect = [0.0, 0.0], 0, -1
+    run._interval, run._left_out_in_a_row, run._last_spike = [0.0, 0.0], 0, -1
     run.meter.go_back(state.step)
     run.trackers.go_back(state.step)
-    epoch, row, count = spike.rows
-    values = {"rewound_from": spike.step, "left_out_epoch": epoch, "left_out_row": row, "left_out_rows": count}
-    run.trackers.log({**values, "rewinds": rewinds}, state.step)
+    places = dict(zip(("left_out_epoch", "left_out_row", "left_out_rows"), rows, strict=True))
+    run.trackers.log({"rewound_from": spike.step, **places, "rewinds": rewinds}, state.step)
     run.progress.warn(
-        f"back from step {spike.step} to step {state.step}, and on without rows {row:,} to {row + count - 1:,} "
-        f"of pass {epoch} (rewind {rewinds} of at most {MAX_REWINDS})."
+        f"back from step {spike.step} to step {state.step}, and on without rows {spike.row} to "
+        f"{spike.row + spike.rows - 1} of pass {spike.epoch} (rewind {rewinds} of at most {MAX_REWINDS})."
     )
     # At once, so that a run that is resumed from here leaves the rows out too.
     save(run, state)
@@ -365,10 +365,10 @@ def _rewinds(run: Run) -> bool:
 
 def _loss_limit(run: Run, state: TrainState, batch: StepBatch) -> float:
     """Return the summed loss above which the coming step jumps, as a float32, as the device compares it."""
-    loader = run.loader
-    share = batch.num_rows * loader.steps_per_epoch / loader.rows_per_epoch
-    per_token = loss_limit(state.recent_losses, len(run.readback), run.config.spike_sigma, min(share, 1.0))
-    return float(np.float32(per_token * batch.num_targets))
+    full = sum(len(part.input_ids) for part in batch.micro_batches) * run.accelerator.num_processes
+    share = batch.num_rows / full
+    per_token = loss_limit(state.recent_losses, len(run.readback), run.config.spike_sigma, share)
+    return float(np.float32(per_token * max(batch.num_targets, 1)))
 
 
 def _record(
@@ -388,51 +388,46 @@ def _record(
 
 
 def _look_into(run: Run, state: TrainState, record: StepRecord, loss_sum: float, norm: float) -> None:
-    """Tell of a step that jumped or was not finite, and have done about it what the run is to do.
+    """Tell of a step that jumped or was not finite, and do what the run is to do about it.
 
     Raises:
         TrainingError: when too many updates in a row were left out.
         SpikeError: when the run is to go back.
     """
-    loss = loss_sum / max(record.num_targets, 1)
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    name = "gradient" if math.isfinite(loss) else "loss"
-    parts = [f"step {record.step}: the {name} is not finite"]
-    if finite:
-        parts = [f"step {record.step}: the loss jumped to {loss:.4g} (limit {record.limit / record.num_targets:.4g})"]
-    if run._left_out_in_a_row:
-        parts.append("this update was skipped")
-    # A gradient that overflows in fp16 is how its scaler finds the scale, and nobody's fault.
-    suspect = name == "loss" or finite or run.accelerator.scaler is None
-    # One report tells enough of several steps in a row.
-    first, run._last_suspect = record.step != run._last_suspect + 1, record.step
-    if suspect and first and run.report_spike is not None:
-        epoch, row, count = record.rows
-        facts = {
-            "step": record.step,
-            "loss": loss,
-            "limit": record.limit / max(record.num_targets, 1),
-            "grad_norm": norm,
-            "learning_rate": record.learning_rate,
-            "update_skipped": run._left_out_in_a_row > 0,
-            "epoch": epoch,
-            "row": row,
-            "rows": count,
-            "rewinds": state.rewinds,
-            # The losses of the documents are measured now, with weights that have moved on since.
-            "weights_of_step": state.step,
-        }
-        with run.meter.phase("spikes"):
-            parts.append(run.report_spike(facts))
+    epoch, row, rows = record.rows
+    targets = max(record.num_targets, 1)
+    spike = Spike(
+        step=record.step,
+        loss=loss_sum / targets,
+        limit=record.limit / targets,
+        grad_norm=norm,
+        learning_rate=record.learning_rate,
+        update_skipped=run._left_out_in_a_row > 0,
+        epoch=epoch,
+        row=row,
+        rows=rows,
+        rewinds=state.rewinds,
+        weights_of_step=state.step,
+    )
+    parts = [f"step {spike.step}: {spike.what}"] + ["this update was skipped"] * spike.update_skipped
+    # A gradient that overflows in fp16 is how its scaler finds the scale, and no text's fault.
+    suspect = run.accelerator.scaler is None or spike.jumped or not math.isfinite(loss_sum)
+    if suspect and run.report_spike is not None:
+        # The first of several steps in a row tells enough.
+        if spike.step != run._last_spike + 1 and run._reports < MAX_REPORTS:
+            run._reports += 1
+            with run.meter.phase("spikes"):
+                parts.append(run.report_spike(spike))
+        run._last_spike = spike.step
     run.progress.warn("; ".join(parts) + ".")
-    if run._left_out_in_a_row >= NONFINITE_STEPS_ALLOWED:
+    if run._left_out_in_a_row >= UPDATES_LEFT_OUT_ALLOWED:
         raise TrainingError(
-            f"the {name} was {'far too high' if finite else 'not finite'} in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step "
-            f"{record.step}; go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
+            f"{spike.what} at step {spike.step}, and {UPDATES_LEFT_OUT_ALLOWED} updates in a row were left out; "
+            "go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
             "--mixed-precision bf16 instead of fp16."
         )
     if suspect and _rewinds(run):
-        raise SpikeError(record)
+        raise SpikeError(spike)
 
 
 def _report(run: Run, state: TrainState, record: StepRecord, norm: float) -> None:

@@ -19,7 +19,7 @@ from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim import build_optimizer
 from minimind.stopping import StopRequest
 from minimind.throughput import Meter
-from minimind.train import NONFINITE_STEPS_ALLOWED, Run, TrainState, settle, train, train_step
+from minimind.train import UPDATES_LEFT_OUT_ALLOWED, Run, TrainState, settle, train, train_step
 
 ROWS, LENGTH, VOCAB = 8, 24, 97
 
@@ -203,11 +203,11 @@ def test_many_non_finite_steps_in_a_row_stop_the_run_with_advice() -> None:
         run.readback.put(record, torch.tensor([math.nan, 0.0, 1.0]))
         settle(run, state)
 
-    for _ in range(NONFINITE_STEPS_ALLOWED - 1):
+    for _ in range(UPDATES_LEFT_OUT_ALLOWED - 1):
         settle_a_bad_step()
     with pytest.raises(TrainingError, match="--learning-rate"):
         settle_a_bad_step()
-    assert state.skipped_steps == NONFINITE_STEPS_ALLOWED
+    assert state.skipped_steps == UPDATES_LEFT_OUT_ALLOWED
 
 
 def test_dropout_is_drawn_from_seed_and_step_alone() -> None:
