@@ -23,8 +23,9 @@ from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
 
-# So many updates in a row may be left out for a gradient that is not finite, or a loss that jumped. The fp16 scaler starts high and
-# halves until nothing overflows: from 65536 that can take 16 steps before anything is wrong.
+# So many updates in a row may be left out for a gradient that is not finite, or a loss that jumped. The fp16
+# scaler starts high and halves until nothing overflows: from 65536 that can take 16 steps before anything is
+# wrong.
 UPDATES_LEFT_OUT_ALLOWED = 20
 
 
@@ -274,7 +275,7 @@ def rewind(run: Run, state: TrainState, spike: Spike) -> None:
     """
     if state.rewinds >= MAX_REWINDS:
         raise TrainingError(
-            f"{spike.what} at step {spike.step} after {MAX_REWINDS} rewinds, so a few rows are not the cause; "
+            f"step {spike.step}: {spike.what} after {MAX_REWINDS} rewinds, so a few rows are not the cause; "
             "go on with --resume and a lower --learning-rate or --grad-clip, or with --on-spike skip."
         )
     rows = [spike.epoch, spike.row, spike.rows]
@@ -422,7 +423,7 @@ def _look_into(run: Run, state: TrainState, record: StepRecord, loss_sum: float,
     run.progress.warn("; ".join(parts) + ".")
     if run._left_out_in_a_row >= UPDATES_LEFT_OUT_ALLOWED:
         raise TrainingError(
-            f"{spike.what} at step {spike.step}, and {UPDATES_LEFT_OUT_ALLOWED} updates in a row were left out; "
+            f"step {spike.step}: {spike.what}, and {UPDATES_LEFT_OUT_ALLOWED} updates in a row were skipped; "
             "go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
             "--mixed-precision bf16 instead of fp16."
         )
