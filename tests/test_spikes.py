@@ -12,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,18 @@ pretrain_module = importlib.import_module("minimind.pretrain")
 # In no other document there is this token.
 MARKER = "猫"
 POISON = f"{MARKER} zyx qpl ## vbn 8841 wkj }} ~~ ghf"
-WORDS = "the cat sat on a mat while rain fell over quiet hills and nobody asked why it was so".split()
+SENTENCE = "the cat sat on a mat while rain fell over quiet hills and nobody asked why it was so"
+WORDS = SENTENCE.split()
+STEPS = 46
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # --- when a loss jumps ---------------------------------------------------------------------------------
@@ -172,6 +183,7 @@ def adamw_run(on_spike: str, lag: int = 0) -> Run:
     model = tiny_model()
     run = make_run(model, on_spike=on_spike, save_interval=100)
     run.optimizer = run.accelerator.prepare(build_optimizer(model, run.config, torch.device("cpu")))
+    run.learning_rate = lambda step: 1e-3
     run.readback._lag = lag
     return run
 
@@ -271,7 +283,7 @@ def tiny(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
             epochs=1,
             learning_rate=1e-2,
             log_interval=1,
-            save_interval=5,
+            save_interval=7,
             keep_checkpoints=3,
             tracker=("none",),
             compile=False,
@@ -319,8 +331,8 @@ class Poison:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 40 steps a pass."""
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 130, poisoned=37)
+    """Some 50 steps a pass; the marker comes in step 41."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 130, poisoned=100)
 
 
 @pytest.fixture
@@ -337,7 +349,17 @@ def test_a_document_that_spikes_is_named_first_with_its_text(
     """No trick: text unlike the rest raises the loss of its step, late enough for the rest to be learnt."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", 620 if packing else 400, poisoned=0)
     size = {} if packing else {"max_seq_len": 48, "batch_size": 2}
-    pretrain(tiny(corpus, tmp_path / "out", packing=packing, seed=SEED[packing], save_interval=1000, **size))
+    pretrain(
+        tiny(
+            corpus,
+            tmp_path / "out",
+            packing=packing,
+            seed=SEED[packing],
+            max_steps=145,
+            save_interval=1000,
+            **size,
+        )
+    )
     (report,) = reports(tmp_path / "out")
     first, second = report["documents"][:2]
     assert POISON in first["text"]
@@ -353,7 +375,8 @@ def test_a_document_that_spikes_is_named_first_with_its_text(
     assert f"its texts are in {path}." in capsys.readouterr().out
 
 
-SEED = {True: 0, False: 0}
+# With these the text comes after step 102, in an order that never changes.
+SEED = {True: 1, False: 7}
 
 
 def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
@@ -363,7 +386,7 @@ def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
     original = train_module.train_step
 
     def train_step(run: Run, batch: Any, state: TrainState, limit: float) -> torch.Tensor:
-        if state.step == 7:
+        if state.step == 10:
             with torch.no_grad():
                 run.model.get_input_embeddings().weight[marker_token()] = math.nan
         return original(run, batch, state, limit)
@@ -372,9 +395,9 @@ def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
     monkeypatch.setattr(pretrain_module, "deliver_model", lambda *args: None)
     monkeypatch.setattr(pretrain_module, "write_sample", lambda *args: "")
     out = tmp_path / "out"
-    result = pretrain(tiny(corpus, out, tie_word_embeddings=False, max_steps=40))
-    assert result.steps == 40
-    assert [entry.step for entry in stored_checkpoints(out / "checkpoints")] == [5]
+    result = pretrain(tiny(corpus, out, tie_word_embeddings=False, max_steps=STEPS))
+    assert result.steps == STEPS
+    assert [entry.step for entry in stored_checkpoints(out / "checkpoints")] == [7]
     assert "embed_tokens.weight is not finite" in capsys.readouterr().out
     (report,) = reports(out)
     assert report["loss"] is None
@@ -419,16 +442,16 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
 
     monkeypatch.setattr(pretrain_module, "train", train_with_lag)
     out = tmp_path / "out"
-    result = pretrain(tiny(corpus, out, on_spike="rewind", max_steps=34, dropout=0.1))
+    result = pretrain(tiny(corpus, out, on_spike="rewind", max_steps=STEPS, dropout=0.1))
     state = saved_state(out)
-    assert (result.steps, poison.met, state["rewinds"], state["step"]) == (34, 1, 1, 34)
+    assert (result.steps, poison.met, state["rewinds"], state["step"]) == (STEPS, 1, 1, STEPS)
     assert state["left_out"] == [rows_met(out)]
     assert MARKER in json.dumps(reports(out)[0]["documents"], ensure_ascii=False)
     (rewound,) = [row for row in lines(out) if row["kind"] == "rewind"]
     assert rewound["rewound_from"] == reports(out)[0]["step"]
-    assert rewound["step"] == rewound["rewound_from"] - 1 - (rewound["rewound_from"] - 1) % 5
+    assert rewound["step"] == rewound["rewound_from"] - 1 - (rewound["rewound_from"] - 1) % 7
     assert [rewound[f"left_out_{name}"] for name in ("epoch", "row", "rows")] == state["left_out"][0]
-    assert [row["step"] for row in lines(out) if row["kind"] == "train"] == list(range(1, 35))
+    assert [row["step"] for row in lines(out) if "loss" in row] == list(range(1, STEPS + 1))
 
     # The same run without these rows from the first step on.
     take_up = pretrain_module._resume
@@ -439,7 +462,7 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
         return fresh, trackers
 
     monkeypatch.setattr(pretrain_module, "_resume", leave_out)
-    pretrain(tiny(corpus, tmp_path / "never", on_spike="rewind", max_steps=34, dropout=0.1))
+    pretrain(tiny(corpus, tmp_path / "never", on_spike="rewind", max_steps=STEPS, dropout=0.1))
     assert poison.met == 1
     ours, theirs = (stored_checkpoints(path / "checkpoints")[-1] for path in (out, tmp_path / "never"))
     for mine, other in ((ours.weights(), theirs.weights()), (ours.moments(), theirs.moments())):
@@ -456,13 +479,13 @@ def test_a_run_resumed_after_a_rewind_still_leaves_the_rows_out(
         raise RuntimeError("power cut")
 
     nan_poison.after_meeting = cut_power
-    config = tiny(corpus, out, on_spike="rewind", max_steps=34)
+    config = tiny(corpus, out, on_spike="rewind", max_steps=STEPS)
     with pytest.raises(RuntimeError, match="power cut"):
         pretrain(config)
     assert nan_poison.met == 1
     nan_poison.after_meeting = lambda: None
     result = pretrain(dataclasses.replace(config, resume="auto"))
-    assert (result.steps, nan_poison.met) == (34, 1)
+    assert (result.steps, nan_poison.met) == (STEPS, 1)
     assert saved_state(out)["left_out"] == [rows_met(out)]
     assert saved_state(out)["rewinds"] == 1
 
@@ -486,10 +509,10 @@ def test_going_back_does_not_take_a_checkpoint_that_was_given_up(
 ) -> None:
     out = tmp_path / "out"
     nan_poison.factor = 1.0
-    pretrain(tiny(corpus, out, max_steps=34, save_interval=4, keep_checkpoints=20))
+    pretrain(tiny(corpus, out, max_steps=STEPS, save_interval=4, keep_checkpoints=20))
     nan_poison.factor, nan_poison.met = math.nan, 0
     first = str(out / "checkpoints" / "step-00000004")
-    config = tiny(corpus, out, max_steps=34, save_interval=100, on_spike="rewind", resume=first)
+    config = tiny(corpus, out, max_steps=STEPS, save_interval=100, on_spike="rewind", resume=first)
     pretrain(config)
     assert nan_poison.met == 1
     (rewound,) = [row for row in lines(out) if row["kind"] == "rewind"]
@@ -517,7 +540,7 @@ def test_two_processes_decide_alike(corpus: Path, tmp_path: Path, nan_poison: Po
     assert sorted((one.pop("met"), other.pop("met"))) == [0, 1]
     assert one == other
 
-    pretrain(tiny(corpus, tmp_path / "alone", on_spike=on_spike, max_steps=34))
+    pretrain(tiny(corpus, tmp_path / "alone", on_spike=on_spike, max_steps=STEPS))
     alone = saved_state(tmp_path / "alone")
     for name in ("step", "epoch", "row", "tokens", "skipped_steps", "left_out", "rewinds"):
         assert one["state"][name] == alone[name]
@@ -542,7 +565,7 @@ def one_of_several(corpus: Path, folder: Path, on_spike: str) -> None:
         (folder / name).write_text(json.dumps(found))
 
     pretrain_module.train = train_and_tell
-    config = tiny(corpus, folder / "out", on_spike=on_spike, max_steps=34, batch_size=1)
+    config = tiny(corpus, folder / "out", on_spike=on_spike, max_steps=STEPS, batch_size=1)
     pretrain(config)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort an ordinary exit

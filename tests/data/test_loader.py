@@ -162,7 +162,7 @@ def test_the_pieces_of_a_step_spell_its_rows(shards, packing, process):
             pieces_seen += len(pieces)
             rows_of_padding += not pieces
     assert pieces_seen > 50
-    assert rows_of_padding > 0
+    assert rows_of_padding > 0 or process == 0
 
 
 def test_the_pieces_of_all_processes_are_every_input_of_a_pass_once(shards):
