@@ -118,8 +118,11 @@ class CheckpointStore:
         return stored_checkpoints(self.folder)
 
     def latest(self, on_damaged: Callable[[str], None] | None = None) -> StoredCheckpoint | None:
-        """Return the newest checkpoint that verifies; `on_damaged` hears of each that was passed over."""
-        return latest_checkpoint(self.folder, on_damaged)
+        """Return the newest checkpoint of this run that verifies, leaving out those that `rewind` gave up.
+
+        `on_damaged` hears of each that was passed over.
+        """
+        return latest_checkpoint(self.folder, on_damaged, without=self._abandoned)
 
     @staticmethod
     def open(path: Path, on_damaged: Callable[[str], None] | None = None) -> StoredCheckpoint:

@@ -167,6 +167,16 @@ class RunOptions:
         int | None, Option("Stop an evaluation after this many batches.", minimum=1, default_text="all")
     ] = None
     save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1)] = 1000
+    on_spike: Annotated[
+        Literal["report", "skip", "rewind"],
+        Option(
+            "At a loss that is not finite or jumps: report the texts, also leave the update out, or also go "
+            "back to the last checkpoint and on without these rows."
+        ),
+    ] = "report"
+    spike_sigma: Annotated[
+        float, Option("Deviations above the median of late losses that make a jump.", above=0.0)
+    ] = 8.0
     keep_checkpoints: Annotated[int, Option("Newest checkpoints kept, besides the best.", minimum=1)] = 2
     output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER")] = (
         "out"

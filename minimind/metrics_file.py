@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .run_folder import write_text
 
@@ -16,8 +16,8 @@ from .run_folder import write_text
 class MetricsFile:
     """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train` or `evaluation`) and the values by name, which
-    are numbers or text; a number that is not finite is null, for JSON has no other word for it.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation` or `rewind`) and the values by
+    name, which are numbers or text; a number that is not finite is null, for JSON has no other word for it.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int) -> None:
@@ -27,11 +27,8 @@ class MetricsFile:
             path: the file; made where it is missing.
             keep_to_step: lines of later steps go; 0 is a new start and keeps none.
         """
-        if path.exists():
-            with path.open(encoding="utf-8", errors="replace") as old:
-                text = "".join(_lines_up_to(old, keep_to_step))
-            write_text(path, text)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._path = path
+        self._file = self._open(keep_to_step)
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """Append one line.
@@ -39,7 +36,11 @@ class MetricsFile:
         Raises:
             OSError: when the disk refuses.
         """
-        kind = "evaluation" if any(name.startswith("val_") for name in values) else "train"
+        kind = "train"
+        if any(name.startswith("val_") for name in values):
+            kind = "evaluation"
+        elif "rewound_from" in values:
+            kind = "rewind"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         plain = {name: _plain(value) for name, value in values.items()}
         line = json.dumps({"step": step, "time": now, "kind": kind, **plain}, allow_nan=False)
@@ -53,6 +54,22 @@ class MetricsFile:
             OSError: when the disk refuses.
         """
         os.fsync(self._file.fileno())
+
+    def go_back(self, step: int) -> None:
+        """Leave out the lines of later steps.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        self._file.close()
+        self._file = self._open(step)
+
+    def _open(self, keep_to_step: int) -> TextIO:
+        if self._path.exists():
+            with self._path.open(encoding="utf-8", errors="replace") as old:
+                text = "".join(_lines_up_to(old, keep_to_step))
+            write_text(self._path, text)
+        return self._path.open("a", encoding="utf-8", newline="\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,24 +62,38 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def skip_if_nonfinite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Turn the coming `optimizer.step()` into nothing if the gradient's norm is infinite or NaN.
+def skip_if_nonfinite(
+    optimizer: torch.optim.Optimizer,
+    norm: torch.Tensor,
+    loss: torch.Tensor | None = None,
+    *,
+    limit: float = math.inf,
+) -> None:
+    """Turn the coming `optimizer.step()` into nothing if the gradient's norm or the loss is infinite or NaN.
 
     Weights, moments and the step count of AdamW then stay as they were. The host does not wait for the
     norm: the fused kernels read a tensor `found_inf` of the optimizer, 1.0 for a step to leave out, which
     is how PyTorch's GradScaler skips steps (`torch/optim/adam.py`, `_fused_adam`). Call it before every
     step: what it says holds until the next call. With an fp16 scaler nothing is to be done, because that
-    has looked at the gradient itself; without a fused kernel the host waits for the norm.
+    has looked at the gradient itself; without a fused kernel the host waits for the norm. A loss above a
+    finite `limit` is left out too; only with a scaler the host then waits for the loss.
 
     Args:
         optimizer: plain, or as Accelerate prepared it.
         norm: () the norm of the gradient on the device, the same on all processes.
+        loss: () the loss of the step, the same on all processes.
+        limit: known before the step; the same on all processes.
     """
-    if getattr(optimizer, "scaler", None) is not None:
+    scaled = getattr(optimizer, "scaler", None) is not None
+    if scaled and (loss is None or limit == math.inf):
         return
     inner: Any = getattr(optimizer, "optimizer", optimizer)
-    if all(group.get("fused") for group in inner.param_groups):
-        inner.found_inf = (~torch.isfinite(norm.detach())).to(torch.float32)
-    elif not torch.isfinite(norm):
+    skip = ~torch.isfinite(norm.detach())
+    if loss is not None:
+        # Not "above": a NaN is above nothing.
+        skip = skip | ~(loss.detach() <= min(limit, torch.finfo(torch.float32).max))
+    if not scaled and all(group.get("fused") for group in inner.param_groups):
+        inner.found_inf = skip.to(torch.float32)
+    elif skip:
         # A parameter without a gradient is passed over, its step count included.
         inner.zero_grad(set_to_none=True)

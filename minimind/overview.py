@@ -86,7 +86,11 @@ def banner(
 
 
 def summary(
-    result: PretrainResult, totals: dict[str, float], bottleneck: str, skipped_steps: int
+    result: PretrainResult,
+    totals: dict[str, float],
+    bottleneck: str,
+    skipped_steps: int,
+    rewinds: int = 0,
 ) -> list[tuple[str, str]]:
     """Return what came of a run, in rows of a key and a value."""
     if result.stopped is not None:
@@ -110,7 +114,13 @@ def summary(
         ("bottleneck", bottleneck),
     ]
     if skipped_steps:
-        rows.append(("skipped", f"{skipped_steps:,} updates, for a loss or gradient that was not finite"))
+        rows.append(
+            ("skipped", f"{skipped_steps:,} updates, for a loss or gradient that was not finite or jumped")
+        )
+    if rewinds:
+        rows.append(
+            ("rewound", f"{rewinds} times, leaving rows out; see {result.model_dir.parent / 'spikes'}")
+        )
     if result.sample:
         rows.append(("sample", " ".join(result.sample.split())))
     return rows

@@ -32,6 +32,7 @@ from .progress import Progress
 from .resume import changed_group_values, differences
 from .run_folder import RunFolder
 from .schedule import learning_rates
+from .spikes import report_spike
 from .starting_model import make_model, resolve_shape
 from .stopping import StopRequest
 from .stored_checkpoint import StoredCheckpoint
@@ -131,6 +132,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             mark_best=partial(_mark_best, accelerator, store),
             stop=stop,
             stop_after=stop_after,
+            report_spike=partial(report_spike, accelerator, model, loader, tokenizer.decode, folder.spikes),
+            go_back=partial(_go_back, accelerator, model, optimizer, store, progress, settings),
         )
         run.saved_step = saved_step
         progress.start(run.last_step(state), state.step)
@@ -158,7 +161,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             sample=sample,
             stopped=_why_stopped(stop, state, stop_after) if state.stopping else None,
         )
-        progress.summary(summary(result, totals, meter.bottleneck(), state.skipped_steps))
+        progress.summary(summary(result, totals, meter.bottleneck(), state.skipped_steps, state.rewinds))
         # Only a run that got this far waits for the others: one that failed must not.
         accelerator.wait_for_everyone()
         return result
@@ -285,6 +288,13 @@ def _resume(
 
     changed = agree(accelerator, compare)
     trainer = restore(accelerator, model, optimizer, checkpoint, keep_group_values=changed)
+    state = _take_up(accelerator, store, trainer)
+    progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
+    return state, state.step if is_own else -1, trainer["trackers"]
+
+
+def _take_up(accelerator: Accelerator, store: CheckpointStore, trainer: dict[str, Any]) -> TrainState:
+    """Return the state of a checkpoint that was restored, and give the later checkpoints up."""
     state = TrainState(**trainer["state"])
     if state.ending is not None:
         state.ending = (state.ending[0], state.ending[1])
@@ -293,8 +303,32 @@ def _resume(
         state.best_val_loss = min(state.best_val_loss, best[1])
     if accelerator.is_main_process:
         store.rewind(state.step)
-    progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
-    return state, state.step if is_own else -1, trainer["trackers"]
+    return state
+
+
+def _go_back(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    store: CheckpointStore,
+    progress: Progress,
+    settings: dict[str, Any],
+    state: TrainState,
+) -> None:
+    """Put model, optimizer and `state` back to the last checkpoint of this run; all processes take part."""
+
+    def find() -> tuple[StoredCheckpoint, frozenset[str]]:
+        store.settle()
+        checkpoint = store.latest(progress.warn)
+        if checkpoint is None:
+            raise CheckpointError(f"there is no whole checkpoint in {store.folder} to go back to.")
+        return checkpoint, changed_group_values(checkpoint.trainer["settings"], settings)
+
+    checkpoint, changed = agree(accelerator, find)
+    trainer = restore(accelerator, model, optimizer, checkpoint, keep_group_values=changed)
+    saved = _take_up(accelerator, store, trainer)
+    for part in dataclasses.fields(TrainState):
+        setattr(state, part.name, getattr(saved, part.name))
 
 
 def _save(

@@ -12,6 +12,9 @@ import torch
 
 Tag = TypeVar("Tag")
 
+# Puts between that of a value and its arrival, where a device works beside the host.
+LAG = 2
+
 
 @dataclass(frozen=True)
 class Arrival(Generic[Tag]):
@@ -39,7 +42,7 @@ class Readback(Generic[Tag]):
     """
 
     def __init__(
-        self, device: torch.device, lag: int = 2, clock: Callable[[], float] = time.perf_counter
+        self, device: torch.device, lag: int = LAG, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._lag = lag if device.type == "cuda" else 0
         self._clock = clock
@@ -57,6 +60,14 @@ class Readback(Generic[Tag]):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._pending.append((tag, host, event))
+
+    def __len__(self) -> int:
+        """Return how many puts have not arrived."""
+        return len(self._pending)
+
+    def clear(self) -> None:
+        """Forget what has not arrived."""
+        self._pending.clear()
 
     def arrived(self, *, everything: bool = False) -> Iterator[Arrival[Tag]]:
         """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""

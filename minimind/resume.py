@@ -48,6 +48,8 @@ CHANGED: Mapping[str, str] = {
     "beta2": "takes effect from the next step",
     "grad_clip": "takes effect from the next step",
     "dropout": "takes effect from the next step",
+    "on_spike": "takes effect from the next step",
+    "spike_sigma": "takes effect from the next step",
     "mixed_precision": "losses may differ in the last digits",
     "val_data": "validation losses before and after do not compare",
 }

@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def spikes(self) -> Path:
+        """One report for each loss that jumped or was not finite."""
+        return self.path / "spikes"
+
+    @property
     def model(self) -> Path:
         """The model in the format of Hugging Face transformers."""
         return self.path / "model"

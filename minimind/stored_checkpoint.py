@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,15 +111,18 @@ def stored_checkpoints(folder: Path) -> list[StoredCheckpoint]:
 
 
 def latest_checkpoint(
-    folder: Path, on_damaged: Callable[[str], None] | None = None
+    folder: Path, on_damaged: Callable[[str], None] | None = None, *, without: Collection[str] = ()
 ) -> StoredCheckpoint | None:
     """Return the newest checkpoint in a folder that verifies, None where there is none.
 
     Args:
         folder: holds `step-*` folders.
         on_damaged: gets one sentence for each newer checkpoint that had to be passed over.
+        without: names of folders that are not looked at.
     """
     for checkpoint in reversed(stored_checkpoints(folder)):
+        if checkpoint.path.name in without:
+            continue
         problem = checkpoint.problem()
         if problem is None:
             return checkpoint

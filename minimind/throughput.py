@@ -115,6 +115,12 @@ class Meter:
         if self._mark is None and self._step - self._start_step == WARMUP_STEPS:
             self._begin_measuring(self._step, self._tokens, self._clock())
 
+    def go_back(self, step: int) -> None:
+        """Count on from an earlier step; what was done beyond it stays in the totals."""
+        self._step = step
+        self._tokens_at = deque([(step, self._tokens)])
+        self._mark = None if self._mark is None else self._marked(step, self._tokens, self._clock())
+
     def report(self, step: int, at: float | None = None) -> dict[str, float]:
         """Return the numbers of the interval that ends with `step`; call it when the step's values arrive.
 

@@ -81,6 +81,7 @@ class Trackers:
             warn: shows a sentence to the user.
         """
         self._warn = warn
+        self._folder = str(run_folder.path)
         self._ids: dict[str, str] = dict(resume_state or {})
         self._trackers: dict[str, GeneralTracker] = {}
         self._feeds: tuple[_Feed, ...] = ()
@@ -108,6 +109,15 @@ class Trackers:
             # A file that cannot be written is reported where it is written.
             with suppress(OSError, ValueError):
                 self._file.sync()
+
+    def go_back(self, step: int) -> None:
+        """Take back what was logged of later steps, as far as a tracker allows; returns at once.
+
+        Out of metrics.jsonl and TensorBoard's view it goes. WandB and SwanLab keep it, and take no second
+        value for a step that they have had.
+        """
+        for feed in self._feeds:
+            feed.put(None, step)
 
     def state(self) -> dict[str, str]:
         """Return the run ids that a resumed run hands back to go on in the same charts."""
@@ -140,11 +150,17 @@ class Trackers:
         if run_id is not None:
             self._ids[name] = str(run_id)
 
-    def _tell_trackers(self, values: Values, step: int) -> None:
-        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+    def _tell_trackers(self, values: Values | None, step: int) -> None:
+        numbers = {name: value for name, value in (values or {}).items() if not isinstance(value, str)}
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(numbers, step)
+                if values is not None:
+                    tracker.log(numbers, step)
+                elif name == "tensorboard":
+                    # A new file of events tells TensorBoard from which step on the old ones are void.
+                    tracker.finish()
+                    self._trackers[name] = TensorBoardTracker(name, self._folder, purge_step=step + 1)
+                    self._trackers[name].start()
             except Exception as error:
                 del self._trackers[name]
                 self._give_up(name, "failed and gets no more values", error)
@@ -163,9 +179,11 @@ class Trackers:
             except Exception as error:
                 self._give_up(name, "could not be closed", error)
 
-    def _write_file(self, values: Values, step: int) -> None:
+    def _write_file(self, values: Values | None, step: int) -> None:
         try:
-            if self._file is not None:
+            if self._file is not None and values is None:
+                self._file.go_back(step)
+            elif self._file is not None and values is not None:
                 self._file.write(values, step)
         except OSError as error:
             self._file = None
@@ -177,16 +195,16 @@ class Trackers:
 
 
 class _Feed:
-    """A queue of values, and the daemon thread that works it off."""
+    """A queue of values, or None to go back, and the daemon thread that works it off."""
 
-    def __init__(self, name: str, work: Callable[[Values, int], None]) -> None:
+    def __init__(self, name: str, work: Callable[[Values | None, int], None]) -> None:
         self._work = work
-        self._queue: queue.Queue[tuple[Values, int] | Callable[[], None]] = queue.Queue()
+        self._queue: queue.Queue[tuple[Values | None, int] | Callable[[], None]] = queue.Queue()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, values: Values, step: int) -> None:
+    def put(self, values: Values | None, step: int) -> None:
         self._queue.put((values, step))
 
     def settle(self, timeout: float) -> bool:

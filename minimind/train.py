@@ -20,13 +20,15 @@ from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
 from .schedule import decay_steps_due
+from .spikes import MAX_REPORTS, MAX_REWINDS, Spike, loss_limit, remember
 from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
 
-# So many updates in a row may be skipped for a gradient that is not finite. The fp16 scaler starts high and
-# halves until nothing overflows: from 65536 that can take 16 steps before anything is wrong.
-NONFINITE_STEPS_ALLOWED = 20
+# So many updates in a row may be left out for a gradient that is not finite, or a loss that jumped. The fp16
+# scaler starts high and halves until nothing overflows: from 65536 that can take 16 steps before anything is
+# wrong.
+UPDATES_LEFT_OUT_ALLOWED = 20
 
 # Time kept for writing the model and its sample after the last step.
 END_SECONDS = 5.0
@@ -41,13 +43,16 @@ class TrainState:
         epoch: the pass under way, from 0.
         row: rows of this pass trained.
         tokens: real input tokens trained, over all processes.
-        skipped_steps: updates left out because the gradient was not finite.
+        skipped_steps: updates left out, for a loss or gradient that was not finite or a loss that jumped.
         best_val_loss: lowest validation loss so far.
         digest: tells the rows of all steps so far, in their order, from any others; the same on any number
             of processes.
         interval_loss: summed loss of the steps since the last report.
         interval_targets: targets in those steps.
-        nonfinite_in_a_row: updates left out one after the other, up to the last step.
+        left_out_in_a_row: updates left out one after the other, up to the last step.
+        recent_losses: losses of the latest steps in nats per token, from which a jump is told.
+        left_out: pass, first row and number of rows of each step that a rewind has taken out for good.
+        rewinds: how often the run has gone back to a checkpoint by itself.
         stopping: all processes have agreed to stop after this step.
         ending: where a time limit has set the end: the first step of the decay and the number of steps.
     """
@@ -62,7 +67,10 @@ class TrainState:
     # A checkpoint may fall between two reports, so what the next one needs is part of the state.
     interval_loss: float = 0.0
     interval_targets: int = 0
-    nonfinite_in_a_row: int = 0
+    left_out_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    left_out: list[list[int]] = field(default_factory=list)
+    rewinds: int = 0
     stopping: bool = False
     ending: tuple[int, int] | None = None
 
@@ -71,9 +79,21 @@ class TrainState:
         self.step += 1
         self.tokens += batch.num_tokens
         self.digest = chained_digest(self.digest, batch.digest)
+        self.pass_over(batch, rows_per_epoch)
+
+    def pass_over(self, batch: StepBatch, rows_per_epoch: int) -> None:
+        """Move past the rows of a step."""
         self.epoch, self.row = batch.epoch, self.row + batch.num_rows
         if self.row >= rows_per_epoch:
             self.epoch, self.row = self.epoch + 1, 0
+
+    def leaves_out(self, batch: StepBatch) -> bool:
+        """Whether the step at the cursor has rows that a rewind has taken out."""
+        end = self.row + batch.num_rows
+        return any(
+            epoch == batch.epoch and row < end and self.row < row + count
+            for epoch, row, count in self.left_out
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,21 @@ class StepRecord:
     num_targets: int
     learning_rate: float
     digest: str
+    limit: float
+    rows: list[int]
     report: bool
+
+
+class SpikeError(Exception):
+    """Leads out of the loop to go back to a checkpoint; never leaves this module.
+
+    Attributes:
+        spike: the step that jumped or was not finite.
+    """
+
+    def __init__(self, spike: Spike) -> None:
+        super().__init__(spike.what)
+        self.spike = spike
 
 
 @dataclass
@@ -113,8 +147,14 @@ class Run:
     save: Callable[[TrainState], None]
     mark_best: Callable[[TrainState], None]
     stop: StopRequest
+    # Writes the texts of a step down, where reports are wanted, and returns words that tell where.
+    report_spike: Callable[[Spike], str] | None = None
+    # Puts model, optimizer and the given state back to the last checkpoint.
+    go_back: Callable[[TrainState], None] | None = None
     stop_after: int | None = None
     readback: Readback[StepRecord] = field(init=False)
+    _last_spike: int = field(default=-1, init=False)
+    _reports: int = field(default=0, init=False)
     last_loss: float = field(default=math.nan, init=False)
     last_evaluation: Evaluation | None = field(default=None, init=False)
     saved_step: int = field(default=-1, init=False)
@@ -131,8 +171,20 @@ def train(run: Run, state: TrainState) -> None:
     """Train from `state` to the end of the run, or until all processes have agreed to stop.
 
     Raises:
-        TrainingError: when the gradient stays non-finite.
+        TrainingError: when the gradient stays non-finite, or the run would go back too often.
     """
+    if _rewinds(run) and state.step == 0:
+        save(run, state)  # or a run that fails early would have nothing to go back to
+    while True:
+        try:
+            return _train(run, state)
+        except SpikeError as error:
+            spike = error.spike
+        # Out here the loop that was left is let go, and its thread that reads ahead with it.
+        rewind(run, state, spike)
+
+
+def _train(run: Run, state: TrainState) -> None:
     config = run.config
     run.model.train()
     batches = _batches(run.loader, state)
@@ -141,11 +193,12 @@ def train(run: Run, state: TrainState) -> None:
             batch = next(batches)
         learning_rate = run.learning_rate(state.step, state.ending)
         set_learning_rate(run.optimizer, learning_rate)
-        values = train_step(run, batch, state)
+        limit = _loss_limit(run, state, batch)
+        values = train_step(run, batch, state, limit)
         state.advance(batch, run.loader.rows_per_epoch)
         run.meter.step(batch.num_tokens)
         last = state.step == run.last_step(state)
-        run.readback.put(_record(run, state, batch, learning_rate, last), values)
+        run.readback.put(_record(run, state, batch, learning_rate, limit, last), values)
         settle(run, state, everything=last)
         state.stopping |= state.step == run.stop_after
         if last or due(state.step, config.save_interval):
@@ -156,8 +209,10 @@ def train(run: Run, state: TrainState) -> None:
         save(run, state)
 
 
-def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
-    """Do one optimizer step.
+def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = math.inf) -> torch.Tensor:
+    """Do one optimizer step, whose update is left out where loss or gradient is not finite.
+
+    A summed loss above `limit` leaves the update out too with `--on-spike skip`.
 
     The loss is the mean over the real targets of the whole global batch. `Accelerator.backward` divides by
     the accumulation steps and the processes average their gradients, so the summed loss of a micro-batch is
@@ -181,14 +236,15 @@ def train_step(run: Run, batch: StepBatch, state: TrainState) -> torch.Tensor:
             accelerator.backward(loss * scale)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
+                # Wishes of single processes ride along, so that all read them at the same step.
+                asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
+                decay = torch.full_like(loss_sum, float(decay_wanted(run, state)))
+                sums = accelerator.reduce(torch.stack((loss_sum, asked, decay)), reduction="sum")
                 norm = clip_gradient(run)
-                skip_if_nonfinite(optimizer, norm)
+                skips = run.config.on_spike == "skip"
+                skip_if_nonfinite(optimizer, norm, sums[0], limit=limit if skips else math.inf)
             optimizer.step()
             optimizer.zero_grad()
-    # Wishes of single processes ride along, so that all read them at the same step.
-    asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
-    decay = torch.full_like(loss_sum, float(decay_wanted(run, state)))
-    sums = accelerator.reduce(torch.stack((loss_sum, asked, decay)), reduction="sum")
     return torch.cat((sums, norm.float().reshape(1)))
 
 
@@ -242,14 +298,20 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
         state.stopping |= asked_to_stop > 0
         if decay > 0 and state.ending is None:
             _end_in_time(run, state, int(decay))
-        if math.isfinite(loss_sum) and math.isfinite(norm):
-            state.nonfinite_in_a_row = 0
+        remember(state.recent_losses, loss_sum / max(record.num_targets, 1))
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        jumped = finite and loss_sum > record.limit
+        if finite and not (jumped and run.config.on_spike == "skip"):
+            state.left_out_in_a_row = 0
             state.interval_loss += loss_sum
             state.interval_targets += record.num_targets
         else:
-            _count_nonfinite(run, state, record, loss_sum, norm)
+            state.left_out_in_a_row += 1
+            state.skipped_steps += 1
         if record.report:
             _report(run, state, record, norm, arrival.time)
+        if jumped or not finite:
+            _look_into(run, state, record, loss_sum, norm)
 
 
 def save(run: Run, state: TrainState) -> None:
@@ -258,6 +320,37 @@ def save(run: Run, state: TrainState) -> None:
     with run.meter.phase("saving"):
         run.save(state)
     run.saved_step = state.step
+
+
+def rewind(run: Run, state: TrainState, spike: Spike) -> None:
+    """Go back to the last checkpoint and leave the rows of `spike` out from then on.
+
+    Raises:
+        TrainingError: when the run has gone back too often already.
+    """
+    if state.rewinds >= MAX_REWINDS:
+        raise TrainingError(
+            f"step {spike.step}: {spike.what} after {MAX_REWINDS} rewinds, so a few rows are not the cause; "
+            "go on with --resume and a lower --learning-rate or --grad-clip, or with --on-spike skip."
+        )
+    rows = [spike.epoch, spike.row, spike.rows]
+    rewinds, left_out, stopping = state.rewinds + 1, [*state.left_out, rows], state.stopping
+    with run.meter.phase("rewinding"):
+        assert run.go_back is not None
+        run.go_back(state)
+    state.rewinds, state.left_out, state.stopping = rewinds, left_out, stopping
+    run.readback.clear()
+    run._last_spike = -1
+    run.meter.go_back(state.step)
+    run.trackers.go_back(state.step)
+    places = dict(zip(("left_out_epoch", "left_out_row", "left_out_rows"), rows, strict=True))
+    run.trackers.log({"rewound_from": spike.step, **places, "rewinds": rewinds}, state.step)
+    run.progress.warn(
+        f"back from step {spike.step} to step {state.step}, and on without rows {spike.row} to "
+        f"{spike.row + spike.rows - 1} of pass {spike.epoch} (rewind {rewinds} of at most {MAX_REWINDS})."
+    )
+    # At once, so that a run that is resumed from here leaves the rows out too.
+    save(run, state)
 
 
 def validate(run: Run, state: TrainState) -> None:
@@ -319,11 +412,29 @@ def _batches(loader: Loader, state: TrainState) -> Iterator[StepBatch]:
     """Yield the steps from the state's cursor on, pass after pass."""
     epoch, row = state.epoch, state.row
     while True:
-        yield from loader.steps(epoch, row)
+        for batch in loader.steps(epoch, row):
+            if state.leaves_out(batch):
+                state.pass_over(batch, loader.rows_per_epoch)
+            else:
+                yield batch
         epoch, row = epoch + 1, 0
 
 
-def _record(run: Run, state: TrainState, batch: StepBatch, learning_rate: float, last: bool) -> StepRecord:
+def _rewinds(run: Run) -> bool:
+    return run.config.on_spike == "rewind" and run.go_back is not None
+
+
+def _loss_limit(run: Run, state: TrainState, batch: StepBatch) -> float:
+    """Return the summed loss above which the coming step jumps, as a float32, as the device compares it."""
+    full = sum(len(part.input_ids) for part in batch.micro_batches) * run.accelerator.num_processes
+    share = batch.num_rows / full
+    per_token = loss_limit(state.recent_losses, len(run.readback), run.config.spike_sigma, share)
+    return float(np.float32(per_token * max(batch.num_targets, 1)))
+
+
+def _record(
+    run: Run, state: TrainState, batch: StepBatch, learning_rate: float, limit: float, last: bool
+) -> StepRecord:
     return StepRecord(
         step=state.step,
         epoch=state.epoch + state.row / run.loader.rows_per_epoch,
@@ -331,6 +442,9 @@ def _record(run: Run, state: TrainState, batch: StepBatch, learning_rate: float,
         num_targets=batch.num_targets,
         learning_rate=learning_rate,
         digest=state.digest,
+        limit=limit,
+        # The cursor is already past them.
+        rows=[batch.epoch, (state.row or run.loader.rows_per_epoch) - batch.num_rows, batch.num_rows],
         report=last or due(state.step, run.config.log_interval),
     )
 
@@ -343,17 +457,47 @@ def _end_in_time(run: Run, state: TrainState, decay_steps: int) -> None:
     run.progress.note(f"--max-time: decaying from step {state.step:,}, to end at step {state.ending[1]:,}.")
 
 
-def _count_nonfinite(run: Run, state: TrainState, record: StepRecord, loss: float, norm: float) -> None:
-    state.skipped_steps += 1
-    state.nonfinite_in_a_row += 1
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    run.progress.warn(f"step {record.step}: the {what} is not finite; this update was skipped.")
-    if state.nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
+def _look_into(run: Run, state: TrainState, record: StepRecord, loss_sum: float, norm: float) -> None:
+    """Tell of a step that jumped or was not finite, and do what the run is to do about it.
+
+    Raises:
+        TrainingError: when too many updates in a row were left out.
+        SpikeError: when the run is to go back.
+    """
+    epoch, row, rows = record.rows
+    targets = max(record.num_targets, 1)
+    spike = Spike(
+        step=record.step,
+        loss=loss_sum / targets,
+        limit=record.limit / targets,
+        grad_norm=norm,
+        learning_rate=record.learning_rate,
+        update_skipped=state.left_out_in_a_row > 0,
+        epoch=epoch,
+        row=row,
+        rows=rows,
+        rewinds=state.rewinds,
+        weights_of_step=state.step,
+    )
+    parts = [f"step {spike.step}: {spike.what}"] + ["this update was skipped"] * spike.update_skipped
+    # A gradient that overflows in fp16 is how its scaler finds the scale, and no text's fault.
+    suspect = run.accelerator.scaler is None or spike.jumped or not math.isfinite(loss_sum)
+    if suspect and run.report_spike is not None:
+        # The first of several steps in a row tells enough.
+        if spike.step != run._last_spike + 1 and run._reports < MAX_REPORTS:
+            run._reports += 1
+            with run.meter.phase("spikes"):
+                parts.append(run.report_spike(spike))
+        run._last_spike = spike.step
+    run.progress.warn("; ".join(parts) + ".")
+    if state.left_out_in_a_row >= UPDATES_LEFT_OUT_ALLOWED:
         raise TrainingError(
-            f"the {what} was not finite in {NONFINITE_STEPS_ALLOWED} steps in a row, up to step "
-            f"{record.step}; go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
+            f"step {spike.step}: {spike.what}, and {UPDATES_LEFT_OUT_ALLOWED} updates in a row were skipped; "
+            "go on from a checkpoint with a lower --learning-rate, more --warmup-steps, or "
             "--mixed-precision bf16 instead of fp16."
         )
+    if suspect and _rewinds(run):
+        raise SpikeError(spike)
 
 
 def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: float) -> None:

@@ -78,6 +78,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.starting_model": (2, "formats.qwen3"),
     "minimind.delivery": (2, "formats.qwen3 generation training_state"),
     "minimind.overview": (2, ""),
+    "minimind.spikes": (2, ""),
     "minimind.train": (3, ""),
     "minimind.pretrain": (4, ""),
     "minimind.resume_check": (4, "pretrain"),

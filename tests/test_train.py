@@ -21,7 +21,7 @@ from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim import build_optimizer
 from minimind.stopping import StopRequest
 from minimind.throughput import Meter
-from minimind.train import NONFINITE_STEPS_ALLOWED, Run, TrainState, settle, train, train_step
+from minimind.train import UPDATES_LEFT_OUT_ALLOWED, Run, StepRecord, TrainState, settle, train, train_step
 
 ROWS, LENGTH, VOCAB = 8, 24, 97
 
@@ -63,6 +63,13 @@ def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
         epoch=0,
         step_in_epoch=0,
         digest="",
+    )
+
+
+def record(step: int) -> StepRecord:
+    """What is known of a step of one target."""
+    return StepRecord(
+        step, 0.0, 1, 1, learning_rate=0.1, digest="", limit=math.inf, rows=[0, 0, ROWS], report=False
     )
 
 
@@ -190,7 +197,7 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_alone_and_is_counted()
             torch.testing.assert_close(name_and_now[1].detach(), before, rtol=0, atol=0)
     moments = [s["exp_avg"] for s in run.optimizer.optimizer.state.values()]
     assert all(torch.isfinite(moment).all() for moment in moments)
-    run.readback.put(SimpleNamespace(step=7, num_targets=1, report=False), values)
+    run.readback.put(record(7), values)
     settle(run, state)
     assert state.skipped_steps == 1
     assert "step 7" in run.progress.warnings[0]
@@ -201,15 +208,14 @@ def test_many_non_finite_steps_in_a_row_stop_the_run_with_advice() -> None:
     state = TrainState()
 
     def settle_a_bad_step() -> None:
-        record = SimpleNamespace(step=state.skipped_steps, num_targets=1, report=False)
-        run.readback.put(record, torch.tensor([math.nan, 0.0, 0.0, 1.0]))
+        run.readback.put(record(state.skipped_steps), torch.tensor([math.nan, 0.0, 0.0, 1.0]))
         settle(run, state)
 
-    for _ in range(NONFINITE_STEPS_ALLOWED - 1):
+    for _ in range(UPDATES_LEFT_OUT_ALLOWED - 1):
         settle_a_bad_step()
     with pytest.raises(TrainingError, match="--learning-rate"):
         settle_a_bad_step()
-    assert state.skipped_steps == NONFINITE_STEPS_ALLOWED
+    assert state.skipped_steps == UPDATES_LEFT_OUT_ALLOWED
 
 
 def test_dropout_is_drawn_from_seed_and_step_alone() -> None:

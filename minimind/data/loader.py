@@ -5,17 +5,19 @@ B rows of a micro-batch, T inputs in a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from ..batch_plan import BatchPlan
+from .packing import Piece
 from .prefetch import prefetch
 from .sampler import RowOrder
 from .shards import TokenShards
-from .steps import StepRows, step_rows
+from .steps import StepRows, step_pieces, step_rows
 
 _STEPS_AHEAD = 4
 
@@ -111,7 +113,7 @@ class Loader:
             lengths, counts = shards.length_counts
             self.tokens_per_epoch = int((lengths - 1).clip(max=seq_len) @ counts)
 
-    def steps(self, epoch: int, row: int = 0) -> Iterator[StepBatch]:
+    def steps(self, epoch: int, row: int = 0) -> Generator[StepBatch, None, None]:
         """Yield the steps of a pass from global row `row` on; finding that row does not replay the others."""
         steps = step_rows(
             self._shards,
@@ -128,6 +130,33 @@ class Loader:
             if copied is not None:
                 _hand_over(tensors, copied)
             yield self._step_batch(step, tensors)
+
+    def step(self, epoch: int, row: int) -> StepBatch:
+        """Return the step of a pass that begins at global row `row`."""
+        with closing(self.steps(epoch, row)) as steps:
+            return next(steps)
+
+    def pieces(self, epoch: int, row: int) -> list[tuple[int, list[Piece]]]:
+        """Return the number in the pass and the pieces of documents of each row of `step(epoch, row)`.
+
+        The rows are in the order of the micro-batches; one of padding has no pieces.
+        """
+        return step_pieces(
+            self._shards,
+            self._order,
+            seq_len=self._seq_len,
+            packing=self._packing,
+            plan=self._plan,
+            process_index=self._process_index,
+            epoch=epoch,
+            row=row,
+        )
+
+    def tokens(self, piece: Piece) -> list[int]:
+        """Return the tokens of a piece, with the last target that is no input."""
+        start = int(self._shards.offsets[piece.document]) + piece.start
+        stop = min(start + piece.length + 1, int(self._shards.offsets[piece.document + 1]))
+        return self._shards.tokens(start, stop).tolist()
 
     def _to_device(self, step: StepRows) -> tuple[StepRows, _Tensors, torch.cuda.Event | None]:
         """Start the copy of a step's rows; runs in the thread."""

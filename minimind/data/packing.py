@@ -20,6 +20,21 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
+class Piece:
+    """The part of a document that lies in one row; its last token may be a target only.
+
+    Attributes:
+        document: index in the split.
+        start: first of its tokens in the row, counted within the document.
+        length: input tokens.
+    """
+
+    document: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Rows:
     """Arrays of rows; what is never filled in is a row without targets.
 
@@ -59,6 +74,9 @@ class WindowRows(Protocol):
     def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
         """Write the rows `which` of the window at the places `at` of `rows`."""
 
+    def pieces(self, row: int) -> list[Piece]:
+        """Return what a row is made of; the k-th piece has document id k in it."""
+
 
 class PackedRows:
     """Documents laid end to end and cut into rows of T inputs; see `WindowRows`.
@@ -78,6 +96,7 @@ class PackedRows:
         used = (stops > 0) & (starts < rows * seq_len + 1)
         documents, starts, stops, first = (a[used] for a in (window.documents, starts, stops, first))
         length = min(int(stops[-1]), rows * seq_len + 1)
+        self._documents, self._starts, self._stops = documents, starts, stops
         # Where each document's part in this window lies in the shards, and its tokens.
         self._spans = (first - np.minimum(starts, 0), np.minimum(stops, length) - np.maximum(starts, 0))
         # (R*T+1,) whether a document begins here; the padding after the stream counts as one that does.
@@ -108,6 +127,19 @@ class PackedRows:
         places = np.arange(self._seq_len, dtype=np.int32)
         rows.narrow[0, at] = np.cumsum(heads, axis=1, dtype=np.int32)
         rows.narrow[1, at] = places - np.maximum.accumulate(heads * places, axis=1)
+
+    def pieces(self, row: int) -> list[Piece]:
+        """Return what a row is made of; the k-th piece has document id k in it."""
+        begin = row * self._seq_len
+        end = begin + int(self.inputs[row])
+        first = int(np.searchsorted(self._stops, begin, side="right"))
+        stop = int(np.searchsorted(self._starts, end, side="left"))
+        return [
+            Piece(document, max(begin - start, 0), min(end, last) - max(begin, start))
+            for document, start, last in zip(
+                *(a[first:stop].tolist() for a in (self._documents, self._starts, self._stops)), strict=True
+            )
+        ]
 
     @cached_property
     def _tokens(self) -> NDArray[Any]:
@@ -142,3 +174,7 @@ class PaddedRows:
         real = places[:-1] < inputs
         rows.wide[0, at] = np.where(real, tokens[:, :-1], self._pad)
         rows.wide[1, at] = np.where(real, tokens[:, 1:], IGNORED)
+
+    def pieces(self, row: int) -> list[Piece]:
+        """Return what a row is made of: one piece."""
+        return [Piece(int(self.identities[row, 0]), 0, int(self.inputs[row]))]

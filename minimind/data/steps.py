@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch_plan import BatchPlan
-from .packing import PackedRows, PaddedRows, Rows, WindowRows
+from .packing import PackedRows, PaddedRows, Piece, Rows, WindowRows
 from .sampler import RowOrder, Window
 from .shards import TokenShards
 
@@ -91,6 +91,34 @@ def step_rows(
             if here.any():
                 one.rows.fill(rows, here, one.window.order[places[here] - first])
         yield StepRows(rows, num_targets, num_tokens, stop - start, epoch, start // size, digest.hexdigest())
+
+
+def step_pieces(
+    shards: TokenShards,
+    order: RowOrder,
+    *,
+    seq_len: int,
+    packing: bool,
+    plan: BatchPlan,
+    process_index: int,
+    epoch: int,
+    row: int,
+) -> list[tuple[int, list[Piece]]]:
+    """Return what each of this process's rows of the step at `row` is made of, as `step_rows` lays them.
+
+    Returns:
+        A*B pairs of the row's number in the pass and its pieces, none for a row of padding.
+    """
+    kind = PackedRows if packing else PaddedRows
+    places = row + _own_places(plan, process_index)
+    found: dict[int, list[Piece]] = {}
+    for window in order.windows(epoch, row):
+        if window.first_row >= row + plan.global_batch_size:
+            break
+        rows = kind(shards, window, seq_len, 0)
+        for place in places[(places >= window.first_row) & (places < window.end_row)].tolist():
+            found[place] = rows.pieces(int(window.order[place - window.first_row]))
+    return [(place, found.get(place, [])) for place in places.tolist()]
 
 
 def _own_places(plan: BatchPlan, process_index: int) -> NDArray[np.int64]:

@@ -138,3 +138,38 @@ def test_cuda_steps_equal_those_of_the_cpu(shards):
             torch.testing.assert_close(a.shift_labels.cpu(), b.shift_labels)
             torch.testing.assert_close(a.document_ids.cpu(), b.document_ids)
             torch.testing.assert_close(a.position_ids.cpu(), b.position_ids)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("process", [0, 2])
+def test_the_pieces_of_a_step_spell_its_rows(shards, packing, process):
+    loader = loader_for(shards, process=process, packing=packing)
+    pieces_seen = rows_of_padding = 0
+    for step in loader.steps(1):
+        rows = [(batch, i) for batch in step.micro_batches for i in range(4)]
+        for (number, pieces), (batch, i) in zip(loader.pieces(1, 24 * step.step_in_epoch), rows, strict=True):
+            assert 24 * step.step_in_epoch <= number < 24 * (step.step_in_epoch + 1)
+            spelled = [token for piece in pieces for token in loader.tokens(piece)[: piece.length]]
+            assert batch.input_ids[i, : len(spelled)].tolist() == spelled
+            # The stream's last token is no input, though it stands there: nothing is to be predicted from it.
+            assert (batch.shift_labels[i, len(spelled) :] == -100).all()
+            if packing:
+                ids = [k for k, piece in enumerate(pieces) for _ in range(piece.length)]
+                assert batch.document_ids[i, : len(ids)].tolist() == ids
+            for piece in pieces:
+                document = shards.document(piece.document)[piece.start :]
+                assert loader.tokens(piece) == document[: piece.length + 1].tolist()
+            pieces_seen += len(pieces)
+            rows_of_padding += not pieces
+    assert pieces_seen > 50
+    assert rows_of_padding > 0 or process == 0
+
+
+def test_the_pieces_of_all_processes_are_every_input_of_a_pass_once(shards):
+    seen = []
+    for process in range(3):
+        loader = loader_for(shards, process=process)
+        for row in range(0, loader.rows_per_epoch, 24):
+            for _, pieces in loader.pieces(0, row):
+                seen += [(p.document, p.start + k) for p in pieces for k in range(p.length)]
+    assert len(seen) == len(set(seen)) == shards.num_tokens - 1
