@@ -162,7 +162,7 @@ def _prepare_model(
     if compiled:
         # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
         model.compile_for_training("whole" if accelerator.num_processes == 1 else "blocks")
-    optimizer = build_optimizer(model, config, accelerator.device)
+    optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     return prepared_model, prepared_optimizer, compiled
 

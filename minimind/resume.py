@@ -25,6 +25,8 @@ REFUSED: Mapping[str, str] = {
         _SHAPE,
     ),
     "rope_theta": "the weights were trained with other positions; {give}, or start a new run",
+    "optimizer": "the saved moments are those of another optimizer; {give}, or start a new run with "
+    "--from-weight",
     "max_seq_len": _ORDER,
     "packing": _ORDER,
     "seed": _ORDER,
