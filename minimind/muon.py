@@ -58,7 +58,7 @@ def _update(gradients: Tensor, buffers: Tensor, keep: Tensor, momentum: float) -
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon and AdamW in one optimizer; the key `algorithm` of a parameter group, `muon` or `adamw`, says which.
+    """Muon and AdamW in one optimizer; the key `algorithm` of a parameter group says which: `muon`, `adamw`.
 
     An update may be left out without the host knowing: where the attribute `found_inf`, a () float tensor, is
     1.0 at a step, weights, momentum and step counts stay as they were. PyTorch's fused AdamW has it so.
@@ -103,7 +103,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError("Muon updates matrices; put other parameters in a group for adamw.")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
@@ -132,7 +132,8 @@ class Muon(torch.optim.Optimizer):
             keep = self.found_inf == 0
         directions, moved = self._compute(gradients, torch.stack(buffers), keep, group["momentum"])
         torch._foreach_copy_(buffers, list(moved.unbind()))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
+        decay = keep.to(moved.dtype) * (group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, 1 - decay)
         torch._foreach_add_(parameters, list(directions.unbind()), alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer set up for a model, and the two things a training step asks of an optimizer beside stepping."""
+"""The optimizer set up for a model, and the two things a step asks of an optimizer beside stepping."""
 
 from __future__ import annotations
 

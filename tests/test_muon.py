@@ -64,8 +64,9 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> 
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    state = getattr(optimizer, "optimizer", optimizer).state
     kept = [p.detach().clone() for p in model.parameters()]
-    return kept + [value.clone() for state in optimizer.state.values() for value in state.values()]
+    return kept + [state[p][key].clone() for p in model.parameters() for key in sorted(state.get(p, ()))]
 
 
 def is_hidden(name: str) -> bool:
@@ -265,12 +266,14 @@ def test_muon_learns_faster_than_adamw_at_its_better_rate(shared: Path, tmp_path
                 val_fraction=0.05,
                 optimizer=optimizer,
                 learning_rate=rate,
-                hidden_size=96,
+                hidden_size=64,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 max_seq_len=128,
-                batch_size=16,
+                batch_size=8,
                 max_steps=120,
+                eval_batches=25,
+                save_interval=1000,
                 compile=False,
                 tracker=("none",),
             )
@@ -278,8 +281,8 @@ def test_muon_learns_faster_than_adamw_at_its_better_rate(shared: Path, tmp_path
         assert result.val_loss is not None
         return result.val_loss
 
-    adamw = min(loss("adamw", rate) for rate in (4e-3, 8e-3))
-    assert loss("muon", 8e-3) < adamw - 0.05
+    adamw = min(loss("adamw", rate) for rate in (8e-3, 16e-3))
+    assert loss("muon", 8e-3) < adamw - 0.3
 
 
 @pytest.mark.gpu
