@@ -13,7 +13,7 @@ import minimind
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 
-from . import pretrain, tokens
+from . import bench, pretrain, tokens
 from .options import LENIENT, is_main_process, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 # One line for each command.
 app.command(context_settings=LENIENT)(pretrain.pretrain)
+app.command(context_settings=LENIENT)(bench.bench)
 app.command(context_settings=LENIENT)(tokens.tokenize)
 app.add_typer(tokens.app, name="tokenizer")
 

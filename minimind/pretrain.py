@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         closing.callback(close_accelerator, accelerator)
         plan = plan_batches(config, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
-        model, optimizer, compiled = _prepare_model(config, shape, accelerator)
+        model, optimizer, compiled = prepare_model(config, shape, accelerator)
         loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
 
         store = CheckpointStore(
@@ -153,7 +153,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         return result
 
 
-def _prepare_model(
+def prepare_model(
     config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""

@@ -81,15 +81,18 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.overview": (2, ""),
     "minimind.train": (3, ""),
     "minimind.pretrain": (4, ""),
+    "minimind.benchmark": (4, "pretrain"),
     "minimind_cli": (5, ""),
     "minimind_cli.options": (5, ""),
     "minimind_cli.upstream_flags": (5, "minimind_cli.options"),
     "minimind_cli.pretrain": (5, "minimind_cli.options minimind_cli.upstream_flags"),
+    "minimind_cli.bench": (5, "minimind_cli.options minimind_cli.pretrain"),
     "minimind_cli.tokens": (5, "minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
     "minimind_cli.app": (
         5,
-        "minimind_cli.options minimind_cli.pretrain minimind_cli.tokens minimind_cli.checkpoints",
+        "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
+        "minimind_cli.checkpoints",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }
