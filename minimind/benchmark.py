@@ -188,7 +188,7 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timer = _Timer(device)
-    times = []
+    times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or (len(times) < 20 and time.perf_counter() - began < 1.0):
         with timer.part("product"):
