@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", default="1e6")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3])
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"])
-    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="a JSONL file; repeatable")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="PATH", help="a JSONL file; repeatable"
+    )
     parser.add_argument("--no-embedded", action="store_true", help="leave the text that Python carries out")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--output", metavar="FOLDER", help="write results.json, results.md and a plot there")
@@ -62,7 +64,7 @@ def train(
     options: argparse.Namespace, device: str, corpus: str, optimizer: str, rate: float, folder: Path
 ) -> dict[str, Any]:
     """Run one point and return what it reached."""
-    out = folder / f"{abs(hash(corpus))}-{optimizer}-{rate}"
+    out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     command = [
         *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset),
         *("--optimizer", optimizer, "--learning-rate", rate, "--max-tokens", options.max_tokens),

@@ -161,6 +161,15 @@ class RunOptions:
         ),
     ] = "auto"
     compile: Annotated[bool | None, Option("Compile the model.", default_text="on a GPU")] = None
+    activation_checkpointing: Annotated[
+        bool,
+        Option(
+            "Keep one tensor a block and compute the rest again in the backward pass: less memory, slower."
+        ),
+    ] = False
+    profile: Annotated[
+        bool, Option("Record steps 10 to 14 in the folder profile of the output folder, for ui.perfetto.dev.")
+    ] = False
     log_interval: Annotated[int, Option("Steps between two reports.", minimum=1)] = 100
     eval_interval: Annotated[
         int | None,

@@ -32,6 +32,11 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
             "--optimizer muon needs whole matrices, which FSDP cuts into shards; use --optimizer adamw, or "
             "launch without --use_fsdp."
         )
+    if config.activation_checkpointing and accelerator.is_fsdp2:
+        raise ConfigError(
+            "--activation-checkpointing is done by FSDP itself where that shards the model; launch with "
+            "--fsdp_activation_checkpointing true instead."
+        )
     return accelerator
 
 

@@ -28,6 +28,7 @@ from .metrics_file import last_step_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
+from .profile_trace import ProfileTrace
 from .progress import Progress
 from .resume import changed_group_values, differences
 from .run_folder import RunFolder
@@ -123,6 +124,15 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             mark_best=partial(_mark_best, accelerator, store),
             stop=stop,
         )
+        if config.profile:
+            trace = ProfileTrace(
+                folder.profile,
+                accelerator.device,
+                process_index=accelerator.process_index,
+                start_step=state.step,
+                note=progress.note,
+            )
+            run.after_step = closing.enter_context(trace).step
         progress.start(total_steps, state.step)
         _look_before_the_first_step(run, state, folder)
         train(run, state)
@@ -158,10 +168,13 @@ def prepare_model(
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""
     model = make_model(config, shape)
+    model.model.recompute = config.activation_checkpointing
     compiled = wants_compile(config, accelerator)
     if compiled:
         # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
-        model.compile_for_training("whole" if accelerator.num_processes == 1 else "blocks")
+        # Recomputation goes by blocks as well.
+        one_graph = accelerator.num_processes == 1 and not config.activation_checkpointing
+        model.compile_for_training("whole" if one_graph else "blocks")
     optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     return prepared_model, prepared_optimizer, compiled

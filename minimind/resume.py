@@ -59,6 +59,7 @@ FREE: frozenset[str] = frozenset(
     {
         *("data", "val_fraction", "tokenizer", "text_key", "cache_dir", "bad_lines", "from_weight"),
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
+        *("activation_checkpointing", "profile"),
         *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
         *("output_dir", "resume", "tracker", "project", "run_name"),
     }

@@ -89,6 +89,7 @@ class Run:
     save: Callable[[TrainState], None]
     mark_best: Callable[[TrainState], None]
     stop: StopRequest
+    after_step: Callable[[], None] | None = None
     readback: Readback[StepRecord] = field(init=False)
     _interval: list[float] = field(default_factory=lambda: [0.0, 0.0], init=False)
     _nonfinite_in_a_row: int = field(default=0, init=False)
@@ -120,6 +121,8 @@ def train(run: Run, state: TrainState) -> None:
         last = state.step == run.total_steps
         run.readback.put(_record(run, state, batch, learning_rate, last), values)
         settle(run, state, everything=last)
+        if run.after_step is not None:
+            run.after_step()
         if last or due(state.step, config.save_interval):
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):

@@ -59,6 +59,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.data.loader": (1, "data.packing data.prefetch data.sampler data.shards data.steps"),
     "minimind.readback": (1, ""),
     "minimind.stopping": (0, ""),
+    "minimind.profile_trace": (1, ""),
     "minimind.muon": (1, ""),
     "minimind.optim": (1, "muon"),
     "minimind.throughput": (1, ""),

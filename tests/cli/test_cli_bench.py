@@ -13,8 +13,9 @@ from minimind.presets import PRESETS
 Command = Callable[..., Any]
 
 TINY = (
-    *("bench --hidden-size 32 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1").split(),
-    *("--max-seq-len 64 --batch-size 4 --no-compile --seconds 0.2").split(),
+    *("bench", "--hidden-size", "32", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
+    *("--num-key-value-heads", "1", "--max-seq-len", "64", "--batch-size", "4", "--no-compile"),
+    *("--seconds", "0.2"),
 )
 
 
