@@ -261,6 +261,7 @@ def _make_run(
         process_index=accelerator.process_index,
         device=accelerator.device,
         pad_token_id=pad_token_id,
+        trim=not compiled,
     )
     (folder / "run").mkdir(exist_ok=True)
     run = Run(

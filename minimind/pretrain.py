@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         plan = plan_batches(config, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
         model, optimizer, compiled = prepare_model(config, shape, accelerator)
-        loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
+        loader = _make_loader(config, data.train, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
             folder.checkpoints,
@@ -186,6 +186,8 @@ def _make_loader(
     plan: BatchPlan,
     tokenizer: Tokenizer,
     accelerator: Accelerator,
+    *,
+    trim: bool,
 ) -> Loader:
     return Loader(
         shards,
@@ -196,6 +198,7 @@ def _make_loader(
         process_index=accelerator.process_index,
         device=accelerator.device,
         pad_token_id=tokenizer.pad_token_id,
+        trim=trim,
     )
 
 
