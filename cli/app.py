@@ -14,7 +14,7 @@ import minimind
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 
-from . import checkpoints, pretrain, tokens, verify_resume
+from . import bench, checkpoints, pretrain, tokens, verify_resume
 from .options import LENIENT, is_main_process, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 # One line for each command.
 app.command(context_settings=LENIENT)(pretrain.pretrain)
+app.command(context_settings=LENIENT)(bench.bench)
 app.command(context_settings=LENIENT)(tokens.tokenize)
 app.command()(checkpoints.checkpoints)
 app.command(context_settings=LENIENT)(verify_resume.verify_resume)

@@ -77,7 +77,7 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     config = parse_config(ctx, preset=preset, file=file, flags=flags, problems=problems)
     shape_given = bool(preset or file or SHAPE_OPTIONS & typed.keys())
     # Asking for a GPU loads torch, which takes seconds: only where the answer matters.
-    default = default_preset(shape_given, has_gpu=shape_given or _has_gpu())
+    default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
     if default is not None:
         _note(f"No GPU found: training the preset '{default}'; choose another by --preset or --hidden-size.")
         config = parse_config(ctx, preset=default, flags=flags)
@@ -99,7 +99,8 @@ def _note(text: str) -> None:
         typer.echo(text, err=True)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether a run here would train on a GPU; loads torch."""
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         return False
     import torch

@@ -121,6 +121,10 @@ class OptimizationOptions:
             default_text="batch size x accumulation x processes",
         ),
     ] = None
+    optimizer: Annotated[
+        Literal["adamw", "muon"],
+        Option("What updates the matrices inside the blocks; all else is always updated by AdamW."),
+    ] = "adamw"
     learning_rate: Annotated[float, Option("Peak learning rate.", above=0.0)] = 5e-4
     lr_schedule: Annotated[
         Literal["cosine", "linear", "wsd", "constant"],
@@ -137,7 +141,7 @@ class OptimizationOptions:
         float, Option("Share of the steps that wsd spends decaying.", above=0.0, maximum=1.0)
     ] = 0.2
     weight_decay: Annotated[
-        float, Option("AdamW weight decay on matrices; norms and embeddings have none.", minimum=0.0)
+        float, Option("Weight decay on matrices; norms and embeddings have none.", minimum=0.0)
     ] = 0.1
     beta1: Annotated[float, Option("AdamW decay of the first moment.", minimum=0.0, below=1.0)] = 0.9
     beta2: Annotated[float, Option("AdamW decay of the second moment.", minimum=0.0, below=1.0)] = 0.95
@@ -158,6 +162,15 @@ class RunOptions:
         ),
     ] = "auto"
     compile: Annotated[bool | None, Option("Compile the model.", default_text="on a GPU")] = None
+    activation_checkpointing: Annotated[
+        bool,
+        Option(
+            "Keep one tensor a block and compute the rest again in the backward pass: less memory, slower."
+        ),
+    ] = False
+    profile: Annotated[
+        bool, Option("Record steps 10 to 14 in the folder profile of the output folder, for ui.perfetto.dev.")
+    ] = False
     log_interval: Annotated[int, Option("Steps between two reports.", minimum=1)] = 100
     eval_interval: Annotated[
         int | None,

@@ -27,6 +27,16 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     accelerator = Accelerator(mixed_precision=choose_precision(config), kwargs_handlers=handlers)
     _refuse_broken_launch(accelerator)
+    if config.optimizer == "muon" and accelerator.is_fsdp2:
+        raise ConfigError(
+            "--optimizer muon needs whole matrices, which FSDP cuts into shards; use --optimizer adamw, or "
+            "launch without --use_fsdp."
+        )
+    if config.activation_checkpointing and accelerator.is_fsdp2:
+        raise ConfigError(
+            "--activation-checkpointing is done by FSDP itself where that shards the model; launch with "
+            "--fsdp_activation_checkpointing true instead."
+        )
     return accelerator
 
 

@@ -1,4 +1,4 @@
-"""AdamW set up for a model, and the two things a training step asks of an optimizer beside stepping."""
+"""The optimizer set up for a model, and the two things a step asks of an optimizer beside stepping."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ import torch
 from torch import nn
 
 from .config import PretrainConfig
+from .muon import Muon
 
 # Where the fused kernel exists and leaves everything alone when told so on the device; see
 # skip_if_nonfinite.
 FUSED_DEVICES = ("cuda", "cpu")
 
+# The output matrix by its Hugging Face name: its rows are tokens, like those of an embedding.
+OUTPUT = "lm_head."
+
 
 def build_optimizer(
-    model: nn.Module, config: PretrainConfig, device: torch.device | str
-) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters of `model`, in at most two groups.
+    model: nn.Module, config: PretrainConfig, device: torch.device | str, *, compiled: bool = False
+) -> torch.optim.Optimizer:
+    """Return the optimizer of --optimizer over the trainable parameters of `model`, in at most three groups.
 
     Weight decay acts on matrices; embeddings, norms and other parameters of fewer than two dimensions have
-    none. An embedding that is also the output matrix counts as an embedding, once. Each group lists its
-    parameter names under `param_names`.
+    none. An embedding that is also the output matrix counts as an embedding, once. Muon updates the hidden
+    matrices, that is all but embeddings and output, and AdamW the rest. Each group lists its parameter names
+    under `param_names`.
 
     Args:
         model: before Accelerate wraps it, so that names are those of the plain model.
-        config: learning rate, weight decay and betas.
+        config: optimizer, learning rate, weight decay and betas.
         device: where the parameters will be when the optimizer steps.
+        compiled: the run uses torch.compile, so the optimizer may.
     """
     embeddings = {
         id(parameter)
@@ -35,21 +41,34 @@ def build_optimizer(
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
+    hidden: list[tuple[str, nn.Parameter]] = []
     decayed: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
+    muon = config.optimizer == "muon"
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decayed if is_matrix else others).append((name, parameter))
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            others.append((name, parameter))
+        elif muon and parameter.ndim == 2 and not name.startswith(OUTPUT):
+            hidden.append((name, parameter))
+        else:
+            decayed.append((name, parameter))
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    betas = (config.beta1, config.beta2)
     fused = torch.device(device).type in FUSED_DEVICES
+    if muon:
+        groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "algorithm": "muon"})
+        used = [group for group in groups if group["params"]]
+        compiled = compiled and torch.device(device).type == "cuda"
+        return Muon(used, config.learning_rate, betas=betas, fused=fused, compiled=compiled)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
+        betas=betas,
         fused=fused or None,
         foreach=None if fused else True,
     )
@@ -71,8 +90,8 @@ def skip_if_nonfinite(
 ) -> None:
     """Turn the coming `optimizer.step()` into nothing if the gradient's norm or the loss is infinite or NaN.
 
-    Weights, moments and the step count of AdamW then stay as they were. The host does not wait for the
-    norm: the fused kernels read a tensor `found_inf` of the optimizer, 1.0 for a step to leave out, which
+    Weights, moments and step counts then stay as they were. The host does not wait for the norm: the fused
+    kernels, and Muon, read a tensor `found_inf` of the optimizer, 1.0 for a step to leave out, which
     is how PyTorch's GradScaler skips steps (`torch/optim/adam.py`, `_fused_adam`). Call it before every
     step: what it says holds until the next call. With an fp16 scaler nothing is to be done, because that
     has looked at the gradient itself; without a fused kernel the host waits for the norm. A loss above a

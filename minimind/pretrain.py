@@ -28,6 +28,7 @@ from .metrics_file import last_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
+from .profile_trace import ProfileTrace
 from .progress import Progress
 from .resume import changed_group_values, differences
 from .run_folder import RunFolder
@@ -78,8 +79,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         closing.callback(close_accelerator, accelerator)
         plan = plan_batches(config, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
-        model, optimizer, compiled = _prepare_model(config, shape, accelerator)
-        loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
+        model, optimizer, compiled = prepare_model(config, shape, accelerator)
+        loader = _make_loader(config, data.train, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
             folder.checkpoints,
@@ -104,6 +105,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
         )
         closing.callback(trackers.close)
+        # However the run ends, what it has given to be written is written first.
+        closing.callback(store.settle)
         progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps))
 
         meter = Meter(
@@ -135,6 +138,15 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             report_spike=partial(report_spike, accelerator, model, loader, tokenizer.decode, folder.spikes),
             go_back=partial(_go_back, accelerator, model, optimizer, store, progress, settings),
         )
+        if config.profile:
+            trace = ProfileTrace(
+                folder.profile,
+                accelerator.device,
+                process_index=accelerator.process_index,
+                start_step=state.step,
+                note=progress.note,
+            )
+            run.after_step = closing.enter_context(trace).step
         run.saved_step = saved_step
         progress.start(run.last_step(state), state.step)
         reserve_host_memory(accelerator, model, optimizer)
@@ -167,16 +179,19 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         return result
 
 
-def _prepare_model(
+def prepare_model(
     config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""
     model = make_model(config, shape)
+    model.model.recompute = config.activation_checkpointing
     compiled = wants_compile(config, accelerator)
     if compiled:
         # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
-        model.compile_for_training("whole" if accelerator.num_processes == 1 else "blocks")
-    optimizer = build_optimizer(model, config, accelerator.device)
+        # Recomputation goes by blocks as well.
+        one_graph = accelerator.num_processes == 1 and not config.activation_checkpointing
+        model.compile_for_training("whole" if one_graph else "blocks")
+    optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     return prepared_model, prepared_optimizer, compiled
 
@@ -187,6 +202,8 @@ def _make_loader(
     plan: BatchPlan,
     tokenizer: Tokenizer,
     accelerator: Accelerator,
+    *,
+    trim: bool,
 ) -> Loader:
     return Loader(
         shards,
@@ -197,6 +214,7 @@ def _make_loader(
         process_index=accelerator.process_index,
         device=accelerator.device,
         pad_token_id=tokenizer.pad_token_id,
+        trim=trim,
     )
 
 

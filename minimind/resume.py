@@ -25,6 +25,8 @@ REFUSED: Mapping[str, str] = {
         _SHAPE,
     ),
     "rope_theta": "the weights were trained with other positions; {give}, or start a new run",
+    "optimizer": "the saved moments are those of another optimizer; {give}, or start a new run with "
+    "--from-weight",
     "max_seq_len": _ORDER,
     "packing": _ORDER,
     "seed": _ORDER,
@@ -59,6 +61,7 @@ FREE: frozenset[str] = frozenset(
     {
         *("data", "val_fraction", "tokenizer", "text_key", "cache_dir", "bad_lines", "from_weight"),
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
+        *("activation_checkpointing", "profile"),
         *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
         *("on_save_error", "max_time", "output_dir", "resume", "tracker", "project", "run_name"),
     }

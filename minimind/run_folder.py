@@ -49,6 +49,11 @@ class RunFolder:
         """The model in the format of Hugging Face transformers."""
         return self.path / "model"
 
+    @property
+    def profile(self) -> Path:
+        """Traces of --profile."""
+        return self.path / "profile"
+
     def holds_a_run(self) -> bool:
         """Whether a run has written here before."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()

@@ -152,6 +152,7 @@ class Run:
     # Puts model, optimizer and the given state back to the last checkpoint.
     go_back: Callable[[TrainState], None] | None = None
     stop_after: int | None = None
+    after_step: Callable[[], None] | None = None
     readback: Readback[StepRecord] = field(init=False)
     _last_spike: int = field(default=-1, init=False)
     _reports: int = field(default=0, init=False)
@@ -201,6 +202,8 @@ def _train(run: Run, state: TrainState) -> None:
         run.readback.put(_record(run, state, batch, learning_rate, limit, last), values)
         settle(run, state, everything=last)
         state.stopping |= state.step == run.stop_after
+        if run.after_step is not None:
+            run.after_step()
         if last or due(state.step, config.save_interval):
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):

@@ -59,7 +59,9 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.data.loader": (1, "data.packing data.prefetch data.sampler data.shards data.steps"),
     "minimind.readback": (1, ""),
     "minimind.stopping": (0, ""),
-    "minimind.optim": (1, ""),
+    "minimind.profile_trace": (1, ""),
+    "minimind.muon": (1, ""),
+    "minimind.optim": (1, "muon"),
     "minimind.throughput": (1, ""),
     "minimind.durable_files": (1, ""),
     "minimind.stored_checkpoint": (1, "durable_files"),
@@ -82,10 +84,12 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.train": (3, ""),
     "minimind.pretrain": (4, ""),
     "minimind.resume_check": (4, "pretrain"),
+    "minimind.benchmark": (4, "pretrain"),
     "minimind_cli": (5, ""),
     "minimind_cli.options": (5, ""),
     "minimind_cli.upstream_flags": (5, "minimind_cli.options"),
     "minimind_cli.pretrain": (5, "minimind_cli.options minimind_cli.upstream_flags"),
+    "minimind_cli.bench": (5, "minimind_cli.options minimind_cli.pretrain"),
     "minimind_cli.tokens": (5, "minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
     "minimind_cli.verify_resume": (
@@ -94,8 +98,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     ),
     "minimind_cli.app": (
         5,
-        "minimind_cli.options minimind_cli.pretrain minimind_cli.tokens minimind_cli.checkpoints "
-        "minimind_cli.verify_resume",
+        "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
+        "minimind_cli.checkpoints minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }

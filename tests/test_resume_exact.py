@@ -30,11 +30,11 @@ def interrupted(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, *steps:
     work = train_module.train_step
     wanted = list(steps)
 
-    def step_with_signal(run: Any, batch: Any, state: Any) -> torch.Tensor:
+    def step_with_signal(run: Any, batch: Any, state: Any, limit: float) -> torch.Tensor:
         if wanted and state.step + 1 == wanted[0]:
             wanted.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
-        return work(run, batch, state)
+        return work(run, batch, state, limit)
 
     monkeypatch.setattr(train_module, "train_step", step_with_signal)
     for step in steps:

@@ -10,23 +10,27 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..batch_plan import BatchPlan
-from .packing import Piece
+from .packing import IGNORED, Piece
 from .prefetch import prefetch
 from .sampler import RowOrder
 from .shards import TokenShards
 from .steps import StepRows, step_pieces, step_rows
 
 _STEPS_AHEAD = 4
+# Trimmed rows are as long as a multiple of this, which arithmetic units like.
+_TRIM_TO = 32
 
 _Tensors = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that one process runs at once; every one has the same shapes.
+    """Rows that one process runs at once; every one has the same shapes, unless padding is trimmed.
 
     Attributes:
         input_ids: (B, T) int64.
@@ -86,6 +90,7 @@ class Loader:
         device: torch.device | str,
         pad_token_id: int = 0,
         shuffle: bool = True,
+        trim: bool = False,
     ) -> None:
         """Work out the sizes of a pass; nothing is read yet.
 
@@ -99,9 +104,12 @@ class Loader:
             device: where the tensors go.
             pad_token_id: input where there is no token.
             shuffle: without it every pass has the order of the shards.
+            trim: cut off columns that are padding in all rows of a step. Less to compute, but shapes change,
+                which compiled code would pay for.
         """
         self._shards, self._seq_len, self._packing, self._plan = shards, seq_len, packing, plan
         self._process_index, self._pad_token_id = process_index, pad_token_id
+        self._trim = trim and not packing
         self._device = torch.device(device)
         self._order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -160,7 +168,7 @@ class Loader:
 
     def _to_device(self, step: StepRows) -> tuple[StepRows, _Tensors, torch.cuda.Event | None]:
         """Start the copy of a step's rows; runs in the thread."""
-        wide = torch.from_numpy(step.rows.wide)
+        wide = torch.from_numpy(_trimmed(step.rows.wide) if self._trim else step.rows.wide)
         narrow = None if step.rows.narrow is None else torch.from_numpy(step.rows.narrow)
         if self._stream is None:
             return step, (wide.to(self._device), narrow if narrow is None else narrow.to(self._device)), None
@@ -221,6 +229,13 @@ def evaluation_batches(
     )
     for step in islice(loader.steps(0), max_batches):
         yield step.micro_batches[0]
+
+
+def _trimmed(wide: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return inputs and labels (2, B, T) without the last columns, where no row has a target."""
+    used = np.flatnonzero((wide[1] != IGNORED).any(axis=0))
+    length = int(used[-1]) + 1 if len(used) else 1
+    return np.ascontiguousarray(wide[:, :, : -(-length // _TRIM_TO) * _TRIM_TO])
 
 
 def _hand_over(tensors: _Tensors, copied: torch.cuda.Event) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 
 from ..model_config import MiniMindConfig
 from .attention import (
@@ -76,6 +77,8 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config)
+        # Drop what a block computes on the way forward and compute it again in the backward pass.
+        self.recompute = False
 
     def forward(
         self,
@@ -96,7 +99,13 @@ class MiniMindModel(nn.Module):
         rotary = self.rotary(position_ids, start, length)
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, kv_cache.layers[index] if kv_cache is not None else None)
+            if self.recompute and self.training and kv_cache is None:
+                # The generator is set back for the second time, so that dropout draws the same.
+                x = checkpoint(
+                    layer, x, rotary, mask, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                )
+            else:
+                x = layer(x, rotary, mask, kv_cache.layers[index] if kv_cache is not None else None)
         return self.norm(x)
 
 

@@ -63,5 +63,5 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
 @pytest.fixture(params=[False, True], ids=["no gpu", "gpu"])
 def has_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Pretend that there is a GPU, or none."""
-    monkeypatch.setattr("minimind_cli.pretrain._has_gpu", lambda: request.param)
+    monkeypatch.setattr("minimind_cli.pretrain.has_gpu", lambda: request.param)
     return request.param

@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_the_options_it_began_with(
 def test_who_names_a_size_is_not_asked_for_a_gpu(
     run: Command, trained: list[PretrainConfig], size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minimind_cli.pretrain._has_gpu", lambda: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr("minimind_cli.pretrain.has_gpu", lambda: pytest.fail("asked for a GPU"))
     (tmp_path / "run.toml").write_text("epochs = 2\n")
     words = size.split() + ([str(tmp_path / "run.toml")] if size == "--config" else [])
     assert run("pretrain", *words).code == 0

@@ -67,6 +67,37 @@ def test_padded_rows_need_no_documents_or_positions(shards):
     assert batch.position_ids is None
 
 
+@pytest.mark.parametrize("width", [8, 3])
+def test_trimmed_rows_lose_only_columns_without_a_target(shards, width, monkeypatch):
+    monkeypatch.setattr("minimind.data.loader._TRIM_TO", width)
+
+    def steps(*, trim):
+        plan = BatchPlan(2, 2, 3)
+        options = {"seq_len": 56, "packing": False, "plan": plan, "seed": 5, "process_index": 1}
+        return Loader(shards, device="cpu", trim=trim, **options).steps(0)
+
+    widths = set()
+    for whole, trimmed in zip(steps(trim=False), steps(trim=True), strict=True):
+        wanted, found = (torch.cat([b.shift_labels for b in step.micro_batches]) for step in (whole, trimmed))
+        kept = found.shape[1]
+        assert torch.equal(found, wanted[:, :kept])
+        assert (wanted[:, kept:] == -100).all()
+        inputs = [torch.cat([batch.input_ids for batch in step.micro_batches]) for step in (whole, trimmed)]
+        assert torch.equal(inputs[0][:, :kept], inputs[1])
+        assert trimmed.num_targets == whole.num_targets
+        assert kept == 56 or kept % width == 0
+        if kept > width and (found != -100).any():
+            assert (found[:, (kept - 1) // width * width :] != -100).any()
+        widths.add(kept)
+    assert len(widths) > 1
+
+
+def test_packed_rows_are_not_trimmed(shards):
+    options = {"seq_len": 48, "packing": True, "plan": BatchPlan(2, 2, 3), "seed": 5, "process_index": 2}
+    steps = Loader(shards, device="cpu", trim=True, **options).steps(0)
+    assert {batch.input_ids.shape for step in steps for batch in step.micro_batches} == {(2, 48)}
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_batches", [None, 3])
 def test_evaluation_has_equally_many_batches_and_the_same_rows_on_any_processes(shards, packing, max_batches):

@@ -1,0 +1,52 @@
+"""`minimind-train bench`: how fast this machine would train a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+from minimind.config import PANELS, PretrainConfig
+from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset
+
+from .options import is_main_process, parse_config, typed_values, with_options
+from .pretrain import has_gpu
+
+
+@with_options(*PANELS)
+def bench(
+    ctx: typer.Context,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Defaults for a size of model: {', '.join(PRESETS)}.",
+            metavar="NAME",
+            show_default="tiny without a GPU, if nothing sets the size",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="A TOML file of options, such as the config.toml of a run.", metavar="PATH"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long to measure.", min=0.1)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    **_: Any,
+) -> None:
+    """Measure training speed on made-up tokens, with the options of pretrain; nothing is written."""
+    resolved = parse_config(ctx, preset=preset, file=config)
+    shape_given = bool(preset or config or SHAPE_OPTIONS & typed_values(ctx, PretrainConfig).keys())
+    default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
+    if default is not None:
+        resolved = parse_config(ctx, preset=default)
+    from minimind.benchmark import benchmark
+
+    result = benchmark(resolved, seconds)
+    if not is_main_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), indent=1))
+        return
+    for key, value in result.rows():
+        typer.echo(f"{key + ':':<8} {value}")

@@ -1,0 +1,379 @@
+"""How fast this machine trains a model: real steps on made-up tokens, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from .batch_plan import plan_batches
+from .config import PretrainConfig
+from .data.loader import Loader, StepBatch
+from .data.shards import ShardWriter, TokenShards, token_dtype
+from .errors import ConfigError
+from .launch import close_accelerator, start_accelerator
+from .model_config import MiniMindConfig
+from .optim import set_learning_rate, skip_if_nonfinite
+from .pretrain import prepare_model
+from .progress import Progress
+from .run_folder import RunFolder
+from .starting_model import resolve_shape
+from .stopping import StopRequest
+from .throughput import Meter, peak_flops_of
+from .tokenizer import load_tokenizer
+from .trackers import Trackers
+from .train import Run, TrainState, clip_gradient, forward_loss, train_step
+from .wording import count, duration
+
+# Compile, fill the allocator's pools, start the prefetch.
+WARMUP_STEPS = 3
+PARTS = ("data", "forward", "backward", "optimizer")
+# A step is made smaller where it would take longer than this, by a guess of half of the matmul speed.
+LONGEST_STEP = 3.0
+# Tokens of a made-up document, on average.
+_DOCUMENT = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkResult:
+    """What was measured.
+
+    Attributes:
+        device: its name.
+        processes: how many trained together.
+        precision: of the matrix products.
+        compiled: whether the model was.
+        optimizer: its name.
+        parameters: of the model.
+        batch_size: rows of a micro-batch; less than asked for where a step would have taken too long.
+        max_seq_len: tokens of a row; likewise.
+        reduced: whether one of the two is less than asked for.
+        steps: measured.
+        step_seconds: mean time of a whole step.
+        tokens_per_second: input tokens over all processes.
+        data_seconds: of a step, waiting for rows on the host.
+        forward_seconds: of a step, in forward passes; the gradient of the logits is made there too.
+        backward_seconds: of a step, in backward passes.
+        optimizer_seconds: of a step, clipping and updating.
+        start_seconds: the first steps, which compile.
+        memory_gb: the most allocated on a GPU, else the memory of the process, 10^9 bytes.
+        flops_per_token: arithmetic of the model; see `MiniMindConfig.flops_per_token`.
+        peak_flops: of the devices together by the maker's word, None where it is not known.
+        mfu: share of `peak_flops` that the model's arithmetic makes up, None where that is not known.
+        matmul_flops: of a large square product on one device in this precision, measured.
+        matmul_share: share of `matmul_flops`, over all devices, that the model's arithmetic makes up.
+    """
+
+    device: str
+    processes: int
+    precision: str
+    compiled: bool
+    optimizer: str
+    parameters: int
+    batch_size: int
+    max_seq_len: int
+    reduced: bool
+    steps: int
+    step_seconds: float
+    tokens_per_second: float
+    data_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    start_seconds: float
+    memory_gb: float
+    flops_per_token: int
+    peak_flops: float | None
+    mfu: float | None
+    matmul_flops: float
+    matmul_share: float
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the result in rows of a key and a value."""
+        precision = {"no": "float32"}.get(self.precision, self.precision)
+        parts = [f"{name} {getattr(self, name + '_seconds') * 1e3:.1f} ms" for name in PARTS]
+        peak = "the peak of this device is not known" if self.mfu is None else f"{self.mfu:.1%}"
+        reduced = ", less than asked for, which would take long here" if self.reduced else ""
+        return [
+            ("model", f"{count(self.parameters)} parameters, {count(self.flops_per_token)} FLOP a token"),
+            ("device", f"{self.device} x {self.processes}, {precision}"),
+            ("step", f"{self.batch_size} rows of {self.max_seq_len} a micro-batch{reduced}"),
+            ("speed", f"{count(self.tokens_per_second)} tokens/s ({self.steps} steps)"),
+            ("MFU", peak),
+            (
+                "matmul",
+                f"{count(self.matmul_flops)}FLOP/s measured; training uses {self.matmul_share:.1%} of it",
+            ),
+            ("time", f"{self.step_seconds * 1e3:.1f} ms a step: {', '.join(parts)}"),
+            ("memory", f"{self.memory_gb:.2f} GB"),
+            ("start", f"{duration(self.start_seconds)}{' with compilation' if self.compiled else ''}"),
+        ]
+
+
+def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
+    """Train on made-up tokens for a while and measure.
+
+    Nothing is left on the disk. Under `accelerate launch` every process calls this.
+
+    Args:
+        config: of the run to be measured; data, output and limits play no part.
+        seconds: how long to measure whole steps; their parts take half of that besides.
+
+    Raises:
+        ConfigError: for wrong options, or a step that does not fit into the memory of the GPU.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    config, shape = resolve_shape(config, tokenizer)
+    with ExitStack() as closing:
+        folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
+        accelerator = start_accelerator(config)
+        closing.callback(close_accelerator, accelerator)
+        matmul = matmul_flops(accelerator.device, accelerator.mixed_precision)
+        wanted = config
+        config = _shortened(config, shape, matmul)
+        config = dataclasses.replace(config, output_dir=str(folder / "run"), tracker=("none",))
+        plan = plan_batches(config, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = plan.accumulation_steps
+        run, compiled = _make_run(config, shape, accelerator, folder, tokenizer.pad_token_id)
+        closing.callback(run.trackers.close)
+        try:
+            measured = _measure(run, seconds)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"--batch-size {config.batch_size} with --max-seq-len {config.max_seq_len} does not fit into "
+                "the memory of the GPU; lower one of them."
+            ) from error
+        device, processes = accelerator.device, accelerator.num_processes
+        speed = plan.global_batch_size * config.max_seq_len / measured["step_seconds"]
+        achieved = speed * shape.flops_per_token(config.max_seq_len)
+        peak = peak_flops_of(device)
+        return BenchmarkResult(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+            processes=processes,
+            precision=accelerator.mixed_precision,
+            compiled=compiled,
+            optimizer=config.optimizer,
+            parameters=shape.num_parameters(),
+            batch_size=config.batch_size,
+            max_seq_len=config.max_seq_len,
+            reduced=(wanted.batch_size, wanted.max_seq_len) != (config.batch_size, config.max_seq_len),
+            tokens_per_second=speed,
+            memory_gb=run.meter.report(0)["memory_gb"],
+            flops_per_token=shape.flops_per_token(config.max_seq_len),
+            peak_flops=None if peak is None else peak * processes,
+            mfu=None if peak is None else achieved / (peak * processes),
+            matmul_flops=matmul,
+            matmul_share=achieved / (matmul * processes),
+            **measured,
+        )
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """Return the FLOP/s of a large square matrix product, the best of several.
+
+    Args:
+        device: where.
+        precision: `no` (float32 as PyTorch is set), `bf16` or `fp16`.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timer = _Timer(device)
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or (len(times) < 20 and time.perf_counter() - began < 1.0):
+        with timer.part("product"):
+            a @ b
+        times.append(timer.seconds()["product"][-1])
+    return 2 * size**3 / min(times)
+
+
+class _Timer:
+    """Times parts of the work: on a GPU by events between them, which do not make the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what the device does inside."""
+        began = self._now()
+        yield
+        self._marks.append((name, began, self._now()))
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Wait for the device and return the times of each part."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        times: dict[str, list[float]] = {}
+        for name, began, ended in self._marks:
+            spent = began.elapsed_time(ended) / 1e3 if self._cuda else ended - began
+            times.setdefault(name, []).append(spent)
+        return times
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _shortened(config: PretrainConfig, shape: MiniMindConfig, matmul: float) -> PretrainConfig:
+    """Return the configuration with fewer rows, then shorter ones, where a step would take too long."""
+
+    def step_seconds(rows: int, length: int) -> float:
+        rounds = config.accumulation_steps or 1
+        return rounds * rows * length * shape.flops_per_token(length) / (0.5 * matmul)
+
+    rows, length = config.batch_size, config.max_seq_len
+    while rows > 1 and step_seconds(rows, length) > LONGEST_STEP:
+        rows = -(-rows // 2)
+    while length > 64 and step_seconds(rows, length) > LONGEST_STEP:
+        length = max(length // 2, 64)
+    if (rows, length) == (config.batch_size, config.max_seq_len):
+        return config
+    # A global batch would only bring the rows back as accumulation.
+    return dataclasses.replace(config, batch_size=rows, max_seq_len=length, global_batch_size=None)
+
+
+def _make_run(
+    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator, folder: Path, pad_token_id: int
+) -> tuple[Run, bool]:
+    """Return a run like any other, but on random tokens and without a place for results."""
+    model, optimizer, compiled = prepare_model(config, shape, accelerator)
+    loader = Loader(
+        _random_shards(folder / f"tokens-{accelerator.process_index}", shape.vocab_size),
+        seq_len=config.max_seq_len,
+        packing=config.packing,
+        plan=plan_batches(config, accelerator.num_processes),
+        seed=config.seed,
+        process_index=accelerator.process_index,
+        device=accelerator.device,
+        pad_token_id=pad_token_id,
+        trim=not compiled,
+    )
+    (folder / "run").mkdir(exist_ok=True)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        validation=None,
+        bytes_per_token=torch.ones(shape.vocab_size),
+        learning_rate=lambda step, ending: config.learning_rate,
+        total_steps=1,
+        meter=Meter(1.0, accelerator.num_processes, None, 1, device=accelerator.device),
+        progress=Progress(enabled=False),
+        trackers=Trackers(
+            config, RunFolder(folder / "run"), accelerator, {}, start_step=0, warn=lambda text: None
+        ),
+        save=lambda state: None,
+        mark_best=lambda state: None,
+        stop=StopRequest(),
+    )
+    return run, compiled
+
+
+def _random_shards(folder: Path, vocab_size: int) -> TokenShards:
+    """Write a few million random tokens in documents of varied length; the same in every process."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    writer = ShardWriter(folder, "train", token_dtype(vocab_size))
+    for _ in range(4):
+        lengths = rng.geometric(1 / _DOCUMENT, size=2000).astype(np.int64) + 2
+        writer.append(
+            rng.integers(0, vocab_size, int(lengths.sum())).astype(token_dtype(vocab_size)), lengths
+        )
+    return TokenShards(folder, "train", writer.close(), "random")
+
+
+def _measure(run: Run, seconds: float) -> dict[str, Any]:
+    """Return the fields of the result that are times, and the number of steps."""
+    run.model.train()
+    state = TrainState()
+    batches = _endless(run.loader)
+    set_learning_rate(run.optimizer, run.config.learning_rate)
+    device = run.accelerator.device
+
+    def synchronize() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step() -> None:
+        train_step(run, next(batches), state)
+        state.step += 1
+
+    began = synchronize()
+    for _ in range(WARMUP_STEPS):
+        step()
+    start_seconds = synchronize() - began
+
+    # How many steps fill the time is decided once and by one process, so that all do the same.
+    began = synchronize()
+    step()
+    guess = torch.tensor([synchronize() - began], device=device)
+    once = float(run.accelerator.reduce(guess, reduction="mean"))
+    steps = max(round(seconds / max(once, 1e-4)), 2)
+    began = synchronize()
+    for _ in range(steps):
+        step()
+    step_seconds = (synchronize() - began) / steps
+
+    timer = _Timer(device)
+    waits = []
+    for _ in range(max(round(seconds / 2 / step_seconds), 2)):
+        began = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - began)
+        _timed_step(run, batch, timer)
+    times = timer.seconds()
+    rounds = run.accelerator.gradient_accumulation_steps
+    return {
+        "steps": steps,
+        "step_seconds": step_seconds,
+        "start_seconds": start_seconds,
+        "data_seconds": fmean(waits),
+        "forward_seconds": fmean(times["forward"]) * rounds,
+        "backward_seconds": fmean(times["backward"]) * rounds,
+        "optimizer_seconds": fmean(times["optimizer"]),
+    }
+
+
+def _timed_step(run: Run, batch: StepBatch, timer: _Timer) -> None:
+    """Do what `train_step` does, each part timed on its own."""
+    scale = run.accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
+    for micro_batch in batch.micro_batches:
+        with run.accelerator.accumulate(run.model):
+            with timer.part("forward"):
+                loss = forward_loss(run.model, micro_batch)
+            with timer.part("backward"):
+                run.accelerator.backward(loss * scale)
+            if run.accelerator.sync_gradients:
+                with timer.part("optimizer"):
+                    skip_if_nonfinite(run.optimizer, clip_gradient(run))
+                    run.optimizer.step()
+                    run.optimizer.zero_grad()
+            else:
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+
+
+def _endless(loader: Loader) -> Iterator[StepBatch]:
+    """Yield steps pass after pass; all have the same shapes."""
+    epoch = 0
+    while True:
+        yield from loader.steps(epoch)
+        epoch += 1

@@ -1,0 +1,107 @@
+"""The measurement of speed: what it runs, that its parts add up, and when it makes a step smaller."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import topologies
+import torch
+
+import minimind.benchmark as module
+from minimind.benchmark import PARTS, WARMUP_STEPS, BenchmarkResult, benchmark, matmul_flops
+from minimind.config import PretrainConfig
+from minimind.model_config import MiniMindConfig
+from minimind.train import train_step
+
+TINY = PretrainConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_seq_len=64,
+    batch_size=8,
+    compile=False,
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    topologies.forget_accelerator()
+    yield
+    topologies.forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[BenchmarkResult, list[tuple[int, int]]]:
+    """The result, and micro-batches and rows of each training step that was taken for it."""
+    steps: list[tuple[int, int]] = []
+
+    def counting(run: Any, batch: Any, state: Any) -> torch.Tensor:
+        steps.append((len(batch.micro_batches), len(batch.micro_batches[0].input_ids)))
+        return train_step(run, batch, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(module, "train_step", counting)
+        topologies.forget_accelerator()
+        return benchmark(dataclasses.replace(TINY, accumulation_steps=2), seconds=0.5), steps
+
+
+def test_whole_steps_are_those_of_training(measured: Any) -> None:
+    result, steps = measured
+    assert len(steps) == WARMUP_STEPS + 1 + result.steps
+    assert set(steps) == {(2, 8)}
+    tokens = 2 * 8 * 64
+    assert result.tokens_per_second == pytest.approx(tokens / result.step_seconds)
+    assert (
+        result.parameters
+        == MiniMindConfig(
+            vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        ).num_parameters()
+    )
+
+
+def test_the_parts_make_up_a_step(measured: Any) -> None:
+    result, _ = measured
+    parts = [getattr(result, f"{name}_seconds") for name in PARTS]
+    assert all(part >= 0 for part in parts)
+    # Generous: other work on the machine may fall into one of the two measurements.
+    assert 0.3 < sum(parts) / result.step_seconds < 3
+    assert result.backward_seconds > 0.2 * result.forward_seconds
+
+
+def test_utilization_is_told_only_where_the_peak_is_known(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = measured
+    assert (result.mfu, result.peak_flops) == (None, None)
+    assert "not known" in dict(result.rows())["MFU"]
+    assert 0 < result.matmul_share < 1.2
+    monkeypatch.setattr(module, "peak_flops_of", lambda device: 1e12)
+    known = benchmark(TINY, seconds=0.1)
+    assert known.mfu == pytest.approx(known.tokens_per_second * known.flops_per_token / 1e12)
+
+
+def test_nothing_is_left_behind(measured: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    benchmark(TINY, seconds=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_would_take_long_is_made_smaller_and_says_so() -> None:
+    shape = MiniMindConfig(hidden_size=1792, num_hidden_layers=28, num_attention_heads=14)
+    wanted = PretrainConfig(batch_size=32, global_batch_size=64, max_seq_len=2048)
+    slow = module._shortened(wanted, shape, 80e9)
+    assert slow.batch_size == 1
+    assert 64 <= slow.max_seq_len < 2048
+    assert slow.global_batch_size is None
+    assert module._shortened(wanted, shape, 1e15) == wanted
+
+
+def test_the_matmul_speed_is_one_that_a_computer_can_have() -> None:
+    assert 1e8 < matmul_flops(torch.device("cpu"), "no") < 1e14
