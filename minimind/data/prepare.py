@@ -15,13 +15,14 @@ from typing import Any
 from ..config import PretrainConfig
 from ..errors import DataError
 from .cache import open_or_build
+from .document_index import read_length_counts
 from .encode import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 from .report import Amount, DataReport, SourceReport, SplitReport, length_quantiles, row_costs
-from .shards import SplitIndex, TokenShards, read_length_counts
+from .shards import SplitIndex, TokenShards
 from .sources import Reading, TextFile, find_files, identify
 
 # Part of every fingerprint: a change of what encoding writes makes older caches unused.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
