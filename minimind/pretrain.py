@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         plan = plan_batches(config, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
         model, optimizer, compiled = _prepare_model(config, shape, accelerator)
-        loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
+        loader = _make_loader(config, data, plan, tokenizer, accelerator)
 
         store = CheckpointStore(
             folder.checkpoints,
@@ -97,7 +97,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
         )
         closing.callback(trackers.close)
-        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps))
+        epochs = total_steps / loader.steps_per_epoch
+        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs))
 
         meter = Meter(
             shape.flops_per_token(config.max_seq_len),
@@ -172,13 +173,13 @@ def _prepare_model(
 
 def _make_loader(
     config: PretrainConfig,
-    shards: TokenShards,
+    data: PreparedData,
     plan: BatchPlan,
     tokenizer: Tokenizer,
     accelerator: Accelerator,
 ) -> Loader:
     return Loader(
-        shards,
+        data.train,
         seq_len=config.max_seq_len,
         packing=config.packing,
         plan=plan,
@@ -186,6 +187,7 @@ def _make_loader(
         process_index=accelerator.process_index,
         device=accelerator.device,
         pad_token_id=tokenizer.pad_token_id,
+        weights=data.weights,
     )
 
 
@@ -231,6 +233,7 @@ def _settings(
         "global_batch_size": plan.global_batch_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": data.fingerprint,
+        "data_mixture": data.mixture,
     }
 
 

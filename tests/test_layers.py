@@ -51,8 +51,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.data.encode": (1, "data.sources data.shards tokenizer"),
     "minimind.data.prepare": (
         1,
-        "data.cache data.document_index data.embedded data.encode data.entries data.report data.shards "
-        "data.sources tokenizer",
+        "data.cache data.document_index data.embedded data.encode data.entries data.mixture data.report "
+        "data.shards data.sources tokenizer",
     ),
     "minimind.data.entries": (1, "data.sources"),
     "minimind.data.sampler": (1, "data.shards"),
@@ -60,7 +60,10 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.data.packing": (1, "data.sampler data.shards"),
     "minimind.data.steps": (1, "data.mixture data.packing data.sampler data.shards"),
     "minimind.data.prefetch": (1, ""),
-    "minimind.data.loader": (1, "data.mixture data.packing data.prefetch data.sampler data.shards data.steps"),
+    "minimind.data.loader": (
+        1,
+        "data.mixture data.packing data.prefetch data.sampler data.shards data.steps",
+    ),
     "minimind.readback": (1, ""),
     "minimind.stopping": (0, ""),
     "minimind.optim": (1, ""),

@@ -107,7 +107,7 @@ def read_blocks(folder: Path, split: str) -> NDArray[np.int64]:
 
 
 def read_parts(folder: Path, split: str) -> tuple[Part, ...]:
-    """Return what each entry of --data gave to a split; entries after the last with documents are left out."""
+    """Return what each entry of --data gave to a split, up to the last entry that gave documents."""
     table = np.fromfile(folder / f"{split}.lengths", np.int64).reshape(3, -1)
     parts: list[Part] = []
     end = 0

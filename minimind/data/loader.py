@@ -5,13 +5,14 @@ B rows of a micro-batch, T inputs in a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from ..batch_plan import BatchPlan
+from .mixture import MixedOrder
 from .prefetch import prefetch
 from .sampler import RowOrder
 from .shards import TokenShards
@@ -69,7 +70,8 @@ class Loader:
         rows_per_epoch: rows in a pass.
         steps_per_epoch: optimizer steps in a pass; the last may be short.
         tokens_per_epoch: real input tokens in a pass. Packed: all tokens but the last of the stream. Padded:
-            of each document all tokens but the last, at most T.
+            of each document all tokens but the last, at most T. With weights: full rows, or what the
+            documents of so many rows hold on average.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Loader:
         device: torch.device | str,
         pad_token_id: int = 0,
         shuffle: bool = True,
+        weights: Sequence[float] = (),
     ) -> None:
         """Work out the sizes of a pass; nothing is read yet.
 
@@ -97,16 +100,22 @@ class Loader:
             device: where the tensors go.
             pad_token_id: input where there is no token.
             shuffle: without it every pass has the order of the shards.
+            weights: share of the tokens that each part of the shards gives, 1 in all; without them every
+                pass reads all documents once.
         """
         self._shards, self._seq_len, self._packing, self._plan = shards, seq_len, packing, plan
         self._process_index, self._pad_token_id = process_index, pad_token_id
         self._device = torch.device(device)
-        self._order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+        self._order: RowOrder | MixedOrder
+        if weights:
+            self._order = MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed)
+        else:
+            self._order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.rows_per_epoch = self._order.num_rows
         self.steps_per_epoch = -(-self.rows_per_epoch // plan.global_batch_size)
         if packing:
-            self.tokens_per_epoch = shards.num_tokens - 1
+            self.tokens_per_epoch = self.rows_per_epoch * seq_len if weights else shards.num_tokens - 1
         else:
             lengths, counts = shards.length_counts
             self.tokens_per_epoch = int((lengths - 1).clip(max=seq_len) @ counts)

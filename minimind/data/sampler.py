@@ -125,13 +125,17 @@ class RowOrder:
         return first + self._permutation(epoch, _DOCUMENTS, block, end - first)
 
     def _permutation(self, epoch: int, what: int, which: int, size: int) -> NDArray[np.int64]:
-        """Return a permutation that depends on (seed, epoch, what, which) alone.
-
-        Philox's raw output and a stable sort are fixed for ever, where `Generator.permutation` may change
-        with the version of numpy.
-        """
         if not self._shuffle:
             return np.arange(size, dtype=np.int64)
-        counter = np.array([0, 0, which, what], np.uint64)
-        philox = np.random.Philox(key=np.array([self._seed, epoch], np.uint64), counter=counter)
-        return np.argsort(philox.random_raw(size), kind="stable").astype(np.int64, copy=False)
+        return permutation(self._seed, epoch, (0, which, what), size)
+
+
+def permutation(seed: int, number: int, stream: tuple[int, int, int], size: int) -> NDArray[np.int64]:
+    """Return a permutation that depends on the seed, a number such as the pass, and the stream alone.
+
+    Philox's raw output and a stable sort are fixed for ever, where `Generator.permutation` may change with
+    the version of numpy.
+    """
+    key = np.array([seed, number], np.uint64)
+    philox = np.random.Philox(key=key, counter=np.array([0, *stream], np.uint64))
+    return np.argsort(philox.random_raw(size), kind="stable").astype(np.int64, copy=False)
