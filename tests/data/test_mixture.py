@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from minimind.data.mixture import MixedOrder, passes_per_epoch
 from minimind.data.steps import step_rows
 
 PAD = 999_999
+ONE_PROCESS = BatchPlan(4, 1, 1)
 quick = settings(max_examples=50, deadline=None)
 # The documents of each entry, by their lengths.
 entries = st.lists(
@@ -54,7 +55,7 @@ def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row
     )
 
 
-def rows_of(shards, weights, *, plan=BatchPlan(4, 1, 1), **where):
+def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
     """The rows of an epoch in order, put together from all processes: (inputs, labels) each."""
     rows = []
     parts = [steps_of(shards, weights, plan=plan, process=r, **where) for r in range(plan.num_processes)]
@@ -107,13 +108,11 @@ def test_a_stream_reads_each_pass_whole_and_once(make_shards, lengths, packing, 
     for part, stream in zip(shards.parts, order._streams, strict=True):
         own = list(range(part.first_document, part.end_document))
         places = np.linspace(0, 3 * stream.size, cuts + 2).astype(int).tolist()
-        pieces = [stream.documents(a, b).tolist() for a, b in zip(places, places[1:], strict=False)]
+        pieces = [stream.documents(a, b).tolist() for a, b in pairwise(places)]
         read = [document for piece in pieces for document in piece]
         assert [sorted(read[i : i + len(own)]) for i in range(0, len(read), len(own))] == [own] * 3
-        for piece, a, b in zip(pieces, places, places[1:], strict=False):
-            size = int(
-                (shards.offsets[np.array(piece, int) + 1] - shards.offsets[np.array(piece, int)]).sum()
-            )
+        for piece, (a, b) in zip(pieces, pairwise(places), strict=True):
+            size = int(shards.lengths[np.array(piece, int)].sum())
             assert stream.cut(b) - stream.cut(a) == (size if packing else len(piece))
 
 
