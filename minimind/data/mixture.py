@@ -75,7 +75,7 @@ class MixedOrder:
             end = min(self._first_row(window + 1), stop)
             if first < end:
                 yield self._window(epoch, window, first, end, start)
-            window, first = window + 1, max(first, end)
+            window, first = window + 1, end
 
     def _find(self, row: int) -> int:
         """Return the window in which a row, counted over all epochs, begins."""

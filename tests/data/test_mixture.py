@@ -25,9 +25,9 @@ entries = st.lists(
 packings = st.booleans()
 
 
-def make(make_shards, lengths):
+def make(make_shards, lengths, **values):
     parts = [part for part, documents in enumerate(lengths) for _ in documents]
-    return make_shards([n for documents in lengths for n in documents], parts=parts)
+    return make_shards([n for documents in lengths for n in documents], parts=parts, **values)
 
 
 def weights_for(lengths, seed):
@@ -236,9 +236,12 @@ def test_epochs_seeds_and_passes_have_different_orders(make_shards, packing):
         for epoch, seed in ((0, 7), (1, 7), (0, 8))
     ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    stream = order_of(shards, (0.5, 0.5), seq_len=16, packing=packing)._streams[0]
-    passes = [stream.documents(i * stream.size, (i + 1) * stream.size).tolist() for i in range(2)]
-    assert passes[0] != passes[1] != sorted(passes[1])
+    # Whether an entry is many blocks, or one.
+    for block_tokens in (32, 1 << 18):
+        blocks = make(make_shards, lengths, block_tokens=block_tokens)
+        stream = order_of(blocks, (0.5, 0.5), seq_len=16, packing=packing)._streams[0]
+        passes = [stream.documents(i * stream.size, (i + 1) * stream.size).tolist() for i in range(2)]
+        assert passes[0] != passes[1] != sorted(passes[1])
     # Documents of both entries share rows: they are mixed within a window, not laid one after the other.
     if packing:
         owner = [int(np.array(row[0][:1])[0] >= shards.parts[0].num_tokens) for row in orders[0]]
