@@ -46,14 +46,14 @@ def read_entries(values: Sequence[str], option: str = "--data") -> list[Entry]:
     total = math.fsum(weight for _, weight in read if weight is not None)
     owners: dict[Path, str] = {}
     entries = []
-    for pattern, weight in read:
+    for value, (pattern, weight) in zip(values, read, strict=True):
         files = [path for path in find_files([pattern], option) if weighted or path not in owners]
         if weighted and (twice := next((path for path in files if path in owners), None)) is not None:
             raise DataError(
-                f"{option} {owners[twice]} and {option} {pattern} both name {twice}; with weights a file can "
+                f"{option} {owners[twice]} and {option} {value} both name {twice}; with weights a file can "
                 "belong to only one of them."
             )
-        owners.update(dict.fromkeys(files, pattern))
+        owners.update(dict.fromkeys(files, value))
         entries.append(Entry(pattern, None if weight is None else weight / total, tuple(files)))
     return entries
 

@@ -82,7 +82,7 @@ def test_weights_for_some_entries_only_are_refused_with_the_fix(two):
 
 
 def test_a_file_in_two_entries_with_weights_is_refused(two):
-    with pytest.raises(DataError, match=r"--data a\.jsonl and --data \*\.jsonl both name .*a\.jsonl"):
+    with pytest.raises(DataError, match=r"--data a\.jsonl:1 and --data \*\.jsonl:2 both name .*a\.jsonl"):
         read_entries(["a.jsonl:1", "*.jsonl:2"])
 
 
