@@ -23,11 +23,15 @@ def main() -> None:
     parser.add_argument("--document-length", type=int, default=200, help="mean tokens of a document")
     parser.add_argument("--batch-size", type=int, default=32, help="rows in a micro-batch")
     parser.add_argument("--seq-len", type=int, action="append", help="tokens in a row; repeatable")
+    parser.add_argument(
+        "--weights", type=float, nargs="*", default=[], help="cut the text into entries of these weights"
+    )
     parser.add_argument("--device", default="cpu", help="where the tensors go")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        shards = _random_shards(Path(folder), int(args.tokens), args.document_length)
+        weights = tuple(weight / sum(args.weights) for weight in args.weights)
+        shards = _random_shards(Path(folder), int(args.tokens), args.document_length, max(len(weights), 1))
         plan = BatchPlan(args.batch_size, 2, 1)
         print(f"{shards.num_tokens:,} tokens in {shards.num_documents:,} documents, to {args.device}")
         print(f"{'rows':>7}  {'length':>6}  {'real tokens/s':>14}  {'row places/s':>13}  {'first step':>10}")
@@ -41,6 +45,7 @@ def main() -> None:
                     seed=0,
                     process_index=0,
                     device=args.device,
+                    weights=weights,
                 )
                 start = time.perf_counter()
                 steps = loader.steps(0)
@@ -58,13 +63,15 @@ def main() -> None:
                 )
 
 
-def _random_shards(folder: Path, tokens: int, mean: int) -> TokenShards:
+def _random_shards(folder: Path, tokens: int, mean: int, parts: int) -> TokenShards:
     rng = np.random.default_rng(0)
     writer = ShardWriter(folder, "train", token_dtype(VOCAB_SIZE))
-    while tokens > 0:
+    written = 0
+    while written < tokens:
         lengths = rng.geometric(1 / mean, size=5000).astype(np.int64) + 2
-        writer.append(rng.integers(3, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16), lengths)
-        tokens -= int(lengths.sum())
+        part = written * parts // tokens
+        writer.append(rng.integers(3, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16), lengths, part)
+        written += int(lengths.sum())
     return TokenShards(folder, "train", writer.close(), "random")
 
 

@@ -53,8 +53,9 @@ def banner(
     accelerator: Accelerator,
     compiled: bool,
     total_steps: int,
+    epochs: float,
 ) -> list[tuple[str, str]]:
-    """Return what a run is, in rows of a key and a value."""
+    """Return what a run is, in rows of a key and a value; `epochs` is how many the steps make."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -70,6 +71,13 @@ def banner(
         (
             "data",
             f"{count(data.train.num_tokens)} tokens in {data.train.num_documents:,} documents{validation}",
+        ),
+        *(
+            (
+                "mixture",
+                f"{entry.name}: {entry.weight:.1%} of the tokens, {entry.passes * epochs:.3g} of its epochs",
+            )
+            for entry in data.report.mixture
         ),
         (
             "steps",

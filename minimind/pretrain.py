@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         plan = plan_batches(config, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
         model, optimizer, compiled = prepare_model(config, shape, accelerator)
-        loader = _make_loader(config, data.train, plan, tokenizer, accelerator, trim=not compiled)
+        loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
             folder.checkpoints,
@@ -107,7 +107,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         closing.callback(trackers.close)
         # However the run ends, what it has given to be written is written first.
         closing.callback(store.settle)
-        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps))
+        epochs = total_steps / loader.steps_per_epoch
+        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs))
 
         meter = Meter(
             shape.flops_per_token(config.max_seq_len),
@@ -198,7 +199,7 @@ def prepare_model(
 
 def _make_loader(
     config: PretrainConfig,
-    shards: TokenShards,
+    data: PreparedData,
     plan: BatchPlan,
     tokenizer: Tokenizer,
     accelerator: Accelerator,
@@ -206,7 +207,7 @@ def _make_loader(
     trim: bool,
 ) -> Loader:
     return Loader(
-        shards,
+        data.train,
         seq_len=config.max_seq_len,
         packing=config.packing,
         plan=plan,
@@ -215,6 +216,7 @@ def _make_loader(
         device=accelerator.device,
         pad_token_id=tokenizer.pad_token_id,
         trim=trim,
+        weights=data.weights,
     )
 
 
@@ -260,6 +262,7 @@ def _settings(
         "global_batch_size": plan.global_batch_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": data.fingerprint,
+        "data_mixture": data.mixture,
     }
 
 

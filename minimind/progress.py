@@ -45,6 +45,7 @@ class Progress:
         self._console: Console | None = None
         self._bar: Bar | None = None
         self._last_line = 0.0
+        self._data_done = False
         if self._stream is not None and self._stream.isatty():
             console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
             # A dumb terminal cannot take a line back.
@@ -82,17 +83,25 @@ class Progress:
             self._line(f"{key + ':':<{width + 1}} {value}")
 
     def data_build(self, done: int, total: int) -> None:
-        """Show how many bytes of text of how many are prepared; call it as often as convenient."""
+        """Show how many bytes of text of how many are prepared; call it as often as convenient.
+
+        Where it is not known how many there are, `total` is 0, and one line says all there is to say.
+        """
+        if self._data_done:
+            return
+        self._data_done = done >= total
+        if not total:
+            self._line("preparing data")
+            return
         if self._console is not None:
             self._show("data", done, total, {})
-            if done >= total:
+            if self._data_done:
                 self.close()
             return
         now = time.monotonic()
-        if done >= total or now - self._last_line >= SECONDS_BETWEEN_LINES:
+        if self._data_done or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            share = done / total if total else 1.0
-            self._line(f"preparing data: {count(done)}B of {count(total)}B ({share:.0%})")
+            self._line(f"preparing data: {count(done)}B of {count(total)}B ({done / total:.0%})")
 
     def summary(self, rows: Rows) -> None:
         """Take the bar away and show how the run ended, a row for each key and value."""

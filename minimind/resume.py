@@ -34,6 +34,8 @@ REFUSED: Mapping[str, str] = {
     "batch size x accumulation x processes is {old}, or {give}",
     "tokenizer_fingerprint": "token ids would mean other text; name the --tokenizer the run began with, "
     "or start a new run",
+    "data_mixture": "the rows would come in another order; give the same --data with the same weights, "
+    "or start a new run",
     "data_fingerprint": "the training text is not the one the run began with; give the same --data, "
     "--val-data, --val-fraction, --text-key and --bad-lines, or start a new run",
 }
@@ -111,7 +113,8 @@ def _plain(value: Any) -> Any:
 
 def _change(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = (_short(values[key]) for values in (saved, now))
-    name = key.replace("_", " ") if key.endswith("fingerprint") else _flag(key)
+    worked_out = key == "data_mixture" or key.endswith("fingerprint")
+    name = key.replace("_", " ") if worked_out else _flag(key)
     return f"{name} {old} → {new}"
 
 

@@ -183,6 +183,43 @@ def test_padded_rows_train_too(corpus: Path, tmp_path: Path) -> None:
     assert evaluations[-1] < evaluations[0] - 0.5
 
 
+@pytest.mark.slow
+def test_two_weighted_sources_train_and_resume_as_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (write_corpus(tmp_path / f"{name}.jsonl", 20) for name in ("first", "second"))
+    weighted = tiny(
+        first,
+        tmp_path / "whole",
+        data=(f"{first}:0.6", f"{second}:0.4"),
+        epochs=2,
+        lr_schedule="constant",
+        warmup_steps=0,
+        log_interval=1,
+        save_interval=100,
+    )
+    result = pretrain(weighted)
+    said = capsys.readouterr().out
+    assert f"mixture: {first}: 60.0% of the tokens, 2.4" in said
+    assert f"mixture: {second}: 40.0% of the tokens, 1.6" in said
+
+    def losses(out: Path) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in metrics(out) if "loss" in row}
+
+    # Stopped in the middle of the first epoch, and of the passes of both entries.
+    out = tmp_path / "parts"
+    pretrain(dataclasses.replace(weighted, output_dir=str(out), max_steps=result.steps // 2 - 3))
+    again = dataclasses.replace(weighted, output_dir=str(out), resume="auto")
+    with pytest.raises(CheckpointError, match=r"data mixture 60% of \d+ doc.* → 50% of .* same weights"):
+        pretrain(dataclasses.replace(again, data=(f"{first}:0.5", f"{second}:0.5")))
+    with pytest.raises(CheckpointError, match=r"data mixture 60% .* → none"):
+        pretrain(dataclasses.replace(again, data=(str(first), str(second))))
+    # The same shares in other numbers are the same mixture.
+    pretrain(dataclasses.replace(again, data=(f"{first}:3", f"{second}:2")))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert len(losses(out)) == result.steps
+
+
 @pytest.mark.parametrize(
     ("limits", "steps"), [({"max_steps": 3}, 3), ({"max_tokens": 4 * 64 * 5, "epochs": 50}, 5)]
 )

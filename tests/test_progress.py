@@ -137,6 +137,27 @@ def test_data_preparation_in_a_pipe_is_reported_seldom_and_at_its_end():
     assert last == "preparing data: 4.00GB of 4.00GB (100%)"
 
 
+def test_the_end_of_data_preparation_is_told_once():
+    """What was read last is still being tokenized while no more is read."""
+    out = io.StringIO()
+    progress = Progress(stream=out)
+    for done in (10, 99, 100, 100, 100):
+        progress.data_build(done, 100)
+    assert out.getvalue().splitlines() == [
+        "preparing data: 10B of 100B (10%)",
+        "preparing data: 100B of 100B (100%)",
+    ]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_data_of_unknown_size_is_told_in_one_line_without_numbers(terminal, is_terminal):
+    out = terminal if is_terminal else io.StringIO()
+    progress = Progress(stream=out)
+    for _ in range(5):
+        progress.data_build(0, 0)
+    assert out.getvalue() == "preparing data\n"
+
+
 def test_data_preparation_in_a_terminal_gives_way_to_training(terminal):
     progress = Progress(2000, stream=terminal)
     progress.data_build(1_000_000, 4_000_000)

@@ -11,13 +11,20 @@ import pytest
 from minimind.config import PretrainConfig
 from minimind.resume import CHANGED, FREE, REFUSED, changed_group_values, differences
 
-WORKED_OUT = {"tokenizer_fingerprint", "data_fingerprint"}
+WORKED_OUT = {"tokenizer_fingerprint", "data_fingerprint", "data_mixture"}
 
 
 def settings(**changes: Any) -> dict[str, Any]:
     config = dataclasses.asdict(PretrainConfig())
     return (
-        config | {"global_batch_size": 64, "tokenizer_fingerprint": "t1", "data_fingerprint": "d1"} | changes
+        config
+        | {
+            "global_batch_size": 64,
+            "tokenizer_fingerprint": "t1",
+            "data_fingerprint": "d1",
+            "data_mixture": "none",
+        }
+        | changes
     )
 
 
@@ -53,9 +60,7 @@ def test_refused_options_name_old_new_and_the_way_out(key: str) -> None:
     (line,) = refused
     assert "8 → 16" in line
     assert "{" not in line
-    flag = (
-        "--data" if key == "data_fingerprint" else "--" + key.removesuffix("_fingerprint").replace("_", "-")
-    )
+    flag = "--data" if key.startswith("data_") else "--" + key.removesuffix("_fingerprint").replace("_", "-")
     assert flag in line.partition(": ")[2]
 
 

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
 import warnings
@@ -47,12 +48,16 @@ def embedded_documents() -> Iterator[str]:
 
 
 def embedded_fingerprint() -> str:
-    """Return a hash (hex) that changes when the documents do, from the sources they are taken from."""
+    """Return a hash (hex) that changes when the documents may, from the sources they are taken from.
+
+    Files are told by path, size and time, not read: that would cost every start of a run half a second.
+    """
     digest = hashlib.sha256(f"{_REVISION} {sys.version_info[:3]}".encode())
     for name, text in _topics():
         digest.update(f"\0{name}\0{text}".encode())
-    for name, file in _library():
-        digest.update(f"\0{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for _, file in _library():
+        status = file.stat()
+        digest.update(f"\0{file}\0{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -66,14 +71,23 @@ def _topics() -> list[tuple[str, str]]:
 
 def _library() -> list[tuple[str, Path]]:
     """Return the dotted names and files of the library's modules, sorted by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = sysconfig.get_paths()["stdlib"]
     found = []
-    for file in root.rglob("*.py"):
-        parts = file.relative_to(root).with_suffix("").parts
-        # A folder whose name is not that of a package, such as config-3.12, holds build files.
-        if _SKIPPED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
-            found.append((".".join(part for part in parts if part != "__init__"), file))
+    for folder, folders, files in os.walk(root):
+        # What is passed over is not even walked: installed packages may be a hundred times the library.
+        folders[:] = filter(_is_read, folders)
+        above = Path(folder).relative_to(root).parts
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".py" and _is_read(stem):
+                parts = above if stem == "__init__" else (*above, stem)
+                found.append((".".join(parts), Path(folder, name)))
     return sorted(found)
+
+
+def _is_read(name: str) -> bool:
+    # A folder whose name is not that of a package, such as config-3.12, holds build files.
+    return name not in _SKIPPED and name.isidentifier()
 
 
 def _documents(module: str, file: Path) -> Iterator[list[tuple[str, str]]]:

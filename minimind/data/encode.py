@@ -64,11 +64,13 @@ class Assignment:
         source: the documents.
         split: `train` or `validation`.
         held_out: share of a training source's documents, chosen by content, that goes to validation.
+        part: the entry of --data that the source belongs to; the entries come in order.
     """
 
     source: DocumentSource
     split: str
     held_out: float = 0.0
+    part: int = 0
 
 
 @dataclass
@@ -103,6 +105,7 @@ class _Batch:
     hashes: NDArray[np.uint64]
     text_bytes: NDArray[np.int64]
     done_bytes: int
+    part: int
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def encode(
             _count(encoded, batch, ids, validation)
             for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
                 kept = ids.tokens if chosen.all() else ids.tokens[np.repeat(chosen, ids.lengths)]
-                writers[split].append(kept, ids.lengths[chosen])
+                writers[split].append(kept, ids.lengths[chosen], batch.part)
                 hashes[split].write(batch.hashes[chosen].data)
                 contents[split].update(batch.hashes[chosen].data)
                 if split == "train":
@@ -175,7 +178,7 @@ def encode(
 
 
 def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iterator[_Batch]:
-    """Yield documents of all sources in batches of about half a megabyte."""
+    """Yield documents of all sources in batches of about half a megabyte, of one entry each."""
     texts: list[str] = []
     columns: tuple[list[int], list[int], list[int]] = ([], [], [])
     size = 0
@@ -189,9 +192,15 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
             np.array(hashes, np.uint64),
             np.array(text_bytes, np.int64),
             done,
+            part,
         )
 
+    part = 0
     for number, assignment in enumerate(assignments):
+        if texts and assignment.part != part:
+            yield batch()
+            texts, columns, size = [], ([], [], []), 0
+        part = assignment.part
         for text in assignment.source.documents(readings[number]):
             data = text.encode()
             texts.append(text)

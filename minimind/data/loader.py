@@ -5,7 +5,7 @@ B rows of a micro-batch, T inputs in a row.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..batch_plan import BatchPlan
+from .mixture import MixedOrder
 from .packing import IGNORED, Piece
 from .prefetch import prefetch
 from .sampler import RowOrder
@@ -75,7 +76,8 @@ class Loader:
         rows_per_epoch: rows in a pass.
         steps_per_epoch: optimizer steps in a pass; the last may be short.
         tokens_per_epoch: real input tokens in a pass. Packed: all tokens but the last of the stream. Padded:
-            of each document all tokens but the last, at most T.
+            of each document all tokens but the last, at most T. With weights: full rows, or what the
+            documents of so many rows hold on average.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Loader:
         pad_token_id: int = 0,
         shuffle: bool = True,
         trim: bool = False,
+        weights: Sequence[float] = (),
     ) -> None:
         """Work out the sizes of a pass; nothing is read yet.
 
@@ -106,17 +109,23 @@ class Loader:
             shuffle: without it every pass has the order of the shards.
             trim: cut off columns that are padding in all rows of a step. Less to compute, but shapes change,
                 which compiled code would pay for.
+            weights: share of the tokens that each part of the shards gives, 1 in all; without them every
+                pass reads all documents once.
         """
         self._shards, self._seq_len, self._packing, self._plan = shards, seq_len, packing, plan
         self._process_index, self._pad_token_id = process_index, pad_token_id
         self._trim = trim and not packing
         self._device = torch.device(device)
-        self._order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+        self._order: RowOrder | MixedOrder
+        if weights:
+            self._order = MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed)
+        else:
+            self._order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.rows_per_epoch = self._order.num_rows
         self.steps_per_epoch = -(-self.rows_per_epoch // plan.global_batch_size)
         if packing:
-            self.tokens_per_epoch = shards.num_tokens - 1
+            self.tokens_per_epoch = self.rows_per_epoch * seq_len if weights else shards.num_tokens - 1
         else:
             lengths, counts = shards.length_counts
             self.tokens_per_epoch = int((lengths - 1).clip(max=seq_len) @ counts)

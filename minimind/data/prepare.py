@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from typing import Any
 from ..config import PretrainConfig
 from ..errors import DataError
 from .cache import open_or_build
+from .document_index import read_length_counts
 from .encode import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
-from .report import Amount, DataReport, SourceReport, SplitReport, length_quantiles, row_costs
-from .shards import SplitIndex, TokenShards, read_length_counts
+from .entries import Entry, read_entries
+from .mixture import passes_per_epoch
+from .report import Amount, DataReport, MixtureReport, SourceReport, SplitReport, length_quantiles, row_costs
+from .shards import SplitIndex, TokenShards
 from .sources import Reading, TextFile, find_files, identify
 
 # Part of every fingerprint: a change of what encoding writes makes older caches unused.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class PreparedData:
         fingerprint: tells these documents, their order and the tokenizer from any others; the same wherever
             the text lies and whenever it was written, so that a run can go on after its files were moved.
         built: the text was tokenized just now rather than found in the cache.
+        weights: share of the training tokens that each entry of --data gives, 1 in all; empty where every
+            document is read once in a pass.
     """
 
     train: TokenShards
@@ -42,6 +47,15 @@ class PreparedData:
     report: DataReport
     fingerprint: str
     built: bool
+    weights: tuple[float, ...] = ()
+
+    @property
+    def mixture(self) -> str:
+        """The weights and the documents that they apply to, as one text; `none` without weights.
+
+        Together with `fingerprint` it tells the order of the rows from any other.
+        """
+        return mixture_text(self.weights, [part.num_documents for part in self.train.parts])
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,8 @@ def prepare_data(
         DataError: for text that is missing, cannot be read or is too little, and for a cache folder that
             cannot be written.
     """
-    named, identities = _sources(config)
+    entries = read_entries(config.data)
+    named, identities = _sources(config, entries)
     settings = {
         "format": _FORMAT,
         "sources": identities,
@@ -116,11 +131,51 @@ def prepare_data(
             f"{_wanted(config)} holds {train.num_tokens} tokens for training, not enough for one row of "
             f"--max-seq-len {config.max_seq_len}; add text or lower --max-seq-len."
         )
+    weights = tuple(entry.weight for entry in entries if entry.weight is not None)
     packed, padded = row_costs(train.length_counts, config.max_seq_len)
     report = dataclasses.replace(
-        DataReport.from_dict(manifest["report"]), seq_len=config.max_seq_len, packed=packed, padded=padded
+        DataReport.from_dict(manifest["report"]),
+        seq_len=config.max_seq_len,
+        packed=packed,
+        padded=padded,
+        mixture=_mixture(config, entries, train) if weights else (),
     )
-    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), built)
+    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), built, weights)
+
+
+def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
+    """Return weights and the number of documents that each applies to, such as `70% of 120 documents`."""
+    parts = (
+        f"{weight * 100:.10g}% of {number} documents"
+        for weight, number in zip(weights, documents, strict=False)
+    )
+    return ", ".join(parts) or "none"
+
+
+def _mixture(
+    config: PretrainConfig, entries: Sequence[Entry], train: TokenShards
+) -> tuple[MixtureReport, ...]:
+    """Return what the weights mean.
+
+    Raises:
+        DataError: where an entry with a weight has no training text.
+    """
+    mixed = []
+    for number, entry in enumerate(entries):
+        part = train.parts[number] if number < len(train.parts) else None
+        if part is None or not part.num_documents:
+            raise DataError(
+                f"--data {entry.pattern} has a weight but holds no text for training; leave it out, add text "
+                "or lower --val-fraction."
+            )
+        mixed.append(part)
+    assert len(mixed) == len(train.parts)
+    weights = [entry.weight or 0.0 for entry in entries]
+    passes = passes_per_epoch(mixed, weights, seq_len=config.max_seq_len, packing=config.packing)
+    return tuple(
+        MixtureReport(entry.pattern, weight, part.num_tokens, number)
+        for entry, weight, part, number in zip(entries, weights, mixed, passes, strict=True)
+    )
 
 
 def default_cache_dir() -> Path:
@@ -129,7 +184,9 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "minimind"
 
 
-def _sources(config: PretrainConfig) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
+def _sources(
+    config: PretrainConfig, entries: Sequence[Entry]
+) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named sources of a run, and what tells whether one of them has changed."""
     if not config.data:
         from .embedded import embedded_fingerprint
@@ -138,14 +195,19 @@ def _sources(config: PretrainConfig) -> tuple[list[tuple[str, Assignment]], list
         return [("embedded text", assignment)], [{"embedded": embedded_fingerprint()}]
     held_out = 0.0 if config.val_data else config.val_fraction
     named, identities = [], []
-    for patterns, option, split, share in (
-        (config.data, "--data", "train", held_out),
-        (config.val_data, "--val-data", "validation", 0.0),
-    ):
-        for path in find_files(patterns, option):
-            source = TextFile(path, option, config.text_key, config.bad_lines)
-            named.append((str(path), Assignment(source, split, share)))
-            identities.append({"split": split, **identify(path, option)})
+    wanted = [
+        (path, "--data", "train", held_out, part)
+        for part, entry in enumerate(entries)
+        for path in entry.files
+    ]
+    wanted += [
+        (path, "--val-data", "validation", 0.0, 0) for path in find_files(config.val_data, "--val-data")
+    ]
+    for path, option, split, share, part in wanted:
+        source = TextFile(path, option, config.text_key, config.bad_lines)
+        named.append((str(path), Assignment(source, split, share, part)))
+        # The cache tells which documents came from which entry, but not the entries' weights.
+        identities.append({"split": split, "entry": part, **identify(path, option)})
     return named, identities
 
 

@@ -89,6 +89,26 @@ class RowCost:
 
 
 @dataclass(frozen=True)
+class MixtureReport:
+    """What one entry of --data with a weight gives.
+
+    Attributes:
+        name: the entry, without its weight.
+        weight: its share of the training tokens, of 1.
+        tokens: the training tokens it holds.
+        passes: how many times an epoch reads all of them; below 1 where an epoch reads a part.
+    """
+
+    name: str
+    weight: float
+    tokens: int
+    passes: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.weight:.1%} of the tokens; an epoch is {self.passes:.3g} epochs of it"
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Everything known about the text of a run.
 
@@ -103,6 +123,7 @@ class DataReport:
         packed: cost of packed rows.
         padded: cost of one document a row.
         notes: what the user should know besides, in sentences.
+        mixture: one entry for each --data where they have weights, in order.
     """
 
     sources: tuple[SourceReport, ...]
@@ -115,6 +136,7 @@ class DataReport:
     packed: RowCost
     padded: RowCost
     notes: tuple[str, ...] = ()
+    mixture: tuple[MixtureReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as values that JSON holds."""
@@ -139,6 +161,7 @@ class DataReport:
                 "packed": RowCost(**values["packed"]),
                 "padded": RowCost(**values["padded"]),
                 "notes": tuple(values["notes"]),
+                "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
             }
         )
 
@@ -147,6 +170,7 @@ class DataReport:
         lines = [f"training    {self.train.amount}"]
         if self.validation is not None:
             lines.append(f"validation  {self.validation.amount}")
+        lines += [f"mixture     {entry}" for entry in self.mixture]
         lines.append(f"lengths     {_quantile_text(self.train.lengths)} tokens a document")
         lines.append(
             f"rows        of {self.seq_len}: packed {self.packed.truncated:.1%} of the text lost, "

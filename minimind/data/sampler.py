@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from .shards import TokenShards
 
-BLOCK_TOKENS = 1 << 18
 WINDOW_BLOCKS = 64
 
 _BLOCKS, _DOCUMENTS, _ROWS = range(3)
@@ -59,10 +58,9 @@ class RowOrder:
         packing: bool,
         seed: int,
         shuffle: bool = True,
-        block_tokens: int = BLOCK_TOKENS,
         window_blocks: int = WINDOW_BLOCKS,
     ) -> None:
-        """Find the blocks.
+        """Look up the blocks; nothing that grows with the documents is read.
 
         Args:
             shards: the documents.
@@ -70,17 +68,14 @@ class RowOrder:
             packing: rows are cut from the stream; else each document is a row.
             seed: of all permutations.
             shuffle: without it the order is that of the shards.
-            block_tokens: a block ends with the document that reaches a multiple of this.
             window_blocks: blocks in a window.
         """
-        self._offsets = shards.offsets
         self._seq_len, self._packing = seq_len, packing
         self._seed, self._shuffle = seed % 2**64, shuffle
         self._window_blocks = window_blocks
-        marks = np.arange(0, shards.num_tokens, block_tokens)
-        bounds = np.unique(np.searchsorted(self._offsets[:-1], marks))
-        # (blocks + 1,) the first document of each block.
-        self._bounds = np.append(bounds, shards.num_documents)
+        # (blocks + 1,) the first document of each block, and where it begins: in tokens, or in documents.
+        self._bounds = shards.blocks[:, 0]
+        self._begins = shards.blocks[:, 1] if packing else self._bounds
         if packing:
             # The last token of the stream is only ever a target.
             self.num_rows = -(-(shards.num_tokens - 1) // seq_len)
@@ -90,8 +85,7 @@ class RowOrder:
     def windows(self, epoch: int, row: int = 0) -> Iterator[Window]:
         """Yield the windows of a pass, in order, from the one that holds `row` on."""
         blocks = self._permutation(epoch, _BLOCKS, 0, len(self._bounds) - 1)
-        ends = self._offsets[self._bounds] if self._packing else self._bounds
-        sizes = np.diff(ends)[blocks]
+        sizes = np.diff(self._begins)[blocks]
         # (blocks + 1,) where each block of the pass begins in the stream: in tokens, or in documents.
         begins = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
         heads = begins[:: self._window_blocks]
@@ -131,13 +125,17 @@ class RowOrder:
         return first + self._permutation(epoch, _DOCUMENTS, block, end - first)
 
     def _permutation(self, epoch: int, what: int, which: int, size: int) -> NDArray[np.int64]:
-        """Return a permutation that depends on (seed, epoch, what, which) alone.
-
-        Philox's raw output and a stable sort are fixed for ever, where `Generator.permutation` may change
-        with the version of numpy.
-        """
         if not self._shuffle:
             return np.arange(size, dtype=np.int64)
-        counter = np.array([0, 0, which, what], np.uint64)
-        philox = np.random.Philox(key=np.array([self._seed, epoch], np.uint64), counter=counter)
-        return np.argsort(philox.random_raw(size), kind="stable").astype(np.int64, copy=False)
+        return permutation(self._seed, epoch, (0, which, what), size)
+
+
+def permutation(seed: int, number: int, stream: tuple[int, int, int], size: int) -> NDArray[np.int64]:
+    """Return a permutation that depends on the seed, a number such as the pass, and the stream alone.
+
+    Philox's raw output and a stable sort are fixed for ever, where `Generator.permutation` may change with
+    the version of numpy.
+    """
+    key = np.array([seed, number], np.uint64)
+    philox = np.random.Philox(key=key, counter=np.array([0, *stream], np.uint64))
+    return np.argsort(philox.random_raw(size), kind="stable").astype(np.int64, copy=False)

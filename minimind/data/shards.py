@@ -1,15 +1,13 @@
 """Tokens on disk: memory-mapped shards of documents laid end to end, and where each document begins.
 
 A split `train` is the files `train-00000.bin`, `train-00001.bin`, … (tokens, uint16 or uint32, a document
-never crosses files), `train.offsets` (int64, one more than there are documents) and `train.lengths`
-(int64, (2, L): each length that occurs and how often).
+never crosses files) and the index of its documents; see `document_index`.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .document_index import BLOCK_TOKENS, IndexWriter, read_blocks, read_length_counts, read_parts
 
 SHARD_TOKENS = 1 << 28
 _GATHER_TOKENS = 1 << 18
@@ -57,24 +57,22 @@ class ShardWriter:
         split: `train` or `validation`.
         dtype: type of a token.
         shard_tokens: a new file begins when one has reached this many tokens.
+        block_tokens: size of a block; see `document_index`.
     """
 
     folder: Path
     split: str
     dtype: np.dtype[Any]
     shard_tokens: int = SHARD_TOKENS
+    block_tokens: int = BLOCK_TOKENS
     _written: list[int] = field(default_factory=list, init=False)
-    _documents: int = field(default=0, init=False)
-    _end: int = field(default=0, init=False)
-    _lengths: Counter[int] = field(default_factory=Counter, init=False)
     _tokens_file: BinaryIO | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._offsets_file = (self.folder / f"{self.split}.offsets").open("wb")
-        self._offsets_file.write(np.zeros(1, np.int64).tobytes())
+        self._index = IndexWriter(self.folder, self.split, self.block_tokens)
 
-    def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
-        """Add documents: `tokens` end to end, `lengths` of each."""
+    def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64], part: int = 0) -> None:
+        """Add documents: `tokens` end to end, `lengths` of each, which entry of --data they belong to."""
         if not len(lengths):
             return
         if self._tokens_file is None or self._written[-1] >= self.shard_tokens:
@@ -84,28 +82,19 @@ class ShardWriter:
             self._written.append(0)
         self._tokens_file.write(tokens.astype(self.dtype, copy=False).data)
         self._written[-1] += len(tokens)
-        ends = self._end + np.cumsum(lengths, dtype=np.int64)
-        self._offsets_file.write(ends.data)
-        self._end = int(ends[-1])
-        self._documents += len(lengths)
-        values, counts = np.unique(lengths, return_counts=True)
-        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-            self._lengths[value] += count
+        self._index.append(lengths, part)
 
     def close(self) -> SplitIndex:
         """Bring everything to the disk and return the index."""
-        with (self.folder / f"{self.split}.lengths").open("wb") as file:
-            pairs = np.array(sorted(self._lengths.items()), np.int64).reshape(-1, 2)
-            file.write(np.ascontiguousarray(pairs.T).data)
         self._finish(self._tokens_file)
-        self._finish(self._offsets_file)
-        return SplitIndex(self.dtype.name, tuple(self._written), self._documents)
+        self._index.close()
+        return SplitIndex(self.dtype.name, tuple(self._written), self._index.num_documents)
 
     def abandon(self) -> None:
         """Close the files of a build that failed."""
-        for file in (self._tokens_file, self._offsets_file):
-            if file is not None:
-                file.close()
+        if self._tokens_file is not None:
+            self._tokens_file.close()
+        self._index.abandon()
 
     @staticmethod
     def _finish(file: BinaryIO | None) -> None:
@@ -121,7 +110,9 @@ class TokenShards:
     Attributes:
         num_documents: documents in the split.
         num_tokens: tokens, with those that begin and end documents.
-        offsets: (documents + 1,) int64, where each document begins.
+        offsets: (documents + 1,) int64, where each document begins; mapped, so read only where it is used.
+        blocks: (blocks + 1, 2) int64, the first document of each block and where it begins.
+        parts: what each entry of --data gave.
         length_counts: (2, L) int64, each document length that occurs and how often, ascending.
         fingerprint: tells this text, tokenizer and split from any other.
     """
@@ -137,6 +128,8 @@ class TokenShards:
             self._map(folder / _shard_name(split, i), self._dtype) for i in range(len(index.shard_tokens))
         ]
         self.offsets: NDArray[np.int64] = self._map(folder / f"{split}.offsets", np.dtype(np.int64))
+        self.blocks = read_blocks(folder, split)
+        self.parts = read_parts(folder, split)
         self.length_counts = read_length_counts(folder, split)
 
     def _map(self, path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -204,11 +197,6 @@ def _copy_spans(
     # Short spans: one gather by index costs less than a Python step for each.
     within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     target[within + np.repeat(target_starts, lengths)] = source[within + np.repeat(source_starts, lengths)]
-
-
-def read_length_counts(folder: Path, split: str) -> NDArray[np.int64]:
-    """Return (2, L): the document lengths of a split, ascending, and how often each occurs."""
-    return np.fromfile(folder / f"{split}.lengths", np.int64).reshape(2, -1)
 
 
 def _shard_name(split: str, number: int) -> str:

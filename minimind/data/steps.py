@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch_plan import BatchPlan
+from .mixture import MixedOrder
 from .packing import PackedRows, PaddedRows, Piece, Rows, WindowRows
 from .sampler import RowOrder, Window
 from .shards import TokenShards
@@ -49,7 +50,7 @@ class _OpenWindow:
 
 def step_rows(
     shards: TokenShards,
-    order: RowOrder,
+    order: RowOrder | MixedOrder,
     *,
     seq_len: int,
     packing: bool,
@@ -95,7 +96,7 @@ def step_rows(
 
 def step_pieces(
     shards: TokenShards,
-    order: RowOrder,
+    order: RowOrder | MixedOrder,
     *,
     seq_len: int,
     packing: bool,

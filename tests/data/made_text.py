@@ -38,13 +38,22 @@ class ByteTokenizer:
         return (np.arange(self.vocab_size) >= 3).astype(np.float32)
 
 
-def write_shards(folder: Path, lengths: Sequence[int], shard_tokens: int = 1 << 28) -> TokenShards:
-    """Write documents of these lengths whose tokens are all different: 0, 1, 2, …"""
+def write_shards(
+    folder: Path,
+    lengths: Sequence[int],
+    shard_tokens: int = 1 << 28,
+    block_tokens: int = 32,
+    parts: Sequence[int] = (),
+) -> TokenShards:
+    """Write documents of these lengths whose tokens are all different: 0, 1, 2, …
+
+    `parts` tells which entry of --data each document belongs to, all to the first where it is empty.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, "train", token_dtype(1 << 20), shard_tokens)
+    writer = ShardWriter(folder, "train", token_dtype(1 << 20), shard_tokens, block_tokens)
     start = 0
-    for length in lengths:
-        writer.append(np.arange(start, start + length), np.array([length], np.int64))
+    for length, part in zip(lengths, parts or [0] * len(lengths), strict=True):
+        writer.append(np.arange(start, start + length), np.array([length], np.int64), part)
         start += length
     return TokenShards(folder, "train", writer.close(), "f")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -115,12 +116,26 @@ def test_without_a_library_or_a_reference_there_is_what_is_left(tmp_path, monkey
     assert embedded_fingerprint() == embedded_fingerprint()
 
 
-def test_fingerprint_changes_with_the_sources(library):
+def test_fingerprint_changes_with_the_sources(library, tmp_path):
     library("a.py", f'"""{prose("one")}"""')
     before = embedded_fingerprint()
     assert embedded_fingerprint() == before
-    library("a.py", f'"""{prose("two")}"""')
+    library("a.py", f'"""{prose("another")}"""')
     assert embedded_fingerprint() != before
     changed = embedded_fingerprint()
     library("b.py", "")
     assert embedded_fingerprint() != changed
+    changed = embedded_fingerprint()
+    os.utime(tmp_path / "b.py", (0, 0))
+    assert embedded_fingerprint() != changed
+
+
+def test_the_fingerprint_reads_no_file_and_walks_no_installed_packages(library, tmp_path, monkeypatch):
+    library("a.py", f'"""{prose("one")}"""')
+    library("site-packages/pkg/deep/b.py", "")
+    walked = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: walked.append(str(folder)) or scan(folder))
+    monkeypatch.setattr(Path, "open", None)
+    embedded_fingerprint()
+    assert walked == [str(tmp_path)]

@@ -24,7 +24,7 @@ plans = st.builds(BatchPlan, st.integers(1, 4), st.integers(1, 3), st.integers(1
 def steps_of(
     shards, *, seq_len, plan, process=0, packing=True, epoch=0, row=0, shuffle=True, seed=7, small=True
 ):
-    sizes = {"block_tokens": 32, "window_blocks": 3} if small else {}
+    sizes = {"window_blocks": 3} if small else {}
     order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle, **sizes)
     return list(
         step_rows(
@@ -167,7 +167,7 @@ def test_passes_and_seeds_have_different_orders(make_shards, packing):
 def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
     lengths = np.random.default_rng(1).integers(2, 4000, 3000)
     lengths[17] = 700_000  # Longer than two blocks.
-    shards = make_shards(lengths.tolist(), shard_tokens=1 << 20)
+    shards = make_shards(lengths.tolist(), shard_tokens=1 << 20, block_tokens=1 << 18)
     seen = np.zeros(shards.num_tokens, np.int64)
     order = RowOrder(shards, seq_len=128, packing=True, seed=1, window_blocks=4)
     steps = step_rows(
@@ -190,8 +190,8 @@ def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
 
 
 def test_finding_a_row_touches_only_its_window(make_shards, monkeypatch):
-    shards = make_shards([20] * 500)
-    order = RowOrder(shards, seq_len=16, packing=True, seed=1, block_tokens=64, window_blocks=4)
+    shards = make_shards([20] * 500, block_tokens=64)
+    order = RowOrder(shards, seq_len=16, packing=True, seed=1, window_blocks=4)
     sorted_keys = []
     permutation = RowOrder._permutation
     monkeypatch.setattr(
