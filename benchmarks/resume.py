@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def first_step(folder: Path, options: argparse.Namespace, run: str, *words: str) -> tuple[float, float]:
-    """Return the seconds from the launch of a run to its first new step, by the clock and of processor time."""
+    """Return the seconds from a launch to the first new step, by the clock and of processor time."""
     out = folder / run
     command = [
         *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset),
