@@ -23,12 +23,14 @@ from .delivery import deliver_model, write_sample
 from .environment import describe_environment
 from .errors import CheckpointError
 from .evaluation import evaluate
-from .launch import close_accelerator, is_main_process, start_accelerator, wants_compile
+from .launch import check_launch, check_prepared, close_accelerator, start_accelerator, wants_compile
+from .launch_environment import is_main_process, restarts
 from .metrics_file import last_step_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
 from .progress import Progress
+from .ranks import facts_of, failures_named, refuse_differences, weights_fingerprint
 from .resume import changed_group_values, differences
 from .run_folder import RunFolder
 from .schedule import learning_rates
@@ -60,10 +62,13 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         stop = closing.enter_context(StopRequest(limit, started=started))
         progress = Progress(enabled=is_main_process())
         closing.callback(progress.close)
+        if (remark := check_launch(config)) is not None:
+            progress.note(remark)
+        config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
         if is_main_process():
-            folder.claim(resume=config.resume is not None)
+            folder.claim(resume=config.resume is not None or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         data = prepare_data(config, tokenizer, progress.data_build)
         if data.built:
@@ -71,9 +76,12 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
+        closing.enter_context(failures_named(accelerator))
+        fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
+        refuse_differences(accelerator, facts_of(config, fingerprints))
         plan = plan_batches(config, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
-        model, optimizer, compiled = _prepare_model(config, shape, accelerator)
+        model, optimizer, compiled = _prepare_model(config, shape, plan, accelerator)
         loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
 
         store = CheckpointStore(
@@ -156,8 +164,17 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         return result
 
 
+def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress) -> PretrainConfig:
+    """Return the options of a run that the launcher started anew: it goes on where it was saved last."""
+    # A checkpoint named by --resume counts until there are newer ones.
+    if not restarts() or (config.resume is not None and not folder.checkpoints.exists()):
+        return config
+    progress.note(f"restart {restarts()} by the launcher: going on as with --resume.")
+    return dataclasses.replace(config, resume="auto")
+
+
 def _prepare_model(
-    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator
+    config: PretrainConfig, shape: MiniMindConfig, plan: BatchPlan, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""
     model = make_model(config, shape)
@@ -166,7 +183,14 @@ def _prepare_model(
         # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
         model.compile_for_training("whole" if accelerator.num_processes == 1 else "blocks")
     optimizer = build_optimizer(model, config, accelerator.device)
+    refuse_differences(accelerator, {"starting weights": weights_fingerprint(model)})
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    check_prepared(
+        accelerator,
+        prepared_model,
+        tied=shape.tie_word_embeddings,
+        accumulation_steps=plan.accumulation_steps,
+    )
     return prepared_model, prepared_optimizer, compiled
 
 

@@ -58,7 +58,16 @@ FREE: frozenset[str] = frozenset(
         *("data", "val_fraction", "tokenizer", "text_key", "cache_dir", "bad_lines", "from_weight"),
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
         *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
-        *("on_save_error", "max_time", "output_dir", "resume", "tracker", "project", "run_name"),
+        *(
+            "on_save_error",
+            "max_time",
+            "dist_timeout",
+            "output_dir",
+            "resume",
+            "tracker",
+            "project",
+            "run_name",
+        ),
     }
 )
 
