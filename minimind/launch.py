@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -118,20 +120,31 @@ def wants_compile(config: PretrainConfig, accelerator: Accelerator) -> bool:
     return launcher_wants or accelerator.device.type == "cuda"
 
 
-def check_prepared(
-    accelerator: Accelerator, model: nn.Module, *, tied: bool, accumulation_steps: int
-) -> None:
-    """Check that Accelerate made of a model what was asked for.
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    tied: bool,
+    accumulation_steps: int,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Have Accelerate wrap model and optimizer, and check that it made of them what was asked for.
 
     Args:
-        accelerator: the one that prepared it.
-        model: as it came from `prepare`.
-        tied: embedding and output were one parameter before.
+        accelerator: of this run.
+        model: bare; every process has the same weights.
+        optimizer: over its parameters.
+        tied: embedding and output are one parameter.
         accumulation_steps: micro-batches in a step.
 
     Raises:
-        ConfigError: when it is wrapped otherwise than the launch said, or was untied.
+        ConfigError: when the model is wrapped otherwise than the launch said, or was untied.
     """
+    accelerator.gradient_accumulation_steps = accumulation_steps
+    with warnings.catch_warnings():
+        # Accelerate has no name yet for what DDP would rather have it called.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        model, optimizer = accelerator.prepare(model, optimizer)
     wanted: type = nn.Module
     if accelerator.is_fsdp2:
         wanted = FSDPModule
@@ -142,7 +155,7 @@ def check_prepared(
             f"Accelerate made the model a {type(model).__name__} instead of {wanted.__name__}; "
             "see what accelerate config says, or launch with --multi_gpu alone."
         )
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare: Any = model.module if isinstance(model, DistributedDataParallel) else model
     if tied and bare.get_output_embeddings().weight is not bare.get_input_embeddings().weight:
         raise ConfigError(
             "FSDP parted the embedding from the output, which were one matrix; launch with "
@@ -153,6 +166,7 @@ def check_prepared(
             f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} micro-batches instead of "
             f"{accumulation_steps}; take gradient_accumulation_steps out of its configuration."
         )
+    return model, optimizer
 
 
 def _num_devices() -> int:

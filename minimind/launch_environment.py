@@ -66,6 +66,8 @@ def launch_problems(
             f"{local} processes were launched on this machine, which has {devices}; launch as many as there "
             "are GPUs (--num_processes counts those of all machines)."
         )
+    if env.get("MASTER_PORT") == "0":
+        yield "port 0 is not one that processes can meet at; give torchrun --standalone instead of --master_port 0."
     if is_set("ACCELERATE_USE_FSDP", env):
         if env.get("FSDP_VERSION", "1") != "2":
             yield "the launcher asks for FSDP version 1; add --fsdp_version 2."

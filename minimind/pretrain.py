@@ -23,7 +23,7 @@ from .delivery import deliver_model, write_sample
 from .environment import describe_environment
 from .errors import CheckpointError
 from .evaluation import evaluate
-from .launch import check_launch, check_prepared, close_accelerator, start_accelerator, wants_compile
+from .launch import check_launch, close_accelerator, prepare, start_accelerator, wants_compile
 from .launch_environment import is_main_process, restarts
 from .metrics_file import last_step_with
 from .model_config import MiniMindConfig
@@ -80,7 +80,6 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
         refuse_differences(accelerator, facts_of(config, fingerprints))
         plan = plan_batches(config, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = plan.accumulation_steps
         model, optimizer, compiled = _prepare_model(config, shape, plan, accelerator)
         loader = _make_loader(config, data.train, plan, tokenizer, accelerator)
 
@@ -184,10 +183,10 @@ def _prepare_model(
         model.compile_for_training("whole" if accelerator.num_processes == 1 else "blocks")
     optimizer = build_optimizer(model, config, accelerator.device)
     refuse_differences(accelerator, {"starting weights": weights_fingerprint(model)})
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    check_prepared(
+    prepared_model, prepared_optimizer = prepare(
         accelerator,
-        prepared_model,
+        model,
+        optimizer,
         tied=shape.tie_word_embeddings,
         accumulation_steps=plan.accumulation_steps,
     )

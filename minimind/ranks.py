@@ -120,7 +120,7 @@ def _is_lost_touch(error: Exception) -> bool:
 
 
 def _exchange(accelerator: Accelerator, note: str, *, wait: bool) -> dict[int, str]:
-    """Leave a note and, with `wait`, return those of the others by rank; empty for one that lost touch too."""
+    """Leave a note and, with `wait`, return those of the others by rank: empty where one lost touch too."""
     found: dict[int, str] = {}
     prefix = f"minimind/{os.environ.get('TORCHELASTIC_RUN_ID')}/{restarts()}"
     others = set(range(accelerator.num_processes)) - {accelerator.process_index}
