@@ -79,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> None:
             raise
         _print_signed(traceback.format_exc())
         code = 1
-    if code == 130:
+    if code == 130 and is_main_process():
         _report(["interrupted."])
     _leave(code)
 

@@ -8,6 +8,7 @@ Each NAME is one of RUNS. What a run leaves is read from FOLDER afterwards.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -19,8 +20,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import distributed as dist
 
-import minimind.launch
-import minimind.pretrain
 from minimind.config import PretrainConfig
 
 STEPS = 20
@@ -89,27 +88,30 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("gloo")
-    minimind.pretrain.close_accelerator = stay_joined
+    # The package has a function of the same name.
+    module = importlib.import_module("minimind.pretrain")
+    module.close_accelerator = stay_joined
+    wrapped: list[str] = []
+    prepare = module.prepare
+
+    def noting(*args: Any, **options: Any) -> tuple[Any, Any]:
+        prepared = prepare(*args, **options)
+        wrapped.append(type(prepared[0]).__name__)
+        return prepared
+
+    module.prepare = noting
     for name in names:
         run = config(corpus, folder / name, dist.get_world_size(), **RUNS[name])
         if topology != "ddp":
             precision = run.mixed_precision.replace("auto", "no")
             use_fsdp2_on_cpu(precision, replicas=2 if topology == "hsdp" else 1)
-        wrapped: list[str] = []
-        prepare = minimind.launch.prepare
-        minimind.pretrain.prepare = lambda *a, wrapped=wrapped, prepare=prepare, **k: note(wrapped, prepare(*a, **k))
-        result = minimind.pretrain.pretrain(run)
+        result = module.pretrain(run)
         if dist.get_rank() == 0:
-            values = dataclasses.asdict(result) | {"model_dir": str(result.model_dir), "wrapped": wrapped}
+            values = dataclasses.asdict(result) | {"model_dir": str(result.model_dir), "wrapped": wrapped[-1]}
             (folder / f"{name}.json").write_text(json.dumps(values))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort an ordinary exit
-
-
-def note(wrapped: list[str], prepared: tuple[Any, Any]) -> tuple[Any, Any]:
-    wrapped.append(type(prepared[0]).__name__)
-    return prepared
 
 
 if __name__ == "__main__":
