@@ -34,4 +34,4 @@ class TrainingError(UserError):
 
 
 class RankError(UserError):
-    """A process of several that failed, no longer answers, or differs from the others; the message names it."""
+    """One process of several that failed, no longer answers, or differs; the message names it."""

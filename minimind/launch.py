@@ -73,8 +73,8 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankError(
             f"not all {world_size()} processes met at {where} within --dist-timeout {config.dist_timeout} "
-            f"({str(error).splitlines()[0]}); see that all machines were launched and reach that address, and "
-            "prepare large data beforehand by minimind-train tokenize."
+            f"({str(error).splitlines()[0]}); see that all machines were launched and reach that address, "
+            "and prepare large data beforehand by minimind-train tokenize."
         ) from error
     _refuse_broken_launch(accelerator)
     if accelerator.is_fsdp2:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from .config import PretrainConfig
 
 _LAUNCH = "accelerate launch --multi_gpu --num_processes {n} -m minimind_cli pretrain ..."
-# Programs that start several processes without telling torch.distributed: who, and how many each says there are.
+# Programs that start several processes without telling torch.distributed, by where they tell their number.
 _STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 # Ways to divide a model that bring little below a billion parameters.
 _DIVISIONS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
@@ -67,7 +67,7 @@ def launch_problems(
             "are GPUs (--num_processes counts those of all machines)."
         )
     if env.get("MASTER_PORT") == "0":
-        yield "port 0 is not one that processes can meet at; give torchrun --standalone instead of --master_port 0."
+        yield "processes cannot meet at port 0; give torchrun --standalone instead of --master_port 0."
     if is_set("ACCELERATE_USE_FSDP", env):
         if env.get("FSDP_VERSION", "1") != "2":
             yield "the launcher asks for FSDP version 1; add --fsdp_version 2."
@@ -106,13 +106,13 @@ def _not_told(env: Mapping[str, str], num_devices: int) -> Iterator[str]:
     if "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env:
         prefix = "ACCELERATE_USE_CPU=true " if num_devices else ""
         yield (
-            "the launcher was asked for several processes but started this one only, as it does with --cpu or "
-            f"MULTI_CPU; launch with {prefix}{_LAUNCH.format(n='N')}"
+            "the launcher was asked for several processes but started this one only, as it does with --cpu "
+            f"or MULTI_CPU; launch with {prefix}{_LAUNCH.format(n='N')}"
         )
     for name, program in _STRANGERS.items():
         if int(env.get(name) or 1) > 1:
             yield (
-                f"{program} started {env[name]} processes that do not know of each other, so each would train "
-                f"alone; let {program} start one accelerate launch on each machine (docs/distributed.md)."
+                f"{program} started {env[name]} processes that do not know of each other, so each would "
+                f"train alone; let {program} start one accelerate launch on each machine (docs/distributed.md)."
             )
             return

@@ -19,17 +19,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from minimind.config import PretrainConfig
 
 STEPS = 20
-# Options of each run, with the rows of a step over all processes: 8. The corpus ends in a short step.
+# Options of each run. A step is of 8 rows over all processes; a pass over the corpus ends in a short one.
 RUNS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"packing": False},
     "accumulated": {"batch_size": 1},
     "untied": {"tie_word_embeddings": False, "max_steps": 6},
-    "dropout-free-bf16": {"mixed_precision": "bf16", "max_steps": 6},
+    "bf16": {"mixed_precision": "bf16", "max_steps": 6},
 }
 
 
@@ -92,12 +93,28 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
     module = importlib.import_module("minimind.pretrain")
     module.close_accelerator = stay_joined
     wrapped: list[str] = []
+    exchanges: list[int] = []
     prepare = module.prepare
 
     def noting(*args: Any, **options: Any) -> tuple[Any, Any]:
         prepared = prepare(*args, **options)
         wrapped.append(type(prepared[0]).__name__)
+        exchanges.append(0)
+        if topology == "ddp":
+            prepared[0].register_comm_hook(None, counted_all_reduce)
         return prepared
+
+    def counted_all_reduce(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanges[-1] += 1
+        return allreduce_hook(None, bucket)
+
+    reduce_scatter = dist.reduce_scatter_tensor
+
+    def counted_reduce_scatter(*args: Any, **options: Any) -> Any:
+        exchanges[-1] += 1
+        return reduce_scatter(*args, **options)
+
+    dist.reduce_scatter_tensor = counted_reduce_scatter
 
     module.prepare = noting
     for name in names:
@@ -107,7 +124,8 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
             use_fsdp2_on_cpu(precision, replicas=2 if topology == "hsdp" else 1)
         result = module.pretrain(run)
         if dist.get_rank() == 0:
-            values = dataclasses.asdict(result) | {"model_dir": str(result.model_dir), "wrapped": wrapped[-1]}
+            seen = {"model_dir": str(result.model_dir), "wrapped": wrapped[-1], "exchanges": exchanges[-1]}
+            values = dataclasses.asdict(result) | seen
             (folder / f"{name}.json").write_text(json.dumps(values))
     dist.barrier()
     sys.stdout.flush()

@@ -57,7 +57,7 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         (
             {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
             0,
-            "started this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
+            "this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
         ),
         (
             {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
@@ -69,7 +69,11 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         (TWO, 1, "2 processes were launched on this machine, which has 1 GPU;"),
         ({**TWO, "MASTER_PORT": "0"}, 2, "--standalone"),
         ({**FSDP2, "FSDP_VERSION": "1"}, 2, "FSDP version 1; add --fsdp_version 2"),
-        (FSDP2, 0, "none is in use here; train with DDP instead: accelerate launch --multi_gpu --num_processes 2"),
+        (
+            FSDP2,
+            0,
+            "none is in use here; train with DDP instead: accelerate launch --multi_gpu --num_processes 2",
+        ),
         ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
         ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, 2, "^DeepSpeed is not supported.*--fsdp_version 2"),
         ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "^Megatron-LM is not supported"),
