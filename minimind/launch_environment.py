@@ -113,6 +113,6 @@ def _not_told(env: Mapping[str, str], num_devices: int) -> Iterator[str]:
         if int(env.get(name) or 1) > 1:
             yield (
                 f"{program} started {env[name]} processes that do not know of each other, so each would "
-                f"train alone; let {program} start one accelerate launch on each machine (docs/distributed.md)."
+                f"train alone; let {program} start one accelerate launch per machine (docs/distributed.md)."
             )
             return

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import several
+import torch
 from safetensors.torch import load_file
 from test_pretrain import write_corpus
 

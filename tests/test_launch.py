@@ -72,7 +72,7 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         (
             FSDP2,
             0,
-            "none is in use here; train with DDP instead: accelerate launch --multi_gpu --num_processes 2",
+            "none is in use.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
         ),
         ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
         ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, 2, "^DeepSpeed is not supported.*--fsdp_version 2"),
