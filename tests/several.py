@@ -65,17 +65,17 @@ def use_fsdp2_on_cpu(precision: str, *, replicas: int) -> None:
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    mesh = None
-    if replicas > 1:
-        shards = dist.get_world_size() // replicas
-        mesh = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
-    Accelerator(mixed_precision=precision, parallelism_config=mesh)
+    Accelerator(mixed_precision=precision)
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     # Settled by minimind.launch as on GPUs; loading as the launcher does by default.
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_ram_efficient_loading=True
     )
+    if replicas > 1:
+        shards = dist.get_world_size() // replicas
+        mesh = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
+        AcceleratorState._shared_state["parallelism_config"] = mesh
 
 
 def stay_joined(accelerator: Accelerator) -> None:

@@ -204,7 +204,8 @@ def test_the_runs_compared_have_short_steps_and_learn(alone: Path) -> None:
 SINGLE_NODE = "compute_environment: LOCAL_MACHINE\nnum_machines: 1\nmachine_rank: 0\nnum_processes: 2\n"
 # As `accelerate config` writes them.
 CONFIGURATIONS = {
-    "MULTI_GPU": SINGLE_NODE + "distributed_type: MULTI_GPU\nuse_cpu: false\ngpu_ids: all\nmixed_precision: 'no'\n",
+    "MULTI_GPU": SINGLE_NODE
+    + "distributed_type: MULTI_GPU\nuse_cpu: false\ngpu_ids: all\nmixed_precision: 'no'\n",
     "MULTI_CPU": SINGLE_NODE + "distributed_type: MULTI_CPU\nuse_cpu: true\nmixed_precision: 'no'\n",
     "FSDP2": SINGLE_NODE
     + "distributed_type: FSDP\nuse_cpu: false\nmixed_precision: bf16\nfsdp_config:\n  fsdp_version: 2\n"
@@ -278,7 +279,9 @@ def test_a_launch_that_would_go_wrong_is_refused_before_any_work(
 
 def torchrun(code: str, corpus: Path, out: Path, *more: object, restarts: int = 0) -> list[object]:
     """Return a launch of two processes that run some Python before the command line."""
-    script = f"import os, sys; rank = int(os.environ['RANK'])\n{code}\nfrom minimind_cli.app import main; main()"
+    script = (
+        f"import os, sys; rank = int(os.environ['RANK'])\n{code}\nfrom minimind_cli.app import main; main()"
+    )
     launcher = (*TORCHRUN, "--nproc_per_node", 2, "--max_restarts", restarts, "--no-python", sys.executable)
     return [*launcher, "-c", script, *command(corpus, out, *more)]
 
@@ -287,7 +290,9 @@ def test_processes_that_are_not_alike_are_named_with_both_values(corpus: Path, t
     code = "sys.argv += ['--learning-rate', str((rank + 1) / 1000)]"
     done, text = launch(torchrun(code, corpus, tmp_path / "out", *FEW_STEPS), tmp_path)
     assert done != 0
-    assert "error: the processes are not alike: rank 1 has --learning-rate 0.002 where rank 0 has 0.001." in text
+    assert (
+        "error: the processes are not alike: rank 1 has --learning-rate 0.002 where rank 0 has 0.001." in text
+    )
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -303,7 +308,9 @@ minimind.train.forward_loss = fail"""
     done, text = launch(torchrun(code, corpus, tmp_path / "out"), tmp_path)
     assert done != 0
     assert "rank 1: ValueError: a fault in the fourth step" in text
-    assert "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 went on no further." in text
+    assert (
+        "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 went on no further." in text
+    )
 
 
 def test_a_process_that_hangs_ends_the_others_in_time_and_is_named(corpus: Path, tmp_path: Path) -> None:
