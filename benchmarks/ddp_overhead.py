@@ -34,7 +34,7 @@ from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim import build_optimizer
 from minimind.stopping import StopRequest
-from minimind.train import Run, TrainState, train_step
+from minimind.train import TrainState, train_step
 
 WARM_UP = 3
 
@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        return train(options)
+        train(options)
+        return
     plain = [sys.executable, __file__]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     if options.one_process:

@@ -58,7 +58,7 @@ def launched(words: Sequence[object], tmp: Path, **env: str) -> Iterator[subproc
         for pid in [*children(process.pid), process.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        print(process.communicate()[0])  # shown where a test fails
 
 
 def launch(words: Sequence[object], tmp: Path, **env: str) -> tuple[int, str]:
@@ -194,7 +194,7 @@ def test_the_runs_compared_have_short_steps_and_learn(alone: Path) -> None:
         steps = [row for row in rows(alone / name) if "loss" in row]
         assert steps[-1]["epoch"] > 1
         tokens = [later["tokens"] - row["tokens"] for row, later in pairwise(steps)]
-        assert min(tokens) < 0.8 * max(tokens)
+        assert min(tokens) < 0.95 * max(tokens)
         assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
         assert math.isfinite(steps[-1]["loss"])
 
