@@ -108,13 +108,13 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
         exchanges[-1] += 1
         return allreduce_hook(None, bucket)
 
-    reduce_scatter = dist.reduce_scatter_tensor
+    reduce_scatter = dist.reduce_scatter_single
 
     def counted_reduce_scatter(*args: Any, **options: Any) -> Any:
         exchanges[-1] += 1
         return reduce_scatter(*args, **options)
 
-    dist.reduce_scatter_tensor = counted_reduce_scatter
+    dist.reduce_scatter_single = counted_reduce_scatter
 
     module.prepare = noting
     for name in names:
