@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import PretrainConfig
 from .errors import ConfigError, RankError
-from .launch_environment import is_set, launch_problems, world_size
+from .launch_environment import is_set, launch_problems, met_before, rank, restarts, world_size
 from .wording import parse_duration
 
 
@@ -63,11 +63,14 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
         ConfigError: for a precision that the device has not, or processes that were not joined.
         RankError: when not all processes came.
     """
+    timeout = timedelta(seconds=parse_duration(config.dist_timeout))
     handlers = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(timeout=timedelta(seconds=parse_duration(config.dist_timeout))),
+        InitProcessGroupKwargs(timeout=timeout),
     ]
     try:
+        if met_before():
+            _meet_anew(timeout)
         accelerator = Accelerator(mixed_precision=choose_precision(config), kwargs_handlers=handlers)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -167,6 +170,23 @@ def prepare(
             f"{accumulation_steps}; take gradient_accumulation_steps out of its configuration."
         )
     return model, optimizer
+
+
+def _meet_anew(timeout: timedelta) -> None:
+    """Join the processes of a restart; Accelerate takes over a group that is there.
+
+    The launcher keeps the store in which they meet, with the addresses of the processes that are gone. By
+    themselves they would try those, and fail or wait in vain, whenever one is quicker than another.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "gloo" if is_set("ACCELERATE_USE_CPU") else None,
+        store=dist.PrefixStore(f"restart-{restarts()}", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+    )
 
 
 def _num_devices() -> int:

@@ -38,6 +38,19 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def met_before() -> bool:
+    """Whether earlier processes of this launch met at the place where these ones are to meet.
+
+    Told by the number of restarts, which every process of one machine knows alike. The launchers of several
+    machines may count differently, so there torch is left to itself.
+    """
+    return (
+        restarts() > 0
+        and is_set("TORCHELASTIC_USE_AGENT_STORE")
+        and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    )
+
+
 def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
     """Whether a variable says yes, in any of the spellings that launchers use."""
     value = (os.environ if env is None else env).get(name, "")
