@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -13,9 +16,10 @@ import typer
 import minimind
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
+from minimind.launch_environment import is_main_process, is_set, rank, world_size
 
 from . import bench, checkpoints, pretrain, tokens, verify_resume
-from .options import LENIENT, is_main_process, normalise
+from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
 SECONDS_TO_SPEAK = 2.0
@@ -62,6 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the command line after the program name; by default that of this process.
     """
+    if not is_main_process():
+        _sign_warnings()
     words = normalise(sys.argv[1:] if words is None else words, PretrainConfig)
     try:
         # Typer returns the code of an Exit, and 130 for Ctrl-C.
@@ -71,15 +77,19 @@ def main(words: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:
         # Without any word Typer has printed the help and raises an empty message.
         code = _report([message] if (message := error.format_message()) else [])
-    if code == 130:
+    except Exception:
+        if world_size() == 1:
+            raise
+        _print_signed(traceback.format_exc())
+        code = 1
+    if code == 130 and is_main_process():
         _report(["interrupted."])
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
     """Exit. Several processes on CPUs leave at once: gloo's threads may abort an orderly end of Python."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    if world_size() > 1 and is_set("ACCELERATE_USE_CPU"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -87,10 +97,29 @@ def _leave(code: int) -> NoReturn:
 
 
 def _report(problems: Sequence[str]) -> int:
-    """Print one line for each problem, by one process for all, and return the exit code."""
+    """Print one line for each problem, by one process for all, and return the exit code.
+
+    The others speak only if they outlive the first one: then the problem is theirs.
+    """
     if is_main_process():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
     else:
         time.sleep(SECONDS_TO_SPEAK)
+        for problem in problems:
+            _print_signed(f"error: {problem}")
     return 2
+
+
+def _print_signed(text: str) -> None:
+    """Print the lines of one process of several, each with its rank, in one piece."""
+    lines = [f"rank {rank()}: {line}\n" for line in text.splitlines()]
+    sys.stderr.write("".join(lines))
+
+
+def _sign_warnings() -> None:
+    """Have the warnings of libraries say from which process they come."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: f"rank {rank()}: {plain(*args, **options)}"
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(logging.Formatter(f"rank {rank()}: %(message)s"))

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from minimind.config import PANELS, PretrainConfig
+from minimind.launch_environment import is_main_process
 from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset
 
-from .options import is_main_process, parse_config, typed_values, with_options
+from .options import parse_config, typed_values, with_options
 from .pretrain import has_gpu
 
 

@@ -7,7 +7,6 @@ command line are reported together and in the same words as those of a file.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -174,11 +173,6 @@ def parse_config(
     if found:
         raise ConfigError(found)
     return config
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for all that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def normalise(words: Sequence[str], cls: type) -> list[str]:

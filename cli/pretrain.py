@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from minimind.config import PANELS, PretrainConfig
+from minimind.launch_environment import is_main_process, is_set
 from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
 from minimind.run_folder import RunFolder
 from minimind.settings import write_toml
 
 from . import upstream_flags
-from .options import is_main_process, parse_config, typed_values, with_options
+from .options import parse_config, typed_values, with_options
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may be given again, with --resume.
 STOPPED_EARLY = 75
@@ -101,7 +101,7 @@ def _note(text: str) -> None:
 
 def has_gpu() -> bool:
     """Whether a run here would train on a GPU; loads torch."""
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    if is_set("ACCELERATE_USE_CPU"):
         return False
     import torch
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .batch_plan import plan_batches
+from .batch_plan import BatchPlan, plan_batches
 from .config import PretrainConfig
 from .data.loader import Loader, StepBatch
 from .data.shards import ShardWriter, TokenShards, token_dtype
@@ -142,8 +142,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         config = _shortened(config, shape, matmul)
         config = dataclasses.replace(config, output_dir=str(folder / "run"), tracker=("none",))
         plan = plan_batches(config, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = plan.accumulation_steps
-        run, compiled = _make_run(config, shape, accelerator, folder, tokenizer.pad_token_id)
+        run, compiled = _make_run(config, shape, plan, accelerator, folder, tokenizer.pad_token_id)
         closing.callback(run.trackers.close)
         try:
             measured = _measure(run, seconds)
@@ -248,15 +247,20 @@ def _shortened(config: PretrainConfig, shape: MiniMindConfig, matmul: float) -> 
 
 
 def _make_run(
-    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator, folder: Path, pad_token_id: int
+    config: PretrainConfig,
+    shape: MiniMindConfig,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    folder: Path,
+    pad_token_id: int,
 ) -> tuple[Run, bool]:
     """Return a run like any other, but on random tokens and without a place for results."""
-    model, optimizer, compiled = prepare_model(config, shape, accelerator)
+    model, optimizer, compiled = prepare_model(config, shape, plan, accelerator)
     loader = Loader(
         _random_shards(folder / f"tokens-{accelerator.process_index}", shape.vocab_size),
         seq_len=config.max_seq_len,
         packing=config.packing,
-        plan=plan_batches(config, accelerator.num_processes),
+        plan=plan,
         seed=config.seed,
         process_index=accelerator.process_index,
         device=accelerator.device,

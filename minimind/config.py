@@ -213,6 +213,10 @@ class RunOptions:
             metavar="TIME",
         ),
     ] = None
+    dist_timeout: Annotated[
+        str,
+        Option("How long several processes wait for one that does not answer.", metavar="TIME"),
+    ] = "10m"
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
         Option("Where metrics go besides metrics.jsonl. Repeatable."),
@@ -263,11 +267,11 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
             )
         if self.val_data and not self.data:
             yield "--val-data needs --data: name the training text too."
-        if self.max_time is not None:
+        for name, text in (("--max-time", self.max_time), ("--dist-timeout", self.dist_timeout)):
             try:
-                parse_duration(self.max_time)
+                parse_duration(text if text is not None else "1s")
             except ValueError:
-                yield f"--max-time {self.max_time} is not a time; write for example 3h30m, 90m or 45s."
+                yield f"{name} {text} is not a time; write for example 3h30m, 90m or 45s."
         if "none" in self.tracker and len(self.tracker) > 1:
             yield "--tracker none cannot go with another tracker; leave one of them out."
 

@@ -31,3 +31,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot usefully go on; the message gives advice."""
+
+
+class RankError(UserError):
+    """One process of several that failed, no longer answers, or differs; the message names it."""

@@ -23,13 +23,15 @@ from .delivery import deliver_model, write_sample
 from .environment import describe_environment
 from .errors import CheckpointError
 from .evaluation import evaluate
-from .launch import close_accelerator, is_main_process, start_accelerator, wants_compile
+from .launch import check_launch, close_accelerator, prepare, start_accelerator, wants_compile
+from .launch_environment import is_main_process, restarts
 from .metrics_file import last_with
 from .model_config import MiniMindConfig
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
 from .profile_trace import ProfileTrace
 from .progress import Progress
+from .ranks import facts_of, failures_named, refuse_differences, weights_fingerprint
 from .resume import changed_group_values, differences
 from .run_folder import RunFolder
 from .schedule import learning_rates
@@ -66,10 +68,13 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         stop = closing.enter_context(StopRequest(limit, started=started))
         progress = Progress(enabled=is_main_process())
         closing.callback(progress.close)
+        if (remark := check_launch(config)) is not None:
+            progress.note(remark)
+        config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
         if is_main_process():
-            folder.claim(resume=config.resume is not None)
+            folder.claim(resume=config.resume is not None or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         data = prepare_data(config, tokenizer, progress.data_build)
         if data.built:
@@ -77,9 +82,11 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
 
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
+        closing.enter_context(failures_named(accelerator))
+        fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
+        refuse_differences(accelerator, facts_of(config, fingerprints))
         plan = plan_batches(config, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = plan.accumulation_steps
-        model, optimizer, compiled = prepare_model(config, shape, accelerator)
+        model, optimizer, compiled = prepare_model(config, shape, plan, accelerator)
         loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
@@ -180,8 +187,17 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         return result
 
 
+def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress) -> PretrainConfig:
+    """Return the options of a run that the launcher started anew: it goes on where it was saved last."""
+    # A checkpoint named by --resume counts until there are newer ones.
+    if not restarts() or (config.resume is not None and not folder.checkpoints.exists()):
+        return config
+    progress.note(f"restart {restarts()} by the launcher: going on as with --resume.")
+    return dataclasses.replace(config, resume="auto")
+
+
 def prepare_model(
-    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator
+    config: PretrainConfig, shape: MiniMindConfig, plan: BatchPlan, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""
     model = make_model(config, shape)
@@ -193,7 +209,14 @@ def prepare_model(
         one_graph = accelerator.num_processes == 1 and not config.activation_checkpointing
         model.compile_for_training("whole" if one_graph else "blocks")
     optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    refuse_differences(accelerator, {"starting weights": weights_fingerprint(model)})
+    prepared_model, prepared_optimizer = prepare(
+        accelerator,
+        model,
+        optimizer,
+        tied=shape.tie_word_embeddings,
+        accumulation_steps=plan.accumulation_steps,
+    )
     return prepared_model, prepared_optimizer, compiled
 
 

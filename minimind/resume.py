@@ -65,7 +65,16 @@ FREE: frozenset[str] = frozenset(
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
         *("activation_checkpointing", "profile"),
         *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
-        *("on_save_error", "max_time", "output_dir", "resume", "tracker", "project", "run_name"),
+        *(
+            "on_save_error",
+            "max_time",
+            "dist_timeout",
+            "output_dir",
+            "resume",
+            "tracker",
+            "project",
+            "run_name",
+        ),
     }
 )
 

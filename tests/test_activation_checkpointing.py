@@ -10,6 +10,7 @@ import topologies
 import torch
 from accelerate import Accelerator
 
+from minimind.batch_plan import BatchPlan
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
 from minimind.launch import start_accelerator
@@ -105,7 +106,7 @@ def test_the_option_reaches_the_model(wanted: bool, monkeypatch: pytest.MonkeyPa
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, activation_checkpointing=wanted
     )
     shape = MiniMindConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    made, _, _ = prepare_model(config, shape, start_accelerator(config))
+    made, _, _ = prepare_model(config, shape, BatchPlan(32, 1, 1), start_accelerator(config))
     assert made.model.recompute is wanted
 
 

@@ -109,6 +109,17 @@ class MiniMindModel(nn.Module):
         return self.norm(x)
 
 
+class OutputMatrix(nn.Linear):
+    """The matrix from hidden states to logits, which is also asked for a loss without holding the logits.
+
+    The loss is computed inside `forward` because FSDP2 makes the weight whole only around that call.
+    """
+
+    def forward(self, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the logits (..., V) of `x`, or what `loss` makes of the weight (V, C)."""
+        return super().forward(x) if loss is None else loss(self.weight)
+
+
 class MiniMindForCausalLM(nn.Module):
     """The backbone and its output matrix.
 
@@ -127,7 +138,7 @@ class MiniMindForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = MiniMindModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputMatrix(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
@@ -205,7 +216,8 @@ class MiniMindForCausalLM(nn.Module):
         mask = self._mask(input_ids, document_ids, kv_cache)
         hidden = self.model(input_ids, position_ids, mask, kv_cache)
         if shift_labels is not None:
-            loss = self._summed_loss(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            rows, targets = hidden.flatten(0, 1), shift_labels.flatten()
+            loss = self.lm_head(rows, lambda weight: self._summed_loss(rows, weight, targets))
             if num_items_in_batch is None:
                 num_items_in_batch = (shift_labels != IGNORED).sum().clamp(min=1)
             return CausalLMOutput(loss / num_items_in_batch, None)

@@ -92,8 +92,8 @@ def test_no_document_comes_again_before_its_entry_was_read_whole(
     for part in shards.parts:
         firsts = shards.offsets[part.first_document : part.end_document]
         counts = [met[first] for first in firsts.tolist()]
-        # One for the pass under way, one where the rows of the last epoch end within a window, whose documents
-        # are permuted, and the last token of each epoch is a target only, which may be the same every time.
+        # One for the pass under way, one where the rows of the last epoch end within a window, whose
+        # documents are permuted; and the last token of each epoch, maybe always the same, is a target only.
         apart = 2 + epochs
         assert max(counts) - min(counts) <= apart
         if packing:

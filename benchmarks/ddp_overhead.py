@@ -1,0 +1,185 @@
+"""What several processes cost, and what this trainer adds to bare DDP.
+
+Three ways to train the same model on the same rows, each in processes of its own, one after another and
+several times over, so that whatever else the machine does falls on all of them:
+
+    alone   one process with all threads: `pretrain`'s step (`minimind.train.train_step`)
+    ours    N processes with 1/N of the threads each: the same step, through Accelerate
+    bare    N processes likewise: torch and DistributedDataParallel, a loop of a few lines
+
+    python benchmarks/ddp_overhead.py --processes 2 --steps 20 --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from minimind.config import PretrainConfig
+from minimind.data.loader import MicroBatch, StepBatch
+from minimind.launch import check_launch, prepare, start_accelerator
+from minimind.model_config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.optim import build_optimizer
+from minimind.stopping import StopRequest
+from minimind.train import TrainState, train_step
+
+WARM_UP = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help="steps measured in one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step over all processes")
+    parser.add_argument("--max-seq-len", type=int, default=256)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-hidden-layers", type=int, default=8)
+    parser.add_argument(
+        "--one-process", action="store_true", help="compare the plain command with a launch of one process"
+    )
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        train(options)
+        return
+    plain = [sys.executable, __file__]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    if options.one_process:
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", __file__]
+        ways = {"plain": (plain, 1), "launched": (accelerate, 1)}
+    else:
+        several = [*torchrun, str(options.processes), __file__]
+        ways = {
+            "alone": (plain, 1),
+            "bare": (several, options.processes),
+            "ours": (several, options.processes),
+        }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for way, (words, processes) in ways.items():
+            seconds[way] += measured(words, way, processes)
+    tokens = options.batch_size * options.max_seq_len
+    first, *_ = ways
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{'way':<10}{'processes':>10}{'ms/step':>10}{'fastest':>10}{'tokens/s':>12}{'to ' + first:>11}")
+    for way, (_, processes) in ways.items():
+        middle = median(seconds[way])
+        print(
+            f"{way:<10}{processes:>10}{1e3 * middle:>10.1f}{1e3 * min(seconds[way]):>10.1f}"
+            f"{tokens / middle:>12,.0f}{middle / median(seconds[first]) - 1:>+11.1%}"
+        )
+    if "bare" in ways:
+        ratio = median(seconds["ours"]) / median(seconds["bare"]) - 1
+        best = min(seconds["ours"]) / min(seconds["bare"]) - 1
+        print(f"ours over bare DDP: {ratio:+.1%} in the median, {best:+.1%} in the fastest step")
+
+
+def measured(words: list[str], way: str, processes: int) -> list[float]:
+    """Return the seconds of each measured step of one way."""
+    threads = max(torch.get_num_threads() // processes, 1)
+    done = subprocess.run(
+        [*words, *sys.argv[1:], "--way", way],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Time one way in this process; rank 0 prints the seconds of each step."""
+    config = PretrainConfig(compile=False)
+    check_launch(config)
+    step, rank, close = (bare_step if options.way == "bare" else our_step)(options, config)
+    seconds = []
+    for number in range(WARM_UP + options.steps):
+        rows = batch(options, number, rank)
+        started = time.perf_counter()
+        step(rows)
+        seconds.append(time.perf_counter() - started)
+    if rank == 0:
+        print(json.dumps(seconds[WARM_UP:]), flush=True)
+    close()
+    os._exit(0)  # gloo's threads sometimes abort an ordinary exit
+
+
+def batch(options: argparse.Namespace, number: int, rank: int) -> StepBatch:
+    """Return this process's rows of a step, the same for every way."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    generator = torch.Generator().manual_seed(number)
+    shape = (options.batch_size, options.max_seq_len + 1)
+    rows = torch.randint(0, 6400, shape, generator=generator).chunk(world)[rank]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, labels = rows[:, :-1].to(device), rows[:, 1:].contiguous().to(device)
+    targets = options.batch_size * options.max_seq_len
+    return StepBatch(
+        (MicroBatch(inputs, labels, None, None),), targets, targets, options.batch_size, 0, number, ""
+    )
+
+
+def model_of(options: argparse.Namespace) -> MiniMindForCausalLM:
+    torch.manual_seed(0)
+    shape = MiniMindConfig(hidden_size=options.hidden_size, num_hidden_layers=options.num_hidden_layers)
+    return MiniMindForCausalLM(shape)
+
+
+def our_step(options: argparse.Namespace, config: PretrainConfig):  # type: ignore[no-untyped-def]
+    accelerator = start_accelerator(config)
+    model = model_of(options)
+    optimizer = build_optimizer(model, config, accelerator.device)
+    prepared = prepare(accelerator, model, optimizer, tied=True, accumulation_steps=1)
+    run = SimpleNamespace(
+        config=config, accelerator=accelerator, model=prepared[0], optimizer=prepared[1], stop=StopRequest()
+    )
+    run.meter = SimpleNamespace(seconds_per_step=lambda: None)
+
+    def step(rows: StepBatch) -> None:
+        values = train_step(run, rows, TrainState())  # type: ignore[arg-type]
+        assert math.isfinite(values[0].item())
+
+    return step, accelerator.process_index, accelerator.wait_for_everyone
+
+
+def bare_step(options: argparse.Namespace, config: PretrainConfig):  # type: ignore[no-untyped-def]
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+    bare = model_of(options).to(device)
+    optimizer = build_optimizer(bare, config, device)
+    model = DistributedDataParallel(bare, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    scale = dist.get_world_size()
+
+    def step(rows: StepBatch) -> None:
+        (micro,) = rows.micro_batches
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        with autocast:
+            loss = model(micro.input_ids, shift_labels=micro.shift_labels, num_items_in_batch=1).loss
+        (loss * (scale / rows.num_targets)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        assert math.isfinite(total.item())
+
+    return step, dist.get_rank(), dist.barrier
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parents[1])
+    main()

@@ -1,0 +1,131 @@
+"""What a launcher told this process through its environment, and what would silently go wrong with it.
+
+`accelerate launch`, `torchrun` and the launchers of clusters speak to a process through variables only. Read
+here, without torch, so that a launch that cannot work is refused before any work is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from .config import PretrainConfig
+
+_LAUNCH = "accelerate launch --multi_gpu --num_processes {n} -m minimind_cli pretrain ..."
+# Programs that start several processes without telling torch.distributed, by where they tell their number.
+_STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+# Ways to divide a model that bring little below a billion parameters.
+_DIVISIONS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
+
+
+def rank() -> int:
+    """Return this process's number among all that were launched, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes were launched, over all machines; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all, known before they are joined."""
+    return rank() == 0
+
+
+def restarts() -> int:
+    """Return how often the launcher has started the processes anew after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def met_before() -> bool:
+    """Whether earlier processes of this launch met at the place where these ones are to meet.
+
+    Told by the number of restarts, which every process of one machine knows alike. The launchers of several
+    machines may count differently, so there torch is left to itself.
+    """
+    return (
+        restarts() > 0
+        and is_set("TORCHELASTIC_USE_AGENT_STORE")
+        and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    )
+
+
+def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
+    """Whether a variable says yes, in any of the spellings that launchers use."""
+    value = (os.environ if env is None else env).get(name, "")
+    return value.lower() in ("1", "true", "yes", "y", "t", "on")
+
+
+def launch_problems(
+    config: PretrainConfig, num_devices: int, env: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Yield a sentence for each thing that Accelerate would do otherwise than the launcher was asked to.
+
+    Args:
+        config: the options of the run.
+        num_devices: accelerators of this machine that processes can share work over; 0 where there are CPUs
+            only, or one that works alone (MPS).
+        env: instead of the process's own.
+    """
+    env = os.environ if env is None else env
+    on_cpu = is_set("ACCELERATE_USE_CPU", env) or not num_devices
+    yield from _unsupported(env)
+    if "WORLD_SIZE" not in env:
+        yield from _not_told(env, num_devices)
+    elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
+        devices = "1 GPU" if num_devices == 1 else f"{num_devices} GPUs"
+        yield (
+            f"{local} processes were launched on this machine, which has {devices}; launch as many as there "
+            "are GPUs (--num_processes counts those of all machines)."
+        )
+    if env.get("MASTER_PORT") == "0":
+        yield "processes cannot meet at port 0; give torchrun --standalone instead of --master_port 0."
+    if is_set("ACCELERATE_USE_FSDP", env):
+        if env.get("FSDP_VERSION", "1") != "2":
+            yield "the launcher asks for FSDP version 1; add --fsdp_version 2."
+        if on_cpu:
+            launch = _LAUNCH.format(n=env.get("WORLD_SIZE", "N"))
+            yield f"FSDP shards over GPUs and none is in use here; train with DDP instead: {launch}"
+    steps = int(env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
+    if steps > 1 and config.accumulation_steps != steps:
+        yield (
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} of the launcher is not what this run was told; "
+            f"unset it, and give --accumulation-steps {steps} if that is meant."
+        )
+
+
+def _unsupported(env: Mapping[str, str]) -> Iterator[str]:
+    """Yield what this trainer does not do, and what to use instead."""
+    for name, title in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if is_set(name, env):
+            yield f"{title} is not supported; FSDP2 shards as well: --use_fsdp --fsdp_version 2."
+    if is_set("ACCELERATE_USE_PARALLELISM_CONFIG", env):
+        for short, title in _DIVISIONS.items():
+            size = env.get(f"PARALLELISM_CONFIG_{short}_SIZE", "1")
+            if size != "1":
+                yield (
+                    f"{title} parallelism ({short.lower()}_size {size}) is not supported; "
+                    "divide the processes into dp_replicate_size x dp_shard_size."
+                )
+
+
+def _not_told(env: Mapping[str, str], num_devices: int) -> Iterator[str]:
+    """Yield why this process, which knows of no others, is probably meant to have some."""
+    # With --cpu, or a configuration of MULTI_CPU, Accelerate starts one process however many were asked for.
+    if "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env:
+        prefix = "ACCELERATE_USE_CPU=true " if num_devices else ""
+        yield (
+            "the launcher was asked for several processes but started this one only, as it does with --cpu "
+            f"or MULTI_CPU; launch with {prefix}{_LAUNCH.format(n='N')}"
+        )
+    for name, program in _STRANGERS.items():
+        if int(env.get(name) or 1) > 1:
+            yield (
+                f"{program} started {env[name]} processes that do not know of each other, so each would "
+                f"train alone; let {program} start one accelerate launch per machine (docs/distributed.md)."
+            )
+            return

@@ -1,0 +1,160 @@
+"""Launches that Accelerate would carry out otherwise than asked are refused, with the command that works."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from minimind.config import PretrainConfig
+from minimind.errors import ConfigError
+from minimind.launch import check_launch, prepare, start_accelerator
+from minimind.launch_environment import is_main_process, is_set, launch_problems, restarts, world_size
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+FSDP2 = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP = {
+    **FSDP2,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_TP_SIZE": "1",
+}
+
+
+def problems(env: dict[str, str], devices: int = 0, **options: Any) -> list[str]:
+    return list(launch_problems(PretrainConfig(**options), devices, env))
+
+
+@pytest.mark.parametrize(
+    ("env", "devices"),
+    [
+        ({}, 0),
+        ({}, 8),
+        (LAUNCHED, 0),
+        (TWO, 0),
+        (TWO, 2),
+        (FSDP2, 2),
+        (HSDP, 2),
+        ({**TWO, "ACCELERATE_USE_CPU": "true"}, 1),
+        ({"MASTER_ADDR": "node0"}, 2),  # as a script of a cluster may export it
+        ({"SLURM_STEP_NUM_TASKS": "2", **TWO}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 2),
+        ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, 2),
+    ],
+)
+def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> None:
+    assert problems(env, devices) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "devices", "answer"),
+    [
+        (
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
+            0,
+            "this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
+        ),
+        (
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
+            4,
+            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 1, "^srun started 4 processes that do not know of each other"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 0, "^mpirun started 2 processes"),
+        (TWO, 1, "2 processes were launched on this machine, which has 1 GPU;"),
+        ({**TWO, "MASTER_PORT": "0"}, 2, "--standalone"),
+        ({**FSDP2, "FSDP_VERSION": "1"}, 2, "FSDP version 1; add --fsdp_version 2"),
+        (
+            FSDP2,
+            0,
+            "none is in use.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
+        ),
+        ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
+        ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, 2, "^DeepSpeed is not supported.*--fsdp_version 2"),
+        ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "^Megatron-LM is not supported"),
+        ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, r"^tensor parallelism \(tp_size 2\).*dp_shard_size"),
+        ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
+        ({**HSDP, "PARALLELISM_CONFIG_SP_SIZE": "2"}, 2, "^sequence parallelism"),
+        ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 2, "give --accumulation-steps 4"),
+    ],
+)
+def test_a_launch_that_would_go_wrong_is_answered(env: dict[str, str], devices: int, answer: str) -> None:
+    (problem,) = problems(env, devices)
+    assert re.search(answer, problem), problem
+
+
+def test_accumulation_told_twice_alike_is_fine() -> None:
+    env = {**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    assert problems(env, 2, accumulation_steps=4) == []
+
+
+@pytest.fixture
+def _launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    # Registered, so that what check_launch sets is taken back.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.usefixtures("_launched")
+def test_several_processes_without_a_gpu_are_led_to_the_cpu() -> None:
+    remark = check_launch(PretrainConfig())
+    assert remark == "no GPU here: 2 processes train together on CPUs."
+    assert is_set("ACCELERATE_USE_CPU")
+    assert check_launch(PretrainConfig()) is None
+    assert (world_size(), restarts(), is_main_process()) == (2, 0, False)
+
+
+def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError) as caught:
+        check_launch(PretrainConfig())
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("precision", ["fp8", "fp16"])
+def test_a_precision_that_the_device_has_not_is_refused_early(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(ConfigError, match=precision):
+        check_launch(PretrainConfig())
+
+
+class Tied(nn.Module):
+    def __init__(self, tie: bool) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        if tie:
+            self.outer.weight = self.inner.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.outer
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_embeddings_that_came_apart_are_noticed(tie: bool) -> None:
+    try:
+        accelerator = start_accelerator(PretrainConfig())
+        model = Tied(tie)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        if tie:
+            prepare(accelerator, model, optimizer, tied=True, accumulation_steps=3)
+            assert accelerator.gradient_accumulation_steps == 3
+        else:
+            with pytest.raises(ConfigError, match="cpu_ram_efficient_loading false"):
+                prepare(accelerator, model, optimizer, tied=True, accumulation_steps=3)
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
