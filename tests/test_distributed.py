@@ -127,7 +127,8 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, changes in several.RUNS.items():
-        result = pretrain(several.config(corpus, folder / name, 1, **changes))
+        # Compiled processes are compared with an eager one.
+        result = pretrain(several.config(corpus, folder / name, 1, **changes | {"compile": False}))
         (folder / f"{name}.json").write_text(json.dumps({"steps": result.steps, "tokens": result.tokens}))
     torch.set_num_threads(threads)
     return folder
@@ -138,7 +139,12 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("ddp", 2, "DistributedDataParallel", ["packed", "padded", "accumulated", "untied", "bf16"]),
         ("ddp", 4, "DistributedDataParallel", ["packed", "padded", "accumulated"]),
-        ("fsdp2", 2, "FSDPMiniMindForCausalLM", ["packed", "padded", "accumulated", "untied", "bf16"]),
+        (
+            "fsdp2",
+            2,
+            "FSDPMiniMindForCausalLM",
+            ["packed", "padded", "accumulated", "untied", "bf16", "compiled"],
+        ),
         ("fsdp2", 4, "FSDPMiniMindForCausalLM", ["packed", "padded", "accumulated"]),
         ("hsdp", 4, "FSDPMiniMindForCausalLM", ["packed"]),
     ],
