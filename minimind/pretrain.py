@@ -32,18 +32,18 @@ from .overview import PretrainResult, banner, summary
 from .profile_trace import ProfileTrace
 from .progress import Progress
 from .ranks import facts_of, failures_named, refuse_differences, weights_fingerprint
-from .resume import changed_group_values, differences
+from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
 from .schedule import learning_rates
 from .spikes import report_spike
 from .starting_model import make_model, resolve_shape
 from .stopping import StopRequest
-from .stored_checkpoint import StoredCheckpoint
 from .throughput import Meter, peak_flops_of
 from .tokenizer import Tokenizer, load_tokenizer
 from .trackers import Trackers, check_trackers
-from .train import Run, TrainState, due, evaluation_interval, report_evaluation, train, validate
-from .training_state import agree, collect, reserve_host_memory, restore
+from .train import Run, due, evaluation_interval, report_evaluation, train, validate
+from .train_state import TrainState
+from .training_state import agree, reserve_host_memory
 from .wording import parse_duration
 
 
@@ -95,9 +95,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             on_error=partial(_save_failed, config, progress, stop),
         )
         settings = _settings(config, shape, plan, tokenizer, data)
-        state, saved_step, saved_trackers = _resume(
-            config, settings, store, accelerator, model, optimizer, progress
-        )
+        checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
+        state, saved_step, saved_trackers = checkpoints.resume(config.resume)
         # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
         row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
         total_steps = count_steps(
@@ -112,6 +111,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
         )
         closing.callback(trackers.close)
+        checkpoints.trackers = trackers
         # However the run ends, what it has given to be written is written first.
         closing.callback(store.settle)
         epochs = total_steps / loader.steps_per_epoch
@@ -139,12 +139,12 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             meter=meter,
             progress=progress,
             trackers=trackers,
-            save=partial(_save, accelerator, model, optimizer, store, trackers, settings),
-            mark_best=partial(_mark_best, accelerator, store),
+            save=checkpoints.save,
+            mark_best=checkpoints.mark_best,
             stop=stop,
             stop_after=stop_after,
             report_spike=partial(report_spike, accelerator, model, loader, tokenizer.decode, folder.spikes),
-            go_back=partial(_go_back, accelerator, model, optimizer, store, progress, settings),
+            go_back=checkpoints.go_back,
         )
         if config.profile:
             trace = ProfileTrace(
@@ -289,116 +289,6 @@ def _settings(
     }
 
 
-def _resume(
-    config: PretrainConfig,
-    settings: dict[str, Any],
-    store: CheckpointStore,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-) -> tuple[TrainState, int, dict[str, str]]:
-    """Return the state to start from, from a checkpoint if one is wanted.
-
-    Returns:
-        The state, its step if its checkpoint lies in the run's folder (else -1), and the run ids of the
-        trackers.
-    """
-
-    def find() -> tuple[StoredCheckpoint | None, bool]:
-        store.clean()
-        if config.resume is None:
-            return None, False
-        if config.resume == "auto":
-            return store.latest(progress.warn), True
-        checkpoint = store.open(Path(config.resume))
-        return checkpoint, checkpoint.path.parent.resolve() == store.folder.resolve()
-
-    checkpoint, is_own = agree(accelerator, find)
-    if checkpoint is None:
-        if config.resume is not None:
-            progress.note(f"--resume: no checkpoint in {store.folder}, so the run starts from the beginning.")
-        return TrainState(), -1, {}
-
-    def compare() -> frozenset[str]:
-        saved = checkpoint.trainer["settings"]
-        refused, changed = differences(saved, settings)
-        if refused:
-            lines = "\n  ".join(refused)
-            raise CheckpointError(f"{checkpoint.path} belongs to a run with other settings:\n  {lines}")
-        for change in changed:
-            progress.warn(change)
-        return changed_group_values(saved, settings)
-
-    changed = agree(accelerator, compare)
-    trainer = restore(accelerator, model, optimizer, checkpoint, keep_group_values=changed)
-    state = _take_up(accelerator, store, trainer)
-    progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
-    return state, state.step if is_own else -1, trainer["trackers"]
-
-
-def _take_up(accelerator: Accelerator, store: CheckpointStore, trainer: dict[str, Any]) -> TrainState:
-    """Return the state of a checkpoint that was restored, and give the later checkpoints up."""
-    state = TrainState(**trainer["state"])
-    if state.ending is not None:
-        state.ending = (state.ending[0], state.ending[1])
-    best = store.best()
-    if best is not None and best[0] <= state.step:
-        state.best_val_loss = min(state.best_val_loss, best[1])
-    if accelerator.is_main_process:
-        store.rewind(state.step)
-    return state
-
-
-def _go_back(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    store: CheckpointStore,
-    progress: Progress,
-    settings: dict[str, Any],
-    state: TrainState,
-) -> None:
-    """Put model, optimizer and `state` back to the last checkpoint of this run; all processes take part."""
-
-    def find() -> tuple[StoredCheckpoint, frozenset[str]]:
-        store.settle()
-        checkpoint = store.latest(progress.warn)
-        if checkpoint is None:
-            raise CheckpointError(f"there is no whole checkpoint in {store.folder} to go back to.")
-        return checkpoint, changed_group_values(checkpoint.trainer["settings"], settings)
-
-    checkpoint, changed = agree(accelerator, find)
-    trainer = restore(accelerator, model, optimizer, checkpoint, keep_group_values=changed)
-    saved = _take_up(accelerator, store, trainer)
-    for part in dataclasses.fields(TrainState):
-        setattr(state, part.name, getattr(saved, part.name))
-
-
-def _save(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    store: CheckpointStore,
-    trackers: Trackers,
-    settings: dict[str, Any],
-    state: TrainState,
-) -> None:
-    """Copy the state to the host and let the store write it in the background."""
-    store.settle()
-    extra = {
-        "step": state.step,
-        "tokens": state.tokens,
-        "state": dataclasses.asdict(dataclasses.replace(state, stopping=False)),
-        "settings": settings,
-        "trackers": trackers.state(),
-    }
-    snapshot = collect(accelerator, model, optimizer, extra)
-    if snapshot is not None:
-        # A run that goes on from here does not repeat the reports up to here: they must outlive a crash too.
-        store.save(snapshot, first=trackers.settle)
-
-
 def _save_failed(
     config: PretrainConfig, progress: Progress, stop: StopRequest, error: CheckpointError
 ) -> None:
@@ -417,11 +307,6 @@ def _last_save(config: PretrainConfig, store: CheckpointStore) -> None:
     store.settle()
     if config.on_save_error == "stop":
         store.wait()
-
-
-def _mark_best(accelerator: Accelerator, store: CheckpointStore, state: TrainState) -> None:
-    if accelerator.is_main_process:
-        store.mark_best(state.step, state.best_val_loss)
 
 
 def _why_stopped(stop: StopRequest, state: TrainState, stop_after: int | None) -> str:

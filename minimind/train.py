@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from .spikes import MAX_REPORTS, MAX_REWINDS, Spike, loss_limit, remember
 from .stopping import StopRequest
 from .throughput import Meter
 from .trackers import Trackers
+from .train_state import TrainState
 
 # So many updates in a row may be left out for a gradient that is not finite, or a loss that jumped. The fp16
 # scaler starts high and halves until nothing overflows: from 65536 that can take 16 steps before anything is
@@ -32,68 +32,6 @@ UPDATES_LEFT_OUT_ALLOWED = 20
 
 # Time kept for writing the model and its sample after the last step.
 END_SECONDS = 5.0
-
-
-@dataclass
-class TrainState:
-    """Where a run stands; everything else follows from the configuration and these few numbers.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: the pass under way, from 0.
-        row: rows of this pass trained.
-        tokens: real input tokens trained, over all processes.
-        skipped_steps: updates left out, for a loss or gradient that was not finite or a loss that jumped.
-        best_val_loss: lowest validation loss so far.
-        digest: tells the rows of all steps so far, in their order, from any others; the same on any number
-            of processes.
-        interval_loss: summed loss of the steps since the last report.
-        interval_targets: targets in those steps.
-        left_out_in_a_row: updates left out one after the other, up to the last step.
-        recent_losses: losses of the latest steps in nats per token, from which a jump is told.
-        left_out: pass, first row and number of rows of each step that a rewind has taken out for good.
-        rewinds: how often the run has gone back to a checkpoint by itself.
-        stopping: all processes have agreed to stop after this step.
-        ending: where a time limit has set the end: the first step of the decay and the number of steps.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    row: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    best_val_loss: float = math.inf
-    digest: str = ""
-    # A checkpoint may fall between two reports, so what the next one needs is part of the state.
-    interval_loss: float = 0.0
-    interval_targets: int = 0
-    left_out_in_a_row: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    left_out: list[list[int]] = field(default_factory=list)
-    rewinds: int = 0
-    stopping: bool = False
-    ending: tuple[int, int] | None = None
-
-    def advance(self, batch: StepBatch, rows_per_epoch: int) -> None:
-        """Count one optimizer step."""
-        self.step += 1
-        self.tokens += batch.num_tokens
-        self.digest = chained_digest(self.digest, batch.digest)
-        self.pass_over(batch, rows_per_epoch)
-
-    def pass_over(self, batch: StepBatch, rows_per_epoch: int) -> None:
-        """Move past the rows of a step."""
-        self.epoch, self.row = batch.epoch, self.row + batch.num_rows
-        if self.row >= rows_per_epoch:
-            self.epoch, self.row = self.epoch + 1, 0
-
-    def leaves_out(self, batch: StepBatch) -> bool:
-        """Whether the step at the cursor has rows that a rewind has taken out."""
-        end = self.row + batch.num_rows
-        return any(
-            epoch == batch.epoch and row < end and self.row < row + count
-            for epoch, row, count in self.left_out
-        )
 
 
 @dataclass(frozen=True)
@@ -394,11 +332,6 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation) -> None:
     }
     run.trackers.log(values, state.step)
     run.progress.evaluation(state.step, values)
-
-
-def chained_digest(before: str, step_digest: str) -> str:
-    """Return the digest of all steps up to one from that of the steps before it and its own."""
-    return hashlib.blake2b((before + step_digest).encode(), digest_size=16).hexdigest()
 
 
 def due(step: int, interval: int) -> bool:

@@ -90,6 +90,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.delivery": (2, "formats.qwen3 generation training_state"),
     "minimind.overview": (2, ""),
     "minimind.spikes": (2, ""),
+    "minimind.train_state": (2, ""),
+    "minimind.run_checkpoints": (2, "progress resume trackers train_state training_state"),
     "minimind.train": (3, ""),
     "minimind.pretrain": (4, ""),
     "minimind.resume_check": (4, "pretrain"),

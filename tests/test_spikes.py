@@ -31,6 +31,7 @@ from minimind.data.loader import MicroBatch
 from minimind.errors import TrainingError
 from minimind.optim import build_optimizer, skip_if_nonfinite
 from minimind.readback import LAG
+from minimind.run_checkpoints import RunCheckpoints
 from minimind.spikes import MAX_REWINDS, MIN_STEPS, WINDOW, loss_limit, remember
 from minimind.stored_checkpoint import stored_checkpoints
 from minimind.train import UPDATES_LEFT_OUT_ALLOWED, Run, TrainState, train
@@ -455,14 +456,14 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
     assert [row["step"] for row in lines(out) if "loss" in row] == list(range(1, STEPS + 1))
 
     # The same run without these rows from the first step on.
-    take_up = pretrain_module._resume
+    take_up = RunCheckpoints.resume
 
     def leave_out(*args: Any) -> Any:
         fresh, saved_step, trackers = take_up(*args)
         fresh.left_out = state["left_out"]
         return fresh, saved_step, trackers
 
-    monkeypatch.setattr(pretrain_module, "_resume", leave_out)
+    monkeypatch.setattr(RunCheckpoints, "resume", leave_out)
     pretrain(tiny(corpus, tmp_path / "never", on_spike="rewind", max_steps=STEPS, dropout=0.1))
     assert poison.met == 1
     ours, theirs = (stored_checkpoints(path / "checkpoints")[-1] for path in (out, tmp_path / "never"))
