@@ -41,12 +41,12 @@ def main(folder: Path, kind: str, steps: int) -> None:
     out = folder / "run"
     work = train_module.train_step
 
-    def train_step(run: Any, batch: Any, state: Any) -> Any:
+    def train_step(run: Any, batch: Any, state: Any, limit: float) -> Any:
         if state.step + 1 == FAILS_FROM:
             refuse(kind, out / "checkpoints")
         elif state.step + 1 == WORKS_AGAIN_FROM:
             allow(kind, out / "checkpoints")
-        return work(run, batch, state)
+        return work(run, batch, state, limit)
 
     train_module.train_step = train_step
     result = pretrain(tiny(folder / "corpus.jsonl", out), stop_after=steps)
