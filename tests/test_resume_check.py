@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> PretrainConfig:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, dict[str, Any]], None]) -> None:
     """Let every resume get something wrong: `change` gets the model and what the checkpoint tells."""
-    module = sys.modules["minimind.pretrain"]
+    module = sys.modules["minimind.run_checkpoints"]
     work = module.restore
 
     def restore(accelerator: Any, model: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
