@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from minimind import CheckpointError, ConfigError, PretrainConfig, load_tokenizer, pretrain
+from minimind import CheckpointError, ConfigError, PretrainConfig, load_tokenizer, preset_config, pretrain
 from minimind.config import PANELS
 from minimind.overview import PretrainResult
 from minimind.settings import parse_values, read_toml, write_toml
@@ -289,3 +289,33 @@ def test_a_full_disk_ends_the_run_only_if_asked_to(
             pretrain(config)
     assert (tmp_path / "full" / "model").exists() == finishes
     assert not list((tmp_path / "full" / "checkpoints").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(corpus: Path, tmp_path: Path) -> None:
+    config = tiny(
+        corpus, tmp_path / "timed", epochs=100_000, lr_schedule="wsd", warmup_steps=10, log_interval=1
+    )
+    first = pretrain(config, stop_after=100)
+    started = time.monotonic()
+    result = pretrain(dataclasses.replace(config, max_time="25s", resume="auto"))
+    assert time.monotonic() - started < 25
+    assert result.stopped is None
+    assert result.steps > first.steps
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "timed") if "learning_rate" in row]
+    assert len(rates) == result.steps
+    assert rates[-1] == pytest.approx(0.1 * max(rates))
+    # The decay is a fifth of all steps, those before the resume included.
+    assert sum(rate < max(rates) for rate in rates[100:]) / len(rates) == pytest.approx(0.2, abs=0.06)
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `minimind-train pretrain` without any argument on a machine without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    result = pretrain(preset_config("tiny"))
+    evaluations = [
+        row["val_bits_per_byte"] for row in metrics(tmp_path / "out") if "val_bits_per_byte" in row
+    ]
+    assert evaluations[-1] < 0.5 * evaluations[0]
+    assert result.sample

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny_runs import reports, tiny, write_corpus
 
@@ -98,3 +101,32 @@ def test_a_step_that_does_not_divide_ends_every_process_with_a_sentence(tmp_path
     assert not any("Traceback" in error for _, error in ends)
     # Without a launcher that ends it, the other process says the same, signed.
     assert ends[1][1].splitlines()[-1].startswith("rank 1: error: --global-batch-size 12")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_whom", ["launcher", "one process"])
+def test_a_signal_stops_all_processes_at_one_step_with_the_state_saved(tmp_path: Path, to_whom: str) -> None:
+    corpus, out = write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "run"
+    options = {**OPTIONS, "epochs": 100_000, "save_interval": 1_000_000, "eval_interval": 1_000_000}
+    file = tmp_path / "run.toml"
+    file.write_text(write_toml(tiny(corpus, out, **options), PANELS))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    child = command_line(
+        [*launch, "--main_process_port", "0", "-m", "minimind_cli", "pretrain", "--config", str(file)]
+    )
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() or len(reports(out)) < 5:
+        assert time.monotonic() < deadline, child.poll()
+        time.sleep(0.2)
+    workers = [process for process in psutil.Process(child.pid).children() if process.is_running()]
+    os.kill(child.pid if to_whom == "launcher" else workers[-1].pid, signal.SIGTERM)
+    output, errors = child.communicate(timeout=60)
+    assert "; go on with --resume" in output, errors
+    assert not psutil.pid_exists(workers[0].pid) or not workers[0].is_running()
+    (checkpoint,) = (out / "checkpoints").glob("step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert f"after step {step:,};" in output
+    assert reports(out)[-1]["step"] == step
+    # One process alone finds a whole state there and goes on.
+    result = pretrain(tiny(corpus, out, **{**options, "max_steps": step + 2, "resume": "auto"}))
+    assert (result.steps, result.stopped) == (step + 2, None)
