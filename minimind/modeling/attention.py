@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ..model_config import MiniMindConfig
+from . import fused
 from .kv_cache import LayerCache
-from .rope import rotate
+from .rope import Rotary, rotate
 
 # What a query may see besides "itself and what came before", which needs no mask and is None:
-# a (B or 1, 1, T, S) boolean tensor, or the same as blocks for FlexAttention.
-Mask = Tensor | BlockMask
+# a (B or 1, 1, T, S) boolean tensor, the same as blocks for FlexAttention, or where documents begin and end.
+Mask = Tensor | BlockMask | fused.Documents
 
 # FlexAttention knows no narrower heads.
 SMALLEST_FLEX_HEAD = 16
@@ -41,6 +42,14 @@ class RMSNorm(nn.Module):
         x = x.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * self.weight.float()).to(self.weight.dtype)
+
+    def add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + added, where None is nothing, and the norm of that, both (..., C)."""
+        if fused.wanted(x, self.weight):
+            return fused.add_norm(x, added, self.weight, self.eps)
+        # In the wider dtype. Not in place: `+=` into what a sublayer returns would round the stream.
+        x = x if added is None else x + added
+        return x, self(x)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -76,7 +85,7 @@ def cached_mask(start: int, length: int, device: torch.device) -> Tensor | None:
     return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0) -> Tensor:
     """Return softmax(q·kᵀ/√D)·v over the keys that `mask` allows.
 
     FlexAttention is for compiled code: run eagerly it computes the whole score matrix. It has no dropout.
@@ -131,19 +140,37 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         mask: Mask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Return what the tokens of x, (B, T, C), gather from those they see, (B, T, C)."""
         rows, length, _ = x.shape
+        if isinstance(mask, fused.Documents):
+            return self.o_proj(self._fused(x, rotary, mask))
         heads = rows, length, -1, self.head_dim
         v = self.v_proj(x).view(heads)
-        # Norm and rotation are float32; the products below are in whatever the projections came out in.
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rotary).to(v.dtype)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rotary).to(v.dtype)
+        # Norm and rotation are float32; the products with them are in whatever the projections came out in.
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), rotary.cos, rotary.sin).to(v.dtype)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), rotary.cos, rotary.sin).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.append(k, v)
         out = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+    def _fused(self, x: Tensor, rotary: Rotary, seen: fused.Documents) -> Tensor:
+        """Return what `forward` gives to the last projection, by one product and kernels of our own."""
+        assert rotary.positions is not None
+        weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        return fused.attend(
+            F.linear(x, torch.cat(weights)),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            rotary.cos,
+            rotary.sin,
+            rotary.positions,
+            seen,
+            heads=weights[0].shape[0] // self.head_dim,
+            eps=self.q_norm.eps,
+        )

@@ -5,10 +5,12 @@ Shapes: B batch, T tokens, C hidden, F inner.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model_config import MiniMindConfig
+from . import fused
 
 
 class SwiGLU(nn.Module):
@@ -23,4 +25,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
+        if fused.wanted(x, self.gate_proj.weight):
+            gate_up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+            return fused.swiglu_down(gate_up, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused
+
 IGNORED = -100
 
 # Logits held at once: 2^26 are 8192 tokens of a vocabulary of 6400 and 128 MB in bf16, enough to fill a GPU.
@@ -65,7 +67,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = []
         for h, t in _pieces(hidden, weight, targets):
             h = h.to(dtype)
-            logits = (h @ low_weight.T).float()
+            logits = h @ low_weight.T
+            if fused.wanted(h, low_weight):
+                loss = loss + fused.cross_entropy_(logits, t, IGNORED).sum()
+                grad_hidden.append((logits @ low_weight).to(hidden.dtype))
+                grad_weight += logits.T @ h
+                continue
+            logits = logits.float()
             ids, ignored = t.clamp(min=0)[:, None], (t == IGNORED)[:, None]
             chosen, top = logits.gather(1, ids), logits.amax(-1, keepdim=True)
             exps = logits.sub_(top).exp_()  # in place: eagerly, each pass over the logits counts

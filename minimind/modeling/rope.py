@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,20 @@ def rope_frequencies(
     return frequencies / factor * slowed + frequencies * (1 - slowed), float(attention_factor)
 
 
+class Rotary(NamedTuple):
+    """The turning of each token.
+
+    Attributes:
+        cos: (B or 1, T, 1, D/2) float32 of each token, or the (P, D/2) table of all positions.
+        sin: likewise.
+        positions: None, or the (B, T) rows of the tables that belong to the tokens.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None = None
+
+
 class RotaryTable(nn.Module):
     """cos and sin of every position, (P, D/2), always float32 and never in the state dict.
 
@@ -80,8 +94,8 @@ class RotaryTable(nn.Module):
         self._fill()
         return self
 
-    def forward(self, position_ids: Tensor | None, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, (B or 1, T, 1, D/2) float32.
+    def forward(self, position_ids: Tensor | None, start: int, length: int) -> Rotary:
+        """Return cos and sin of each token.
 
         Args:
             position_ids: (B, T) positions, or None for `start`, start + 1, ...
@@ -90,8 +104,14 @@ class RotaryTable(nn.Module):
         """
         if position_ids is None:
             rows = slice(start, start + length)
-            return self.cos[None, rows, None], self.sin[None, rows, None]
-        return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
+            return Rotary(self.cos[None, rows, None], self.sin[None, rows, None])
+        return Rotary(self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2))
+
+    def tables(self, position_ids: Tensor | None, rows: int, length: int) -> Rotary:
+        """Return cos and sin of all positions, and the positions of the tokens, 0, 1, ... by default."""
+        if position_ids is None:
+            position_ids = torch.arange(length, device=self.cos.device).expand(rows, length)
+        return Rotary(self.cos, self.sin, position_ids)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

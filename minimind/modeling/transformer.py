@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from ..model_config import MiniMindConfig
+from . import fused
 from .attention import (
     SMALLEST_FLEX_HEAD,
     Attention,
@@ -28,7 +29,7 @@ from .attention import (
 from .feed_forward import SwiGLU
 from .kv_cache import KVCache, LayerCache
 from .loss import IGNORED, linear_cross_entropy
-from .rope import RotaryTable
+from .rope import Rotary, RotaryTable
 
 
 class CausalLMOutput(NamedTuple):
@@ -44,7 +45,10 @@ class CausalLMOutput(NamedTuple):
 
 
 class MiniMindBlock(nn.Module):
-    """Attention, then SwiGLU, each behind a norm and added to the residual stream."""
+    """Attention, then SwiGLU, each behind a norm and added to the residual stream.
+
+    What SwiGLU adds is handed on beside the stream: the sum is made where the next norm reads it.
+    """
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -57,14 +61,16 @@ class MiniMindBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        added: Tensor | None,
+        rotary: Rotary,
         mask: Mask | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Map the residual stream (B, T, C) to the next."""
-        # Not in place: under autocast a sublayer returns bf16, and `+=` into it would round the stream.
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+    ) -> tuple[Tensor, Tensor]:
+        """Map the stream, (B, T, C), and what is still to be added to it, to those of the next block."""
+        x, normed = self.input_layernorm.add(x, added)
+        added = self.dropout(self.self_attn(normed, rotary, mask, cache))
+        x, normed = self.post_attention_layernorm.add(x, added)
+        return x, self.dropout(self.mlp(normed))
 
 
 class MiniMindModel(nn.Module):
@@ -96,17 +102,30 @@ class MiniMindModel(nn.Module):
                 f"{self.config.max_position_embeddings}."
             )
         # Built once and shared: every layer sees the same positions and the same documents.
-        rotary = self.rotary(position_ids, start, length)
-        x = self.embed_tokens(input_ids)
+        if isinstance(mask, fused.Documents):
+            rotary = self.rotary.tables(position_ids, *input_ids.shape)
+        else:
+            rotary = self.rotary(position_ids, start, length)
+        x: Tensor = self.embed_tokens(input_ids)
+        added: Tensor | None = None
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training and kv_cache is None:
                 # The generator is set back for the second time, so that dropout draws the same.
-                x = checkpoint(
-                    layer, x, rotary, mask, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                # One tensor is kept for a block, not the two parts of a sum.
+                x = x if added is None else x + added
+                x, added = checkpoint(
+                    layer,
+                    x,
+                    None,
+                    rotary,
+                    mask,
+                    use_reentrant=False,
+                    preserve_rng_state=self.config.dropout > 0,
                 )
             else:
-                x = layer(x, rotary, mask, kv_cache.layers[index] if kv_cache is not None else None)
-        return self.norm(x)
+                cache = kv_cache.layers[index] if kv_cache is not None else None
+                x, added = layer(x, added, rotary, mask, cache)
+        return self.norm.add(x, added)[1]
 
 
 class OutputMatrix(nn.Linear):
@@ -143,6 +162,7 @@ class MiniMindForCausalLM(nn.Module):
         self._init_weights()
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self.compiled = False
+        self._documents: Callable[..., fused.Documents] = fused.documents
         # Set where attention runs compiled, so that FlexAttention may be used.
         self._create_block_mask: Callable[..., BlockMask] | None = None
 
@@ -187,6 +207,7 @@ class MiniMindForCausalLM(nn.Module):
             # Compiled by itself: made inside a graph without gradients, torch 2.11 hands the kernel a mask
             # that points outside of its memory.
             self._create_block_mask = torch.compile(create_block_mask, dynamic=False)
+        self._documents = torch.compile(fused.documents, dynamic=False)
         self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
 
     def forward(
@@ -237,9 +258,12 @@ class MiniMindForCausalLM(nn.Module):
             if document_ids is not None:
                 raise ValueError("document_ids and kv_cache do not go together: a cache holds one document.")
             return cached_mask(kv_cache.length, input_ids.shape[1], input_ids.device)
+        dropout = self.training and self.config.dropout > 0
+        weight = self.model.embed_tokens.weight
+        if not dropout and fused.attention_wanted(input_ids, weight, self.config.head_dim):
+            return self._documents(document_ids, *input_ids.shape, input_ids.device)
         if document_ids is None:
             return None
-        dropout = self.training and self.config.dropout > 0
         if self._create_block_mask is not None and input_ids.device.type == "cuda" and not dropout:
             return document_block_mask(document_ids, self._create_block_mask)
         return document_mask(document_ids)

@@ -139,7 +139,7 @@ def test_the_residual_stream_stays_float32_under_autocast():
     model, seen = build(), []
     for layer in model.model.layers:
         layer.register_forward_hook(
-            lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+            lambda module, inputs, output: seen.append((inputs[0].dtype, output[0].dtype))
         )
     scores = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, x: scores.append(x[0].dtype))

@@ -1,0 +1,234 @@
+"""Triton kernels of one training step, for CUDA GPUs: what inductor would do in more passes over the memory.
+
+Shapes: N tokens, C hidden, H query heads, K kv heads, D head dim, F inner, V vocabulary, P programs.
+
+They read and write bf16 and compute in float32; `fused.py` puts them into autograd. Loading this file needs
+Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Stands for a norm's weight of exactly 0: as good as nothing, and the normed input can still be had from the
+# output by dividing.
+_NOTHING: tl.constexpr = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def _weight_of_norm(weight, at, inside):
+    scale = tl.load(weight + at, mask=inside, other=1.0).to(tl.float32)
+    return tl.where(scale == 0.0, _NOTHING, scale)
+
+
+@triton.jit
+def add_norm_forward(
+    x, added, weight, total, normed, rstd, columns,
+    EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write x + added, its RMS norm, and 1/rms; one program a row. Without ADD the sum is x itself."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    value = tl.load(x + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(added + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + row * columns + at, value, mask=inside)
+        value = value.to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / columns + EPS)
+    scale = _weight_of_norm(weight, at, inside)
+    tl.store(normed + row * columns + at, (value * inverse * scale).to(normed.dtype.element_ty), mask=inside)
+    tl.store(rstd + row, inverse)
+
+
+@triton.jit
+def add_norm_backward(
+    grad_normed, grad_total, normed, weight, rstd, grad, grad_weight, rows, columns,
+    ROWS_EACH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of each summand, and one row of (P, C) for the weight.
+
+    The normed input comes from the output: normed / weight, which needs no tensor of its own.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    scale = _weight_of_norm(weight, at, at < columns)
+    unscale = 1.0 / scale
+    total = tl.zeros((BLOCK,), tl.float32)
+    for index in range(ROWS_EACH):
+        row = program * ROWS_EACH + index
+        here = row * columns + at
+        inside = (at < columns) & (row < rows)
+        slope = tl.load(grad_normed + here, mask=inside, other=0.0).to(tl.float32)
+        unit = tl.load(normed + here, mask=inside, other=0.0).to(tl.float32) * unscale
+        total += slope * unit
+        slope *= scale
+        slope = tl.load(rstd + row, mask=row < rows, other=0.0) * (
+            slope - unit * (tl.sum(slope * unit, 0) / columns)
+        )
+        if ADD:
+            slope += tl.load(grad_total + here, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad + here, slope.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad_weight + program * columns + at, total, mask=at < columns)
+
+
+@triton.jit
+def head_norm_rotate_forward(
+    qkv, query_weight, key_weight, cos, sin, positions, query, key, tokens,
+    EPS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm and turn the queries and keys of (N, (H + 2K)·D) into (N, H, D) and (N, K, D)."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    at = tl.arange(0, BLOCK)
+    known, column = token < tokens, at < HALF
+    inside = known[:, None] & column[None, :]
+    place = tl.load(positions + token, mask=known, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
+    c, s = tl.load(cos + place, mask=inside, other=0.0), tl.load(sin + place, mask=inside, other=0.0)
+    source = qkv + token[:, None] * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + at[None, :]
+    query += token[:, None] * (HEADS * 2 * HALF) + at[None, :]
+    key += token[:, None] * (KV_HEADS * 2 * HALF) + at[None, :]
+    for head in tl.static_range(HEADS + KV_HEADS):
+        weight = query_weight if head < HEADS else key_weight
+        target = query + head * 2 * HALF if head < HEADS else key + (head - HEADS) * 2 * HALF
+        first = tl.load(source + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
+        first *= inverse * tl.load(weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
+        second *= inverse * tl.load(weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
+        tl.store(target, (first * c - second * s).to(query.dtype.element_ty), mask=inside)
+        tl.store(target + HALF, (second * c + first * s).to(query.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def head_norm_rotate_backward(
+    grad_query, grad_key, qkv, query_weight, key_weight, cos, sin, positions,
+    grad_qkv, grad_weight, tokens,
+    EPS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    TILES_EACH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of queries and keys in (N, (H + 2K)·D), and (P, 2, D) for the two weights."""
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    column = at < HALF
+    scale_query = tl.load(query_weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
+    scale_query_second = tl.load(query_weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
+    scale_key = tl.load(key_weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
+    scale_key_second = tl.load(key_weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
+    total_query, total_query_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    total_key, total_key_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for index in range(TILES_EACH):
+        token = (program * TILES_EACH + index) * TOKENS + tl.arange(0, TOKENS)
+        known = token < tokens
+        inside = known[:, None] & column[None, :]
+        place = tl.load(positions + token, mask=known, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
+        c, s = tl.load(cos + place, mask=inside, other=0.0), tl.load(sin + place, mask=inside, other=0.0)
+        here = token[:, None] * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + at[None, :]
+        for head in tl.static_range(HEADS + KV_HEADS):
+            if head < HEADS:
+                source = grad_query + (token[:, None] * HEADS + head) * 2 * HALF + at[None, :]
+            else:
+                source = grad_key + (token[:, None] * KV_HEADS + (head - HEADS)) * 2 * HALF + at[None, :]
+            turned_first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+            turned_second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+            # Turned back, then through the norm.
+            grad_first = turned_first * c + turned_second * s
+            grad_second = turned_second * c - turned_first * s
+            first = tl.load(qkv + here + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(qkv + here + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+            inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
+            first *= inverse
+            second *= inverse
+            if head < HEADS:
+                total_query += tl.sum(grad_first * first, 0)
+                total_query_second += tl.sum(grad_second * second, 0)
+                grad_first *= scale_query
+                grad_second *= scale_query_second
+            else:
+                total_key += tl.sum(grad_first * first, 0)
+                total_key_second += tl.sum(grad_second * second, 0)
+                grad_first *= scale_key
+                grad_second *= scale_key_second
+            mean = ((tl.sum(grad_first * first, 1) + tl.sum(grad_second * second, 1)) / (2 * HALF))[:, None]
+            grad_first = inverse * (grad_first - first * mean)
+            grad_second = inverse * (grad_second - second * mean)
+            target = grad_qkv + here + head * 2 * HALF
+            tl.store(target, grad_first.to(grad_qkv.dtype.element_ty), mask=inside)
+            tl.store(target + HALF, grad_second.to(grad_qkv.dtype.element_ty), mask=inside)
+    sums = grad_weight + program * 4 * HALF
+    tl.store(sums + at, total_query, mask=column)
+    tl.store(sums + HALF + at, total_query_second, mask=column)
+    tl.store(sums + 2 * HALF + at, total_key, mask=column)
+    tl.store(sums + 3 * HALF + at, total_key_second, mask=column)
+
+
+@triton.jit
+def swiglu_forward(gate_up, inner, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write silu(gate)·up, (N, F), of (N, 2F) with the gates first."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (at < columns)[None, :]
+    source = gate_up + row[:, None] * (2 * columns) + at[None, :]
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(inner + row[:, None] * columns + at[None, :], value.to(inner.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward(
+    grad_inner, gate_up, grad_gate_up, inner, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the gradient of (N, 2F), and silu(gate)·up once more, which was not kept."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (at < columns)[None, :]
+    pair = row[:, None] * (2 * columns) + at[None, :]
+    single = row[:, None] * columns + at[None, :]
+    gate = tl.load(gate_up + pair, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + pair + columns, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_inner + single, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    active = gate * share
+    tl.store(inner + single, (active * up).to(inner.dtype.element_ty), mask=inside)
+    slope = share + active * (1.0 - share)
+    tl.store(grad_gate_up + pair, (grad * up * slope).to(grad_gate_up.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_up + pair + columns, (grad * active).to(grad_gate_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the cross-entropy of each row of (N, V) logits, and over the logits their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    base = logits + row * COLUMNS
+    if target == IGNORED:
+        tl.store(losses + row, 0.0)
+        for start in range(0, COLUMNS, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(base + at, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=at < COLUMNS)
+    else:
+        chosen = tl.load(base + target).to(tl.float32)
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, COLUMNS, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(top, value)
+            # The first piece is whole unless V is smaller than it; there -inf - -inf must not count.
+            total = tl.where(
+                higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(value - higher)
+            )
+            top = higher
+        peak = tl.max(top, 0)
+        mass = tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - peak)), 0)
+        tl.store(losses + row, tl.log(mass) + peak - chosen)
+        for start in range(0, COLUMNS, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
+            grad = tl.exp(value - peak) / mass - tl.where(at == target, 1.0, 0.0)
+            tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)
