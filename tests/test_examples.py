@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,13 @@ from tiny_runs import write_corpus
 import minimind
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+# A run of two processes and one of a single process take the same steps by it.
+DRIVER = """
+import runpy, sys
+train = runpy.run_path(sys.argv[1])["train"]
+train("recurrent", data=(sys.argv[2],), output_dir=sys.argv[3], batch_size=2, global_batch_size=4,
+      max_steps=3, max_seq_len=32, tracker=("none",), val_fraction=0.1, log_interval=1)
+"""
 TINY = {"max_steps": 4, "batch_size": 4, "max_seq_len": 32, "tracker": ("none",), "val_fraction": 0.1}
 
 
@@ -32,6 +42,11 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
 def test_every_example_has_a_test_here() -> None:
@@ -88,8 +103,22 @@ def test_any_module_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     result = module["train"]("recurrent", data=(corpus,), **TINY, log_interval=1)
     load_model(model, result.model_dir / "model.safetensors")
     assert not torch.equal(model.output.weight, fresh)
-    lines = Path("runs/recurrent/metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    losses = losses_of(Path("runs/recurrent"))
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert "parameters: RecurrentLM" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_any_module_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    for name, words in (("one", []), ("two", launch)):
+        command = [sys.executable, *words, "driver.py", str(EXAMPLES / "custom_model.py"), str(corpus), name]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (tmp_path / name / "model" / "model.safetensors").is_file(), done.stderr
+    assert len(losses_of(tmp_path / "one")) == 3
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import tiny, write_corpus
 from torch import Tensor, nn
 
 from minimind import ConfigError, MiniMindConfig, MiniMindForCausalLM, PretrainConfig, pretrain
-from minimind.formats.qwen3 import load_model, save_model
+from minimind.formats.qwen3 import load_model, save_model, save_weights
 from minimind.modeling.transformer import CausalLMOutput
 from minimind.starting_model import make_model
 
@@ -57,6 +58,26 @@ def test_a_plain_model_with_weights_of_ones_own_is_delivered_as_ever(corpus: Pat
     delivered = load_model(result.model_dir)
     # Nothing reaches weights behind a norm of zero, so they are the factory's.
     assert not delivered.model.layers[0].mlp.up_proj.weight.any()
+
+
+def test_a_subclass_that_computes_the_same_is_written_for_transformers_by_hand(
+    corpus: Path, tmp_path: Path
+) -> None:
+    class OtherLoss(MiniMindForCausalLM):
+        pass
+
+    shapes: list[MiniMindConfig] = []
+
+    def factory(shape: MiniMindConfig) -> nn.Module:
+        shapes.append(shape)
+        return OtherLoss(shape)
+
+    result = pretrain(tiny(corpus, tmp_path / "out", max_steps=1), model_factory=factory)
+    assert not (result.model_dir / "config.json").exists()
+    weights = load_file(result.model_dir / "model.safetensors")
+    save_weights(weights, shapes[0], tmp_path / "folder")
+    trained = weights["model.embed_tokens.weight"]
+    assert torch.equal(load_model(tmp_path / "folder").lm_head.weight, trained.half().float())
 
 
 def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
