@@ -101,7 +101,7 @@ print(f"loss {loss_of(batch, targets).item():.2f}, ln(512) = {math.log(512):.2f}
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 losses = []
-for step in islice(loader.steps(epoch=0), 100):
+for step in islice(loader.steps(epoch=0), 60):
     loss = loss_of(step.micro_batches[0], step.num_targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
