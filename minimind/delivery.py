@@ -10,7 +10,7 @@ from torch import nn
 
 from .durable_files import write_tensors
 from .errors import UserError
-from .formats.qwen3 import WEIGHTS, load_model, save_weights
+from .formats.qwen3 import CONFIG, WEIGHTS, load_model, save_weights
 from .generation import generate
 from .model_config import MiniMindConfig
 from .tokenizer import Tokenizer
@@ -50,6 +50,8 @@ def deliver_weights(accelerator: Accelerator, model: nn.Module, tokenizer: Token
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(temporary, weights)
+            # Of a run that was begun with another model.
+            (folder / CONFIG).unlink(missing_ok=True)
             temporary.replace(folder / WEIGHTS)
         except OSError as error:
             temporary.unlink(missing_ok=True)
