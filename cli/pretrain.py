@@ -70,11 +70,13 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     Where neither a preset nor a file is named, a resumed run keeps the options that it began with, and a run
     without a GPU or a size of model is that of the preset `tiny`.
     """
-    flags, problems = upstream_flags.translate(ctx)
+    flags, problems, remarks = upstream_flags.translate(ctx)
     typed = {**flags, **typed_values(ctx, PretrainConfig)}
     if not preset and not file and (file := _options_to_resume(typed)) is not None:
         _note(f"Going on with the options of {file}; flags override them.")
     config = parse_config(ctx, preset=preset, file=file, flags=flags, problems=problems)
+    for remark in remarks:
+        _note(remark)
     shape_given = bool(preset or file or SHAPE_OPTIONS & typed.keys())
     # Asking for a GPU loads torch, which takes seconds: only where the answer matters.
     default = default_preset(shape_given, has_gpu=shape_given or has_gpu())

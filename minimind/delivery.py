@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .formats.qwen3 import load_model, save_weights
+from .durable_files import write_tensors
+from .errors import UserError
+from .formats.qwen3 import CONFIG, WEIGHTS, load_model, save_weights
 from .generation import generate
 from .model_config import MiniMindConfig
 from .tokenizer import Tokenizer
@@ -30,6 +32,30 @@ def deliver_model(
         # A model trained in bf16 may hold what fp16 cannot; any other gains three bits by fp16.
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
         save_weights(weights, shape, folder, dtype)
+        tokenizer.save(folder)
+    accelerator.wait_for_everyone()
+
+
+def deliver_weights(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the weights of any model in float32, and its tokenizer; every process must call this.
+
+    There is no config.json, which would have other programs take them for those of a Qwen3.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    weights = gather_weights(accelerator, model)
+    if weights is not None:
+        temporary = folder / f".{WEIGHTS}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(temporary, weights)
+            # Of a run that was begun with another model.
+            (folder / CONFIG).unlink(missing_ok=True)
+            temporary.replace(folder / WEIGHTS)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"the weights could not be written to {folder}: {error}.") from error
         tokenizer.save(folder)
     accelerator.wait_for_everyone()
 

@@ -54,8 +54,12 @@ def banner(
     compiled: bool,
     total_steps: int,
     epochs: float,
+    custom_model: str | None = None,
 ) -> list[tuple[str, str]]:
-    """Return what a run is, in rows of a key and a value; `epochs` is how many the steps make."""
+    """Return what a run is, in rows of a key and a value.
+
+    `epochs` is how many the steps make; `custom_model` describes a model that the shape does not.
+    """
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -64,7 +68,8 @@ def banner(
     return [
         (
             "model",
-            f"{count(shape.num_parameters())} parameters: {shape.num_hidden_layers} blocks "
+            custom_model
+            or f"{count(shape.num_parameters())} parameters: {shape.num_hidden_layers} blocks "
             f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, "
             f"{shape.num_key_value_heads} key/value heads",
         ),

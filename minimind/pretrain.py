@@ -19,7 +19,7 @@ from .config import PretrainConfig
 from .data.loader import Loader, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.shards import TokenShards
-from .delivery import deliver_model, write_sample
+from .delivery import deliver_model, deliver_weights, write_sample
 from .environment import describe_environment
 from .errors import CheckpointError
 from .evaluation import evaluate
@@ -27,6 +27,7 @@ from .launch import check_launch, close_accelerator, prepare, start_accelerator,
 from .launch_environment import is_main_process, restarts
 from .metrics_file import last_with
 from .model_config import MiniMindConfig
+from .modeling.transformer import MiniMindForCausalLM
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
 from .profile_trace import ProfileTrace
@@ -36,7 +37,7 @@ from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
 from .schedule import learning_rates
 from .spikes import report_spike
-from .starting_model import make_model, resolve_shape
+from .starting_model import ModelFactory, make_model, resolve_shape
 from .stopping import StopRequest
 from .throughput import Meter, peak_flops_of
 from .tokenizer import Tokenizer, load_tokenizer
@@ -44,10 +45,15 @@ from .trackers import Trackers, check_trackers
 from .train import Run, due, evaluation_interval, report_evaluation, train, validate
 from .train_state import TrainState
 from .training_state import agree, reserve_host_memory
-from .wording import parse_duration
+from .wording import count, parse_duration
 
 
-def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    stop_after: int | None = None,
+    model_factory: ModelFactory = MiniMindForCausalLM,
+) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
     Under `accelerate launch` every process calls this. SIGTERM and SIGINT end the run after the step under
@@ -56,6 +62,13 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
     Args:
         config: all options.
         stop_after: end the run after this step as a signal would, to go on from there another time.
+        model_factory: makes the model to train in place of `MiniMindForCausalLM`, from the shape that the
+            options give, in float32 on the CPU. The model is called with the keywords `input_ids`,
+            `document_ids` and `position_ids`, of which the last two are None without packing. With
+            `shift_labels` and `num_items_in_batch` as well, the `loss` of what it returns is the sum of the
+            cross-entropy over the labels that are not -100, divided by the latter; else its `logits` are
+            asked for. Unless it is exactly a `MiniMindForCausalLM`, its weights are delivered without a
+            config, nothing is sampled, and model FLOPs are not reported.
 
     Raises:
         UserError: for anything the caller can put right: options, data, checkpoints, a loss that diverges.
@@ -86,7 +99,10 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
         refuse_differences(accelerator, facts_of(config, fingerprints))
         plan = plan_batches(config, accelerator.num_processes)
-        model, optimizer, compiled = prepare_model(config, shape, plan, accelerator)
+        model = make_model(config, shape, model_factory)
+        # Of a subclass too the shape does not tell what it computes.
+        custom = None if type(model) is MiniMindForCausalLM else _describe(model)
+        model, optimizer, compiled = prepare_model(config, shape, plan, accelerator, model)
         loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
@@ -115,12 +131,12 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         # However the run ends, what it has given to be written is written first.
         closing.callback(store.settle)
         epochs = total_steps / loader.steps_per_epoch
-        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs))
+        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs, custom))
 
         meter = Meter(
             shape.flops_per_token(config.max_seq_len),
             accelerator.num_processes,
-            peak_flops_of(accelerator.device),
+            peak_flops_of(accelerator.device) if custom is None else None,
             state.ending[1] if state.ending else total_steps,
             start_step=state.step,
             intervals=_intervals(config, data),
@@ -162,7 +178,9 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         train(run, state)
         agree(accelerator, partial(_last_save, config, store))
         sample = ""
-        if not state.stopping:
+        if not state.stopping and custom is not None:
+            deliver_weights(accelerator, model, tokenizer, folder.model)
+        elif not state.stopping:
             deliver_model(accelerator, model, shape, tokenizer, folder.model)
             if accelerator.is_main_process:
                 sample = write_sample(folder.model, tokenizer, config.seed, accelerator.device)
@@ -197,27 +215,41 @@ def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress
 
 
 def prepare_model(
-    config: PretrainConfig, shape: MiniMindConfig, plan: BatchPlan, accelerator: Accelerator
+    config: PretrainConfig,
+    shape: MiniMindConfig,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    model: nn.Module | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
-    """Return model and optimizer as Accelerate prepared them, and whether the model is compiled."""
-    model = make_model(config, shape)
-    model.model.recompute = config.activation_checkpointing
+    """Return model and optimizer as Accelerate prepared them, and whether the model is compiled.
+
+    Without `model` it is made from the shape.
+    """
+    model = make_model(config, shape) if model is None else model
     compiled = wants_compile(config, accelerator)
-    if compiled:
-        # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
-        # Recomputation goes by blocks as well.
-        one_graph = accelerator.num_processes == 1 and not config.activation_checkpointing
-        model.compile_for_training("whole" if one_graph else "blocks")
+    if isinstance(model, MiniMindForCausalLM):
+        model.model.recompute = config.activation_checkpointing
+        if compiled:
+            # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
+            # Recomputation goes by blocks as well.
+            one_graph = accelerator.num_processes == 1 and not config.activation_checkpointing
+            model.compile_for_training("whole" if one_graph else "blocks")
+    else:
+        compiled = False
     optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
     refuse_differences(accelerator, {"starting weights": weights_fingerprint(model)})
     prepared_model, prepared_optimizer = prepare(
         accelerator,
         model,
         optimizer,
-        tied=shape.tie_word_embeddings,
+        tied=shape.tie_word_embeddings and isinstance(model, MiniMindForCausalLM),
         accumulation_steps=plan.accumulation_steps,
     )
     return prepared_model, prepared_optimizer, compiled
+
+
+def _describe(model: nn.Module) -> str:
+    return f"{count(sum(tensor.numel() for tensor in model.parameters()))} parameters: {type(model).__name__}"
 
 
 def _make_loader(

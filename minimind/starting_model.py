@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .config import ModelOptions, PretrainConfig
 from .errors import ConfigError
@@ -17,6 +19,9 @@ from .tokenizer import Tokenizer, check_vocab
 
 # What a folder given to --from-weight decides; dropout is of training, not of the weights.
 _SHAPE = tuple(name for name in settings_of(ModelOptions) if name not in ("dropout", "from_weight"))
+
+# Makes the model of a run from the shape that the options give; see `pretrain`.
+ModelFactory = Callable[[MiniMindConfig], nn.Module]
 
 
 def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[PretrainConfig, MiniMindConfig]:
@@ -58,19 +63,51 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
     )
 
 
-def make_model(config: PretrainConfig, shape: MiniMindConfig) -> MiniMindForCausalLM:
+def make_model(
+    config: PretrainConfig, shape: MiniMindConfig, factory: ModelFactory = MiniMindForCausalLM
+) -> nn.Module:
     """Return the model with its first weights, in float32 on the CPU: the same in every process.
 
+    Args:
+        config: the seed of new weights, or the folder that holds others.
+        shape: every size filled in.
+        factory: makes the model; it may use the generator of `torch.manual_seed`, which is seeded.
+
     Raises:
-        ConfigError: when the folder of --from-weight cannot be read.
+        ConfigError: when the folder of --from-weight cannot be read, or the model has not what an option
+            asks for.
     """
-    if config.from_weight is None:
-        torch.manual_seed(config.seed)
-        return MiniMindForCausalLM(shape)
-    stored = load_model(Path(config.from_weight))
-    model = MiniMindForCausalLM(shape)
-    model.load_state_dict(stored.state_dict())
+    torch.manual_seed(config.seed)
+    model = factory(shape)
+    if not isinstance(model, MiniMindForCausalLM):
+        _refuse_what_only_ours_has(config, model)
+    if config.from_weight is not None:
+        stored = load_model(Path(config.from_weight)).state_dict()
+        if factory is not MiniMindForCausalLM:
+            _refuse_other_weights(config, model, stored)
+        model.load_state_dict(stored)
     return model
+
+
+def _refuse_what_only_ours_has(config: PretrainConfig, model: nn.Module) -> None:
+    asked = {"--compile": config.compile, "--activation-checkpointing": config.activation_checkpointing}
+    problems = [
+        f"{flag} is done inside MiniMindForCausalLM, and the model is a {type(model).__name__}; leave the "
+        "option out and do it in the model's own code."
+        for flag, wanted in asked.items()
+        if wanted
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse_other_weights(config: PretrainConfig, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if own != {name: tensor.shape for name, tensor in stored.items()}:
+        raise ConfigError(
+            f"--from-weight {config.from_weight} holds other weights than a {type(model).__name__} has; "
+            "leave the option out and load them where the model is made."
+        )
 
 
 def _refuse_other_sizes(config: PretrainConfig, shape: MiniMindConfig) -> None:

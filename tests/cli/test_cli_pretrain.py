@@ -164,9 +164,7 @@ def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: li
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        ("--device cuda:0", "CUDA_VISIBLE_DEVICES"),
-        ("--num_workers 8", "leave it out"),
-        ("--save_weight pretrain", "--output-dir"),
+        ("--device cuda:1", "put CUDA_VISIBLE_DEVICES=1 before the command"),
         ("--use_moe 1", "every layer is dense"),
         ("--use_compile yes", "write 0 or 1"),
         ("--accumulation_steps 2 --global_batch_size 64", "give only one of them"),

@@ -1,0 +1,97 @@
+"""A training loop of your own, over minimind's text, model and checkpoints.
+
+    python custom_loop.py corpus.jsonl my-checkpoints
+
+The same command again goes on from the last checkpoint, and takes the steps that it would have taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import minimind
+from minimind.batch_plan import BatchPlan
+from minimind.checkpoint import CheckpointStore
+from minimind.data.loader import Loader
+from minimind.data.prepare import prepare_data
+from minimind.training_state import collect, restore
+
+ROW = 64  # tokens
+
+
+def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> torch.nn.Module:
+    """Train until `steps` steps are done, from the last checkpoint in `folder` on if there is one."""
+    # Text to token ids: done once and kept; the next call finds them.
+    tokenizer = minimind.load_tokenizer()
+    text = prepare_data(minimind.PretrainConfig(data=(corpus,), max_seq_len=ROW), tokenizer)
+
+    # One step is 2 x 8 rows on this one process. Accelerate only says where we are.
+    accelerator = Accelerator()
+    plan = BatchPlan(micro_batch_size=8, accumulation_steps=2, num_processes=1)
+    loader = Loader(
+        text.train,
+        seq_len=ROW,
+        packing=True,
+        plan=plan,
+        seed=42,
+        process_index=0,
+        device=accelerator.device,
+    )
+
+    torch.manual_seed(42)
+    shape = minimind.MiniMindConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = minimind.MiniMindForCausalLM(shape).to(accelerator.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    # Where the run stands is three numbers: the order of the rows follows from the seed.
+    place = {"step": 0, "epoch": 0, "row": 0}
+    store = CheckpointStore(folder, keep=2, on_error=print)
+    checkpoint = store.latest(on_damaged=print)
+    if checkpoint is not None:
+        place = restore(accelerator, model, optimizer, checkpoint)["place"]
+
+    while place["step"] < steps:
+        for batch in loader.steps(place["epoch"], place["row"]):
+            loss = torch.zeros((), device=accelerator.device)
+            for part in batch.micro_batches:
+                # Divided by the targets of the whole step, so that every token weighs the same.
+                output = model(
+                    part.input_ids,
+                    shift_labels=part.shift_labels,
+                    document_ids=part.document_ids,
+                    position_ids=part.position_ids,
+                    num_items_in_batch=batch.num_targets,
+                )
+                output.loss.backward()
+                loss += output.loss.detach()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            place["step"] += 1
+            place["row"] += batch.num_rows
+            if place["row"] == loader.rows_per_epoch:
+                place["epoch"], place["row"] = place["epoch"] + 1, 0
+            if place["step"] % 10 == 0:
+                print(f"step {place['step']}: loss {loss.item():.4f}")
+            done = place["step"] == steps
+            if done or place["step"] % save_every == 0:
+                extra = {"step": place["step"], "place": place}
+                store.settle()  # wait for the last save: its memory is used again
+                store.save(collect(accelerator, model, optimizer, extra))  # written in the background
+            if done:
+                break
+    store.wait()  # raises if the last save failed
+    return model
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python custom_loop.py CORPUS.jsonl CHECKPOINTS")
+    train(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,217 @@
+"""README and docs: commands that parse, code that imports, links that lead somewhere, languages in step."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from minimind.config import PretrainConfig
+from minimind.settings import parse_values
+from minimind_cli.app import app
+from minimind_cli.options import LENIENT, normalise, typed_values, unknown_words
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+# An English page and its translation.
+PAIRS = [("README.md", "README_zh.md"), ("docs/quickstart.md", "docs/quickstart_zh.md")]
+PROGRAM = re.compile(r"minimind-train|minimind_cli")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what stands behind its fence, and its text."""
+
+    language: str
+    text: str
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", read(page), re.M | re.S)]
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", read(page), flags=re.M | re.S)
+
+
+def count(page: str, pattern: str) -> int:
+    return len(re.findall(pattern, prose(page), re.M))
+
+
+def inline_code(page: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", prose(page))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the words after the program's name in each command of a shell text."""
+    found: list[list[str]] = []
+    text = text.replace("\\\n", " ").replace("$(which minimind-train)", "minimind-train")
+    for line in filter(PROGRAM.search, text.splitlines()):
+        # Words in brackets stand for options.
+        lexer = shlex.shlex(re.sub(r"\[[^]]*\]", "", line), posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] | None = None
+        for word in lexer:
+            if PROGRAM.search(word) and " " in word:
+                found += commands(word)  # a command line in quotes, for another shell
+            elif words is None and PROGRAM.fullmatch(word):
+                words = []
+                found.append(words)
+            elif set(word) <= set(";&|()<>"):
+                words = None
+            elif words is not None and word not in ("...", "…"):
+                words.append(word)
+    return [words for words in found if words]
+
+
+def commands_of(page: str) -> list[list[str]]:
+    shown = [block.text for block in blocks(page) if block.language in ("", "bash", "sh")]
+    return [command for text in (*shown, *inline_code(page)) for command in commands(text)]
+
+
+ALL_COMMANDS = sorted({(page, shlex.join(words)) for page in NAMES for words in commands_of(page)})
+
+
+def parse(words: list[str]) -> list[str]:
+    """Return what the program would say against a command line; nothing is run."""
+    words = normalise(words, PretrainConfig)
+    command = get_command(app)
+    while hasattr(command, "commands") and not words[0].startswith("-"):
+        if words[0] not in command.commands:
+            return [f"no command {words[0]}"]
+        command = command.commands[words.pop(0)]
+    if {"--help", "--version"} & set(words):
+        return []
+    try:
+        context = command.make_context(command.name, list(words))
+    except Exception as error:
+        return [str(error)]
+    if command.context_settings != LENIENT:
+        return []
+    _, problems = parse_values(PretrainConfig, typed_values(context, PretrainConfig))
+    return [*unknown_words(context), *problems]
+
+
+@pytest.mark.parametrize(("page", "line"), ALL_COMMANDS)
+def test_a_command_in_the_docs_parses(page: str, line: str) -> None:
+    words = shlex.split(line)
+    # Written ahead of the command itself.
+    if words[0] == "export" and "export" not in get_command(app).commands:
+        pytest.skip("this program has no export yet")
+    assert parse(words) == []
+
+
+def test_commands_are_found_in_every_form() -> None:
+    text = (
+        "minimind-train tokenize --data 'a b.txt' && minimind-train pretrain  # comment\n"
+        "WANDB_MODE=offline minimind-train pretrain --tracker wandb ...\n"
+        "accelerate launch --num_processes 8 -m minimind_cli pretrain \\\n  --preset 1b\n"
+        "srun bash -c 'torchrun --nnodes 2 -m minimind_cli bench' &\n"
+        "torchrun $(which minimind-train) verify-resume --steps 20 [the options of pretrain]\n"
+    )
+    assert commands(text) == [
+        ["tokenize", "--data", "a b.txt"],
+        ["pretrain"],
+        ["pretrain", "--tracker", "wandb"],
+        ["pretrain", "--preset", "1b"],
+        ["bench"],
+        ["verify-resume", "--steps", "20"],
+    ]
+    assert len(ALL_COMMANDS) > 25
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pretrian",
+        "pretrain --learnin-rate 1",
+        "pretrain --batch-size many",
+        "pretrain corpus.jsonl",
+        "tokenizer trian",
+        "tokenizer inspect --colour",
+        "checkpoints",
+        "bench --from-resume 1",
+    ],
+)
+def test_a_wrong_command_would_be_noticed(line: str) -> None:
+    assert parse(line.split()) != []
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_python_in_the_docs_imports_what_exists(page: str) -> None:
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minimind":
+                module = importlib.import_module(node.module or "")
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+def anchors(page: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_a_link_leads_somewhere(page: str) -> None:
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(str(path.relative_to(ROOT)))):
+            missing.append(target)
+    assert missing == []
+
+
+def linked_pages(page: str) -> list[str]:
+    """Return the pages in the rows of README's table, in order, a translation as its original."""
+    rows = re.findall(r"^\| \[[^]]*\]\((docs/[^)]+\.md)\) \|", read(page), re.M)
+    originals = {translation: original for original, translation in PAIRS}
+    return [originals.get(row, row) for row in rows]
+
+
+def test_readme_names_every_page() -> None:
+    translations = {translation for _, translation in PAIRS}
+    assert set(linked_pages("README.md")) == {
+        name for name in NAMES if name.startswith("docs/") and name not in translations
+    }
+    assert linked_pages("README_zh.md") == linked_pages("README.md")
+
+
+def without_comments(block: Block) -> list[str]:
+    """Return a block's lines without comments; of what is no language, the names of files and the numbers."""
+    if not block.language:
+        return re.findall(r"[\w.]*\w[./]\w*", block.text)
+    return [line for line in (re.sub(r"\s*#.*", "", line) for line in block.text.splitlines()) if line]
+
+
+@pytest.mark.parametrize(("page", "translation"), PAIRS)
+def test_a_translation_is_in_step(page: str, translation: str) -> None:
+    ours, theirs = blocks(page), blocks(translation)
+    assert [block.language for block in theirs] == [block.language for block in ours]
+    for one, other in zip(ours, theirs, strict=True):
+        assert without_comments(other) == without_comments(one)
+    # Options, files and names in the text; the two languages put them in another order.
+    assert sorted(set(inline_code(translation))) == sorted(set(inline_code(page)))
+    for heading_row_or_item in (r"^#+ ", r"^\|", r"^- "):
+        assert count(translation, heading_row_or_item) == count(page, heading_row_or_item)
+
+
+@pytest.mark.parametrize(("page", "translation"), PAIRS)
+def test_a_page_and_its_translation_link_to_each_other(page: str, translation: str) -> None:
+    assert f"]({Path(translation).name})" in read(page)
+    assert f"]({Path(page).name})" in read(translation)

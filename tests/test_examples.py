@@ -1,0 +1,124 @@
+"""The examples in docs/examples run, and do what their comments say."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_model
+from tiny_runs import write_corpus
+
+import minimind
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+# A run of two processes and one of a single process take the same steps by it.
+DRIVER = """
+import runpy, sys
+train = runpy.run_path(sys.argv[1])["train"]
+train("recurrent", data=(sys.argv[2],), output_dir=sys.argv[3], batch_size=2, global_batch_size=4,
+      max_steps=3, max_seq_len=32, tracker=("none",), val_fraction=0.1, log_interval=1)
+"""
+TINY = {"max_steps": 4, "batch_size": 4, "max_seq_len": 32, "tracker": ("none",), "val_fraction": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    # A bare Accelerator leaves its state for whatever comes next in this process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_every_example_has_a_test_here() -> None:
+    tested = Path(__file__).read_text(encoding="utf-8")
+    assert [path.stem for path in EXAMPLES.glob("*.py") if f'example("{path.stem}")' not in tested] == []
+
+
+def test_the_walkthrough_learns_and_writes() -> None:
+    left = example("walkthrough")
+    assert len(left["losses"]) == 60
+    assert left["losses"][0] == pytest.approx(left["math"].log(512), abs=0.3)
+    assert left["losses"][-1] < left["losses"][0] - 1
+    assert len(left["sample"]) > len("The")
+
+
+def test_the_loop_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    train = example("custom_loop")["train"]
+    straight = train(corpus, tmp_path / "straight", steps=6)
+    train(corpus, tmp_path / "parted", steps=3)
+    resumed = train(corpus, tmp_path / "parted", steps=6)
+    steps = sorted(path.name for path in (tmp_path / "parted").glob("step-*"))
+    assert steps == ["step-00000003", "step-00000006"]
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_a_part_exchanged_trains_and_resumes(tmp_path: Path) -> None:
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    train, model_class = (example("custom_model")[name] for name in ("train", "ReLUMiniMind"))
+    train("relu", data=(corpus,), output_dir="run", **TINY)
+    result = train("relu", data=(corpus,), output_dir="run", resume="auto", **{**TINY, "max_steps": 6})
+    assert (result.steps, result.sample) == (6, "")
+    sizes = minimind.preset_config("tiny")
+    shape = minimind.MiniMindConfig(
+        vocab_size=6400,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads,
+    )
+    model = model_class(shape)
+    load_model(model, result.model_dir / "model.safetensors")
+    assert not any("gate_proj" in name for name in model.state_dict())
+    assert not (result.model_dir / "config.json").exists()  # it would call this model a Qwen3
+
+
+def test_any_module_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    module = example("custom_model")
+    torch.manual_seed(minimind.PretrainConfig.seed)
+    model = module["RecurrentLM"](6400)
+    fresh = model.output.weight.clone()
+    result = module["train"]("recurrent", data=(corpus,), **TINY, log_interval=1)
+    load_model(model, result.model_dir / "model.safetensors")
+    assert not torch.equal(model.output.weight, fresh)
+    losses = losses_of(Path("runs/recurrent"))
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert "parameters: RecurrentLM" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_any_module_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    for name, words in (("one", []), ("two", launch)):
+        command = [sys.executable, *words, "driver.py", str(EXAMPLES / "custom_model.py"), str(corpus), name]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (tmp_path / name / "model" / "model.safetensors").is_file(), done.stderr
+    assert len(losses_of(tmp_path / "one")) == 3
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
