@@ -105,10 +105,18 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             tokens_per_epoch=loader.tokens_per_epoch,
             tokens_per_step=plan.global_batch_size * row,
         )
+        environment = {}
         if accelerator.is_main_process:
-            folder.describe(config, describe_environment(accelerator.device))
+            environment = describe_environment(accelerator.device)
+            folder.describe(config, environment)
         trackers = Trackers(
-            config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
+            config,
+            folder,
+            accelerator,
+            saved_trackers,
+            start_step=state.step,
+            environment=environment,
+            warn=progress.warn,
         )
         closing.callback(trackers.close)
         checkpoints.trackers = trackers
