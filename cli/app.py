@@ -18,7 +18,7 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.launch_environment import is_main_process, is_set, rank, world_size
 
-from . import bench, checkpoints, pretrain, tokens, verify_resume
+from . import bench, checkpoints, decay, pretrain, tokens, verify_resume
 from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 # One line for each command.
 app.command(context_settings=LENIENT)(pretrain.pretrain)
+app.command(context_settings=LENIENT)(decay.decay)
 app.command(context_settings=LENIENT)(bench.bench)
 app.command(context_settings=LENIENT)(tokens.tokenize)
 app.command()(checkpoints.checkpoints)

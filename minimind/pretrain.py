@@ -47,7 +47,9 @@ from .training_state import agree, reserve_host_memory
 from .wording import parse_duration
 
 
-def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, *, stop_after: int | None = None, branch: bool = False
+) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
     Under `accelerate launch` every process calls this. SIGTERM and SIGINT end the run after the step under
@@ -56,6 +58,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
     Args:
         config: all options.
         stop_after: end the run after this step as a signal would, to go on from there another time.
+        branch: the checkpoint to resume is of another run, which this one leaves: it gets a folder and charts
+            of its own.
 
     Raises:
         UserError: for anything the caller can put right: options, data, checkpoints, a loss that diverges.
@@ -74,7 +78,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
         if is_main_process():
-            folder.claim(resume=config.resume is not None or restarts() > 0)
+            folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         data = prepare_data(config, tokenizer, progress.data_build)
         if data.built:
@@ -92,11 +96,9 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         store = CheckpointStore(
             folder.checkpoints,
             config.keep_checkpoints,
+            keep_every=config.keep_every,
             on_error=partial(_save_failed, config, progress, stop),
         )
-        settings = _settings(config, shape, plan, tokenizer, data)
-        checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
-        state, saved_step, saved_trackers = checkpoints.resume(config.resume)
         # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
         row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
         total_steps = count_steps(
@@ -105,6 +107,10 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             tokens_per_epoch=loader.tokens_per_epoch,
             tokens_per_step=plan.global_batch_size * row,
         )
+        settings = _settings(config, shape, plan, tokenizer, data)
+        settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
+        checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
+        state, saved_step, saved_trackers = checkpoints.resume(config.resume, branch=branch)
         environment = {}
         if accelerator.is_main_process:
             environment = describe_environment(accelerator.device)
