@@ -52,10 +52,11 @@ def decay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of the run.")],
     **_: Any,
 ) -> None:
-    """Finish a model from a checkpoint of a run with the schedule wsd or constant, which stays as it is.
+    """Finish a model from a checkpoint of a wsd or constant run, which stays as it is.
 
-    The learning rate falls while the run's data goes on, in a folder of its own. A decay that was stopped
-    goes on by pretrain --resume --output-dir FOLDER.
+    The learning rate falls while the data of the run goes on, in a folder of its own.
+
+    A decay that was stopped goes on by pretrain --resume --output-dir FOLDER.
     """
     options = parse_settings(ctx, DecayOptions)
     if options.tokens is None:

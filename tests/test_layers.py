@@ -100,11 +100,12 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.benchmark": (4, "pretrain"),
     "minimind_cli": (5, ""),
     "minimind_cli.options": (5, ""),
+    "minimind_cli.examples": (5, ""),
     "minimind_cli.upstream_flags": (5, "minimind_cli.options"),
     "minimind_cli.pretrain": (5, "minimind_cli.options minimind_cli.upstream_flags"),
     "minimind_cli.bench": (5, "minimind_cli.options minimind_cli.pretrain"),
     "minimind_cli.decay": (5, "minimind_cli.options minimind_cli.pretrain"),
-    "minimind_cli.tokens": (5, "minimind_cli.options"),
+    "minimind_cli.tokens": (5, "minimind_cli.examples minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
     "minimind_cli.verify_resume": (
         5,
@@ -113,7 +114,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.app": (
         5,
         "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
-        "minimind_cli.checkpoints minimind_cli.decay minimind_cli.verify_resume",
+        "minimind_cli.checkpoints minimind_cli.decay minimind_cli.examples minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }
