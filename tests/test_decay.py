@@ -115,6 +115,20 @@ def test_the_decay_has_charts_and_a_configuration_of_its_own(branched: Branched)
     assert recorded["resume"].endswith("trunk/checkpoints/step-00000008")
 
 
+def test_a_decay_that_was_stopped_goes_on(branched: Branched, tmp_path: Path) -> None:
+    trunk = stored_checkpoints(branched.trunk / "checkpoints")
+    config = decay_config(next(one for one in trunk if one.step == FROM), TOKENS, tmp_path / "parted")
+    assert pretrain(config, stop_after=FROM + 2, branch=True).stopped
+    # What `pretrain --resume` reads is in the folder.
+    flags, _ = parse_values(PretrainConfig, read_toml(RunFolder(tmp_path / "parted").config))
+    pretrain(PretrainConfig(**{**flags, "resume": "auto"}))
+    losses = [
+        [report for report in reports(folder) if "loss" in report]
+        for folder in (tmp_path / "parted", branched.decayed)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_a_folder_that_holds_a_run_is_refused(branched: Branched) -> None:
     with pytest.raises(ConfigError, match="already holds a run; go on with it by minimind-train pretrain"):
         decay(branched.trunk, TOKENS, from_step=FROM)
