@@ -18,7 +18,8 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.launch_environment import is_main_process, is_set, rank, world_size
 
-from . import bench, checkpoints, pretrain, tokens, verify_resume
+from . import bench, checkpoints, decay, pretrain, tokens, verify_resume
+from .examples import examples
 from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
@@ -26,16 +27,17 @@ SECONDS_TO_SPEAK = 2.0
 
 app = typer.Typer(
     help="Pretrain small language models.",
+    epilog=examples(""),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # One line for each command.
-app.command(context_settings=LENIENT)(pretrain.pretrain)
-app.command(context_settings=LENIENT)(bench.bench)
-app.command(context_settings=LENIENT)(tokens.tokenize)
-app.command()(checkpoints.checkpoints)
-app.command(context_settings=LENIENT)(verify_resume.verify_resume)
+app.command(context_settings=LENIENT, epilog=examples("pretrain"))(pretrain.pretrain)
+app.command(context_settings=LENIENT, epilog=examples("decay"))(decay.decay)
+app.command(context_settings=LENIENT, epilog=examples("bench"))(bench.bench)
+app.command(context_settings=LENIENT, epilog=examples("tokenize"))(tokens.tokenize)
+app.command(epilog=examples("checkpoints"))(checkpoints.checkpoints)
+app.command(context_settings=LENIENT, epilog=examples("verify-resume"))(verify_resume.verify_resume)
 app.add_typer(tokens.app, name="tokenizer")
 
 

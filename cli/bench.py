@@ -12,7 +12,7 @@ from minimind.config import PANELS, PretrainConfig
 from minimind.launch_environment import is_main_process
 from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset
 
-from .options import parse_config, typed_values, with_options
+from .options import completing, parse_config, typed_values, with_options
 from .pretrain import has_gpu
 
 
@@ -25,6 +25,7 @@ def bench(
             help=f"Defaults for a size of model: {', '.join(PRESETS)}.",
             metavar="NAME",
             show_default="tiny without a GPU, if nothing sets the size",
+            autocompletion=completing(*PRESETS),
         ),
     ] = None,
     config: Annotated[

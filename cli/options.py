@@ -70,6 +70,7 @@ def _parameter(setting: Setting, panel: type) -> inspect.Parameter:
         metavar=metavar,
         show_default=True if known else setting.default_text,
         rich_help_panel=panel.__doc__,
+        autocompletion=completing(*setting.choices) if setting.choices else None,
     )
     return inspect.Parameter(
         setting.name,
@@ -77,6 +78,15 @@ def _parameter(setting: Setting, panel: type) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind | None, option],
     )
+
+
+def completing(*values: str) -> Callable[[str], list[str]]:
+    """Return what a shell is told at the tab key, where an option takes one of some values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
 
 
 def hidden_option(name: str, kind: type) -> inspect.Parameter:

@@ -16,7 +16,7 @@ from minimind.run_folder import RunFolder
 from minimind.settings import write_toml
 
 from . import upstream_flags
-from .options import parse_config, typed_values, with_options
+from .options import completing, parse_config, typed_values, with_options
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may be given again, with --resume.
 STOPPED_EARLY = 75
@@ -29,6 +29,7 @@ Preset = Annotated[
         help=f"Defaults for a size of model: {_PRESETS}.",
         metavar="NAME",
         show_default="tiny without a GPU, if nothing sets the size",
+        autocompletion=completing(*PRESETS),
     ),
 ]
 ConfigFile = Annotated[

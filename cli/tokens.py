@@ -14,9 +14,12 @@ from minimind.config import DataOptions
 from minimind.errors import ConfigError
 from minimind.settings import Option
 
+from .examples import examples
 from .options import LENIENT, parse_config, parse_settings, with_options
 
-app = typer.Typer(help="Train a tokenizer, or look into one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"), no_args_is_help=True
+)
 
 
 @with_options(DataOptions)
@@ -65,7 +68,7 @@ class TokenizerOptions:
     ] = "error"
 
 
-@app.command(context_settings=LENIENT)
+@app.command(context_settings=LENIENT, epilog=examples("tokenizer train"))
 @with_options(TokenizerOptions)
 def train(ctx: typer.Context, **_: Any) -> None:
     """Learn a tokenizer from text and save it in the format of Hugging Face."""
@@ -92,7 +95,7 @@ def train(ctx: typer.Context, **_: Any) -> None:
     typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
 
 
-@app.command()
+@app.command(epilog=examples("tokenizer inspect"))
 def inspect(
     path: Annotated[
         str | None, typer.Argument(help="A tokenizer.json or its folder; by default the one in the package.")

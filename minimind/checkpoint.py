@@ -95,17 +95,24 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: Path, keep: int, *, on_error: Callable[[CheckpointError], None] | None = None
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        keep_every: int | None = None,
+        on_error: Callable[[CheckpointError], None] | None = None,
     ) -> None:
         """Name the folder; nothing is touched yet.
 
         Args:
             folder: holds the checkpoints; made at the first save.
             keep: newest checkpoints that rotation leaves, besides the best.
+            keep_every: rotation also leaves those of every so many steps; None for none of them.
             on_error: called from the writing thread when a save fails; training may go on.
         """
         self.folder = Path(folder)
         self.keep = keep
+        self.keep_every = keep_every
         self.last_error: CheckpointError | None = None
         self._on_error = on_error
         self._abandoned: set[str] = set()
@@ -277,6 +284,8 @@ class CheckpointStore:
         spared = {entry.path.name for entry in current[-self.keep :]}
         if best is not None:
             spared.add(folder_name(best[0]))
+        if self.keep_every is not None:
+            spared |= {entry.path.name for entry in current if entry.step % self.keep_every == 0}
         for entry in self.entries():
             if entry.path.name not in spared:
                 doomed = entry.path.with_name(f".{entry.path.name}.deleted-{os.getpid()}")

@@ -141,6 +141,14 @@ class OptimizationOptions:
     decay_ratio: Annotated[
         float, Option("Share of the steps that wsd spends decaying.", above=0.0, maximum=1.0)
     ] = 0.2
+    decay_steps: Annotated[
+        int | None,
+        Option("Steps that wsd spends decaying.", minimum=1, default_text="from --decay-ratio"),
+    ] = None
+    decay_shape: Annotated[
+        Literal["sqrt", "linear"],
+        Option("How wsd decays: 1 - sqrt of the way through the decay, or a straight line."),
+    ] = "sqrt"
     weight_decay: Annotated[
         float, Option("Weight decay on matrices; norms and embeddings have none.", minimum=0.0)
     ] = 0.1
@@ -192,6 +200,10 @@ class RunOptions:
         float, Option("Deviations above the median of late losses that make a jump.", above=0.0)
     ] = 8.0
     keep_checkpoints: Annotated[int, Option("Newest checkpoints kept, besides the best.", minimum=1)] = 2
+    keep_every: Annotated[
+        int | None,
+        Option("Also save every so many steps, and never remove these checkpoints.", minimum=1),
+    ] = None
     output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER")] = (
         "out"
     )

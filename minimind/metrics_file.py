@@ -16,8 +16,9 @@ from .run_folder import write_text
 class MetricsFile:
     """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation` or `rewind`) and the values by
-    name, which are numbers or text; a number that is not finite is null, for JSON has no other word for it.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation`, `rewind` or `text`) and the
+    values by name, which are numbers or text; a number that is not finite is null, for JSON has no other
+    word for it.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int) -> None:
@@ -41,6 +42,8 @@ class MetricsFile:
             kind = "evaluation"
         elif "rewound_from" in values:
             kind = "rewind"
+        elif all(isinstance(value, str) for value in values.values()):
+            kind = "text"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         plain = {name: _plain(value) for name, value in values.items()}
         line = json.dumps({"step": step, "time": now, "kind": kind, **plain}, allow_nan=False)

@@ -53,6 +53,7 @@ def pretrain(
     *,
     stop_after: int | None = None,
     model_factory: ModelFactory = MiniMindForCausalLM,
+    branch: bool = False,
 ) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
@@ -69,6 +70,8 @@ def pretrain(
             cross-entropy over the labels that are not -100, divided by the latter; else its `logits` are
             asked for. Unless it is exactly a `MiniMindForCausalLM`, its weights are delivered without a
             config, nothing is sampled, and model FLOPs are not reported.
+        branch: the checkpoint to resume is of another run, which this one leaves: it gets a folder and charts
+            of its own.
 
     Raises:
         UserError: for anything the caller can put right: options, data, checkpoints, a loss that diverges.
@@ -87,7 +90,7 @@ def pretrain(
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
         if is_main_process():
-            folder.claim(resume=config.resume is not None or restarts() > 0)
+            folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         data = prepare_data(config, tokenizer, progress.data_build)
         if data.built:
@@ -108,11 +111,9 @@ def pretrain(
         store = CheckpointStore(
             folder.checkpoints,
             config.keep_checkpoints,
+            keep_every=config.keep_every,
             on_error=partial(_save_failed, config, progress, stop),
         )
-        settings = _settings(config, shape, plan, tokenizer, data)
-        checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
-        state, saved_step, saved_trackers = checkpoints.resume(config.resume)
         # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
         row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
         total_steps = count_steps(
@@ -121,10 +122,22 @@ def pretrain(
             tokens_per_epoch=loader.tokens_per_epoch,
             tokens_per_step=plan.global_batch_size * row,
         )
+        settings = _settings(config, shape, plan, tokenizer, data)
+        settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
+        checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
+        state, saved_step, saved_trackers = checkpoints.resume(config.resume, branch=branch)
+        environment = {}
         if accelerator.is_main_process:
-            folder.describe(config, describe_environment(accelerator.device))
+            environment = describe_environment(accelerator.device)
+            folder.describe(config, environment)
         trackers = Trackers(
-            config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
+            config,
+            folder,
+            accelerator,
+            saved_trackers,
+            start_step=state.step,
+            environment=environment,
+            warn=progress.warn,
         )
         closing.callback(trackers.close)
         checkpoints.trackers = trackers

@@ -47,6 +47,8 @@ CHANGED: Mapping[str, str] = {
     "warmup_steps": "takes effect from the next step",
     "min_lr_ratio": "takes effect from the next step",
     "decay_ratio": "takes effect from the next step",
+    "decay_steps": "takes effect from the next step",
+    "decay_shape": "takes effect from the next step",
     "weight_decay": "takes effect from the next step",
     "beta1": "takes effect from the next step",
     "beta2": "takes effect from the next step",
@@ -65,6 +67,7 @@ FREE: frozenset[str] = frozenset(
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
         *("activation_checkpointing", "profile"),
         *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
+        "keep_every",
         *(
             "on_save_error",
             "max_time",

@@ -127,6 +127,7 @@ def verify_resume(
             eval_batches=min(config.eval_batches or EVALUATION_BATCHES, EVALUATION_BATCHES),
             save_interval=steps,
             keep_checkpoints=1,
+            keep_every=None,
             tracker=("none",),
             resume=None,
             output_dir=str(straight),

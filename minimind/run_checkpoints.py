@@ -43,11 +43,13 @@ class RunCheckpoints:
     progress: Progress
     trackers: Trackers = field(init=False)
 
-    def resume(self, wanted: str | None) -> tuple[TrainState, int, dict[str, str]]:
+    def resume(self, wanted: str | None, *, branch: bool = False) -> tuple[TrainState, int, dict[str, str]]:
         """Return the state to start from, from a checkpoint if one is wanted.
 
         Args:
             wanted: None, "auto" for the newest valid one, or a path.
+            branch: the run leaves the one of the checkpoint on purpose: changes need no warning, and the
+                trackers begin new charts.
 
         Returns:
             The state, its step if its checkpoint lies in the run's folder (else -1), and the run ids of the
@@ -80,7 +82,7 @@ class RunCheckpoints:
             if refused:
                 lines = "\n  ".join(refused)
                 raise CheckpointError(f"{checkpoint.path} belongs to a run with other settings:\n  {lines}")
-            for change in changed:
+            for change in changed if not branch else ():
                 self.progress.warn(change)
             return changed_group_values(saved, self.settings)
 
@@ -88,7 +90,8 @@ class RunCheckpoints:
         trainer = restore(self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed)
         state = self._take_up(trainer)
         self.progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
-        return state, state.step if is_own else -1, trainer["trackers"]
+        charts = {} if branch and not is_own else trainer["trackers"]
+        return state, state.step if is_own else -1, charts
 
     def go_back(self, state: TrainState) -> None:
         """Put model, optimizer and `state` back to the last checkpoint of this run."""

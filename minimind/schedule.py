@@ -21,6 +21,7 @@ def lr_factor(
     min_lr_ratio: float,
     decay_ratio: float,
     decay_steps: int | None = None,
+    decay_shape: str = "sqrt",
 ) -> float:
     """Return the learning rate of a step as a share of the peak.
 
@@ -31,7 +32,8 @@ def lr_factor(
     - `cosine`: half a cosine (Loshchilov and Hutter, SGDR, arXiv:1608.03983);
     - `linear`: a straight line;
     - `wsd`: the peak, then a decay over the last `decay_ratio` of the steps (Hu et al., MiniCPM,
-      arXiv:2404.06395) that falls as 1 - sqrt, which Hägele et al. (arXiv:2405.18392) found best;
+      arXiv:2404.06395) that falls as 1 - sqrt, which Hägele et al. (arXiv:2405.18392) found best, or as a
+      straight line;
     - `constant`: the peak to the end; `min_lr_ratio` means nothing to it.
 
     A run that is shorter than its warm-up only warms up, and a run of one step has the peak.
@@ -44,12 +46,15 @@ def lr_factor(
         min_lr_ratio: the factor at the end.
         decay_ratio: share of all steps that `wsd` decays; its decay never starts inside the warm-up.
         decay_steps: the same as a number of steps, where it was fixed otherwise.
+        decay_shape: of the decay of `wsd`, `sqrt` or `linear`.
 
     Raises:
-        ValueError: for an unknown schedule.
+        ValueError: for an unknown schedule or shape.
     """
     if schedule not in ("cosine", "linear", "wsd", "constant"):
         raise ValueError(f"unknown schedule '{schedule}'")
+    if decay_shape not in ("sqrt", "linear"):
+        raise ValueError(f"unknown shape '{decay_shape}'")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     last = total_steps - 1
@@ -58,6 +63,7 @@ def lr_factor(
         if decay_steps is None:
             decay_steps = round(decay_ratio * total_steps)
         peak = max(peak, last - max(decay_steps, 1))
+        schedule = decay_shape
     if schedule == "constant" or step <= peak:
         return 1.0
     progress = min((step - peak) / max(last - peak, 1), 1.0)
@@ -79,48 +85,82 @@ def learning_rates(
         A function of the optimizer step, from 0, and of the step at which `wsd` begins to decay and the
         number of steps of the run, where a time limit has moved these; None where nothing has.
     """
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = min(DEFAULT_WARMUP_LIMIT, round(DEFAULT_WARMUP_SHARE * total_steps))
     factor = partial(
         lr_factor,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps(config, total_steps),
         schedule=config.lr_schedule,
         min_lr_ratio=config.min_lr_ratio,
         decay_ratio=config.decay_ratio,
+        decay_steps=config.decay_steps,
+        decay_shape=config.decay_shape,
     )
 
     def learning_rate(step: int, ending: tuple[int, int] | None = None) -> float:
         if ending is None:
             return config.learning_rate * factor(step, total_steps=total_steps)
         begin, end = ending
-        # A decay that begins inside the warm-up starts from what that has reached.
-        reached = min((begin + 1) / warmup, 1.0) if warmup else 1.0
+        # One that begins inside the warm-up, or inside the decay that was planned, starts from where that is.
+        reached = factor(begin, total_steps=total_steps)
         decayed = partial(factor, total_steps=end, warmup_steps=0, decay_steps=end - begin)
         return config.learning_rate * reached * decayed(step)
 
     return learning_rate
 
 
+def warmup_steps(config: PretrainConfig, total_steps: int) -> int:
+    """Return the steps of warm-up of a run."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return min(DEFAULT_WARMUP_LIMIT, round(DEFAULT_WARMUP_SHARE * total_steps))
+
+
+def stable_phase(
+    config: PretrainConfig, total_steps: int, ending: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """Return between which numbers of steps done a run is past its warm-up and not yet decaying.
+
+    Args:
+        config: of the run.
+        total_steps: optimizer steps of the whole run.
+        ending: where a time limit has moved the end; see `learning_rates`.
+
+    Returns:
+        The smallest and the largest number of steps; None for a schedule that has no such phase.
+    """
+    first, last = max(warmup_steps(config, total_steps), 1), total_steps
+    if config.lr_schedule == "wsd":
+        decay = config.decay_steps or round(config.decay_ratio * total_steps)
+        last = max(first, total_steps - max(decay, 1))
+        if ending is not None:
+            last = min(last, ending[0])
+    elif config.lr_schedule != "constant":
+        return None
+    return first, last
+
+
 def decay_steps_due(
     *,
     steps_done: int,
     decay_ratio: float,
+    decay_steps: int | None = None,
     seconds_left: float,
     seconds_per_step: float,
 ) -> int:
     """Return how many steps a `wsd` run should now begin to decay to end in time; 0 while it can wait.
 
     The decay is to be `decay_ratio` of all steps, those before it included, so it takes r/(1 - r) times
-    as many as lie behind it. It begins when the time left is only just enough for it, or at once with what
-    the time allows when there is less.
+    as many as lie behind it, unless their number is fixed. It begins when the time left is only just enough
+    for it, or at once with what the time allows when there is less.
 
     Args:
         steps_done: optimizer steps of the whole run so far.
         decay_ratio: r.
+        decay_steps: the number of steps to decay, where it is fixed.
         seconds_left: time for training steps, without what the end of the run takes.
         seconds_per_step: recent speed.
     """
-    wanted = math.ceil(steps_done * decay_ratio / max(1 - decay_ratio, 0.05))
+    wanted = decay_steps
+    if wanted is None:
+        wanted = math.ceil(steps_done * decay_ratio / max(1 - decay_ratio, 0.05))
     possible = int(seconds_left / seconds_per_step)
     return max(min(wanted, possible), 1) if possible <= wanted else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
 import queue
 import sys
 import threading
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, SwanLabTracker, TensorBoardTracker, WandBTracker
 
 from .config import PretrainConfig
 from .errors import ConfigError
 from .metrics_file import MetricsFile
 from .run_folder import RunFolder
+from .tracker_clients import Client, HyperParameters, SwanLab, TensorBoard, WandB
 
 _INSTALL = {
     "tensorboard": "tensorboard",
@@ -47,6 +48,12 @@ def check_trackers(config: PretrainConfig) -> None:
         for name in config.tracker
         if name != "none" and not _installed(name)
     ]
+    local = "swanlab" in config.tracker and os.environ.get("SWANLAB_MODE") == "local"
+    if local and not _installed("swanboard"):
+        problems.append(
+            "SWANLAB_MODE=local needs a package that is not installed; pip install 'swanlab[dashboard]', or "
+            "set SWANLAB_MODE=offline"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -56,7 +63,7 @@ class Trackers:
 
     metrics.jsonl has a thread of its own, which a tracker that hangs does not hold up. Only the main process
     writes; on the others everything here does nothing. A tracker that fails is reported once and left out
-    from then on: the run and the other trackers go on. Accelerate's tracker classes do the talking.
+    from then on: the run and the other trackers go on.
     """
 
     def __init__(
@@ -67,31 +74,32 @@ class Trackers:
         resume_state: Mapping[str, str] | None = None,
         *,
         start_step: int = 0,
+        environment: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = _log.warning,
     ) -> None:
         """Open the trackers.
 
         Args:
-            config: which trackers, under which names; sent as hyper-parameters of a new run.
+            config: which trackers, under which names; sent as hyper-parameters.
             run_folder: where metrics.jsonl, the TensorBoard events and local files of the others lie.
             accelerator: tells the main process.
             resume_state: what `state` returned in the run that this one goes on from.
             start_step: the step it goes on from; what was logged beyond it goes out of metrics.jsonl and
                 out of TensorBoard's view, so that no step appears twice.
+            environment: what the run runs on, shown beside the hyper-parameters.
             warn: shows a sentence to the user.
         """
         self._warn = warn
-        self._folder = str(run_folder.path)
         self._ids: dict[str, str] = dict(resume_state or {})
-        self._trackers: dict[str, GeneralTracker] = {}
+        self._clients: dict[str, Client] = {}
         self._feeds: tuple[_Feed, ...] = ()
         if not accelerator.is_main_process:
             return
         self._file: MetricsFile | None = MetricsFile(run_folder.metrics, keep_to_step=start_step)
         for name in config.tracker:
             if name != "none":
-                self._start(name, config, run_folder.path, start_step)
-        self._feeds = (_Feed("metrics", self._write_file), _Feed("trackers", self._tell_trackers))
+                self._start(name, config, run_folder.path, start_step, environment or {})
+        self._feeds = (_Feed("metrics", self._write_file), _Feed("trackers", self._tell_clients))
 
     def log(self, values: Values, step: int) -> None:
         """Take the numbers of a step; returns at once.
@@ -102,6 +110,16 @@ class Trackers:
         """
         for feed in self._feeds:
             feed.put(dict(values), step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Take a text, such as a sample of what the model writes; returns at once.
+
+        Args:
+            name: as for a number.
+            text: of any length and number of lines; the trackers show it as it is.
+            step: optimizer steps done.
+        """
+        self.log({name: _Text(text)}, step)
 
     def settle(self, timeout: float = CLOSE_SECONDS) -> None:
         """Wait until metrics.jsonl holds, on the disk, all that was logged before; never raises."""
@@ -133,40 +151,40 @@ class Trackers:
         if not all(ended):
             self._warn(f"the trackers were still busy after {timeout:g} s; their last values may be missing.")
         if ended[1]:
-            self._finish(name for name in self._trackers if name in CLOSED_BY_MAIN_THREAD)
+            self._finish(name for name in self._clients if name in CLOSED_BY_MAIN_THREAD)
 
-    def _start(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> None:
+    def _start(
+        self, name: str, config: PretrainConfig, folder: Path, start_step: int, environment: Values
+    ) -> None:
         try:
-            tracker = _make(name, config, folder, self._ids.get(name), start_step)
-            tracker.start()
-            # A resumed run has its hyper-parameters already, and TensorBoard would show them as one more run.
-            if start_step == 0:
-                tracker.store_init_configuration(hyper_parameters(config))
+            client = _make(name, config, folder, self._ids.get(name), start_step)
+            client.start()
+            client.describe(hyper_parameters(config), environment, start_step)
         except Exception as error:
             self._give_up(name, "could not be started", error)
             return
-        self._trackers[name] = tracker
-        run_id = getattr(getattr(tracker, "run", None), "id", None)
+        self._clients[name] = client
+        run_id = getattr(getattr(client, "run", None), "id", None)
         if run_id is not None:
             self._ids[name] = str(run_id)
 
-    def _tell_trackers(self, values: Values | None, step: int) -> None:
+    def _tell_clients(self, values: Values | None, step: int) -> None:
         numbers = {name: value for name, value in (values or {}).items() if not isinstance(value, str)}
-        for name, tracker in list(self._trackers.items()):
+        texts = {name: value for name, value in (values or {}).items() if isinstance(value, _Text)}
+        for name, client in list(self._clients.items()):
             try:
-                if values is not None:
-                    tracker.log(numbers, step)
-                elif name == "tensorboard":
-                    # A new file of events tells TensorBoard from which step on the old ones are void.
-                    tracker.finish()
-                    self._trackers[name] = TensorBoardTracker(name, self._folder, purge_step=step + 1)
-                    self._trackers[name].start()
+                if values is None:
+                    client.go_back(step)
+                if numbers:
+                    client.log(numbers, step)
+                for title, text in texts.items():
+                    client.log_text(title, text, step)
             except Exception as error:
-                del self._trackers[name]
+                del self._clients[name]
                 self._give_up(name, "failed and gets no more values", error)
 
     def _finish_in_thread(self) -> None:
-        self._finish(name for name in self._trackers if name not in CLOSED_BY_MAIN_THREAD)
+        self._finish(name for name in self._clients if name not in CLOSED_BY_MAIN_THREAD)
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -175,7 +193,7 @@ class Trackers:
     def _finish(self, names: Iterable[str]) -> None:
         for name in names:
             try:
-                self._trackers[name].finish()
+                self._clients[name].finish()
             except Exception as error:
                 self._give_up(name, "could not be closed", error)
 
@@ -233,7 +251,11 @@ class _Feed:
                 self._work(*item)
 
 
-def hyper_parameters(config: PretrainConfig) -> dict[str, bool | int | float | str]:
+class _Text(str):
+    """A text for people, which trackers show too; other text among the values is for metrics.jsonl alone."""
+
+
+def hyper_parameters(config: PretrainConfig) -> HyperParameters:
     """Return the options in the types that every tracker takes; TensorBoard refuses None and lists."""
     values = dataclasses.asdict(config)
     for name, value in values.items():
@@ -244,17 +266,11 @@ def hyper_parameters(config: PretrainConfig) -> dict[str, bool | int | float | s
     return values
 
 
-def _make(
-    name: str, config: PretrainConfig, folder: Path, run_id: str | None, start_step: int
-) -> GeneralTracker:
-    run_name = config.run_name or folder.resolve().name
-    resumed = {"id": run_id, "resume": "allow"} if run_id is not None else {}
+def _make(name: str, config: PretrainConfig, folder: Path, run_id: str | None, start_step: int) -> Client:
     if name == "tensorboard":
-        purge = {"purge_step": start_step + 1} if start_step else {}
-        return TensorBoardTracker("tensorboard", str(folder), **purge)
-    if name == "wandb":
-        return WandBTracker(config.project, name=run_name, dir=str(folder), **resumed)
-    return SwanLabTracker(config.project, experiment_name=run_name, logdir=str(folder / "swanlab"), **resumed)
+        return TensorBoard(folder, start_step)
+    kind = WandB if name == "wandb" else SwanLab
+    return kind(config.project, config.run_name or folder.resolve().name, folder, run_id)
 
 
 def _installed(package: str) -> bool:

@@ -112,7 +112,7 @@ def train(run: Run, state: TrainState) -> None:
     Raises:
         TrainingError: when the gradient stays non-finite, or the run would go back too often.
     """
-    if _rewinds(run) and state.step == 0:
+    if _rewinds(run) and run.saved_step != state.step:
         save(run, state)  # or a run that fails early would have nothing to go back to
     while True:
         try:
@@ -142,7 +142,7 @@ def _train(run: Run, state: TrainState) -> None:
         state.stopping |= state.step == run.stop_after
         if run.after_step is not None:
             run.after_step()
-        if last or due(state.step, config.save_interval):
+        if last or save_due(state.step, config):
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):
             validate(run, state)
@@ -205,6 +205,7 @@ def decay_wanted(run: Run, state: TrainState) -> int:
     steps = decay_steps_due(
         steps_done=state.step,
         decay_ratio=run.config.decay_ratio,
+        decay_steps=run.config.decay_steps,
         seconds_left=0.9 * (seconds_left - ending),
         seconds_per_step=per_step,
     )
@@ -337,6 +338,11 @@ def report_evaluation(run: Run, state: TrainState, result: Evaluation) -> None:
 def due(step: int, interval: int) -> bool:
     """Whether something done every `interval` steps is done after `step`."""
     return step % interval == 0
+
+
+def save_due(step: int, config: PretrainConfig) -> bool:
+    """Whether a checkpoint is written after `step`."""
+    return due(step, config.save_interval) or (config.keep_every is not None and due(step, config.keep_every))
 
 
 def evaluation_interval(config: PretrainConfig) -> int:

@@ -52,8 +52,8 @@ def assert_holds(stored: StoredCheckpoint, step: int) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def filled(folder: Path, *steps: int, keep: int = 10) -> CheckpointStore:
-    store = CheckpointStore(folder, keep)
+def filled(folder: Path, *steps: int, keep: int = 10, keep_every: int | None = None) -> CheckpointStore:
+    store = CheckpointStore(folder, keep, keep_every=keep_every)
     for step in steps:
         store.save(snapshot(step))
     store.wait()
@@ -248,6 +248,16 @@ def test_the_best_is_known_to_the_next_process(tmp_path: Path) -> None:
     store.wait()
     assert store.best() == (1, 2.5)
     assert steps_of(store) == [1, 5]
+
+
+def test_those_of_every_so_many_steps_stay(tmp_path: Path) -> None:
+    store = filled(tmp_path, *range(1, 9), keep=1, keep_every=3)
+    assert steps_of(store) == [3, 6, 8]
+    # Unless the run has gone back to before them.
+    store.rewind(5)
+    store.save(snapshot(7))
+    store.wait()
+    assert steps_of(store) == [3, 7]
 
 
 def test_marking_a_step_without_checkpoint_does_nothing(tmp_path: Path) -> None:

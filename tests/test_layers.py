@@ -82,7 +82,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.ranks": (2, ""),
     "minimind.training_state": (2, ""),
     "minimind.resume": (2, "training_state"),
-    "minimind.trackers": (2, ""),
+    "minimind.tracker_clients": (2, "environment"),
+    "minimind.trackers": (2, "tracker_clients"),
     "minimind.progress": (2, ""),
     "minimind.environment": (2, ""),
     "minimind.evaluation": (2, ""),
@@ -98,14 +99,17 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.run_checkpoints": (2, "progress resume trackers train_state training_state"),
     "minimind.train": (3, ""),
     "minimind.pretrain": (4, ""),
+    "minimind.decay": (4, "pretrain"),
     "minimind.resume_check": (4, "pretrain"),
     "minimind.benchmark": (4, "pretrain"),
     "minimind_cli": (5, ""),
     "minimind_cli.options": (5, ""),
+    "minimind_cli.examples": (5, ""),
     "minimind_cli.upstream_flags": (5, "minimind_cli.options"),
     "minimind_cli.pretrain": (5, "minimind_cli.options minimind_cli.upstream_flags"),
     "minimind_cli.bench": (5, "minimind_cli.options minimind_cli.pretrain"),
-    "minimind_cli.tokens": (5, "minimind_cli.options"),
+    "minimind_cli.decay": (5, "minimind_cli.options minimind_cli.pretrain"),
+    "minimind_cli.tokens": (5, "minimind_cli.examples minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
     "minimind_cli.verify_resume": (
         5,
@@ -114,7 +118,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.app": (
         5,
         "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
-        "minimind_cli.checkpoints minimind_cli.verify_resume",
+        "minimind_cli.checkpoints minimind_cli.decay minimind_cli.examples minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }

@@ -43,6 +43,15 @@ def terminal(monkeypatch) -> Terminal:
     return Terminal()
 
 
+def test_a_terminal_that_wants_no_colours_gets_none(terminal, monkeypatch):
+    Progress(10, stream=terminal).warn("look")
+    assert "\x1b[33m" in terminal.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    Progress(10, stream=plain).warn("look")
+    assert plain.getvalue() == "warning: look\n"
+
+
 def test_pipe_gets_a_plain_line_for_each_report():
     out = io.StringIO()
     progress = Progress(2000, stream=out)

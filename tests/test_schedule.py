@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minimind.config import PretrainConfig
-from minimind.schedule import decay_steps_due, learning_rates, lr_factor
+from minimind.schedule import decay_steps_due, learning_rates, lr_factor, stable_phase, warmup_steps
 
 FALLING = ("cosine", "linear", "wsd")
 
@@ -81,6 +81,10 @@ def test_values_by_hand():
     # 101 steps decay over the last 50: half-way down they have lost sqrt(1/2) of the way.
     assert lr_factor(50, schedule="wsd", **run) == 1.0
     assert lr_factor(75, schedule="wsd", **run) == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
+    assert lr_factor(75, schedule="wsd", decay_shape="linear", **run) == pytest.approx(0.55)
+    assert lr_factor(75, schedule="wsd", decay_steps=50, **{**run, "decay_ratio": 0.1}) == lr_factor(
+        75, schedule="wsd", **run
+    )
     assert lr_factor(100, schedule="constant", **run) == 1.0
 
 
@@ -118,6 +122,68 @@ def test_every_schedule_of_the_configuration_exists():
         assert learning_rates(PretrainConfig(lr_schedule=schedule), 100)(50) > 0
     with pytest.raises(ValueError, match="unknown schedule"):
         lr_factor(0, total_steps=1, warmup_steps=0, schedule="step", min_lr_ratio=0, decay_ratio=1)
+    for shape in settings_of(PretrainConfig)["decay_shape"].choices:
+        assert learning_rates(PretrainConfig(lr_schedule="wsd", decay_shape=shape), 100)(99) > 0
+    run = {"total_steps": 1, "warmup_steps": 0, "min_lr_ratio": 0, "decay_ratio": 1}
+    with pytest.raises(ValueError, match="unknown shape"):
+        lr_factor(0, schedule="wsd", decay_shape="round", **run)
+
+
+@given(
+    total=st.integers(1, 60),
+    warmup=st.none() | st.integers(0, 60),
+    ratio=st.floats(0.01, 1),
+    steps=st.none() | st.integers(1, 60),
+    schedule=st.sampled_from(["wsd", "constant"]),
+)
+def test_the_stable_phase_is_where_the_rate_has_its_peak(
+    total: int,
+    warmup: int | None,
+    ratio: float,
+    steps: int | None,
+    schedule: str,
+) -> None:
+    config = PretrainConfig(
+        learning_rate=1.0,
+        lr_schedule=schedule,
+        warmup_steps=warmup,
+        decay_ratio=ratio,
+        decay_steps=steps,
+        min_lr_ratio=0.0,
+    )
+    rate = learning_rates(config, total)
+    phase = stable_phase(config, total)
+    assert phase is not None
+    for done in range(1, total + 1):
+        past_warm_up = done >= warmup_steps(config, total)
+        assert (phase[0] <= done <= phase[1]) == (past_warm_up and rate(done - 1, None) == 1.0)
+
+
+def test_a_moved_end_ends_the_stable_phase() -> None:
+    config = PretrainConfig(learning_rate=1.0, lr_schedule="wsd", warmup_steps=10)
+    assert stable_phase(config, 100) == (10, 80)
+    assert stable_phase(config, 100, (40, 50)) == (10, 40)
+    rate = learning_rates(config, 100)
+    assert rate(39, None) == 1.0
+    assert rate(40, (40, 50)) < 1.0
+
+
+def test_other_schedules_have_no_stable_phase() -> None:
+    assert stable_phase(PretrainConfig(lr_schedule="cosine"), 100) is None
+
+
+def test_a_time_limit_within_the_decay_does_not_raise_the_rate() -> None:
+    config = PretrainConfig(learning_rate=1.0, lr_schedule="wsd", warmup_steps=0, decay_steps=50)
+    rate = learning_rates(config, 100)
+    before, after = rate(79, None), [rate(step, (80, 85)) for step in range(80, 85)]
+    assert before > after[0]
+    assert after == sorted(after, reverse=True)
+
+
+def test_a_fixed_number_of_steps_to_decay_counts_under_a_time_limit_too() -> None:
+    due = {"steps_done": 1000, "decay_ratio": 0.2, "decay_steps": 40, "seconds_per_step": 1.0}
+    assert decay_steps_due(seconds_left=41.5, **due) == 0
+    assert decay_steps_due(seconds_left=40.5, **due) == 40
 
 
 @given(done=st.integers(0, 10_000), ratio=st.floats(0.05, 0.5), per_step=st.floats(0.01, 5.0))

@@ -458,8 +458,8 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
     # The same run without these rows from the first step on.
     take_up = RunCheckpoints.resume
 
-    def leave_out(*args: Any) -> Any:
-        fresh, saved_step, trackers = take_up(*args)
+    def leave_out(*args: Any, **options: Any) -> Any:
+        fresh, saved_step, trackers = take_up(*args, **options)
         fresh.left_out = state["left_out"]
         return fresh, saved_step, trackers
 

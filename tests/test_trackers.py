@@ -37,7 +37,9 @@ class FakeRun:
 
 
 class FakePackage(types.ModuleType):
-    """Stands in for the packages `wandb` and `swanlab`, of which Accelerate calls init and config."""
+    """Stands in for the packages `wandb` and `swanlab`; tests/test_tracker_files.py has the real ones."""
+
+    Settings = dict
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -49,7 +51,7 @@ class FakePackage(types.ModuleType):
         self.runs.append(FakeRun(options))
         return self.runs[-1]
 
-    def update(self, values: dict, allow_val_change: bool) -> None:
+    def update(self, values: dict, allow_val_change: bool = True) -> None:
         self.hyper_parameters.update(values)
 
     def __setitem__(self, key: str, value: str) -> None:
@@ -147,8 +149,28 @@ def test_tensorboard_events_lie_in_the_run_folder_and_a_resume_leaves_one_curve(
     assert desk.warnings == []
     folder = desk.folder.path / "tensorboard"
     assert scalars(folder, "loss") == [(10, 10.0), (20, 20.0), (30, 31.0)]
-    # The hyper-parameters of the first start, and no second run beside it from the resume.
-    assert len(list(folder.glob("*/hparams.yml"))) == 1
+    # TensorBoard takes a folder inside for one more run.
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+def test_run_that_starts_over_leaves_one_curve_in_tensorboard(desk):
+    for loss in (1.0, 2.0):
+        trackers = desk.open("tensorboard")
+        trackers.log({"loss": loss}, 0)
+        trackers.log({"loss": loss}, 10)
+        trackers.close()
+    assert scalars(desk.folder.path / "tensorboard", "loss") == [(0, 2.0), (10, 2.0)]
+
+
+def test_a_step_taken_back_leaves_one_curve_in_tensorboard(desk):
+    trackers = desk.open("tensorboard")
+    for step in (10, 20, 30):
+        trackers.log({"loss": float(step)}, step)
+    trackers.go_back(10)
+    trackers.log({"loss": 21.0}, 20)
+    trackers.close()
+    assert desk.warnings == []
+    assert scalars(desk.folder.path / "tensorboard", "loss") == [(10, 10.0), (20, 21.0)]
 
 
 def test_hyper_parameters_have_types_that_tensorboard_takes():
@@ -197,6 +219,16 @@ def test_missing_packages_are_refused_together_with_the_command_that_installs_th
         "--tracker wandb needs a package that is not installed; pip install 'minimind[wandb]'",
         "--tracker swanlab needs a package that is not installed; pip install 'minimind[swanlab]'",
     ]
+
+
+def test_swanlab_without_its_dashboard_cannot_be_local(monkeypatch):
+    monkeypatch.setitem(sys.modules, "swanlab", types.ModuleType("swanlab"))
+    monkeypatch.setitem(sys.modules, "swanboard", None)
+    monkeypatch.setenv("SWANLAB_MODE", "local")
+    with pytest.raises(ConfigError, match=r"pip install 'swanlab\[dashboard\]'"):
+        check_trackers(PretrainConfig(tracker=("swanlab",)))
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    check_trackers(PretrainConfig(tracker=("swanlab",)))
 
 
 def test_installed_packages_and_none_are_accepted(package):
@@ -282,6 +314,14 @@ def test_text_goes_to_the_file_alone(desk, package):
     assert desk.lines()[0]["digest"] == "a1b2"
     assert package.runs[0].logged == [(10, {"loss": 1.5})]
     assert desk.warnings == []
+
+
+def test_a_line_of_text_has_a_kind_of_its_own(desk):
+    trackers = desk.open()
+    trackers.log_text("sample", "once\nupon", 10)
+    trackers.close()
+    (line,) = desk.lines()
+    assert (line["kind"], line["step"], line["sample"]) == ("text", 10, "once\nupon")
 
 
 def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypatch):

@@ -1,0 +1,64 @@
+"""The examples at the end of `--help`, all in one place.
+
+A command has its lines here under its name, and is registered with `epilog=examples(name)`. A line is a whole
+command of at most 92 characters that works as it stands once its files exist; tests hold it against the
+command's options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "": (
+        "minimind-train pretrain",
+        "minimind-train pretrain --data corpus.jsonl --output-dir runs/mine",
+        "minimind-train pretrain --help",
+    ),
+    "pretrain": (
+        "minimind-train pretrain --data corpus.jsonl --output-dir runs/mine",
+        "minimind-train pretrain --data web:0.8 --data code:0.2 --preset minimind-3 --max-tokens 2e9",
+        "minimind-train pretrain --config runs/mine/config.toml --seed 7 --output-dir runs/seed7",
+        "minimind-train pretrain --resume --output-dir runs/mine",
+        "accelerate launch -m minimind_cli pretrain --data corpus.jsonl --preset minimind-3",
+    ),
+    "decay": (
+        "minimind-train decay runs/trunk --tokens 1e8",
+        "minimind-train decay runs/trunk --from-step 20000 --tokens 4e8 --output-dir runs/20k",
+    ),
+    "bench": (
+        "minimind-train bench --preset minimind-3",
+        "minimind-train bench --preset 350m --batch-size 8 --activation-checkpointing --seconds 30",
+        "minimind-train bench --config runs/mine/config.toml --json",
+    ),
+    "tokenize": (
+        "minimind-train tokenize --data corpus.jsonl",
+        "minimind-train tokenize --data corpus/ --tokenizer runs/tokenizer --cache-dir /fast/disk",
+    ),
+    "checkpoints": (
+        "minimind-train checkpoints runs/mine",
+        "minimind-train checkpoints runs/mine --no-verify",
+    ),
+    "verify-resume": (
+        "minimind-train verify-resume --preset tiny",
+        "minimind-train verify-resume --config runs/mine/config.toml --steps 20 --processes 2",
+    ),
+    "tokenizer": (
+        "minimind-train tokenizer train --data corpus.jsonl --output-dir runs/tokenizer",
+        "minimind-train tokenizer inspect runs/tokenizer",
+    ),
+    "tokenizer train": (
+        "minimind-train tokenizer train --data corpus.jsonl --output-dir runs/tokenizer",
+        "minimind-train tokenizer train --data corpus/ --vocab-size 32000",
+    ),
+    "tokenizer inspect": (
+        "minimind-train tokenizer inspect",
+        'minimind-train tokenizer inspect runs/tokenizer --text "How is this split?"',
+    ),
+}
+
+
+def examples(command: str) -> str:
+    """Return the end of the help of a command, named without the program."""
+    # Typer strips the indentation that all lines but the first have in common: hence the empty one.
+    return "\n".join(["", "Examples:", *("  " + line for line in EXAMPLES[command])])

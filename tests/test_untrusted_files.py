@@ -1,0 +1,64 @@
+"""What SECURITY.md promises about files from others: nothing in them is run."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import CheckpointError, ConfigError
+from minimind.formats.upstream import load_upstream
+from minimind.model_config import MiniMindConfig
+from minimind.stored_checkpoint import MODEL, StoredCheckpoint
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "minimind").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.mkdir, (self.folder,)
+
+
+def test_a_pickle_among_weights_is_refused_and_not_run(tmp_path: Path) -> None:
+    file, made = tmp_path / "pretrain_512.pth", tmp_path / "made"
+    file.write_bytes(pickle.dumps({"weight": Hostile(made)}, protocol=2))
+    with pytest.raises(ConfigError, match="cannot be read as a state dict"):
+        load_upstream(file, MiniMindConfig())
+    (tmp_path / MODEL).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        StoredCheckpoint(tmp_path, 1).weights()
+    assert not made.exists()
+    pickle.loads(file.read_bytes())
+    assert made.exists()
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_no_file_unpickles_or_evaluates() -> None:
+    met = 0
+    for path in FILES:
+        for name, call in calls(path):
+            where = f"{path}:{call.lineno}"
+            assert name not in ("eval", "exec", "compile", "pickle.load", "pickle.loads"), where
+            if name in ("torch.load", "np.load"):
+                met += 1
+                safe = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}[name]
+                given = {
+                    word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg == safe[0]
+                }
+                assert given == dict([safe]), where
+            assert "trust_remote_code" not in {word.arg for word in call.keywords}, where
+    assert met
