@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .auto_batch import settle_batch_size
 from .batch_plan import BatchPlan, count_steps, plan_batches
 from .checkpoint import CheckpointStore
 from .config import PretrainConfig
@@ -73,6 +74,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
+        config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         if is_main_process():
             folder.claim(resume=config.resume is not None or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
@@ -85,6 +87,10 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         closing.enter_context(failures_named(accelerator))
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
         refuse_differences(accelerator, facts_of(config, fingerprints))
+        wanted = config.batch_size
+        config = settle_batch_size(
+            config, shape, accelerator, partial(prepare_model, config, shape), progress.note
+        )
         plan = plan_batches(config, accelerator.num_processes)
         model, optimizer, compiled = prepare_model(config, shape, plan, accelerator)
         loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
@@ -106,7 +112,9 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             tokens_per_step=plan.global_batch_size * row,
         )
         if accelerator.is_main_process:
-            folder.describe(config, describe_environment(accelerator.device))
+            # A resumed run may find itself on another device: `auto` is kept, and with it the global batch.
+            asked_for = dataclasses.replace(config, batch_size=wanted)
+            folder.describe(asked_for, describe_environment(accelerator.device))
         trackers = Trackers(
             config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
         )
@@ -132,7 +140,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
             model=model,
             optimizer=optimizer,
             loader=loader,
-            validation=_validation(config, data.validation, tokenizer, accelerator),
+            validation=_validation(config, plan, data.validation, tokenizer, accelerator),
             bytes_per_token=_bytes_per_token(tokenizer, shape.vocab_size, accelerator.device),
             learning_rate=learning_rates(config, total_steps),
             total_steps=total_steps,
@@ -244,7 +252,11 @@ def _make_loader(
 
 
 def _validation(
-    config: PretrainConfig, shards: TokenShards | None, tokenizer: Tokenizer, accelerator: Accelerator
+    config: PretrainConfig,
+    plan: BatchPlan,
+    shards: TokenShards | None,
+    tokenizer: Tokenizer,
+    accelerator: Accelerator,
 ) -> Any:
     """Return a function from a number of batches, None for all, to this process's validation batches."""
     if shards is None:
@@ -253,7 +265,7 @@ def _validation(
         shards,
         seq_len=config.max_seq_len,
         packing=config.packing,
-        batch_size=config.batch_size,
+        batch_size=plan.micro_batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         device=accelerator.device,

@@ -92,12 +92,12 @@ def learning_rates(
 
     def learning_rate(step: int, ending: tuple[int, int] | None = None) -> float:
         if ending is None:
-            return config.learning_rate * factor(step, total_steps=total_steps)
+            return config.peak_learning_rate * factor(step, total_steps=total_steps)
         begin, end = ending
         # A decay that begins inside the warm-up starts from what that has reached.
         reached = min((begin + 1) / warmup, 1.0) if warmup else 1.0
         decayed = partial(factor, total_steps=end, warmup_steps=0, decay_steps=end - begin)
-        return config.learning_rate * reached * decayed(step)
+        return config.peak_learning_rate * reached * decayed(step)
 
     return learning_rate
 

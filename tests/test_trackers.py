@@ -152,7 +152,7 @@ def test_tensorboard_events_lie_in_the_run_folder_and_a_resume_leaves_one_curve(
 
 
 def test_hyper_parameters_have_types_that_tensorboard_takes():
-    values = hyper_parameters(PretrainConfig(data=("a.txt", "b.txt")))
+    values = hyper_parameters(PretrainConfig(data=("a.txt", "b.txt"), learning_rate=5e-4))
     assert values["data"] == "a.txt, b.txt"
     assert values["val_data"] == "none"
     assert values["max_steps"] == "none"
