@@ -5,6 +5,10 @@ while the best one is the first or the last, for an optimum at the edge is none.
 the --variants at its best rate. All points share one model and its compiled code: the weights are put back to
 the same beginning. Compare validation bits per byte.
 
+A variant is options of pretrain, such as lr_schedule=wsd,min_lr_ratio=0, with warmup_steps=10% as a share of
+all steps; or one of what pretrain has no option for: embedding_lr=3 multiplies the learning rate of the
+embedding and the norms, zero_init=1 begins with zeros in the matrices that write to the residual stream.
+
     python benchmarks/optimizers.py --preset minimind2-small --data en.jsonl zh.jsonl --output results
 """
 
@@ -15,6 +19,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -35,21 +40,25 @@ from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim import build_optimizer, set_learning_rate
 from minimind.presets import PRESETS, preset_config
 from minimind.schedule import learning_rates
+from minimind.settings import parse_values
 from minimind.starting_model import make_model, resolve_shape
 from minimind.tokenizer import load_tokenizer
 from minimind.train import forward_loss
 
 RATES = {
-    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
-    "muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "muon": (4e-3, 8e-3, 1.6e-2),
 }
 VARIANTS = (
     "lr_schedule=linear,min_lr_ratio=0",
     "lr_schedule=wsd,min_lr_ratio=0",
-    "warmup_steps=0",
-    "beta2=0.99",
+    "warmup_steps=10%",
+    "embedding_lr=0.3",
+    "embedding_lr=3",
+    "zero_init=1",
     "weight_decay=0.01",
 )
+WRITING = ("o_proj.weight", "down_proj.weight")
 # Points of a training curve.
 REPORTS = 100
 
@@ -68,9 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--rates", nargs="+", type=float, help="for all optimizers; default: for each its own"
     )
-    parser.add_argument(
-        "--variants", nargs="*", default=list(VARIANTS), help="options of pretrain, NAME=VALUE[,NAME=VALUE]"
-    )
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME=VALUE[,NAME=VALUE]")
     parser.add_argument("--widen", type=int, default=2, help="further rates while the best is at the edge")
     parser.add_argument("--minutes", type=float, default=6.0, help="begin no point that would end later")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -116,8 +123,6 @@ class Bench:
         text = prepare_data(self.config, tokenizer)
         assert text.validation is not None
         if device == "cpu":
-            import os
-
             os.environ["ACCELERATE_USE_CPU"] = "true"
         self.accelerator = start_accelerator(self.config)
         device_type = self.accelerator.device
@@ -151,12 +156,23 @@ class Bench:
         table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
         self._bytes_per_token = table.to(device_type)
 
-    def train(self, config: PretrainConfig) -> dict[str, Any]:
+    def train(
+        self, config: PretrainConfig, *, embedding_lr: float = 1.0, zero_init: bool = False
+    ) -> dict[str, Any]:
         """Train from the beginning and return what came of it."""
         began = time.perf_counter()
         self.bare.load_state_dict(self.start)
         self.model.train()
+        if zero_init:
+            with torch.no_grad():
+                for name, parameter in self.bare.named_parameters():
+                    if name.endswith(WRITING):
+                        parameter.zero_()
         optimizer = build_optimizer(self.bare, config, self.accelerator.device, compiled=self.compiled)
+        embedding = self.bare.get_input_embeddings().weight
+        for group in optimizer.param_groups:
+            if any(parameter is embedding for parameter in group["params"]):
+                group["lr_scale"] = embedding_lr
         rate = learning_rates(config, self.total_steps)
         losses: list[torch.Tensor] = []
         for step, batch in zip(range(self.total_steps), self._steps(), strict=False):
@@ -205,13 +221,11 @@ def sweep(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"no time for {optimizer} {rate:g} {variant}", file=sys.stderr, flush=True)
             return math.inf
         changes = dict(word.split("=") for word in variant.split(",") if word)
+        embedding_lr = float(changes.pop("embedding_lr", 1))
+        zero_init = changes.pop("zero_init", "0") == "1"
         values = {"optimizer": optimizer, "learning_rate": rate, **changes}
-        result = {
-            "optimizer": optimizer,
-            "rate": rate,
-            "variant": variant,
-            **bench.train(_changed(bench, values)),
-        }
+        result: dict[str, Any] = {"optimizer": optimizer, "rate": rate, "variant": variant}
+        result |= bench.train(_changed(bench, values), embedding_lr=embedding_lr, zero_init=zero_init)
         results.append(result)
         shown = {key: value for key, value in result.items() if key != "curve"}
         print(json.dumps(shown), file=sys.stderr, flush=True)
@@ -235,8 +249,9 @@ def sweep(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _changed(bench: Bench, values: dict[str, Any]) -> PretrainConfig:
-    from minimind.settings import parse_values
-
+    for name, value in values.items():
+        if isinstance(value, str) and value.endswith("%"):
+            values[name] = round(float(value.removesuffix("%")) / 100 * bench.total_steps)
     parsed, problems = parse_values(PretrainConfig, values)
     if problems:
         sys.exit("\n".join(problems))
