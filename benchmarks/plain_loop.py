@@ -248,9 +248,12 @@ class FullRows(torch.utils.data.Dataset):
 
 
 def hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """Return Qwen3ForCausalLM in the shape asked for, or minimind's model without transformers."""
     _, shape = resolve_shape(config, load_tokenizer(None))
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return MiniMindForCausalLM(shape)
     return Qwen3ForCausalLM(Qwen3Config.from_dict(shape.to_dict()))
 
 
@@ -263,11 +266,7 @@ def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """The loop that is commonly written."""
     config = _config(options)
     torch.manual_seed(0)
-    try:
-        model = hugging_face_model(config)
-    except ImportError:
-        _, shape = resolve_shape(config, load_tokenizer(None))
-        model = MiniMindForCausalLM(shape)
+    model = hugging_face_model(config)
     device = torch.device(options.device)
     model = model.to(device).train()
     documents = Documents(options.data, options.max_seq_len)
