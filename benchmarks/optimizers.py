@@ -53,8 +53,8 @@ VARIANTS = (
     "lr_schedule=linear,min_lr_ratio=0",
     "lr_schedule=wsd,min_lr_ratio=0",
     "warmup_steps=10%",
-    "embedding_lr=0.3",
     "embedding_lr=3",
+    "embedding_lr=10",
     "zero_init=1",
     "weight_decay=0.01",
 )
