@@ -217,3 +217,14 @@ def test_verify_resume_takes_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = tiny(write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "out", accumulation_steps=None)
     auto = dataclasses.replace(config, batch_size="auto", global_batch_size=8)
     assert verify_resume(auto, 2).first_difference is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_measured_and_left_as_it_was(settle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    before = torch.cuda.memory_allocated()
+    config, (sentence,) = settle(compile=True, mixed_precision="auto")
+    assert config.batch_size in (1, 2, 4, 8)
+    assert "measured: " in sentence
+    assert torch.cuda.memory_allocated() - before < 1e6
