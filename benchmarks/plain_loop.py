@@ -9,8 +9,12 @@ the workers of a DataLoader), and give --threads 1: threads that wait for each o
               tokenized by the workers of a torch DataLoader in every pass; one document a row, cut and
               padded; autocast to bf16 on a GPU; AdamW; clipping; loss.item() at each log
     trainer   Trainer of transformers on the same rows, tokenized ahead, with torch_compile and bf16 on a GPU
+    trainer-packed  the same on full rows: documents joined and cut, seeing each other
     padded    minimind with --no-packing: the same rows
-    packed    minimind as it is by default: documents laid end to end, none cut
+    packed    minimind as it is by default: documents laid end to end, none cut, none seeing another
+
+A fast device wants more rows in a step than the plain loop has: --packed-batch-size sets those of the two
+contenders on full rows.
 
     python benchmarks/plain_loop.py --preset tiny --seconds 30 --data zh.jsonl --data en.jsonl
 """
@@ -40,7 +44,8 @@ from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.presets import PRESETS, preset_config
 from minimind.starting_model import resolve_shape
 
-CONTENDERS = ("plain", "trainer", "padded", "packed")
+CONTENDERS = ("plain", "trainer-packed", "packed", "padded", "trainer")
+FULL_ROWS = ("trainer-packed", "packed")
 # Steps that are not measured: they compile kernels, fill memory pools and start workers.
 WARMUP_STEPS = 5
 LOG_INTERVAL = 10
@@ -58,12 +63,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--packed-batch-size", type=int, help="of contenders on full rows; default: the same")
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="of minimind")
+    parser.add_argument("--minutes", type=float, help="begin no contender later than this")
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="of the DataLoader")
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU; default: its own choice")
     parser.add_argument("--json", metavar="PATH", help="write the results there")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.packed_batch_size = options.packed_batch_size or options.batch_size
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         options.data = options.data or [_embedded_corpus(Path(folder))]
@@ -79,24 +88,39 @@ def compare(options: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
     title = f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
     print(
-        f"{title}\npreset {options.preset}, {options.batch_size} rows of {options.max_seq_len}\n", flush=True
+        f"{title}\npreset {options.preset}, {options.batch_size} rows of {options.max_seq_len}, "
+        f"{options.packed_batch_size} full ones\n",
+        flush=True,
     )
     results: dict[str, dict[str, Any]] = {}
+    began = time.perf_counter()
     # Round after round, so that whatever else the machine does for a while hits all alike.
     for contender in list(options.contenders) * options.rounds:
+        if options.minutes and time.perf_counter() - began > 60 * options.minutes:
+            print(f"no time for {contender}", file=sys.stderr, flush=True)
+            continue
         result = run_apart(contender, options)
         if result is not None:
             before = results.get(contender, result)
             results[contender] = max(before, result, key=lambda r: r["tokens_per_second"])
-    head = ("real tokens/s", "of plain", "per CPU second", "of plain", "padding", "steps/s")
-    print(f"{'contender':<12}" + "".join(f"{name:>15}" for name in head))
-    plain = results.get("plain")
+    head = ("real tokens/s", "of plain", "of trainer", "per CPU second", "of plain", "padding", "steps/s")
+    print(f"{'contender':<15}" + "".join(f"{name:>15}" for name in head))
+
+    def ratio(contender: str, base: str, name: str) -> str:
+        return f"{results[contender][name] / results[base][name]:.2f}x" if base in results else "-"
+
     for contender, result in results.items():
-        cells = []
-        for name in ("tokens_per_second", "tokens_per_cpu_second"):
-            cells += [f"{result[name]:,.0f}", f"{result[name] / plain[name]:.2f}x" if plain else "-"]
-        cells += [f"{result['padding']:.1%}", f"{result['steps_per_second']:.2f}"]
-        print(f"{contender:<12}" + "".join(f"{cell:>15}" for cell in cells))
+        trainer = "trainer-packed" if contender in FULL_ROWS else "trainer"
+        cells = [
+            f"{result['tokens_per_second']:,.0f}",
+            ratio(contender, "plain", "tokens_per_second"),
+            ratio(contender, trainer, "tokens_per_second"),
+            f"{result['tokens_per_cpu_second']:,.0f}",
+            ratio(contender, "plain", "tokens_per_cpu_second"),
+            f"{result['padding']:.1%}",
+            f"{result['steps_per_second']:.2f}",
+        ]
+        print(f"{contender:<15}" + "".join(f"{cell:>15}" for cell in cells))
     if options.json:
         summary = {"machine": title, "options": vars(options), "results": results}
         Path(options.json).write_text(json.dumps(summary, indent=1))
@@ -106,7 +130,8 @@ def run_apart(contender: str, options: argparse.Namespace) -> dict[str, Any] | N
     """Run a contender in a process of its own; None where it failed."""
     command = [sys.executable, __file__, "--contender", contender, "--preset", options.preset]
     command += [word for path in options.data for word in ("--data", path)]
-    for key in ("seconds", "device", "batch_size", "max_seq_len", "workers"):
+    keys = ("seconds", "device", "batch_size", "packed_batch_size", "max_seq_len", "workers", "optimizer")
+    for key in keys:
         command += ["--" + key.replace("_", "-"), str(getattr(options, key))]
     environment = dict(os.environ)
     if options.device == "cpu":
@@ -132,13 +157,14 @@ def _embedded_corpus(folder: Path) -> str:
 
 
 def _config(options: argparse.Namespace, **changes: Any) -> PretrainConfig:
-    return preset_config(
-        options.preset,
-        data=tuple(options.data),
-        batch_size=options.batch_size,
-        max_seq_len=options.max_seq_len,
+    values = {
+        "data": tuple(options.data),
+        "batch_size": options.batch_size,
+        "max_seq_len": options.max_seq_len,
+        "optimizer": "adamw",
         **changes,
-    )
+    }
+    return preset_config(options.preset, **values)
 
 
 class Stopwatch:
@@ -194,6 +220,11 @@ class Documents(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._texts)
 
+    def whole(self, index: int) -> torch.Tensor:
+        """Return all tokens of a document with those around it."""
+        t = self._tokenizer
+        return torch.tensor([t.bos_token_id, *t.encode(self._texts[index]), t.eos_token_id])
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         t = self._tokenizer
         ids = [t.bos_token_id, *t.encode(self._texts[index])[: self._seq_len - 2], t.eos_token_id]
@@ -202,34 +233,53 @@ class Documents(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "labels": torch.tensor(ids + [IGNORED] * blank)}
 
 
-def _hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+class FullRows(torch.utils.data.Dataset):
+    """Rows of one length cut from documents that were tokenized ahead and joined."""
 
+    def __init__(self, documents: Documents, seq_len: int) -> None:
+        ids = torch.cat([documents.whole(index) for index in range(len(documents))])
+        self._rows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._rows[index], "labels": self._rows[index]}
+
+
+def hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
+    """Return Qwen3ForCausalLM in the shape asked for, or minimind's model without transformers."""
     _, shape = resolve_shape(config, load_tokenizer(None))
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return MiniMindForCausalLM(shape)
     return Qwen3ForCausalLM(Qwen3Config.from_dict(shape.to_dict()))
+
+
+def endless(rows: torch.utils.data.Dataset) -> torch.utils.data.Sampler:
+    """Return an order without an end: a small file must not make workers start anew all the time."""
+    return torch.utils.data.RandomSampler(rows, replacement=True, num_samples=10**8)
 
 
 def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """The loop that is commonly written."""
     config = _config(options)
     torch.manual_seed(0)
-    try:
-        model = _hugging_face_model(config)
-    except ImportError:
-        _, shape = resolve_shape(config, load_tokenizer(None))
-        model = MiniMindForCausalLM(shape)
+    model = hugging_face_model(config)
     device = torch.device(options.device)
     model = model.to(device).train()
+    documents = Documents(options.data, options.max_seq_len)
     loader = torch.utils.data.DataLoader(
-        Documents(options.data, options.max_seq_len),
+        documents,
         batch_size=options.batch_size,
-        shuffle=True,
+        sampler=endless(documents),
         num_workers=options.workers,
         pin_memory=options.device == "cuda",
         drop_last=True,
     )
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        model.parameters(), lr=config.peak_learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     watch = Stopwatch(options.seconds, options.device)
     step = 0
@@ -249,7 +299,7 @@ def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
                 return watch.result()
 
 
-def run_trainer(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def run_trainer(options: argparse.Namespace, folder: Path, *, packing: bool) -> dict[str, float]:
     """Trainer with torch_compile, on rows that were tokenized before the clock starts."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -259,6 +309,9 @@ def run_trainer(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     over = threading.Event()
 
     class Counting(Trainer):
+        def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
+            return endless(rows)
+
         def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
             loss = super().training_step(model, inputs, *rest, **more)
             if watch.step(inputs["labels"]):
@@ -272,9 +325,9 @@ def run_trainer(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     documents = Documents(options.data, options.max_seq_len)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.packed_batch_size if packing else options.batch_size,
         max_steps=1_000_000,
-        learning_rate=config.learning_rate,
+        learning_rate=config.peak_learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.grad_clip,
         bf16=options.device == "cuda",
@@ -287,8 +340,12 @@ def run_trainer(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         report_to="none",
         disable_tqdm=True,
     )
-    rows = [documents[index] for index in range(len(documents))]
-    trainer = Counting(_hugging_face_model(config), arguments, train_dataset=rows, callbacks=[Stop()])
+    rows: Any
+    if packing:
+        rows = FullRows(documents, options.max_seq_len)
+    else:
+        rows = [documents[index] for index in range(len(documents))]
+    trainer = Counting(hugging_face_model(config), arguments, train_dataset=rows, callbacks=[Stop()])
     trainer.train()
     return watch.result()
 
@@ -296,9 +353,12 @@ def run_trainer(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 def run_minimind(options: argparse.Namespace, folder: Path, *, packing: bool) -> dict[str, float]:
     """`pretrain` itself, asked to stop when the time is over; the speed is the one that it reports."""
     out = folder / "run"
+    batch_size = options.packed_batch_size if packing else options.batch_size
     config = _config(
         options,
         packing=packing,
+        batch_size=batch_size,
+        optimizer=options.optimizer,
         cache_dir=str(folder / "cache"),
         output_dir=str(out),
         epochs=100_000,
@@ -334,7 +394,7 @@ def run_minimind(options: argparse.Namespace, folder: Path, *, packing: bool) ->
     # Tokens are counted as inputs. Packed, the one before each document's first has no target.
     share = 1 - shards.num_documents / shards.num_tokens if packing else 1.0
     targets = tokens * share
-    places = steps * options.batch_size * options.max_seq_len
+    places = steps * batch_size * options.max_seq_len
     return {
         "tokens_per_second": targets / elapsed,
         "tokens_per_cpu_second": (marks[1][1] - marks[0][1]) * share / (marks[1][0] - marks[0][0]),
@@ -352,7 +412,8 @@ def _reports(out: Path) -> list[dict[str, Any]]:
 
 RUNNERS: dict[str, Callable[[argparse.Namespace, Path], dict[str, float]]] = {
     "plain": run_plain,
-    "trainer": run_trainer,
+    "trainer": lambda options, folder: run_trainer(options, folder, packing=False),
+    "trainer-packed": lambda options, folder: run_trainer(options, folder, packing=True),
     "padded": lambda options, folder: run_minimind(options, folder, packing=False),
     "packed": lambda options, folder: run_minimind(options, folder, packing=True),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import PretrainConfig
+from .config import DEFAULT_BATCH_SIZE, PretrainConfig
 from .errors import ConfigError
 
 
@@ -29,32 +29,53 @@ class BatchPlan:
         return self.micro_batch_size * self.accumulation_steps * self.num_processes
 
 
+def rows_of_a_step(config: PretrainConfig, num_processes: int) -> int:
+    """Return the rows of one optimizer step over all processes.
+
+    With `--batch-size auto` and no global batch they are those of the default micro-batch.
+    """
+    if config.global_batch_size is not None:
+        return config.global_batch_size
+    rows = config.batch_size if isinstance(config.batch_size, int) else DEFAULT_BATCH_SIZE
+    return rows * (config.accumulation_steps or 1) * num_processes
+
+
+def micro_batches_to_try(rows: int) -> list[int]:
+    """Return divisors of the rows of one process in a step, from 1 to all, each at least twice the last."""
+    sizes = [rows]
+    while sizes[0] > 1:
+        sizes.insert(0, next(size for size in range(sizes[0] // 2, 0, -1) if rows % size == 0))
+    return sizes
+
+
 def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
-    """Work out the accumulation that gives the wanted global batch.
+    """Work out the accumulation that gives the wanted global batch; `auto` is settled before.
 
     Raises:
         ConfigError: when the global batch is not a multiple of the rows of one round of micro-batches;
             the message lists global batches and micro-batches that would do.
     """
-    rows = config.batch_size * num_processes
+    batch_size = config.batch_size
+    assert isinstance(batch_size, int), "auto_batch.settle_batch_size comes first"
+    rows = batch_size * num_processes
     wanted = config.global_batch_size
     if wanted is None:
-        return BatchPlan(config.batch_size, config.accumulation_steps or 1, num_processes)
+        return BatchPlan(batch_size, config.accumulation_steps or 1, num_processes)
     if wanted % rows == 0:
-        return BatchPlan(config.batch_size, wanted // rows, num_processes)
+        return BatchPlan(batch_size, wanted // rows, num_processes)
     below, above = wanted // rows * rows, math.ceil(wanted / rows) * rows
     globals_that_fit = " or ".join(str(size) for size in (below, above) if size)
     per_process = wanted // num_processes
     fitting = [size for size in range(1, per_process + 1) if wanted % (size * num_processes) == 0]
     if fitting:
-        nearest = min(fitting, key=lambda size: abs(size - config.batch_size))
+        nearest = min(fitting, key=lambda size: abs(size - batch_size))
         micro = f", or --batch-size {nearest}"
     else:
         micro = f", or a number of processes that divides {wanted}"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     raise ConfigError(
         f"--global-batch-size {wanted} is not a multiple of {rows} rows "
-        f"(--batch-size {config.batch_size} x {processes}); "
+        f"(--batch-size {batch_size} x {processes}); "
         f"use --global-batch-size {globals_that_fit}{micro}."
     )
 

@@ -7,18 +7,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
+from .auto_batch import settle_batch_size
 from .batch_plan import BatchPlan, plan_batches
 from .config import PretrainConfig
 from .data.loader import Loader, StepBatch
-from .data.shards import ShardWriter, TokenShards, token_dtype
+from .data.random_tokens import random_shards
 from .errors import ConfigError
 from .launch import close_accelerator, start_accelerator
 from .model_config import MiniMindConfig
@@ -39,8 +40,6 @@ WARMUP_STEPS = 3
 PARTS = ("data", "forward", "backward", "optimizer")
 # A step is made smaller where it would take longer than this, by a guess of half of the matmul speed.
 LONGEST_STEP = 3.0
-# Tokens of a made-up document, on average.
-_DOCUMENT = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +137,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
         matmul = matmul_flops(accelerator.device, accelerator.mixed_precision)
+        config = settle_batch_size(config, shape, accelerator, partial(prepare_model, config, shape))
         wanted = config
         config = _shortened(config, shape, matmul)
         config = dataclasses.replace(config, output_dir=str(folder / "run"), tracker=("none",))
@@ -162,7 +162,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
             compiled=compiled,
             optimizer=config.optimizer,
             parameters=shape.num_parameters(),
-            batch_size=config.batch_size,
+            batch_size=plan.micro_batch_size,
             max_seq_len=config.max_seq_len,
             reduced=(wanted.batch_size, wanted.max_seq_len) != (config.batch_size, config.max_seq_len),
             tokens_per_second=speed,
@@ -236,6 +236,7 @@ def _shortened(config: PretrainConfig, shape: MiniMindConfig, matmul: float) -> 
         return rounds * rows * length * shape.flops_per_token(length) / (0.5 * matmul)
 
     rows, length = config.batch_size, config.max_seq_len
+    assert isinstance(rows, int)
     while rows > 1 and step_seconds(rows, length) > LONGEST_STEP:
         rows = -(-rows // 2)
     while length > 64 and step_seconds(rows, length) > LONGEST_STEP:
@@ -257,7 +258,7 @@ def _make_run(
     """Return a run like any other, but on random tokens and without a place for results."""
     model, optimizer, compiled = prepare_model(config, shape, plan, accelerator)
     loader = Loader(
-        _random_shards(folder / f"tokens-{accelerator.process_index}", shape.vocab_size),
+        random_shards(folder / f"tokens-{accelerator.process_index}", shape.vocab_size),
         seq_len=config.max_seq_len,
         packing=config.packing,
         plan=plan,
@@ -276,7 +277,7 @@ def _make_run(
         loader=loader,
         validation=None,
         bytes_per_token=torch.ones(shape.vocab_size),
-        learning_rate=lambda step, ending: config.learning_rate,
+        learning_rate=lambda step, ending: config.peak_learning_rate,
         total_steps=1,
         meter=Meter(1.0, accelerator.num_processes, None, 1, device=accelerator.device),
         progress=Progress(enabled=False),
@@ -290,25 +291,12 @@ def _make_run(
     return run, compiled
 
 
-def _random_shards(folder: Path, vocab_size: int) -> TokenShards:
-    """Write a few million random tokens in documents of varied length; the same in every process."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    writer = ShardWriter(folder, "train", token_dtype(vocab_size))
-    for _ in range(4):
-        lengths = rng.geometric(1 / _DOCUMENT, size=2000).astype(np.int64) + 2
-        writer.append(
-            rng.integers(0, vocab_size, int(lengths.sum())).astype(token_dtype(vocab_size)), lengths
-        )
-    return TokenShards(folder, "train", writer.close(), "random")
-
-
 def _measure(run: Run, seconds: float) -> dict[str, Any]:
     """Return the fields of the result that are times, and the number of steps."""
     run.model.train()
     state = TrainState()
     batches = _endless(run.loader)
-    set_learning_rate(run.optimizer, run.config.learning_rate)
+    set_learning_rate(run.optimizer, run.config.peak_learning_rate)
     device = run.accelerator.device
 
     def synchronize() -> float:

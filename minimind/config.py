@@ -6,13 +6,20 @@ Nothing here imports torch or touches a disk, so that `--help` is immediate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .errors import ConfigError
 from .settings import Option, range_problems
 from .wording import parse_duration
+
+# Peak learning rate where neither the user nor a preset gives one; what suits one optimizer does not suit
+# the other.
+LEARNING_RATES: Mapping[str, float] = {"adamw": 5e-4, "muon": 4e-3}
+
+AUTO = "auto"
+DEFAULT_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,10 @@ class OptimizationOptions:
     epochs: Annotated[int, Option("Passes over the training text.", minimum=1)] = 1
     max_steps: Annotated[int | None, Option("Stop after this many optimizer steps.", minimum=1)] = None
     max_tokens: Annotated[int | None, Option("Stop after this many training tokens.", minimum=1)] = None
-    batch_size: Annotated[int, Option("Rows in one micro-batch of one process.", minimum=1)] = 32
+    batch_size: Annotated[
+        int | Literal["auto"],
+        Option("Rows in one micro-batch of one process; auto takes the fastest, measured.", minimum=1),
+    ] = DEFAULT_BATCH_SIZE
     accumulation_steps: Annotated[
         int | None,
         Option(
@@ -126,7 +136,14 @@ class OptimizationOptions:
         Literal["adamw", "muon"],
         Option("What updates the matrices inside the blocks; all else is always updated by AdamW."),
     ] = "adamw"
-    learning_rate: Annotated[float, Option("Peak learning rate.", above=0.0)] = 5e-4
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            "Peak learning rate.",
+            above=0.0,
+            default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+        ),
+    ] = None
     lr_schedule: Annotated[
         Literal["cosine", "linear", "wsd", "constant"],
         Option("How the learning rate falls after warm-up; wsd is warm-up, stable, decay."),
@@ -165,7 +182,7 @@ class RunOptions:
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
         Option(
-            "Precision of the matrix products; auto takes bf16 where the GPU has it.",
+            "Precision of the matrix products; auto takes bf16 where the GPU, or the CPU by AMX, has it.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
         ),
@@ -254,6 +271,11 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
         problems = [*range_problems(self)] or [*self._cross_problems()]
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The peak learning rate in force: as given, else what suits the optimizer."""
+        return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     def _cross_problems(self) -> Iterator[str]:
         """Yield what is wrong between options that are right on their own."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .config import PANELS
 from .presets import PRESETS, size_text
@@ -63,8 +64,15 @@ def _meaning(setting: Setting) -> str:
 def _preset_rows() -> Iterator[str]:
     yield from ("| Preset | Parameters | Sets |", "|---|---|---|")
     for name, values in PRESETS.items():
-        sets = ", ".join(f"`{key} = {value}`" for key, value in values.items())
+        sets = ", ".join(f"`{key} = {_shown(value)}`" for key, value in values.items())
         yield f"| `{name}` | {size_text(name)} | {sets} |"
+
+
+def _shown(value: Any) -> str:
+    """Return a preset's value; a learning rate with the optimizers that it is for."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{one:g} ({name})" for name, one in value.items())
+    return str(value)
 
 
 if __name__ == "__main__":

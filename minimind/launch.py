@@ -27,6 +27,9 @@ from .errors import ConfigError, RankError
 from .launch_environment import is_set, launch_problems, met_before, rank, restarts, world_size
 from .wording import parse_duration
 
+# Below this width a CPU would spend on conversions what its units for bf16 gain.
+SMALLEST_BF16_WIDTH_ON_CPU = 512
+
 
 def check_launch(config: PretrainConfig) -> str | None:
     """Look at how this process was launched, before any work is done.
@@ -105,7 +108,8 @@ def choose_precision(config: PretrainConfig) -> str:
     on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
     if wanted == "auto":
         if not on_gpu:
-            return "no"
+            wide = config.hidden_size >= SMALLEST_BF16_WIDTH_ON_CPU
+            return "bf16" if wide and _cpu_multiplies_bf16() else "no"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if wanted not in ("no", "bf16", "fp16"):
         raise ConfigError(
@@ -118,6 +122,13 @@ def choose_precision(config: PretrainConfig) -> str:
             "--mixed-precision bf16 is not computed natively by this GPU; use --mixed-precision fp16."
         )
     return wanted
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this is a CPU with units for bf16 matrices (AMX), not just with wider vectors or emulation."""
+    # Told by the CPU and the operating system; there is no public name for it yet.
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
 
 
 def wants_compile(config: PretrainConfig, accelerator: Accelerator) -> bool:

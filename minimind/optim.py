@@ -64,10 +64,10 @@ def build_optimizer(
         groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "algorithm": "muon"})
         used = [group for group in groups if group["params"]]
         compiled = compiled and torch.device(device).type == "cuda"
-        return Muon(used, config.learning_rate, betas=betas, fused=fused, compiled=compiled)
+        return Muon(used, config.peak_learning_rate, betas=betas, fused=fused, compiled=compiled)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=config.peak_learning_rate,
         betas=betas,
         fused=fused or None,
         foreach=None if fused else True,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import PretrainConfig
+from .config import AUTO, PretrainConfig
 from .errors import ConfigError
+from .launch_environment import world_size
 from .settings import parse_values
 
+# A learning rate stands for each optimizer: that of the one in force becomes the default.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Learns from the embedded text in minutes on two CPU cores.
     "tiny": {
@@ -18,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "max_seq_len": 128,
         "batch_size": 16,
-        "learning_rate": 3e-3,
+        "learning_rate": {"adamw": 3e-3, "muon": 1e-2},
         "epochs": 3,
         "val_fraction": 0.05,
         "log_interval": 50,
@@ -55,7 +57,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 3072,
         "max_seq_len": 2048,
-        "learning_rate": 3e-4,
+        "learning_rate": {"adamw": 3e-4, "muon": 2e-3},
     },
     "1b": {
         "hidden_size": 1792,
@@ -65,7 +67,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 4864,
         "max_seq_len": 2048,
-        "learning_rate": 2e-4,
+        "learning_rate": {"adamw": 2e-4, "muon": 1.5e-3},
     },
 }
 
@@ -143,7 +145,9 @@ def resolve(
     if preset is not None and str(preset) not in PRESETS:
         problems.append(f"--preset {preset} is not known; choose one of {', '.join(PRESETS)}.")
     merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
+    rates: Mapping[str, float] = merged.pop("learning_rate", {})
     refused: set[str] = set()
+    rows: int | None = None
     for values, name in ((file_values, file_name), (flags or {}, None)):
         parsed, wrong = parse_values(PretrainConfig, values, name)
         # A lower layer's step size gives way to the one the higher layer sets.
@@ -151,9 +155,17 @@ def resolve(
             merged.pop("accumulation_steps", None)
         if parsed.get("accumulation_steps") is not None:
             merged.pop("global_batch_size", None)
+        if isinstance(merged.get("batch_size"), int):
+            rows = merged["batch_size"]
         merged.update(parsed)
         problems += wrong
         refused |= {key.replace("-", "_") for key in values} - parsed.keys()
+    if merged.get("batch_size") == AUTO and rows is not None and merged.get("global_batch_size") is None:
+        # Where `auto` takes the place of a number, the step keeps the rows that it had.
+        rounds = merged.pop("accumulation_steps", None) or 1
+        merged["global_batch_size"] = rows * rounds * world_size()
+    if merged.get("learning_rate") is None:
+        merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
     try:
         config = PretrainConfig(**merged)
     except ConfigError as error:

@@ -13,15 +13,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .auto_batch import settle_batch_size
 from .batch_plan import BatchPlan, count_steps, plan_batches
 from .checkpoint import CheckpointStore
-from .config import PretrainConfig
+from .config import AUTO, PretrainConfig
 from .data.loader import Loader, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.shards import TokenShards
 from .delivery import deliver_model, deliver_weights, write_sample
 from .environment import describe_environment
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .evaluation import evaluate
 from .launch import check_launch, close_accelerator, prepare, start_accelerator, wants_compile
 from .launch_environment import is_main_process, restarts
@@ -89,6 +90,7 @@ def pretrain(
         config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
+        config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         if is_main_process():
             folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
@@ -101,6 +103,13 @@ def pretrain(
         closing.enter_context(failures_named(accelerator))
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
         refuse_differences(accelerator, facts_of(config, fingerprints))
+        wanted = config.batch_size
+        if wanted == AUTO and model_factory is not MiniMindForCausalLM:
+            # What is remembered is known by the shape, which says nothing of another model.
+            raise ConfigError("--batch-size auto knows minimind's own model only; give a number.")
+        config = settle_batch_size(
+            config, shape, accelerator, partial(prepare_model, config, shape), progress.note
+        )
         plan = plan_batches(config, accelerator.num_processes)
         model = make_model(config, shape, model_factory)
         # Of a subclass too the shape does not tell what it computes.
@@ -129,7 +138,8 @@ def pretrain(
         environment = {}
         if accelerator.is_main_process:
             environment = describe_environment(accelerator.device)
-            folder.describe(config, environment)
+            # A resumed run may find itself on another device: `auto` is kept, and with it the global batch.
+            folder.describe(dataclasses.replace(config, batch_size=wanted), environment)
         trackers = Trackers(
             config,
             folder,
@@ -161,7 +171,7 @@ def pretrain(
             model=model,
             optimizer=optimizer,
             loader=loader,
-            validation=_validation(config, data.validation, tokenizer, accelerator),
+            validation=_validation(config, plan, data.validation, tokenizer, accelerator),
             bytes_per_token=_bytes_per_token(tokenizer, shape.vocab_size, accelerator.device),
             learning_rate=learning_rates(config, total_steps),
             total_steps=total_steps,
@@ -289,7 +299,11 @@ def _make_loader(
 
 
 def _validation(
-    config: PretrainConfig, shards: TokenShards | None, tokenizer: Tokenizer, accelerator: Accelerator
+    config: PretrainConfig,
+    plan: BatchPlan,
+    shards: TokenShards | None,
+    tokenizer: Tokenizer,
+    accelerator: Accelerator,
 ) -> Any:
     """Return a function from a number of batches, None for all, to this process's validation batches."""
     if shards is None:
@@ -298,7 +312,7 @@ def _validation(
         shards,
         seq_len=config.max_seq_len,
         packing=config.packing,
-        batch_size=config.batch_size,
+        batch_size=plan.micro_batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         device=accelerator.device,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .batch_plan import plan_batches
+from .batch_plan import plan_batches, rows_of_a_step
 from .config import PANELS, PretrainConfig
 from .errors import ConfigError, TrainingError, UserError
 from .launch import choose_precision
@@ -131,7 +131,7 @@ def verify_resume(
             tracker=("none",),
             resume=None,
             output_dir=str(straight),
-            global_batch_size=plan_batches(config, 1).global_batch_size,
+            global_batch_size=rows_of_a_step(config, 1),
             accumulation_steps=None,
         )
         note(f"training {steps} steps in one go")
@@ -178,6 +178,8 @@ def _on_gpu() -> bool:
 
 def _for_processes(config: PretrainConfig, processes: int) -> PretrainConfig:
     """Return the configuration with the largest micro-batch that gives the same global batch."""
+    if not isinstance(config.batch_size, int):
+        return config
     rows = config.global_batch_size or config.batch_size
     fitting = [size for size in range(1, config.batch_size + 1) if rows % (size * processes) == 0]
     changed = dataclasses.replace(config, batch_size=max(fitting, default=config.batch_size))

@@ -97,12 +97,12 @@ def learning_rates(
 
     def learning_rate(step: int, ending: tuple[int, int] | None = None) -> float:
         if ending is None:
-            return config.learning_rate * factor(step, total_steps=total_steps)
+            return config.peak_learning_rate * factor(step, total_steps=total_steps)
         begin, end = ending
         # One that begins inside the warm-up, or inside the decay that was planned, starts from where that is.
         reached = factor(begin, total_steps=total_steps)
         decayed = partial(factor, total_steps=end, warmup_steps=0, decay_steps=end - begin)
-        return config.learning_rate * reached * decayed(step)
+        return config.peak_learning_rate * reached * decayed(step)
 
     return learning_rate
 

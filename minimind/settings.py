@@ -57,6 +57,7 @@ class Setting:
         choices: the allowed strings, empty where any will do.
         repeatable: the field holds a tuple of `kind`.
         optional: the field may be None.
+        words: strings allowed besides values of `kind`.
         default: the dataclass default.
         option: what was declared beside the type.
     """
@@ -66,6 +67,7 @@ class Setting:
     choices: tuple[str, ...]
     repeatable: bool
     optional: bool
+    words: tuple[str, ...]
     default: Any
     option: Option
 
@@ -104,7 +106,8 @@ class Setting:
             return "|".join(self.choices)
         if self.option.metavar is not None:
             return self.option.metavar
-        return {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}[self.kind]
+        kind = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}[self.kind]
+        return "|".join((kind, *self.words))
 
 
 @cache
@@ -118,13 +121,16 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     kind, option = typing.get_args(hint)
     repeatable = optional = False
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     if typing.get_origin(kind) is tuple:
         repeatable, kind = True, typing.get_args(kind)[0]
-    if isinstance(kind, types.UnionType):
-        optional, kind = True, next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        first, *others = (arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+        optional = types.NoneType in typing.get_args(kind)
+        kind, words = first, tuple(word for other in others for word in typing.get_args(other))
     if typing.get_origin(kind) is typing.Literal:
         choices, kind = typing.get_args(kind), str
-    return Setting(field.name, kind, choices, repeatable, optional, field.default, option)
+    return Setting(field.name, kind, choices, repeatable, optional, words, field.default, option)
 
 
 def range_problems(settings: Any) -> Iterator[str]:
@@ -140,7 +146,7 @@ def range_problems(settings: Any) -> Iterator[str]:
 
 
 def _problem(setting: Setting, value: Any) -> str | None:
-    if value is None and setting.optional:
+    if (value is None and setting.optional) or (isinstance(value, str) and value in setting.words):
         return None
     given = f"{setting.flag} {value}"
     if setting.choices:
@@ -285,7 +291,7 @@ def _article(setting: Setting) -> str:
 
 def _example(setting: Setting) -> str:
     if setting.default is not None and not isinstance(setting.default, tuple):
-        return f"for example {_toml_value(setting.default)}"
-    return {int: "for example 8", float: "for example 0.1", bool: "true or false", str: "text in quotes"}[
+        return " or ".join((f"for example {_toml_value(setting.default)}", *setting.words))
+    return {int: "for example 8", float: "for example 0.001", bool: "true or false", str: "text in quotes"}[
         setting.kind
     ]

@@ -15,6 +15,7 @@ from .config import PretrainConfig
 from .data.loader import Loader, MicroBatch, StepBatch
 from .errors import TrainingError
 from .evaluation import Evaluation, evaluate
+from .garbage import garbage_held
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
@@ -29,6 +30,9 @@ from .train_state import TrainState
 # scaler starts high and halves until nothing overflows: from 65536 that can take 16 steps before anything is
 # wrong.
 UPDATES_LEFT_OUT_ALLOWED = 20
+
+# Steps between two collections of cyclic garbage: the same on all processes, so that none waits for another.
+COLLECT_INTERVAL = 100
 
 # Time kept for writing the model and its sample after the last step.
 END_SECONDS = 5.0
@@ -116,14 +120,15 @@ def train(run: Run, state: TrainState) -> None:
         save(run, state)  # or a run that fails early would have nothing to go back to
     while True:
         try:
-            return _train(run, state)
+            with garbage_held() as collect:
+                return _train(run, state, collect)
         except SpikeError as error:
             spike = error.spike
         # Out here the loop that was left is let go, and its thread that reads ahead with it.
         rewind(run, state, spike)
 
 
-def _train(run: Run, state: TrainState) -> None:
+def _train(run: Run, state: TrainState, collect: Callable[[], object]) -> None:
     config = run.config
     run.model.train()
     batches = _batches(run.loader, state)
@@ -142,6 +147,8 @@ def _train(run: Run, state: TrainState) -> None:
         state.stopping |= state.step == run.stop_after
         if run.after_step is not None:
             run.after_step()
+        if due(state.step, COLLECT_INTERVAL):
+            collect()
         if last or save_due(state.step, config):
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):

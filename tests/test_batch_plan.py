@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.batch_plan import BatchPlan, count_steps, plan_batches
+from minimind.batch_plan import (
+    BatchPlan,
+    count_steps,
+    micro_batches_to_try,
+    plan_batches,
+    rows_of_a_step,
+)
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
 
@@ -28,6 +35,36 @@ def test_global_size_stays_while_processes_and_micro_batches_change(batch, proce
     plan = plan_batches(PretrainConfig(batch_size=batch, global_batch_size=wanted), processes)
     assert plan == BatchPlan(batch, accumulation, processes)
     assert plan.global_batch_size == wanted
+
+
+@given(rows=st.integers(1, 5000))
+def test_micro_batches_to_try_make_up_a_step_and_are_few(rows):
+    sizes = micro_batches_to_try(rows)
+    assert (sizes[0], sizes[-1]) == (1, rows)
+    assert all(rows % size == 0 for size in sizes)
+    assert all(large >= 2 * small for small, large in pairwise(sizes))
+
+
+def test_micro_batches_of_a_power_of_two_are_the_powers_below():
+    assert micro_batches_to_try(32) == [1, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"batch_size": 8}, 16),
+        ({"batch_size": 8, "accumulation_steps": 3}, 48),
+        ({"batch_size": 8, "global_batch_size": 64}, 64),
+        ({"batch_size": "auto"}, 64),
+        ({"batch_size": "auto", "accumulation_steps": 4}, 256),
+        ({"batch_size": "auto", "global_batch_size": 96}, 96),
+    ],
+)
+def test_auto_leaves_a_step_the_rows_of_the_default(options, rows):
+    config = PretrainConfig(**options)
+    assert rows_of_a_step(config, 2) == rows
+    if options["batch_size"] != "auto":
+        assert plan_batches(config, 2).global_batch_size == rows
 
 
 @given(batch=small, processes=small, wanted=st.integers(1, 300))

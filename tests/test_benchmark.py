@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,15 @@ def test_nothing_is_left_behind(measured: Any, tmp_path: Any, monkeypatch: pytes
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     benchmark(TINY, seconds=0.1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_is_measured_before_the_benchmark(tmp_path: Any) -> None:
+    config = dataclasses.replace(TINY, batch_size="auto", global_batch_size=8, cache_dir=str(tmp_path))
+    result = benchmark(config, seconds=0.1)
+    assert result.batch_size in (1, 2, 4, 8)
+    assert not result.reduced
+    (known,) = json.loads((tmp_path / "batch_sizes.json").read_text()).values()
+    assert known == result.batch_size
 
 
 def test_a_step_that_would_take_long_is_made_smaller_and_says_so() -> None:

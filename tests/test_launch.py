@@ -12,7 +12,7 @@ from torch import nn
 
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
-from minimind.launch import check_launch, prepare, start_accelerator
+from minimind.launch import check_launch, choose_precision, prepare, start_accelerator
 from minimind.launch_environment import is_main_process, is_set, launch_problems, restarts, world_size
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -120,6 +120,28 @@ def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize(
+    ("amx", "width", "options", "precision"),
+    [
+        (True, 512, {}, "bf16"),
+        (False, 512, {}, "no"),
+        (None, 512, {}, "no"),  # a torch that cannot tell
+        (True, 128, {}, "no"),
+        (True, 512, {"mixed_precision": "no"}, "no"),
+        (False, 128, {"mixed_precision": "bf16"}, "bf16"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_by_itself_only_where_it_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool | None, width: int, options: dict[str, Any], precision: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if amx is None:
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert choose_precision(PretrainConfig(hidden_size=width, **options)) == precision
+
+
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
 def test_a_precision_that_the_device_has_not_is_refused_early(
     monkeypatch: pytest.MonkeyPatch, precision: str

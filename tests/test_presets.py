@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from minimind.config import PretrainConfig
+from minimind.config import LEARNING_RATES, PretrainConfig
 from minimind.errors import ConfigError
 from minimind.presets import (
     PRESET_PARAMETERS,
@@ -73,6 +73,34 @@ def test_a_flag_for_the_size_of_a_step_replaces_the_other_one_of_the_file() -> N
     assert (config.global_batch_size, config.accumulation_steps) == (64, None)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_a_learning_rate_for_each_optimizer(name: str) -> None:
+    rates = {optimizer: preset_config(name, optimizer=optimizer) for optimizer in LEARNING_RATES}
+    given = PRESETS[name].get("learning_rate", LEARNING_RATES)
+    assert given.keys() == LEARNING_RATES.keys()
+    assert {optimizer: config.peak_learning_rate for optimizer, config in rates.items()} == given
+
+
+def test_a_learning_rate_that_is_given_counts_for_any_optimizer() -> None:
+    config = resolve(preset="tiny", file={"learning_rate": 0.5}, flags={"optimizer": "muon"})
+    assert config.peak_learning_rate == 0.5
+    unset = resolve(preset="tiny", file={"learning_rate": 0.5}, flags={"learning_rate": None})
+    assert unset.peak_learning_rate == preset_config("tiny").peak_learning_rate
+
+
+def test_auto_in_place_of_a_batch_size_keeps_the_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preset_config("tiny").batch_size == 16
+    config = preset_config("tiny", batch_size="auto")
+    assert (config.batch_size, config.global_batch_size) == ("auto", 16)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = resolve(preset="tiny", file={"accumulation_steps": 3}, flags={"batch_size": "auto"})
+    assert (config.batch_size, config.global_batch_size, config.accumulation_steps) == ("auto", 192, None)
+    config = resolve(file={"batch_size": 8}, flags={"batch_size": "auto", "global_batch_size": "64"})
+    assert (config.batch_size, config.global_batch_size) == ("auto", 64)
+    config = resolve(preset="minimind-3", flags={"batch_size": "auto"})
+    assert (config.batch_size, config.global_batch_size) == ("auto", None)
+
+
 def test_a_flag_can_unset_what_the_file_set() -> None:
     assert resolve(file={"max_steps": 5}, flags={"max_steps": None}).max_steps is None
 
@@ -89,7 +117,7 @@ def test_problems_of_all_layers_are_reported_together() -> None:
         f"--preset big is not known; choose one of {', '.join(PRESETS)}.",
         "run.toml: unknown key 'bach_size'; did you mean 'batch_size'?",
         "run.toml: --epochs 0 is out of range; it must be at least 1.",
-        "--learning-rate fast is not a number; write for example 0.0005.",
+        "--learning-rate fast is not a number; write for example 0.001.",
         "--val-data needs --data: name the training text too.",
     ]
 

@@ -74,6 +74,25 @@ def test_the_number_of_processes_changes_neither_rows_nor_losses(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_processes_agree_on_a_micro_batch_that_they_measure(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    options = {**OPTIONS, "max_steps": 3}
+    pretrain(tiny(corpus, tmp_path / "straight", **options))
+    file = tmp_path / "run.toml"
+    auto = tiny(corpus, tmp_path / "auto", **{**options, "batch_size": "auto"})
+    file.write_text(write_toml(auto, PANELS))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    words = [*launch, "--main_process_port", "0", "-m", "minimind_cli", "pretrain", "--config", str(file)]
+    output, errors = command_line(words).communicate()
+    assert output.count("--batch-size auto: ") == 1, errors
+    straight, measured = reports(tmp_path / "straight"), reports(tmp_path / "auto")
+    losses = [(line["digest"], line["loss"]) for line in straight if "digest" in line]
+    for (digest, loss), line in zip(losses, (line for line in measured if "digest" in line), strict=True):
+        assert line["digest"] == digest
+        assert line["loss"] == pytest.approx(loss, rel=0, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_divide_ends_every_process_with_a_sentence(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     file = tmp_path / "run.toml"

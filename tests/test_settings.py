@@ -34,11 +34,12 @@ class Example:
     kind: Annotated[Literal["round", "square"], Option("A kind.", synonyms=(("ball", "round"),))] = "round"
     names: Annotated[tuple[str, ...], Option("Names.")] = ()
     title: Annotated[str | None, Option("A title.")] = None
+    size: Annotated[int | Literal["auto"], Option("A size.", minimum=1)] = 4
 
 
 def test_a_declaration_is_taken_apart() -> None:
     settings = settings_of(Example)
-    assert list(settings) == ["count", "rate", "switch", "limit", "kind", "names", "title"]
+    assert list(settings) == ["count", "rate", "switch", "limit", "kind", "names", "title", "size"]
     assert (settings["limit"].kind, settings["limit"].optional, settings["limit"].default_text) == (
         int,
         True,
@@ -46,6 +47,8 @@ def test_a_declaration_is_taken_apart() -> None:
     )
     assert settings["names"].repeatable
     assert settings["kind"].metavar == "round|square"
+    assert (settings["size"].kind, settings["size"].optional) == (int, False)
+    assert settings["size"].metavar == "INTEGER|auto"
     assert settings["rate"].range_text == "above 0 and below 1"
 
 
@@ -62,6 +65,8 @@ def test_a_declaration_is_taken_apart() -> None:
         ("names", "a", ("a",)),
         ("names", ["a", "b"], ("a", "b")),
         ("title", "7", "7"),
+        ("size", "auto", "auto"),
+        ("size", "12", 12),
     ],
 )
 def test_text_becomes_the_type_of_its_field(name: str, text: object, value: object) -> None:
@@ -82,6 +87,9 @@ def test_text_becomes_the_type_of_its_field(name: str, text: object, value: obje
         ("count", "inf", "--count inf is not a whole number; write for example 8."),
         ("switch", "maybe", "--switch maybe is not true or false; write for example true."),
         ("kind", "oval", "--kind oval is not known; choose round or square."),
+        ("size", "large", "--size large is not a whole number; write for example 4 or auto."),
+        ("size", "0", "--size 0 is out of range; it must be at least 1."),
+        ("size", None, "--size None is not a whole number; write for example 4 or auto."),
         ("title", 7, "--title 7 is not text; write text in quotes."),
     ],
 )
@@ -128,6 +136,7 @@ def test_a_suggestion_ends_the_sentence_once() -> None:
         kind=st.sampled_from(["round", "square"]),
         names=st.lists(st.text(st.characters(codec="utf-8"))).map(tuple),
         title=st.none() | st.text(st.characters(codec="utf-8")),
+        size=st.just("auto") | st.integers(min_value=1),
     )
 )
 def test_settings_survive_toml(settings: Example) -> None:

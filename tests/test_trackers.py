@@ -174,7 +174,7 @@ def test_a_step_taken_back_leaves_one_curve_in_tensorboard(desk):
 
 
 def test_hyper_parameters_have_types_that_tensorboard_takes():
-    values = hyper_parameters(PretrainConfig(data=("a.txt", "b.txt")))
+    values = hyper_parameters(PretrainConfig(data=("a.txt", "b.txt"), learning_rate=5e-4))
     assert values["data"] == "a.txt, b.txt"
     assert values["val_data"] == "none"
     assert values["max_steps"] == "none"

@@ -154,7 +154,7 @@ def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: li
         "error: --config nowhere.toml cannot be read (No such file or directory); name a TOML file, "
         "such as one that --print-config wrote.",
         "error: --epochs 0 is out of range; it must be at least 1.",
-        "error: --batch-size many is not a whole number; write for example 32.",
+        "error: --batch-size many is not a whole number; write for example 32 or auto.",
         "error: --lr-schedule cosin is not known; choose cosine, linear, wsd or constant.",
         "error: --warmup-steps -1 is out of range; it must be at least 0.",
     ]

@@ -1,0 +1,309 @@
+"""How long minimind takes to the loss that a plain loop has after one pass, on the same text and device.
+
+The plain loop is the one of plain_loop.py (Qwen3 of transformers, eager, one document a row, cut and padded
+to 512, tokenized by the workers of a DataLoader, 32 rows a step) with the settings usual for it: AdamW at
+5e-4 with torch's betas and weight decay, a cosine down to a tenth. Its weights are then measured as
+`pretrain` measures its own: bits per byte of the same held-out documents, in packed rows.
+
+minimind trains by whole `pretrain` runs, each with its schedule brought to the end: the shortest one that
+reaches the loss counts. The first run starts with empty caches of tokens and compiled code; what starting
+took there is what `from the command` counts. `training alone` is all steps at the speed after warm-up.
+
+    python benchmarks/time_to_loss.py --preset minimind2-small --data en.jsonl zh.jsonl -- --optimizer muon
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_loop import Documents, hugging_face_model
+
+from minimind.config import PretrainConfig
+from minimind.data.embedded import embedded_documents
+from minimind.data.loader import evaluation_batches
+from minimind.data.prepare import prepare_data
+from minimind.evaluation import evaluate
+from minimind.launch import start_accelerator
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.presets import PRESETS, preset_config
+from minimind.starting_model import resolve_shape
+from minimind.tokenizer import load_tokenizer
+
+LEARNING_RATE = 5e-4
+WARMUP_STEPS = 5
+HELD_OUT = 0.05
+# The length of the first run, as a share of a pass; the next ones are shorter or longer by this factor.
+FIRST_SHARE = 0.25
+FACTOR = 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE", help="JSONL beside the text in Python"
+    )
+    parser.add_argument("--max-documents", type=int, help="take so many at random; default: all")
+    parser.add_argument("--plain-batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16, help="of minimind")
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=5, help="of minimind, at most")
+    parser.add_argument("--minutes", type=float, default=4.0, help="begin no run that would end later")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="of the DataLoader")
+    parser.add_argument("--json", metavar="PATH", help="write the results there")
+    parser.add_argument("--plain", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("extra", nargs="*", help="further options of pretrain for minimind, after --")
+    options = parser.parse_args()
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.plain:
+        print("RESULT " + json.dumps(run_plain(options, Path(options.plain))))
+        return
+    began = time.perf_counter()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
+    title = f"{name}, torch {torch.__version__}, {datetime.date.today()}; {options.preset}"
+    with tempfile.TemporaryDirectory() as folder:
+        documents = write_documents(options, Path(folder))
+        print(f"{title}\n{documents}\n", flush=True)
+        plain = plain_apart(options, Path(folder))
+        runs = shortest_run(options, Path(folder), plain, deadline=began + 60 * options.minutes)
+    report(plain, runs)
+    if options.json:
+        summary = {"machine": title, "options": vars(options), "plain": plain, "minimind": runs}
+        Path(options.json).write_text(json.dumps(summary, indent=1))
+
+
+def write_documents(options: argparse.Namespace, folder: Path) -> str:
+    """Write train.jsonl and val.jsonl, and say what is in them."""
+    texts = list(embedded_documents())
+    for path in options.data:
+        texts += [json.loads(line)["text"] for line in Path(path).read_text("utf-8").split("\n") if line]
+    random.Random(0).shuffle(texts)
+    texts = texts[: options.max_documents]
+    held_out = max(round(len(texts) * HELD_OUT), 1)
+    for file, part in (("val.jsonl", texts[:held_out]), ("train.jsonl", texts[held_out:])):
+        lines = (json.dumps({"text": text}) + "\n" for text in part)
+        (folder / file).write_text("".join(lines), encoding="utf-8")
+    size = sum(len(text.encode()) for text in texts[held_out:]) / 1e6
+    return f"{len(texts) - held_out:,} documents of {size:.1f} MB to train on, {held_out:,} held out"
+
+
+def plain_apart(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the plain loop in a process of its own."""
+    command = [sys.executable, __file__, "--plain", folder, "--preset", options.preset]
+    for key in ("plain_batch_size", "max_seq_len", "device", "workers"):
+        command += ["--" + key.replace("_", "-"), getattr(options, key)]
+    began = time.perf_counter()
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment(options, folder)
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            result = json.loads(line.removeprefix("RESULT "))
+            result["wall"] = time.perf_counter() - began - result["not_counted"]
+            print(f"plain: {json.dumps(result)}", file=sys.stderr, flush=True)
+            return result
+    sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
+
+
+def environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
+    values = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    if options.device == "cpu":
+        values |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return values
+
+
+def _data(options: argparse.Namespace, folder: Path) -> PretrainConfig:
+    return preset_config(
+        options.preset,
+        optimizer="adamw",
+        data=(str(folder / "train.jsonl"),),
+        val_data=(str(folder / "val.jsonl"),),
+        cache_dir=str(folder / "cache-of-plain"),
+        max_seq_len=options.max_seq_len,
+    )
+
+
+def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Train one pass by hand and measure the result; times in seconds."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    model = hugging_face_model(_data(options, folder)).to(device).train()
+    loader = torch.utils.data.DataLoader(
+        Documents([str(folder / "train.jsonl")], options.max_seq_len),
+        batch_size=options.plain_batch_size,
+        shuffle=True,
+        num_workers=options.workers,
+        pin_memory=options.device == "cuda",
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    began = steady = time.perf_counter()
+    for step, batch in enumerate(loader):
+        if step == WARMUP_STEPS:
+            _wait(options)
+            steady = time.perf_counter()
+        factor = 0.1 + 0.45 * (1 + math.cos(math.pi * step / len(loader)))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * factor
+        input_ids, labels = (batch[name].to(device) for name in ("input_ids", "labels"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0:
+            print(f"step {step} loss {loss.item():.4f}")
+    _wait(options)
+    ended = time.perf_counter()
+    steps = len(loader)
+    bits_per_byte = measure(options, folder, model.state_dict())
+    return {
+        "bits_per_byte": bits_per_byte,
+        "steps": steps,
+        "training": (ended - steady) / max(steps - WARMUP_STEPS, 1) * steps,
+        "first_to_last_step": ended - began,
+        "not_counted": time.perf_counter() - ended,
+    }
+
+
+def measure(options: argparse.Namespace, folder: Path, weights: dict[str, torch.Tensor]) -> float:
+    """Return the validation bits per byte of weights with Hugging Face's names, as `pretrain` has them."""
+    tokenizer = load_tokenizer(None)
+    config, shape = resolve_shape(_data(options, folder), tokenizer)
+    accelerator = start_accelerator(config)
+    model = MiniMindForCausalLM(shape)
+    model.load_state_dict(weights)
+    held_out = prepare_data(config, tokenizer).validation
+    assert held_out is not None
+    table = torch.zeros(shape.vocab_size)
+    table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
+    batches = evaluation_batches(
+        held_out,
+        seq_len=config.max_seq_len,
+        packing=True,
+        batch_size=options.batch_size,
+        process_index=0,
+        num_processes=1,
+        device=accelerator.device,
+    )
+    prepared = accelerator.prepare_model(model)
+    result = evaluate(prepared, batches, table.to(accelerator.device), accelerator)
+    assert result is not None
+    return result.bits_per_byte
+
+
+def _wait(options: argparse.Namespace) -> None:
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def shortest_run(
+    options: argparse.Namespace, folder: Path, plain: dict[str, Any], deadline: float
+) -> list[dict[str, Any]]:
+    """Return minimind's runs, whose lengths close in on the shortest that reaches the plain loop's loss."""
+    attempt = partial(run_minimind, options, folder)
+    runs: list[dict[str, Any]] = []
+    too_short, enough = 0.0, math.inf
+    share = FIRST_SHARE
+    while len(runs) < options.runs:
+        # After the first run, starting is quick.
+        if runs and time.perf_counter() + 1.5 * runs[-1]["wall"] > deadline:
+            print("no time for a further run", file=sys.stderr)
+            break
+        run = attempt(share, number=len(runs))
+        run["reached"] = run["bits_per_byte"] <= plain["bits_per_byte"]
+        runs.append(run)
+        print(f"minimind: {json.dumps(run)}", file=sys.stderr, flush=True)
+        if run["reached"]:
+            enough = min(enough, share)
+        else:
+            too_short = max(too_short, share)
+        if math.isinf(enough):
+            share *= FACTOR
+        elif too_short == 0:
+            share /= FACTOR
+        elif enough / too_short < 1.1:
+            break
+        else:
+            share = math.sqrt(enough * too_short)
+    return runs
+
+
+def run_minimind(options: argparse.Namespace, folder: Path, share: float, number: int) -> dict[str, Any]:
+    """Run `pretrain` on a share of a pass, or several passes, to the end of its schedule."""
+    out = folder / f"run-{number}"
+    tokens = _tokens(options, folder) * share
+    steps = max(round(tokens / options.batch_size / options.max_seq_len), 4)
+    command = [
+        *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset),
+        *("--data", folder / "train.jsonl", "--val-data", folder / "val.jsonl"),
+        *("--batch-size", options.batch_size, "--max-seq-len", options.max_seq_len),
+        *("--epochs", math.ceil(share) + 1, "--max-steps", steps, "--log-interval", max(steps // 20, 1)),
+        *("--save-interval", steps, "--eval-interval", steps, "--tracker", "none"),
+        # Tokenized anew every time: it is part of the way from the command to the loss.
+        *("--output-dir", out, "--cache-dir", out / "cache", *options.extra),
+    ]
+    began = time.perf_counter()
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment(options, folder)
+    )
+    wall = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    trained = max(row["tokens"] for row in rows if "tokens" in row)
+    training = trained / rows[-1]["total_tokens_per_second"]
+    return {
+        "share": share,
+        "steps": steps,
+        "bits_per_byte": [row for row in rows if "val_loss" in row][-1]["val_bits_per_byte"],
+        "training": training,
+        "wall": wall,
+        "start": wall - training,
+    }
+
+
+def _tokens(options: argparse.Namespace, folder: Path) -> int:
+    return prepare_data(_data(options, folder), load_tokenizer(None)).train.num_tokens
+
+
+def report(plain: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """Print the loss reached, both times and their ratios."""
+    print(f"{'':<10}{'bits/byte':>11}{'steps':>8}{'passes':>8}{'training alone':>16}{'from the command':>18}")
+    print(
+        f"{'plain':<10}{plain['bits_per_byte']:>11.4f}{plain['steps']:>8}{1:>8.2f}"
+        f"{plain['training']:>14.1f} s{plain['wall']:>16.1f} s"
+    )
+    for run in runs:
+        print(
+            f"{'minimind':<10}{run['bits_per_byte']:>11.4f}{run['steps']:>8}{run['share']:>8.2f}"
+            f"{run['training']:>14.1f} s{run['training'] + runs[0]['start']:>16.1f} s"
+            f"{'' if run['reached'] else '  not reached'}"
+        )
+    reached = [run for run in runs if run["reached"]]
+    if not reached:
+        print("the loss was not reached")
+        return
+    best = min(reached, key=lambda run: run["training"])
+    alone = plain["training"] / best["training"]
+    whole = plain["wall"] / (best["training"] + runs[0]["start"])
+    loss = f"{plain['bits_per_byte']:.4f} bits/byte"
+    print(f"{alone:.1f} times as fast to {loss}, {whole:.1f} times from the command")
+
+
+if __name__ == "__main__":
+    main()
