@@ -43,6 +43,10 @@ LONGEST_STEP = 3.0
 _DOCUMENT = 300
 
 
+class TooLargeError(ConfigError):
+    """A step that does not fit into the memory of the GPU."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchmarkResult:
     """What was measured.
@@ -129,7 +133,8 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         seconds: how long to measure whole steps; their parts take half of that besides.
 
     Raises:
-        ConfigError: for wrong options, or a step that does not fit into the memory of the GPU.
+        ConfigError: for wrong options.
+        TooLargeError: for a step that does not fit into the memory of the GPU.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     config, shape = resolve_shape(config, tokenizer)
@@ -138,6 +143,9 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
         matmul = matmul_flops(accelerator.device, accelerator.mixed_precision)
+        if accelerator.device.type == "cuda":
+            # The product's own matrices are larger than a small model.
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
         wanted = config
         config = _shortened(config, shape, matmul)
         config = dataclasses.replace(config, output_dir=str(folder / "run"), tracker=("none",))
@@ -147,7 +155,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         try:
             measured = _measure(run, seconds)
         except torch.OutOfMemoryError as error:
-            raise ConfigError(
+            raise TooLargeError(
                 f"--batch-size {config.batch_size} with --max-seq-len {config.max_seq_len} does not fit into "
                 "the memory of the GPU; lower one of them."
             ) from error

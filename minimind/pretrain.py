@@ -97,14 +97,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         settings = _settings(config, shape, plan, tokenizer, data)
         checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
         state, saved_step, saved_trackers = checkpoints.resume(config.resume)
-        # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
-        row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
-        total_steps = count_steps(
-            config,
-            steps_per_epoch=loader.steps_per_epoch,
-            tokens_per_epoch=loader.tokens_per_epoch,
-            tokens_per_step=plan.global_batch_size * row,
-        )
+        total_steps = steps_in_all(config, loader, plan)
         if accelerator.is_main_process:
             folder.describe(config, describe_environment(accelerator.device))
         trackers = Trackers(
@@ -218,6 +211,18 @@ def prepare_model(
         accumulation_steps=plan.accumulation_steps,
     )
     return prepared_model, prepared_optimizer, compiled
+
+
+def steps_in_all(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
+    """Return the number of optimizer steps of a run."""
+    # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
+    row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
+    return count_steps(
+        config,
+        steps_per_epoch=loader.steps_per_epoch,
+        tokens_per_epoch=loader.tokens_per_epoch,
+        tokens_per_step=plan.global_batch_size * row,
+    )
 
 
 def _make_loader(

@@ -18,6 +18,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def size(num_bytes: float) -> str:
+    """Return bytes in three digits, such as `1.25GB`."""
+    return f"{count(num_bytes)}B"
+
+
 def parse_duration(text: str) -> float:
     """Return the seconds that a text such as `3h30m`, `90m`, `1d12h` or `45s` stands for.
 
