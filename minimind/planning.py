@@ -157,7 +157,7 @@ def _times(
     work, done = (
         rows * length * shape.flops_per_token(length)
         for rows, length in (
-            (config.batch_size, config.max_seq_len),
+            (batches.micro_batch_size, config.max_seq_len),
             (measured.batch_size, measured.max_seq_len),
         )
     )
@@ -173,7 +173,7 @@ def _estimate(
         compiled = "whole" if alone else "blocks"
     return estimate_memory(
         shape,
-        rows=config.batch_size,
+        rows=batches.micro_batch_size,
         seq_len=config.max_seq_len,
         precision=choose_precision(config) if measured is None else measured.precision,
         compiled=compiled,

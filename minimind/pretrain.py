@@ -20,7 +20,7 @@ from .data.loader import Loader, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.shards import TokenShards
 from .delivery import deliver_model, write_sample
-from .environment import describe_environment
+from .environment import describe_environment, describe_launch
 from .errors import CheckpointError
 from .evaluation import evaluate
 from .launch import check_launch, close_accelerator, prepare, start_accelerator, wants_compile
@@ -99,7 +99,9 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> Pretra
         state, saved_step, saved_trackers = checkpoints.resume(config.resume)
         total_steps = steps_in_all(config, loader, plan)
         if accelerator.is_main_process:
-            folder.describe(config, describe_environment(accelerator.device))
+            launch = describe_launch(accelerator, compiled=compiled)
+            facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": data.mixture}}
+            folder.describe(config, describe_environment(accelerator.device) | facts)
         trackers = Trackers(
             config, folder, accelerator, saved_trackers, start_step=state.step, warn=progress.warn
         )

@@ -18,11 +18,6 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def size(num_bytes: float) -> str:
-    """Return bytes in three digits, such as `1.25GB`."""
-    return f"{count(num_bytes)}B"
-
-
 def parse_duration(text: str) -> float:
     """Return the seconds that a text such as `3h30m`, `90m`, `1d12h` or `45s` stands for.
 
@@ -40,6 +35,12 @@ def parse_duration(text: str) -> float:
     if not seconds:
         raise ValueError(f"{text!r} is not a time such as 3h30m")
     return float(seconds)
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in three digits, such as `950 B`, `12.3 MB` or `1.25 GB`."""
+    digits, unit = re.fullmatch(r"([-\d.]+)(\D?)", count(num_bytes)).groups()  # type: ignore[union-attr]
+    return f"{digits} {unit}B"
 
 
 def duration(seconds: float) -> str:

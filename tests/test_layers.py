@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.gpu_peaks": (0, ""),
     "minimind.wording": (0, ""),
     "minimind.parameter_parts": (0, ""),
+    "minimind.environment_text": (0, ""),
     "minimind.memory_estimate": (0, "model_config"),
     "minimind.modeling": (1, ""),
     "minimind.modeling.rope": (1, ""),
@@ -74,6 +75,9 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.throughput": (1, ""),
     "minimind.durable_files": (1, ""),
     "minimind.stored_checkpoint": (1, "durable_files"),
+    "minimind.weight_header": (1, ""),
+    "minimind.run_record": (1, "stored_checkpoint"),
+    "minimind.run_info": (1, "run_record stored_checkpoint weight_header"),
     "minimind.checkpoint": (1, "durable_files stored_checkpoint"),
     "minimind.launch_environment": (0, "config"),
     "minimind.launch": (2, ""),
@@ -107,13 +111,14 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.bench": (5, "minimind_cli.options minimind_cli.pretrain"),
     "minimind_cli.tokens": (5, "minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
+    "minimind_cli.info": (5, ""),
     "minimind_cli.verify_resume": (
         5,
         "minimind_cli.options minimind_cli.pretrain minimind_cli.upstream_flags",
     ),
     "minimind_cli.app": (
         5,
-        "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
+        "minimind_cli.options minimind_cli.bench minimind_cli.info minimind_cli.pretrain minimind_cli.tokens "
         "minimind_cli.checkpoints minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
@@ -122,6 +127,9 @@ LAYERS: dict[str, tuple[int, str]] = {
 # Layer 1 modules that do without torch, besides all of layer 0 and the command line.
 TORCH_FREE = {
     "minimind.stored_checkpoint",
+    "minimind.weight_header",
+    "minimind.run_record",
+    "minimind.run_info",
     "minimind.tokenizer",
     "minimind.data",
     "minimind.data.embedded",
