@@ -15,7 +15,7 @@ from .batch_plan import BatchPlan, plan_batches
 from .benchmark import BenchmarkResult, TooLargeError, benchmark
 from .config import PretrainConfig
 from .data.loader import Loader
-from .data.prepare import PreparedData, default_cache_dir, prepare_data
+from .data.prepare import PreparedData, cache_folder, prepare_data
 from .data.shards import token_dtype
 from .launch import check_launch, choose_precision
 from .launch_environment import is_main_process, is_set, world_size
@@ -109,7 +109,7 @@ def plan_run(
         first_step=first_step,
         total_steps=total_steps,
         total_tokens=total_tokens,
-        cache_folder=Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir(),
+        cache_folder=cache_folder(config),
         cache_bytes=sum(
             split.num_tokens * token_dtype(vocabulary).itemsize + 8 * split.num_documents for split in splits
         ),

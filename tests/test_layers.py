@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.settings": (0, "errors"),
     "minimind.config": (0, "errors settings wording"),
     "minimind.presets": (0, "errors settings config"),
+    "minimind.option_words": (0, "settings config presets"),
     "minimind.configuration_page": (0, "settings config presets"),
     "minimind.model_config": (0, "errors"),
     "minimind.schedule": (0, "config"),
@@ -87,6 +88,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.trackers": (2, ""),
     "minimind.progress": (2, ""),
     "minimind.environment": (2, ""),
+    "minimind.changes_since": (2, "environment"),
+    "minimind.reproduction": (2, "changes_since launch"),
     "minimind.evaluation": (2, ""),
     "minimind.generation": (2, ""),
     "minimind.formats": (2, ""),
@@ -112,14 +115,17 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.tokens": (5, "minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
     "minimind_cli.info": (5, ""),
+    "minimind_cli.compare": (5, ""),
+    "minimind_cli.reproduce": (5, ""),
     "minimind_cli.verify_resume": (
         5,
         "minimind_cli.options minimind_cli.pretrain minimind_cli.upstream_flags",
     ),
     "minimind_cli.app": (
         5,
-        "minimind_cli.options minimind_cli.bench minimind_cli.info minimind_cli.pretrain minimind_cli.tokens "
-        "minimind_cli.checkpoints minimind_cli.verify_resume",
+        "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
+        "minimind_cli.checkpoints minimind_cli.verify_resume minimind_cli.compare minimind_cli.info "
+        "minimind_cli.reproduce",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }
