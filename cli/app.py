@@ -18,7 +18,7 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.launch_environment import is_main_process, is_set, rank, world_size
 
-from . import bench, checkpoints, info, pretrain, reproduce, tokens, verify_resume
+from . import bench, checkpoints, compare, info, pretrain, reproduce, tokens, verify_resume
 from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
@@ -36,6 +36,7 @@ app.command(context_settings=LENIENT)(bench.bench)
 app.command(context_settings=LENIENT)(tokens.tokenize)
 app.command()(checkpoints.checkpoints)
 app.command()(info.info)
+app.command()(compare.compare)
 app.command()(reproduce.reproduce)
 app.command(context_settings=LENIENT)(verify_resume.verify_resume)
 app.add_typer(tokens.app, name="tokenizer")

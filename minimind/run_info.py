@@ -13,6 +13,7 @@ from typing import Any
 
 from .environment_text import device_text, launch_text, versions_text
 from .errors import CheckpointError, ConfigError
+from .info_rows import fingerprint_rows, loss_text, model_rows, time_text, trained_text
 from .model_config import MiniMindConfig
 from .parameter_parts import count_parts
 from .run_folder import RunFolder
@@ -26,7 +27,7 @@ from .stored_checkpoint import (
     open_checkpoint,
 )
 from .weight_header import WeightHeader, read_headers
-from .wording import count, duration, size
+from .wording import count, size
 
 _CONFIG = "config.json"
 
@@ -70,7 +71,7 @@ def read_info(path: Path) -> Info:
 
 
 def _run(run: RunRecord) -> Info:
-    parts = _run_parts(run)
+    parts = run_parts(run)
     best, environment = run.best(), run.environment
     times = [line["time"] for line in run.metrics if isinstance(line.get("time"), str)]
     clock = run.curve("loss")
@@ -113,15 +114,15 @@ def _run(run: RunRecord) -> Info:
     state = "finished" if run.finished else "not finished"
     rows = [
         ("run", f"{run.path}, {state}"),
-        *_model_rows(values["shape"], parts),
-        ("trained", _trained(run.steps, run.tokens, values["passes"])),
-        ("loss", _loss_text(values["loss"], best)),
-        ("time", _time_text(values["began"], values["last_report"], seconds)),
+        *model_rows(values["shape"], parts),
+        ("trained", trained_text(run.steps, run.tokens, values["passes"])),
+        ("loss", loss_text(values["loss"], best)),
+        ("time", time_text(values["began"], values["last_report"], seconds)),
         *([("speed", f"{count(speed)} tokens/s")] if (speed := values["tokens_per_second"]) else []),
         ("device", values["device"] + launch_text(environment)),
         ("versions", versions_text(environment)),
         ("data", ", ".join(run.config.data) or "text embedded in Python"),
-        *_fingerprint_rows(values["fingerprints"]),
+        *fingerprint_rows(values["fingerprints"]),
         (
             "disk",
             f"{size(disk['all'])}: {len(checkpoints)} checkpoints {size(disk['checkpoints'])}, "
@@ -149,7 +150,7 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
     marked = best is not None and best[0] == checkpoint.step
     state: Mapping[str, Any] = trainer.get("state", {})
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.path.stat().st_mtime))
-    shape = {name: settings.get(name) for name in _SHAPE}
+    shape = {name: settings.get(name) for name in SHAPE}
     fingerprints = {
         "training text": settings.get("data_fingerprint"),
         "tokenizer": settings.get("tokenizer_fingerprint"),
@@ -172,12 +173,12 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
     }
     rows = [
         ("checkpoint", f"{checkpoint.path}, whole" + (", the best of its run" if marked else "")),
-        *_model_rows(shape, values["parameters"]),
-        ("trained", _trained(checkpoint.step, trainer.get("tokens"), None)),
+        *model_rows(shape, values["parameters"]),
+        ("trained", trained_text(checkpoint.step, trainer.get("tokens"), None)),
         *([("loss", f"validation {best[1]:.4f}")] if best is not None and marked else []),
         ("written", written),
         ("versions", ", ".join(f"{name} {version}" for name, version in values["packages"].items())),
-        *_fingerprint_rows(fingerprints),
+        *fingerprint_rows(fingerprints),
         ("disk", size(checkpoint.num_bytes)),
     ]
     folder = shlex.quote(str(checkpoint.path))
@@ -230,7 +231,7 @@ def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any
     }
     rows = [
         (kind, f"{path}, {', '.join(header.dtypes)}, {len(header.shapes)} tensors"),
-        *_model_rows(shape, values["parameters"]),
+        *model_rows(shape, values["parameters"]),
         ("written", written),
         ("disk", size(num_bytes)),
     ]
@@ -244,7 +245,7 @@ def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any
     return Info(kind, values, rows, following)
 
 
-_SHAPE = (
+SHAPE = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -257,10 +258,10 @@ _SHAPE = (
 
 
 def _shape_of(options: Any) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in _SHAPE}
+    return {name: getattr(options, name) for name in SHAPE}
 
 
-def _run_parts(run: RunRecord) -> dict[str, int]:
+def run_parts(run: RunRecord) -> dict[str, int]:
     """Return the parameters by part, from the weights where there are any; empty where there are none."""
     files = [run.folder.model / "model.safetensors"]
     files += [checkpoint.path / MODEL for checkpoint in reversed(run.checkpoints)]
@@ -272,55 +273,6 @@ def _run_parts(run: RunRecord) -> dict[str, int]:
                 continue
             return {"all": sum(parts.values()), **parts}
     return {}
-
-
-def _model_rows(shape: Mapping[str, Any], parts: Mapping[str, int]) -> list[tuple[str, str]]:
-    rows = []
-    if shape:
-        described = (
-            f"{shape['num_hidden_layers']} blocks {shape['hidden_size']} wide, "
-            f"{shape['num_attention_heads']} heads of {shape['head_dim']}, {shape['num_key_value_heads']} "
-            f"key/value heads, inner width {shape['intermediate_size']}, vocabulary {shape['vocab_size']}"
-        )
-        total = f"{count(parts['all'])} parameters: " if parts else ""
-        rows.append(("model", total + described))
-    if parts:
-        tied = " (the embedding's)" if not parts["head"] else ""
-        listed = [f"{part} {count(number)}" for part, number in parts.items() if part != "all"]
-        rows.append(("parameters", ", ".join(listed).replace("head 0", "head 0" + tied)))
-    return rows
-
-
-def _trained(steps: int, tokens: Any, passes: float | None) -> str:
-    text = f"{steps:,} steps"
-    text += f", {count(tokens)} tokens" if isinstance(tokens, int) else ""
-    return text + (f", {passes:.3g} passes" if passes is not None else "")
-
-
-def _loss_text(loss: float | None, best: Mapping[str, Any] | None) -> str:
-    text = "not reported" if loss is None else f"{loss:.4f}"
-    if best is not None:
-        bits = best.get("val_bits_per_byte")
-        text += f"; best validation {best['val_loss']:.4f}"
-        text += f" ({bits:.4f} bits/byte)" if isinstance(bits, int | float) else ""
-        text += f" at step {best['step']:,}"
-    return text
-
-
-def _time_text(began: Any, last: Any, seconds: float | None) -> str:
-    text = f"began {_moment(began)}" if began else "not recorded"
-    text += f", last report {_moment(last)}" if last else ""
-    return text + (f", {duration(seconds)} of training" if seconds is not None else "")
-
-
-def _moment(text: str) -> str:
-    """Return a time of ISO 8601 to the second, as it is read best."""
-    return f"{text[:19].replace('T', ' ')} UTC"
-
-
-def _fingerprint_rows(fingerprints: Mapping[str, str | None]) -> list[tuple[str, str]]:
-    known = [f"{what} {value[:12]}" for what, value in fingerprints.items() if value and value != "none"]
-    return [("fingerprint", ", ".join(known))] if known else []
 
 
 def folder_bytes(path: Path) -> int:
