@@ -7,13 +7,14 @@ from typing import Any
 
 
 def device_text(environment: Mapping[str, Any]) -> str:
-    """Return the devices that an environment names."""
+    """Return the kinds of device that an environment names; how many took part is told by its launch."""
     gpus = environment.get("gpus") or []
     device = str(environment.get("device", "not recorded"))
-    if not device.startswith("cuda") or not gpus:
-        return device.upper() if device in ("cpu", "mps") else device
-    kinds = sorted(set(gpus))
-    return ", ".join(f"{kind} x {gpus.count(kind)}" for kind in kinds)
+    if device.startswith("cuda") and gpus:
+        return ", ".join(sorted(set(map(str, gpus))))
+    # Under a launcher each process has a number of its own, such as `cpu:0`.
+    kind = device.partition(":")[0]
+    return kind.upper() if kind in ("cpu", "mps") else device
 
 
 def launch_text(environment: Mapping[str, Any]) -> str:

@@ -212,5 +212,5 @@ _OUTCOME: dict[str, Callable[[RunRecord], str]] = {
     "last bits/byte": lambda run: _number(run.last(BITS)),
     "tokens/s": lambda run: _counted(run.last("total_tokens_per_second") or run.last("tokens_per_second")),
     "training time": _time,
-    "device": lambda run: device_text(run.environment),
+    "device": lambda run: f"{device_text(run.environment)} x {_recorded('launch', 'processes', run) or '?'}",
 }

@@ -87,7 +87,7 @@ def _run(run: RunRecord) -> Info:
         "kind": "run",
         "path": str(run.path),
         "finished": run.finished,
-        "shape": _shape_of(run.config),
+        "shape": _shape_of(run.config) if run.folder.config.is_file() else {},
         "parameters": parts,
         "steps": run.steps,
         "tokens": run.tokens,

@@ -191,10 +191,9 @@ class RunPlan:
         how = f"{measured.steps} steps measured on {measured.device} x {measured.processes}"
         if measured.reduced:
             how += f", of {measured.batch_size} rows of {measured.max_seq_len} and scaled up"
-        yield (
-            "speed",
-            f"{count(tokens / self.step_seconds)} tokens/s, {self.step_seconds * 1e3:.3g} ms a step ({how})",
-        )
+        step = self.step_seconds
+        time = f"{step:.3g} s" if step >= 1 else f"{step * 1e3:.3g} ms"
+        yield "speed", f"{count(tokens / step)} tokens/s, {time} a step ({how})"
         if measured.mfu is None:
             utilization = "not known: the peak of this device is not known"
         else:

@@ -173,7 +173,7 @@ def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
         "Python was 3.9.1",
         "abcdef123456",
         "files differed from the git commit",
-        "the device was NVIDIA H100 x 2 and is CPU",
+        "the device was NVIDIA H100 and is CPU",
         "the tokenizer in the package is not the one",
         "stopped and resumed",
         "--max-time 1h",

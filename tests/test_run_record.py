@@ -14,6 +14,7 @@ import torch
 from made_runs import make_run
 from safetensors.torch import load_file
 
+from minimind.environment_text import device_text
 from minimind.errors import ConfigError, UserError
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -64,6 +65,20 @@ def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> N
     # Options that contradict each other by now.
     (tmp_path / "config.toml").write_text("hidden_size = 97\n")
     assert read_run(tmp_path).config.hidden_size == 97
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"device": "cpu", "gpus": ["NVIDIA L4"]}, "CPU"),
+        ({"device": "cpu:0", "gpus": []}, "CPU"),
+        ({"device": "cuda:1", "gpus": ["NVIDIA L4", "NVIDIA L4"]}, "NVIDIA L4"),
+        ({"device": "mps"}, "MPS"),
+        ({}, "not recorded"),
+    ],
+)
+def test_a_device_is_named_by_its_kind(environment: dict[str, object], text: str) -> None:
+    assert device_text(environment) == text
 
 
 def test_a_folder_without_a_run_is_a_mistake_of_the_user(tmp_path: Path) -> None:
