@@ -150,9 +150,9 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         config = _shortened(config, shape, matmul)
         config = dataclasses.replace(config, output_dir=str(folder / "run"), tracker=("none",))
         plan = plan_batches(config, accelerator.num_processes)
-        run, compiled = _make_run(config, shape, plan, accelerator, folder, tokenizer.pad_token_id)
-        closing.callback(run.trackers.close)
         try:
+            run, compiled = _make_run(config, shape, plan, accelerator, folder, tokenizer.pad_token_id)
+            closing.callback(run.trackers.close)
             measured = _measure(run, seconds)
         except torch.OutOfMemoryError as error:
             raise TooLargeError(

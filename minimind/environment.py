@@ -45,7 +45,7 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": hide_secrets(sys.argv),
-        "working_folder": os.getcwd(),
+        "working_folder": _working_folder(),
         "git": _git_revision(),
         "python": platform.python_version(),
         "packages": {"minimind": __version__} | {name: _version(name) for name in PACKAGES},
@@ -124,6 +124,13 @@ def _accelerators() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def _git_revision() -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import topologies
+import torch
 
 import minimind.planning as module
 from minimind.benchmark import BenchmarkResult, TooLargeError
@@ -146,6 +147,19 @@ def test_a_step_that_does_not_fit_leaves_a_plan_without_times(
     assert plan.problems[0].startswith("--batch-size 4 does not fit")
     assert "not measured" in dict(plan.rows())["time"]
     json.dumps(plan.to_dict())
+
+
+@pytest.mark.parametrize("place", ["_make_run", "_measure"])
+def test_memory_that_runs_out_is_told_apart_from_other_mistakes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fails(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(f"minimind.benchmark.{place}", fails)
+    plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), seconds=0.1, quiet=True)
+    assert plan.measured is None
+    assert "does not fit into the memory of the GPU" in plan.problems[0]
 
 
 def test_what_would_go_wrong_is_told(
