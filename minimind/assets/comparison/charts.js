@@ -19,12 +19,11 @@
     }
     return String(Number(value.toPrecision(3)));
   };
-  const time = (seconds) => {
-    if (seconds < 90) return `${Number(seconds.toPrecision(3))}s`;
-    if (seconds < 5400) return `${Number((seconds / 60).toPrecision(3))}m`;
-    return `${Number((seconds / 3600).toPrecision(3))}h`;
+  // Seconds are counted in the unit that suits the whole axis, so that its numbers are round.
+  const unitOf = (axis, right) => {
+    if (axis !== 2) return [1, ""];
+    return [[86400, " d"], [3600, " h"], [60, " min"]].find(([size]) => right >= 2 * size) ?? [1, " s"];
   };
-  const along = (value, axis) => (axis === 2 ? time(value) : shortened(value));
   const exact = (value, chart) => {
     if (chart.digits === 0) return shortened(value);
     return chart.name === "learning_rate" ? value.toExponential(2) : value.toFixed(chart.digits);
@@ -82,6 +81,8 @@
     let [left, right] = [Math.min(...xs), Math.max(...xs)];
     if (!chosen.log) left = Math.min(left, 0);
     if (right === left) right = left + 1;
+    const [unit, suffix] = unitOf(chosen.axis, right);
+    const along = (value) => shortened(value / unit) + suffix;
     const spread = chosen.log ? (v) => Math.log(v) : (v) => v;
     const x = (v) => MARGIN.left + ((spread(v) - spread(left)) / (spread(right) - spread(left))) * (width - MARGIN.left - MARGIN.right);
 
@@ -115,10 +116,11 @@
       const text = chart.name === "learning_rate" && value ? value.toExponential(1) : shortened(value);
       svg.append(make("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, text));
     }
-    const marks = chosen.log ? logTicks(left, right) : ticks(left, right, width > 520 ? 7 : 4);
-    for (const value of marks) {
+    const bounds = [left / unit, right / unit];
+    const marks = chosen.log ? logTicks(...bounds) : ticks(...bounds, width > 520 ? 7 : 4);
+    for (const value of marks.map((mark) => mark * unit)) {
       svg.append(make("line", { class: "grid", x1: x(value), x2: x(value), y1: MARGIN.top, y2: height - MARGIN.bottom }));
-      svg.append(make("text", { x: x(value), y: height - MARGIN.bottom + 18, "text-anchor": "middle" }, along(value, chosen.axis)));
+      svg.append(make("text", { x: x(value), y: height - MARGIN.bottom + 18, "text-anchor": "middle" }, along(value)));
     }
     svg.append(make("line", { class: "base", x1: MARGIN.left, x2: width - MARGIN.right, y1: height - MARGIN.bottom, y2: height - MARGIN.bottom }));
     svg.append(make("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 6, "text-anchor": "middle" }, AXES[chosen.axis] + (cut ? " (the start is cut off)" : "")));
@@ -160,7 +162,7 @@
         found.push([run, point[VALUE]]);
         if (point[VALUE] <= high) cursor.append(make("circle", { class: `mark f${run % COLOURS}`, cx: x(point[chosen.axis]), cy: y(point[VALUE]), r: 4 }));
       }
-      write(`${along(at, chosen.axis)} ${AXES[chosen.axis]}`, found);
+      write(`${along(at)} ${AXES[chosen.axis]}`, found);
     };
     const clear = () => {
       place = -1;
