@@ -18,7 +18,7 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.launch_environment import is_main_process, is_set, rank, world_size
 
-from . import bench, checkpoints, decay, pretrain, tokens, verify_resume
+from . import bench, checkpoints, compare, decay, info, pretrain, reproduce, tokens, verify_resume
 from .examples import examples
 from .options import LENIENT, normalise
 
@@ -37,6 +37,9 @@ app.command(context_settings=LENIENT, epilog=examples("decay"))(decay.decay)
 app.command(context_settings=LENIENT, epilog=examples("bench"))(bench.bench)
 app.command(context_settings=LENIENT, epilog=examples("tokenize"))(tokens.tokenize)
 app.command(epilog=examples("checkpoints"))(checkpoints.checkpoints)
+app.command(epilog=examples("info"))(info.info)
+app.command(epilog=examples("compare"))(compare.compare)
+app.command(epilog=examples("reproduce"))(reproduce.reproduce)
 app.command(context_settings=LENIENT, epilog=examples("verify-resume"))(verify_resume.verify_resume)
 app.add_typer(tokens.app, name="tokenizer")
 

@@ -20,6 +20,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "minimind-train pretrain --data web:0.8 --data code:0.2 --preset minimind-3 --max-tokens 2e9",
         "minimind-train pretrain --config runs/mine/config.toml --seed 7 --output-dir runs/seed7",
         "minimind-train pretrain --resume --output-dir runs/mine",
+        "minimind-train pretrain --preset 350m --data corpus.jsonl --plan --price-per-hour 2.5",
         "accelerate launch -m minimind_cli pretrain --data corpus.jsonl --preset minimind-3",
     ),
     "decay": (
@@ -34,6 +35,18 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "tokenize": (
         "minimind-train tokenize --data corpus.jsonl",
         "minimind-train tokenize --data corpus/ --tokenizer runs/tokenizer --cache-dir /fast/disk",
+    ),
+    "info": (
+        "minimind-train info runs/mine",
+        "minimind-train info runs/mine/model --json",
+    ),
+    "compare": (
+        "minimind-train compare runs/a runs/b",
+        "minimind-train compare runs/* --html comparison.html",
+    ),
+    "reproduce": (
+        "minimind-train reproduce runs/mine",
+        "minimind-train reproduce runs/mine --check-data",
     ),
     "checkpoints": (
         "minimind-train checkpoints runs/mine",

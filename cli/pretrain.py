@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from minimind.config import PANELS, PretrainConfig
+from minimind.errors import ConfigError
 from minimind.launch_environment import is_main_process, is_set
 from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
 from minimind.run_folder import RunFolder
@@ -51,18 +53,51 @@ def pretrain(
             "--print-config", metavar="", help="Print the resulting options as TOML for --config, and stop."
         ),
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            metavar="",
+            help="Measure a few steps, print what the run will take in memory, time and disk, and stop.",
+        ),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(help="With --plan: price of all machines, to print what the run will cost.", min=0.0),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="With --plan: print JSON.")] = False,
     **_: Any,
 ) -> None:
     """Pretrain a language model."""
+    if not plan and (as_json or price_per_hour is not None):
+        raise ConfigError("--json and --price-per-hour go with --plan; add it.")
     resolved = read_config(ctx, preset, config)
     if print_config:
         typer.echo(write_toml(resolved, PANELS), nl=False)
+        return
+    if plan:
+        _print_plan(resolved, price_per_hour, as_json)
         return
     from minimind.pretrain import pretrain as run
 
     result = run(resolved)
     if result.stopped is not None:
         raise typer.Exit(STOPPED_EARLY)
+
+
+def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: bool) -> None:
+    from minimind.planning import plan_run
+
+    found = plan_run(config, price_per_hour=price_per_hour, quiet=as_json)
+    if not is_main_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    for key, value in found.rows():
+        typer.echo(f"{key + ':' if key else '':<12} {value}")
+    for problem in found.problems:
+        typer.echo(f"warning: {problem}")
 
 
 def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:

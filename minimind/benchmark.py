@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from .auto_batch import settle_batch_size
 from .batch_plan import BatchPlan, plan_batches
-from .config import PretrainConfig
+from .config import AUTO, PretrainConfig
 from .data.loader import Loader, StepBatch
 from .data.random_tokens import random_shards
 from .errors import ConfigError
@@ -40,6 +40,10 @@ WARMUP_STEPS = 3
 PARTS = ("data", "forward", "backward", "optimizer")
 # A step is made smaller where it would take longer than this, by a guess of half of the matmul speed.
 LONGEST_STEP = 3.0
+
+
+class TooLargeError(ConfigError):
+    """A step that does not fit into the memory of the GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,8 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         seconds: how long to measure whole steps; their parts take half of that besides.
 
     Raises:
-        ConfigError: for wrong options, or a step that does not fit into the memory of the GPU.
+        ConfigError: for wrong options.
+        TooLargeError: for a step that does not fit into the memory of the GPU.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     config, shape = resolve_shape(config, tokenizer)
@@ -138,16 +143,19 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         closing.callback(close_accelerator, accelerator)
         matmul = matmul_flops(accelerator.device, accelerator.mixed_precision)
         config = settle_batch_size(config, shape, accelerator, partial(prepare_model, config, shape))
+        if accelerator.device.type == "cuda":
+            # The product's own matrices are larger than a small model.
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
         wanted = config
         config = _shortened(config, shape, matmul)
         config = dataclasses.replace(config, output_dir=str(folder / "run"), tracker=("none",))
         plan = plan_batches(config, accelerator.num_processes)
-        run, compiled = _make_run(config, shape, plan, accelerator, folder, tokenizer.pad_token_id)
-        closing.callback(run.trackers.close)
         try:
+            run, compiled = _make_run(config, shape, plan, accelerator, folder, tokenizer.pad_token_id)
+            closing.callback(run.trackers.close)
             measured = _measure(run, seconds)
         except torch.OutOfMemoryError as error:
-            raise ConfigError(
+            raise TooLargeError(
                 f"--batch-size {config.batch_size} with --max-seq-len {config.max_seq_len} does not fit into "
                 "the memory of the GPU; lower one of them."
             ) from error
@@ -174,6 +182,20 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
             matmul_share=achieved / (matmul * processes),
             **measured,
         )
+
+
+def with_batch_size(config: PretrainConfig, shape: MiniMindConfig) -> PretrainConfig:
+    """Return the configuration with a number for `--batch-size auto`, before processes have met for a run.
+
+    Raises:
+        ConfigError: where none can be found; see `settle_batch_size`.
+    """
+    if config.batch_size != AUTO:
+        return config
+    with ExitStack() as closing:
+        accelerator = start_accelerator(config)
+        closing.callback(close_accelerator, accelerator)
+        return settle_batch_size(config, shape, accelerator, partial(prepare_model, config, shape))
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil  # a dependency of Accelerate
 import torch
+from accelerate import Accelerator
 
 from . import __version__
 from .config import PretrainConfig
@@ -44,6 +45,7 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": hide_secrets(sys.argv),
+        "working_folder": _working_folder(),
         "git": _git_revision(),
         "python": platform.python_version(),
         "packages": {"minimind": __version__} | {name: _version(name) for name in PACKAGES},
@@ -54,6 +56,30 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "device": str(device),
         **_accelerators(),
+    }
+
+
+def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, Any]:
+    """Return how the processes of a run were started, as far as the launcher told.
+
+    Args:
+        accelerator: of this run.
+        compiled: the model is.
+    """
+    kind = "one process" if accelerator.num_processes == 1 else "DDP"
+    return {
+        "processes": accelerator.num_processes,
+        "machines": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        "kind": "FSDP2" if accelerator.is_fsdp2 else kind,
+        "on_cpu": accelerator.device.type == "cpu",
+        "precision": accelerator.mixed_precision,
+        "compiled": compiled,
+        # How FSDP divides the model; nothing else of the environment is anyone's business.
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("FSDP_", "PARALLELISM_CONFIG_"))
+        },
     }
 
 
@@ -98,6 +124,13 @@ def _accelerators() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def _git_revision() -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -77,6 +78,20 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file, without those that a crash, or a run that goes on, cut short."""
+    if not path.exists():
+        return []
+    lines = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            with suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
+    return lines
 
 
 def last_with(path: Path, name: str) -> tuple[int, Any] | None:

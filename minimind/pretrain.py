@@ -21,7 +21,7 @@ from .data.loader import Loader, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.shards import TokenShards
 from .delivery import deliver_model, deliver_weights, write_sample
-from .environment import describe_environment
+from .environment import describe_environment, describe_launch
 from .errors import CheckpointError, ConfigError
 from .evaluation import evaluate
 from .launch import check_launch, close_accelerator, prepare, start_accelerator, wants_compile
@@ -123,21 +123,16 @@ def pretrain(
             keep_every=config.keep_every,
             on_error=partial(_save_failed, config, progress, stop),
         )
-        # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
-        row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
-        total_steps = count_steps(
-            config,
-            steps_per_epoch=loader.steps_per_epoch,
-            tokens_per_epoch=loader.tokens_per_epoch,
-            tokens_per_step=plan.global_batch_size * row,
-        )
+        total_steps = steps_in_all(config, loader, plan)
         settings = _settings(config, shape, plan, tokenizer, data)
         settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
         checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
         state, saved_step, saved_trackers = checkpoints.resume(config.resume, branch=branch)
         environment = {}
         if accelerator.is_main_process:
-            environment = describe_environment(accelerator.device)
+            launch = describe_launch(accelerator, compiled=compiled)
+            facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": data.mixture}}
+            environment = describe_environment(accelerator.device) | facts
             # A resumed run may find itself on another device: `auto` is kept, and with it the global batch.
             folder.describe(dataclasses.replace(config, batch_size=wanted), environment)
         trackers = Trackers(
@@ -273,6 +268,18 @@ def prepare_model(
 
 def _describe(model: nn.Module) -> str:
     return f"{count(sum(tensor.numel() for tensor in model.parameters()))} parameters: {type(model).__name__}"
+
+
+def steps_in_all(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
+    """Return the number of optimizer steps of a run."""
+    # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
+    row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
+    return count_steps(
+        config,
+        steps_per_epoch=loader.steps_per_epoch,
+        tokens_per_epoch=loader.tokens_per_epoch,
+        tokens_per_step=plan.global_batch_size * row,
+    )
 
 
 def _make_loader(

@@ -37,6 +37,12 @@ def parse_duration(text: str) -> float:
     return float(seconds)
 
 
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in three digits, such as `950 B`, `12.3 MB` or `1.25 GB`."""
+    digits, unit = re.fullmatch(r"([-\d.]+)(\D?)", count(num_bytes)).groups()  # type: ignore[union-attr]
+    return f"{digits} {unit}B"
+
+
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units, such as `8s`, `3m12s`, `2h05m` or `1d04h`."""
     if not math.isfinite(seconds):

@@ -51,6 +51,11 @@ def open_or_build(cache_dir: Path, key: str, build: Build) -> tuple[Path, dict[s
         return folder, _build(folder, build), True
 
 
+def find(cache_dir: Path, key: str) -> dict[str, Any] | None:
+    """Return the manifest of a build that is there and whole, else None."""
+    return _whole(cache_dir / key)
+
+
 def _build(folder: Path, build: Build) -> dict[str, Any]:
     draft = folder.with_name(f"{folder.name}{_BUILDING}{socket.gethostname()}-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)

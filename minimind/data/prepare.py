@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import PretrainConfig
 from ..errors import DataError
-from .cache import open_or_build
+from .cache import find, open_or_build
 from .document_index import read_length_counts
 from .encode import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 from .entries import Entry, read_entries
@@ -94,14 +94,7 @@ def prepare_data(
     """
     entries = read_entries(config.data)
     named, identities = _sources(config, entries)
-    settings = {
-        "format": _FORMAT,
-        "sources": identities,
-        "tokenizer": tokenizer.fingerprint,
-        "text_key": config.text_key,
-        "bad_lines": config.bad_lines,
-        "val_fraction": 0.0 if config.val_data else config.val_fraction,
-    }
+    settings = _cache_settings(config, identities, tokenizer)
     key = _hash(settings)
     total = sum(identity.get("size", 0) for identity in identities)
 
@@ -119,7 +112,7 @@ def prepare_data(
             "report": _report(config, folder, encoded, [name for name, _ in named], tokenizer).to_dict(),
         }
 
-    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    cache_dir = cache_folder(config)
     try:
         folder, manifest, built = open_or_build(cache_dir, key, build)
     except OSError as error:
@@ -141,6 +134,31 @@ def prepare_data(
         mixture=_mixture(config, entries, train) if weights else (),
     )
     return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), built, weights)
+
+
+def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -> str | None:
+    """Return the fingerprint of the text of a run, None where it would have to be tokenized first.
+
+    Raises:
+        DataError: for text that is missing.
+    """
+    _, identities = _sources(config, read_entries(config.data))
+    manifest = find(cache_folder(config), _hash(_cache_settings(config, identities, tokenizer)))
+    return None if manifest is None else _hash(manifest["fingerprints"])
+
+
+def _cache_settings(
+    config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: DocumentTokenizer
+) -> dict[str, Any]:
+    """Return everything that tells a build from any other."""
+    return {
+        "format": _FORMAT,
+        "sources": identities,
+        "tokenizer": tokenizer.fingerprint,
+        "text_key": config.text_key,
+        "bad_lines": config.bad_lines,
+        "val_fraction": 0.0 if config.val_data else config.val_fraction,
+    }
 
 
 def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
@@ -176,6 +194,11 @@ def _mixture(
         MixtureReport(entry.pattern, weight, part.num_tokens, number)
         for entry, weight, part, number in zip(entries, weights, mixed, passes, strict=True)
     )
+
+
+def cache_folder(config: PretrainConfig) -> Path:
+    """Return the folder of --cache-dir."""
+    return default_cache_dir() if config.cache_dir is None else Path(config.cache_dir).expanduser()
 
 
 def default_cache_dir() -> Path:

@@ -54,6 +54,11 @@ def wanted(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and compute_dtype(x, weight) == torch.bfloat16 and _BUILDABLE
 
 
+def buildable_for(head_dim: int) -> bool:
+    """Whether a run in bf16 on this machine's GPU will use the kernels, for heads of this width."""
+    return torch.cuda.is_available() and _BUILDABLE and head_dim in _HEAD_DIMS
+
+
 def attention_wanted(x: Tensor, weight: Tensor, head_dim: int) -> bool:
     """Whether `attend` serves heads of this width in a product of `x` with `weight`."""
     return wanted(x, weight) and head_dim in _HEAD_DIMS

@@ -1,0 +1,61 @@
+"""`minimind-train compare`: several runs side by side, in the terminal and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minimind.errors import ConfigError
+from minimind.run_comparison import Row, compare_runs
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page with curves to this file; it needs no network.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Compare runs: losses, speed, bits per byte at equal tokens, and what they differ in."""
+    found = compare_runs(runs)
+    console = Console(highlight=False)
+    tables = (
+        ("", found.outcome),
+        ("validation bits/byte after so many tokens", found.equal_tokens),
+        ("options that differ", found.options),
+        ("code, packages, data and device that differ", found.surroundings),
+    )
+    for title, rows in tables:
+        if rows:
+            if title:
+                console.print(Text(title, style="bold"), soft_wrap=True)
+            console.print(_table(found.names, rows), "")
+    for note in found.notes:
+        console.print(Text(f"note: {note}"))
+    if html is not None:
+        from minimind.comparison_page import comparison_page
+
+        try:
+            html.write_text(comparison_page(found), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--html {html} cannot be written ({error.strerror}); name another file."
+            ) from error
+        console.print(Text(f"wrote {html}"), soft_wrap=True)
+
+
+def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:
+    # As Text, for a name may hold what rich takes for markup.
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(Text(row.name), *(Text(value) for value in row.values))
+    return table

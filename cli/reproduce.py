@@ -1,0 +1,27 @@
+"""`minimind-train reproduce`: the command that repeats a run, and what has changed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    check_data: Annotated[
+        bool,
+        typer.Option(
+            "--check-data", metavar="", help="Tokenize text that is not in the cache, to compare its content."
+        ),
+    ] = False,
+) -> None:
+    """Print the command that repeats a run; warnings of what has changed since go to standard error."""
+    from minimind.reproduction import reproduce as find
+    from minimind.run_record import read_run
+
+    found = find(read_run(run), check_data=check_data)
+    typer.echo(found.command)
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)

@@ -1,0 +1,62 @@
+"""The lines of `info` that a run, a checkpoint and a model folder share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .wording import count, duration
+
+
+def model_rows(shape: Mapping[str, Any], parts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the rows of a shape and of parameters by part; either may be empty."""
+    rows = []
+    if shape:
+        described = (
+            f"{shape['num_hidden_layers']} blocks {shape['hidden_size']} wide, "
+            f"{shape['num_attention_heads']} heads of {shape['head_dim']}, {shape['num_key_value_heads']} "
+            f"key/value heads, inner width {shape['intermediate_size']}, vocabulary {shape['vocab_size']}"
+        )
+        total = f"{count(parts['all'])} parameters: " if parts else ""
+        rows.append(("model", total + described))
+    if parts:
+        tied = " (the embedding's)" if not parts["head"] else ""
+        listed = [f"{part} {count(number)}" for part, number in parts.items() if part != "all"]
+        rows.append(("parameters", ", ".join(listed).replace("head 0", "head 0" + tied)))
+    return rows
+
+
+def trained_text(steps: int, tokens: Any, passes: float | None) -> str:
+    """Return how far a training went."""
+    text = f"{steps:,} steps"
+    text += f", {count(tokens)} tokens" if isinstance(tokens, int) else ""
+    return text + (f", {passes:.3g} passes" if passes is not None else "")
+
+
+def loss_text(loss: float | None, best: Mapping[str, Any] | None) -> str:
+    """Return the last training loss and the best evaluation."""
+    text = "not reported" if loss is None else f"{loss:.4f}"
+    if best is not None:
+        bits = best.get("val_bits_per_byte")
+        text += f"; best validation {best['val_loss']:.4f}"
+        text += f" ({bits:.4f} bits/byte)" if isinstance(bits, int | float) else ""
+        text += f" at step {best['step']:,}"
+    return text
+
+
+def time_text(began: Any, last: Any, seconds: float | None) -> str:
+    """Return when a run was, and how long it trained."""
+    text = f"began {_moment(began)}" if began else "not recorded"
+    text += f", last report {_moment(last)}" if last else ""
+    return text + (f", {duration(seconds)} of training" if seconds is not None else "")
+
+
+def _moment(text: str) -> str:
+    """Return a time of ISO 8601 to the second, as it is read best."""
+    return f"{text[:19].replace('T', ' ')} UTC"
+
+
+def fingerprint_rows(fingerprints: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """Return the row of fingerprints, none where none is known."""
+    known = [f"{what} {value[:12]}" for what, value in fingerprints.items() if value and value != "none"]
+    return [("fingerprint", ", ".join(known))] if known else []

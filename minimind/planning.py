@@ -1,0 +1,268 @@
+"""Works out what a run will be before it costs anything, from its options, its text and a few real steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .batch_plan import BatchPlan, plan_batches
+from .benchmark import BenchmarkResult, TooLargeError, benchmark, with_batch_size
+from .config import PretrainConfig
+from .data.loader import Loader
+from .data.prepare import PreparedData, cache_folder, prepare_data
+from .data.shards import token_dtype
+from .launch import check_launch, choose_precision
+from .launch_environment import is_main_process, is_set, world_size
+from .memory_estimate import Compiled, MemoryEstimate, estimate_memory, optimizer_bytes
+from .model_config import MiniMindConfig
+from .modeling.fused import buildable_for
+from .modeling.transformer import MiniMindForCausalLM
+from .parameter_parts import count_parts
+from .pretrain import steps_in_all
+from .progress import Progress
+from .run_folder import RunFolder
+from .run_plan import RunPlan
+from .starting_model import resolve_shape
+from .stored_checkpoint import latest_checkpoint, open_checkpoint, stored_checkpoints
+from .tokenizer import load_tokenizer
+from .trackers import check_trackers
+from .train import evaluation_interval
+from .wording import parse_duration, size
+
+# How long whole steps are measured.
+SECONDS = 4.0
+# With more micro-batches than this, a step is measured with this many: the others are like them.
+_ROUNDS = 2
+# Weights of the delivered model are of half precision.
+_DELIVERED = 2
+
+
+def plan_run(
+    config: PretrainConfig,
+    *,
+    price_per_hour: float | None = None,
+    seconds: float = SECONDS,
+    quiet: bool = False,
+) -> RunPlan:
+    """Work out what a run will be, and measure a few of its steps on this machine.
+
+    Nothing is written to the output folder. The text is tokenized into the cache as the run itself would do
+    and then find done. Under `accelerate launch` every process calls this.
+
+    Args:
+        config: of the run.
+        price_per_hour: of all machines together.
+        seconds: how long to measure whole steps.
+        quiet: show no progress.
+
+    Raises:
+        UserError: what the run itself would raise before its first step.
+    """
+    check_trackers(config)
+    progress = Progress(enabled=is_main_process() and not quiet)
+    try:
+        if (remark := check_launch(config)) is not None:
+            progress.note(remark)
+        tokenizer = load_tokenizer(config.tokenizer)
+        config, shape = resolve_shape(config, tokenizer)
+        config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
+        config = with_batch_size(config, shape)
+        batches = plan_batches(config, world_size())
+        data = prepare_data(config, tokenizer, progress.data_build)
+    finally:
+        progress.close()
+    loader = Loader(
+        data.train,
+        seq_len=config.max_seq_len,
+        packing=config.packing,
+        plan=batches,
+        seed=config.seed,
+        process_index=0,
+        device="cpu",
+        weights=data.weights,
+    )
+    total_steps = steps_in_all(config, loader, batches)
+    total_tokens = round(total_steps / loader.steps_per_epoch * loader.tokens_per_epoch)
+    first_step = min(_first_step(config), total_steps)
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(shape)
+    measured, too_large = _measure(config, batches, seconds)
+    memory = _estimate(config, shape, batches, measured)
+    device_memory = _device_memory()
+    step_seconds, micro_batch_seconds = _times(config, shape, batches, measured)
+    checkpoint = 4 * shape.num_parameters() + optimizer_bytes(shape, config.optimizer)
+    disk, free = _disk(config, data, checkpoint, shape.num_parameters(), total_steps)
+    problems = [*([too_large] if too_large else []), *_problems(config, disk, free, memory, device_memory)]
+    vocabulary = data.report.vocab_size
+    splits = [split for split in (data.train, data.validation) if split is not None]
+    plan = RunPlan(
+        config=config,
+        batches=batches,
+        parts=count_parts({name: p.shape for name, p in model.named_parameters()}),
+        flops_per_token=shape.flops_per_token(config.max_seq_len),
+        data=data,
+        tokens_per_epoch=loader.tokens_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
+        first_step=first_step,
+        total_steps=total_steps,
+        total_tokens=total_tokens,
+        cache_folder=cache_folder(config),
+        cache_bytes=sum(
+            split.num_tokens * token_dtype(vocabulary).itemsize + 8 * split.num_documents for split in splits
+        ),
+        memory=memory,
+        device_memory=device_memory,
+        measured=measured,
+        step_seconds=step_seconds,
+        evaluation_seconds=None
+        if micro_batch_seconds is None
+        else micro_batch_seconds * _evaluation_batches(config, data, batches, first_step, total_steps),
+        checkpoint_bytes=checkpoint,
+        disk_bytes=disk,
+        disk_free=free,
+        price_per_hour=price_per_hour,
+        problems=tuple(problems),
+    )
+    late = plan.seconds is not None and config.max_time is not None
+    if late and plan.seconds > parse_duration(config.max_time):  # type: ignore[arg-type, operator]
+        sentence = f"--max-time {config.max_time} ends the run before its last step."
+        plan = dataclasses.replace(plan, problems=(*plan.problems, sentence))
+    return plan
+
+
+def _measure(
+    config: PretrainConfig, batches: BatchPlan, seconds: float
+) -> tuple[BenchmarkResult | None, str | None]:
+    """Return a few real steps, or None and why they do not fit."""
+    rounds = min(batches.accumulation_steps, _ROUNDS)
+    smaller = dataclasses.replace(config, accumulation_steps=rounds, global_batch_size=None)
+    try:
+        return benchmark(smaller, seconds), None
+    except TooLargeError as error:
+        return None, str(error)
+
+
+def _times(
+    config: PretrainConfig, shape: MiniMindConfig, batches: BatchPlan, measured: BenchmarkResult | None
+) -> tuple[float | None, float | None]:
+    """Return the seconds of a whole step of the run, and of a micro-batch forward."""
+    if measured is None:
+        return None, None
+    rounds = min(batches.accumulation_steps, _ROUNDS)
+    more = batches.accumulation_steps - rounds
+    step = measured.step_seconds + more * (measured.forward_seconds + measured.backward_seconds) / rounds
+    work, done = (
+        rows * length * shape.flops_per_token(length)
+        for rows, length in (
+            (batches.micro_batch_size, config.max_seq_len),
+            (measured.batch_size, measured.max_seq_len),
+        )
+    )
+    return step * work / done, measured.forward_seconds / rounds * work / done
+
+
+def _estimate(
+    config: PretrainConfig, shape: MiniMindConfig, batches: BatchPlan, measured: BenchmarkResult | None
+) -> MemoryEstimate:
+    compiled: Compiled = "no"
+    if measured.compiled if measured is not None else config.compile is not False:
+        alone = batches.num_processes == 1 and not config.activation_checkpointing
+        compiled = "whole" if alone else "blocks"
+    precision = choose_precision(config) if measured is None else measured.precision
+    return estimate_memory(
+        shape,
+        rows=batches.micro_batch_size,
+        seq_len=config.max_seq_len,
+        precision=precision,
+        compiled=compiled,
+        optimizer=config.optimizer,
+        accumulation_steps=batches.accumulation_steps,
+        num_processes=batches.num_processes,
+        shards=_shards(batches.num_processes),
+        fused=precision == "bf16" and config.dropout == 0 and buildable_for(shape.head_dim),
+        recompute=config.activation_checkpointing or is_set("FSDP_ACTIVATION_CHECKPOINTING"),
+    )
+
+
+def _shards(num_processes: int) -> int:
+    """Return into how many parts the launcher has FSDP divide the model; 1 without FSDP."""
+    if not is_set("ACCELERATE_USE_FSDP"):
+        return 1
+    if is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", num_processes))
+    return num_processes
+
+
+def _device_memory() -> int | None:
+    if is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def _first_step(config: PretrainConfig) -> int:
+    """Return the step that the run would go on from; reads the checkpoint as the run would."""
+    if config.resume is None:
+        return 0
+    if config.resume != "auto":
+        return open_checkpoint(Path(config.resume)).step
+    found = latest_checkpoint(RunFolder(Path(config.output_dir)).checkpoints)
+    return 0 if found is None else found.step
+
+
+def _evaluation_batches(
+    config: PretrainConfig, data: PreparedData, batches: BatchPlan, first_step: int, total_steps: int
+) -> int:
+    """Return the batches that one process runs in all evaluations."""
+    if data.validation is None:
+        return 0
+    rows = data.validation.num_documents
+    if config.packing:
+        rows = math.ceil(data.validation.num_tokens / config.max_seq_len)
+    once = math.ceil(rows / (batches.micro_batch_size * batches.num_processes))
+    interval = evaluation_interval(config)
+    times = math.ceil(total_steps / interval) - first_step // interval
+    return times * min(once, config.eval_batches or once)
+
+
+def _disk(
+    config: PretrainConfig, data: PreparedData, checkpoint: int, parameters: int, total_steps: int
+) -> tuple[int, int]:
+    """Return the bytes that the run will need beyond those it has, and those that are free."""
+    folder = RunFolder(Path(config.output_dir))
+    kept = config.keep_checkpoints + (1 if data.validation is not None else 0)
+    # A checkpoint is whole before an older one goes.
+    at_once = min(kept + 1, math.ceil(total_steps / config.save_interval))
+    there = 0
+    if config.resume is not None:
+        there = sum(entry.num_bytes for entry in stored_checkpoints(folder.checkpoints))
+    needed = max(at_once * checkpoint - there, 0) + _DELIVERED * parameters
+    place = folder.path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return needed, shutil.disk_usage(place).free
+
+
+def _problems(
+    config: PretrainConfig, disk: int, free: int, memory: MemoryEstimate, device_memory: int | None
+) -> Iterator[str]:
+    if disk > free:
+        yield (
+            f"the checkpoints need {size(disk)} and {size(free)} are free in {config.output_dir}; free "
+            "some, lower --keep-checkpoints, or name another --output-dir."
+        )
+    if config.resume is None and RunFolder(Path(config.output_dir)).holds_a_run():
+        yield (
+            f"--output-dir {config.output_dir} already holds a run; go on with it by --resume, or name "
+            "another folder."
+        )
+    if device_memory is not None and memory.peak > 0.95 * device_memory:
+        yield (
+            f"the estimate of {size(memory.peak)} is about all of the GPU's {size(device_memory)}; lower "
+            "--batch-size, or give --activation-checkpointing."
+        )

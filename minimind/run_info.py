@@ -1,0 +1,280 @@
+"""What lies at a path: a run, a checkpoint, a model folder or a file of weights, and how to go on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .environment_text import device_text, launch_text, versions_text
+from .errors import CheckpointError, ConfigError
+from .info_rows import fingerprint_rows, loss_text, model_rows, time_text, trained_text
+from .model_config import MiniMindConfig
+from .parameter_parts import count_parts
+from .run_folder import RunFolder
+from .run_record import RunRecord, read_run
+from .stored_checkpoint import (
+    MANIFEST,
+    MODEL,
+    TRAINER,
+    StoredCheckpoint,
+    best_checkpoint,
+    open_checkpoint,
+)
+from .weight_header import WeightHeader, read_headers
+from .wording import count, size
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What was found.
+
+    Attributes:
+        kind: `run`, `checkpoint`, `model` or `weights`.
+        values: everything, as JSON holds it.
+        rows: the same for people, in rows of a key and a value.
+        next: command lines that go on from here, each with the command of minimind-train that it uses.
+    """
+
+    kind: str
+    values: dict[str, Any]
+    rows: list[tuple[str, str]]
+    next: list[tuple[str, str]]
+
+
+def read_info(path: Path) -> Info:
+    """Say what a path holds.
+
+    Raises:
+        UserError: when it is none of these, or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _weights(path)
+    if (path / MANIFEST).is_file() and (path / TRAINER).is_file():
+        return _checkpoint(open_checkpoint(path))
+    if RunFolder(path).holds_a_run():
+        return _run(read_run(path))
+    if (path / _CONFIG).is_file():
+        return _model(path)
+    raise ConfigError(
+        f"{path} is no run, checkpoint, model folder or file of weights; name one, such as the --output-dir "
+        "of a run."
+    )
+
+
+def _run(run: RunRecord) -> Info:
+    parts = run_parts(run)
+    best, environment = run.best(), run.environment
+    times = [line["time"] for line in run.metrics if isinstance(line.get("time"), str)]
+    clock = run.curve("loss")
+    seconds = clock[-1].seconds if clock else None
+    checkpoints = run.checkpoints
+    disk = {
+        "all": folder_bytes(run.path),
+        "checkpoints": sum(checkpoint.num_bytes for checkpoint in checkpoints),
+        "model": folder_bytes(run.folder.model),
+    }
+    marked = best_checkpoint(run.folder.checkpoints)
+    values: dict[str, Any] = {
+        "kind": "run",
+        "path": str(run.path),
+        "finished": run.finished,
+        "shape": _shape_of(run.config) if run.folder.config.is_file() else {},
+        "parameters": parts,
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "passes": run.last("epoch"),
+        "loss": run.last("loss"),
+        "best": None
+        if best is None
+        else {name: best.get(name) for name in ("step", "val_loss", "val_bits_per_byte")},
+        "best_checkpoint": None if marked is None else marked[0],
+        "checkpoints": [checkpoint.step for checkpoint in checkpoints],
+        "began": min(times, default=environment.get("started")),
+        "last_report": max(times, default=None),
+        "training_seconds": seconds,
+        "tokens_per_second": run.last("total_tokens_per_second") or run.last("tokens_per_second"),
+        "packages": environment.get("packages", {}),
+        "python": environment.get("python"),
+        "git": environment.get("git"),
+        "device": device_text(environment),
+        "launch": environment.get("launch"),
+        "data": list(run.config.data),
+        "fingerprints": {what: run.fingerprint(what) for what in ("training text", "tokenizer", "mixture")},
+        "bytes": disk,
+    }
+    state = "finished" if run.finished else "not finished"
+    rows = [
+        ("run", f"{run.path}, {state}"),
+        *model_rows(values["shape"], parts),
+        ("trained", trained_text(run.steps, run.tokens, values["passes"])),
+        ("loss", loss_text(values["loss"], best)),
+        ("time", time_text(values["began"], values["last_report"], seconds)),
+        *([("speed", f"{count(speed)} tokens/s")] if (speed := values["tokens_per_second"]) else []),
+        ("device", values["device"] + launch_text(environment)),
+        ("versions", versions_text(environment)),
+        ("data", ", ".join(run.config.data) or "text embedded in Python"),
+        *fingerprint_rows(values["fingerprints"]),
+        (
+            "disk",
+            f"{size(disk['all'])}: {len(checkpoints)} checkpoints {size(disk['checkpoints'])}, "
+            f"model {size(disk['model'])}",
+        ),
+    ]
+    folder = shlex.quote(str(run.path))
+    following = [("generate", f"minimind-train generate {folder}")] if run.finished or checkpoints else []
+    if following:
+        following.append(("export", f"minimind-train export {folder} --output FOLDER"))
+    if checkpoints:
+        resume = f"minimind-train pretrain --resume --output-dir {folder}"
+        more = " --epochs N" if run.finished else ""
+        following.insert(0, ("pretrain", resume + more))
+    following.append(("reproduce", f"minimind-train reproduce {folder}"))
+    return Info("run", values, rows, following)
+
+
+def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
+    trainer = checkpoint.trainer
+    settings: Mapping[str, Any] = trainer.get("settings", {})
+    header = read_headers([checkpoint.path / MODEL])
+    parts = count_parts(header.shapes)
+    best = best_checkpoint(checkpoint.path.parent)
+    marked = best is not None and best[0] == checkpoint.step
+    state: Mapping[str, Any] = trainer.get("state", {})
+    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.path.stat().st_mtime))
+    shape = {name: settings.get(name) for name in SHAPE}
+    fingerprints = {
+        "training text": settings.get("data_fingerprint"),
+        "tokenizer": settings.get("tokenizer_fingerprint"),
+        "mixture": settings.get("data_mixture"),
+    }
+    values: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "shape": shape,
+        "parameters": {"all": sum(parts.values()), **parts},
+        "dtypes": list(header.dtypes),
+        "steps": checkpoint.step,
+        "tokens": trainer.get("tokens"),
+        "best": {"step": best[0], "val_loss": best[1]} if best is not None and marked else None,
+        "digest": state.get("digest"),
+        "written": written,
+        "packages": trainer.get("versions", {}),
+        "fingerprints": fingerprints,
+        "bytes": {"all": checkpoint.num_bytes},
+    }
+    rows = [
+        ("checkpoint", f"{checkpoint.path}, whole" + (", the best of its run" if marked else "")),
+        *model_rows(shape, values["parameters"]),
+        ("trained", trained_text(checkpoint.step, trainer.get("tokens"), None)),
+        *([("loss", f"validation {best[1]:.4f}")] if best is not None and marked else []),
+        ("written", written),
+        ("versions", ", ".join(f"{name} {version}" for name, version in values["packages"].items())),
+        *fingerprint_rows(fingerprints),
+        ("disk", size(checkpoint.num_bytes)),
+    ]
+    folder = shlex.quote(str(checkpoint.path))
+    run = RunFolder(checkpoint.path.parent.parent)
+    following = [
+        ("generate", f"minimind-train generate {folder}"),
+        ("export", f"minimind-train export {folder} --output FOLDER"),
+    ]
+    if run.config.is_file():
+        resume = f"minimind-train pretrain --resume {folder} --output-dir {shlex.quote(str(run.path))}"
+        following.insert(0, ("pretrain", resume))
+    return Info("checkpoint", values, rows, following)
+
+
+def _model(path: Path) -> Info:
+    try:
+        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+        shape = MiniMindConfig.from_dict(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path / _CONFIG} cannot be read ({error}); copy it again.") from error
+    except (ConfigError, AttributeError) as error:
+        raise ConfigError(f"{path / _CONFIG} describes no model of this kind: {error}") from error
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{path} holds no .safetensors; name a folder with config.json and weights.")
+    header = read_headers(files)
+    named = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    return _described(path, "model", header, named, folder_bytes(path))
+
+
+def _weights(path: Path) -> Info:
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ConfigError(f"{path} is no file of weights; name a .safetensors or .pth.")
+    return _described(path, "weights", read_headers([path]), {}, path.stat().st_size)
+
+
+def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any], num_bytes: int) -> Info:
+    parts = count_parts(header.shapes)
+    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    values: dict[str, Any] = {
+        "kind": kind,
+        "path": str(path),
+        "shape": shape,
+        "parameters": {"all": sum(parts.values()), **parts},
+        "dtypes": list(header.dtypes),
+        "tensors": len(header.shapes),
+        "written": written,
+        "tokenizer": (path / "tokenizer.json").is_file(),
+        "bytes": {"all": num_bytes},
+    }
+    rows = [
+        (kind, f"{path}, {', '.join(header.dtypes)}, {len(header.shapes)} tensors"),
+        *model_rows(shape, values["parameters"]),
+        ("written", written),
+        ("disk", size(num_bytes)),
+    ]
+    quoted = shlex.quote(str(path))
+    following = [
+        ("generate", f"minimind-train generate {quoted}"),
+        ("export", f"minimind-train export {quoted} --output FOLDER"),
+    ]
+    if kind == "model":
+        following.append(("pretrain", f"minimind-train pretrain --from-weight {quoted} --data TEXT"))
+    return Info(kind, values, rows, following)
+
+
+SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+def _shape_of(options: Any) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in SHAPE}
+
+
+def run_parts(run: RunRecord) -> dict[str, int]:
+    """Return the parameters by part, from the weights where there are any; empty where there are none."""
+    files = [run.folder.model / "model.safetensors"]
+    files += [checkpoint.path / MODEL for checkpoint in reversed(run.checkpoints)]
+    for file in files:
+        if file.is_file():
+            try:
+                parts = count_parts(read_headers([file]).shapes)
+            except (ConfigError, CheckpointError):
+                continue
+            return {"all": sum(parts.values()), **parts}
+    return {}
+
+
+def folder_bytes(path: Path) -> int:
+    """Return the bytes of all files in a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,84 @@
+"""`minimind-train pretrain --plan`: what it prints, alone and under a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+Command = Callable[..., Any]
+
+TINY = (
+    *("pretrain", "--plan", "--hidden-size", "32", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
+    *("--num-key-value-heads", "1", "--max-seq-len", "64", "--batch-size", "4", "--no-compile"),
+)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Put a made-up plan in place of the real one; the list holds what it was asked for."""
+    calls: list[tuple[Any, ...]] = []
+
+    def plan_run(config: Any, *, price_per_hour: float | None, quiet: bool) -> SimpleNamespace:
+        calls.append((config, price_per_hour, quiet))
+        return SimpleNamespace(
+            rows=lambda: [("model", "small"), ("", "indeed")],
+            problems=("no room.",),
+            to_dict=lambda: {"parameters": 1},
+        )
+
+    monkeypatch.setitem(sys.modules, "minimind.planning", SimpleNamespace(plan_run=plan_run))  # type: ignore[arg-type]
+    return calls
+
+
+def test_rows_and_warnings_are_printed_and_nothing_is_trained(
+    run: Command, planned: list[Any], trained: list[Any]
+) -> None:
+    done = run(*TINY, "--price-per-hour", "2.5")
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == ["model:       small", "             indeed", "warning: no room."]
+    assert planned[0][0].hidden_size == 32
+    assert planned[0][1:] == (2.5, False)
+    assert trained == []
+
+
+def test_json_is_all_there_is_on_standard_output(run: Command, planned: list[Any]) -> None:
+    done = run(*TINY, "--json")
+    assert json.loads(done.out) == {"parameters": 1}
+    assert planned[0][2] is True
+
+
+@pytest.mark.parametrize("words", [("--json",), ("--price-per-hour", "1")])
+def test_options_of_a_plan_are_refused_without_it(run: Command, trained: list[Any], words: Any) -> None:
+    done = run("pretrain", "--hidden-size", "32", *words)
+    assert done.code == 2
+    assert "--plan" in done.err
+    assert trained == []
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_plan(tmp_path: Path) -> None:
+    code = "import sys; from minimind_cli.app import main; main(sys.argv[1:])"
+    words = [*TINY, "--json", "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *("--no_python", sys.executable, "-c", code, *words),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["processes"], plan["measured"]["processes"]) == (2, 2)
+    assert not (tmp_path / "out").exists()

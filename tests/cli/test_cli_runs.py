@@ -1,0 +1,74 @@
+"""`minimind-train info`, `compare` and `reproduce`: what reaches the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import make_run
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_info_prints_rows_and_only_commands_that_there_are(run: Command, tmp_path: Path) -> None:
+    done = run("info", str(make_run(tmp_path / "my run")))
+    assert done.code == 0, done.err
+    lines = dict(line.split(":", 1) for line in done.out.splitlines() if line[0] != " ")
+    assert {"run", "model", "trained", "loss", "time", "device", "versions", "data", "disk"} <= lines.keys()
+    assert "not finished" in lines["run"]
+    assert f"minimind-train reproduce '{tmp_path / 'my run'}'" in done.out
+
+
+def test_info_as_json(run: Command, tmp_path: Path) -> None:
+    done = run("info", str(make_run(tmp_path / "a")), "--json")
+    values = json.loads(done.out)
+    assert (values["steps"], values["tokens"], values["best"]["step"]) == (30, 30_000, 30)
+    assert values["next"] == [f"minimind-train reproduce {tmp_path / 'a'}"]
+
+
+def test_info_of_nothing_is_a_mistake_of_the_user(run: Command, tmp_path: Path) -> None:
+    done = run("info", str(tmp_path))
+    assert done.code == 2
+    assert "name one" in done.err
+
+
+def test_compare_prints_tables_and_takes_names_for_text(run: Command, tmp_path: Path) -> None:
+    make_run(tmp_path / "[red]a")
+    make_run(tmp_path / "b", learning_rate=1e-3)
+    done = run("compare", str(tmp_path / "[red]a"), str(tmp_path / "b"))
+    assert done.code == 0, done.err
+    assert "[red]a" in done.out
+    assert done.out.count("--learning-rate") == 1
+    for words in ("training loss", "bits/byte after so many tokens", "options that differ"):
+        assert words in done.out
+    assert "code, packages" not in done.out, "nothing of these differs"
+    assert "wrote" not in done.out
+
+
+def test_compare_writes_a_page(run: Command, tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    done = run("compare", str(tmp_path / "a"), "--html", str(tmp_path / "page.html"))
+    assert done.code == 0, done.err
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    refused = run("compare", str(tmp_path / "a"), "--html", str(tmp_path / "missing" / "page.html"))
+    assert refused.code == 2
+    assert "--html" in refused.err
+
+
+def test_reproduce_prints_the_command_alone_and_warns_beside_it(run: Command, tmp_path: Path) -> None:
+    make_run(tmp_path / "a", environment={"python": "3.1.0"}, data=("nowhere.jsonl",))
+    done = run("reproduce", str(tmp_path / "a"))
+    assert done.code == 0, done.err
+    (line,) = done.out.splitlines()
+    assert line.startswith("minimind-train pretrain --data nowhere.jsonl")
+    assert line.endswith("a-again")
+    assert "warning: Python was 3.1.0" in done.err
+    assert "warning: the text cannot be read" in done.err

@@ -1,0 +1,202 @@
+"""Run folders read back, and what `info` says of runs, checkpoints, model folders and files of weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from made_runs import make_run
+from safetensors.torch import load_file
+
+from minimind.environment_text import device_text
+from minimind.errors import ConfigError, UserError
+from minimind.model_config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.parameter_parts import count_parts
+from minimind.pretrain import pretrain
+from minimind.run_info import Info, read_info
+from minimind.run_record import read_run
+from minimind.weight_header import read_headers
+
+
+def test_a_curve_counts_time_on_over_a_resume(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", [5.0, 4.0, 3.5, 3.0], resumed_at=20))
+    curve = run.curve("loss")
+    assert [point.step for point in curve] == [10, 20, 30, 40]
+    assert [point.tokens for point in curve] == [10_000, 20_000, 30_000, 40_000]
+    assert [point.seconds for point in curve] == [20.0, 40.0, 60.0, 80.0]
+
+
+def test_an_evaluation_lies_between_the_reports_around_it(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", bits={0: 3.0, 10: 2.0}))
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[:-1]
+    lines.append(json.dumps({"step": 25, "val_bits_per_byte": 1.0, "val_loss": 2.0}))
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(lines))
+    run = read_run(tmp_path / "a")
+    assert [(p.tokens, p.seconds) for p in run.curve("val_bits_per_byte")] == [
+        (0.0, 0.0),
+        (10_000.0, 20.0),
+        (25_000.0, 50.0),
+    ]
+    assert run.best() is not None
+    assert run.best()["step"] == 25  # type: ignore[index]
+
+
+def test_what_is_not_finite_or_cut_short_is_left_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", [4.0, None, 2.0]))
+    assert [point.value for point in run.curve("loss")] == [4.0, 2.0]
+    assert (run.steps, run.tokens, run.last("loss")) == (30, 30_000, 2.0)
+
+
+def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('hidden_size = 96\nnew_thing = 3\nlr_schedule = "spiral"\n')
+    run = read_run(tmp_path)
+    assert run.config.hidden_size == 96
+    assert run.unread == ("lr_schedule", "new_thing")
+    assert (run.steps, run.tokens, run.finished, run.best(), run.curve("loss")) == (0, None, False, None, [])
+    assert run.fingerprint("tokenizer") is None
+    assert read_info(tmp_path).values["parameters"] == {}
+    # Options that contradict each other by now.
+    (tmp_path / "config.toml").write_text("hidden_size = 97\n")
+    assert read_run(tmp_path).config.hidden_size == 97
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"device": "cpu", "gpus": ["NVIDIA L4"]}, "CPU"),
+        ({"device": "cpu:0", "gpus": []}, "CPU"),
+        ({"device": "cuda:1", "gpus": ["NVIDIA L4", "NVIDIA L4"]}, "NVIDIA L4"),
+        ({"device": "mps"}, "MPS"),
+        ({}, "not recorded"),
+    ],
+)
+def test_a_device_is_named_by_its_kind(environment: dict[str, object], text: str) -> None:
+    assert device_text(environment) == text
+
+
+def test_a_folder_without_a_run_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        read_run(tmp_path)
+    with pytest.raises(ConfigError, match="is no run, checkpoint, model folder"):
+        read_info(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained."""
+    folder = tmp_path_factory.mktemp("info")
+    corpus = tiny_runs.write_corpus(folder / "corpus.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        pretrain(tiny_runs.tiny(corpus, folder / "out", max_steps=8))
+    return folder / "out"
+
+
+def row(info: Info, key: str) -> str:
+    return dict(info.rows)[key]
+
+
+def test_a_run_tells_what_it_was(out: Path) -> None:
+    info = read_info(out)
+    run = read_run(out)
+    values = json.loads(json.dumps(info.values))
+    assert (values["kind"], values["finished"], values["steps"]) == ("run", True, 8)
+    assert values["tokens"] == tiny_runs.last_checkpoint(out).trainer["tokens"]
+    parts = values["parameters"]
+    assert parts["all"] == sum(count for part, count in parts.items() if part != "all")
+    assert parts["embedding"] == 6400 * 32
+    assert values["best"]["val_loss"] == pytest.approx(run.best()["val_loss"])  # type: ignore[index]
+    settings = tiny_runs.last_checkpoint(out).trainer["settings"]
+    assert values["fingerprints"]["training text"] == settings["data_fingerprint"]
+    assert values["fingerprints"]["tokenizer"] == settings["tokenizer_fingerprint"]
+    assert values["checkpoints"] == [checkpoint.step for checkpoint in run.checkpoints]
+    assert values["bytes"]["all"] > values["bytes"]["checkpoints"] > values["bytes"]["model"] > 0
+    assert values["launch"]["processes"] == 1
+    assert "8 steps" in row(info, "trained")
+    assert "torch" in row(info, "versions")
+    names = [name for name, _ in info.next]
+    assert names == ["pretrain", "generate", "export", "reproduce"]
+
+
+def test_fingerprints_of_an_older_run_come_from_its_checkpoint(out: Path, tmp_path: Path) -> None:
+    run = read_run(out)
+    known = run.fingerprint("training text")
+    object.__setattr__(run, "environment", {})
+    assert run.fingerprint("training text") == known is not None
+
+
+def test_a_checkpoint_tells_its_step_and_how_to_go_on(out: Path) -> None:
+    checkpoint = tiny_runs.last_checkpoint(out)
+    info = read_info(checkpoint.path)
+    assert (info.kind, info.values["steps"]) == ("checkpoint", 8)
+    assert info.values["parameters"] == read_info(out).values["parameters"]
+    assert info.values["dtypes"] == ["F32"]
+    command = dict(info.next)["pretrain"]
+    assert f"--resume {checkpoint.path}" in command
+    assert f"--output-dir {out}" in command
+
+
+def test_a_damaged_checkpoint_is_not_called_whole(out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / tiny_runs.last_checkpoint(out).path.name
+    shutil.copytree(tiny_runs.last_checkpoint(out).path, copy)
+    assert "whole" in row(read_info(copy), "checkpoint")
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        read_info(copy)
+
+
+def test_a_model_folder_and_its_weights_tell_the_same(out: Path) -> None:
+    folder = read_info(out / "model")
+    weights = read_info(out / "model" / "model.safetensors")
+    assert (folder.kind, weights.kind) == ("model", "weights")
+    assert folder.values["parameters"] == weights.values["parameters"]
+    assert folder.values["shape"]["hidden_size"] == 32
+    assert folder.values["dtypes"] == ["F16"]
+    assert dict(folder.next)["pretrain"].startswith("minimind-train pretrain --from-weight")
+
+
+def test_a_pth_is_counted_without_running_anything_in_it(tmp_path: Path) -> None:
+    shape = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    state = MiniMindForCausalLM(shape).state_dict()
+    del state["lm_head.weight"]
+    torch.save(state, tmp_path / "pretrain_32.pth")
+    info = read_info(tmp_path / "pretrain_32.pth")
+    assert info.values["parameters"]["all"] == shape.num_parameters()
+    torch.save({"weights": {1, 2}, "f": print}, tmp_path / "odd.pth")
+    with pytest.raises(ConfigError, match="cannot be read as a state dict"):
+        read_info(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0{}"])
+def test_a_damaged_header_is_told_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read as safetensors"):
+        read_headers([path])
+
+
+def test_the_header_is_what_the_library_reads(out: Path) -> None:
+    path = out / "model" / "model.safetensors"
+    tensors = load_file(path)
+    assert read_headers([path]).shapes == {name: tuple(t.shape) for name, t in tensors.items()}
+    assert count_parts(read_headers([path]).shapes)["head"] == 0
+
+
+def test_reading_a_run_needs_no_torch(out: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from minimind.run_info import read_info; "
+        "from minimind.run_comparison import compare_runs; "
+        "from minimind.comparison_page import comparison_page; "
+        "path = Path(sys.argv[1]); read_info(path); comparison_page(compare_runs([path])); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True)
