@@ -91,7 +91,11 @@ def parse(words: list[str]) -> list[str]:
         if words[0] not in command.commands:
             return [f"no command {words[0]}"]
         command = command.commands[words.pop(0)]
-    if {"--help", "--version"} & set(words):
+    if hasattr(command, "commands"):
+        # Options of the program itself end it.
+        known = {"--help", *(flag for param in command.params for flag in param.opts)}
+        return [] if words[0] in known else [f"no option {words[0]}"]
+    if "--help" in words:
         return []
     try:
         context = command.make_context(command.name, list(words))
