@@ -38,17 +38,23 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def num_machines() -> int:
+    """Return how many launchers started the processes together, one on each machine."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def meets_at_launcher() -> bool:
+    """Whether the launcher keeps the store in which the processes meet, so that it is there before them."""
+    return is_set("TORCHELASTIC_USE_AGENT_STORE")
+
+
 def met_before() -> bool:
     """Whether earlier processes of this launch met at the place where these ones are to meet.
 
     Told by the number of restarts, which every process of one machine knows alike. The launchers of several
     machines may count differently, so there torch is left to itself.
     """
-    return (
-        restarts() > 0
-        and is_set("TORCHELASTIC_USE_AGENT_STORE")
-        and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    )
+    return restarts() > 0 and meets_at_launcher() and num_machines() == 1
 
 
 def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
