@@ -23,13 +23,14 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -45,6 +46,7 @@ PARTS = ("equality", "resume", "killed", "speed", "saves")
 WAYS = ("DDP", "FSDP2")
 TOLERANCES = {"no": 1e-4, "bf16": 1e-2}
 NAMES = {"no": "float32", "bf16": "bf16"}
+CHAINS = {"1, 2, 1 GPUs": ("1 GPU", "DDP", "1 GPU"), "DDP, FSDP2, DDP": ("DDP", "FSDP2", "DDP")}
 NEVER = 1_000_000_000
 # A process that is waited for: far above what anything here takes.
 PATIENCE = 300.0
@@ -84,7 +86,7 @@ GPU = Sizes(
     small_len=512,
     ddp="--preset minimind-3 --batch-size 128",
     fsdp2="--preset 350m --batch-size 16 --max-seq-len 2048",
-    steps={"DDP": 200, "FSDP2": 60},
+    steps={"DDP": 180, "FSDP2": 60},
 )
 CPU = Sizes(
     small="--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --num-key-value-heads 2",
@@ -117,12 +119,14 @@ class Bench:
     """All runs of one call, in one folder.
 
     Attributes:
-        small_at_once: how many runs that are not timed may share the devices.
+        pool: does what is not timed.
+        jobs: that were given to it.
     """
 
     options: argparse.Namespace
     folder: Path
-    small_at_once: int
+    pool: ThreadPoolExecutor
+    jobs: dict[object, Future[Any]] = field(default_factory=dict)
     sizes: Sizes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,7 +176,6 @@ class Bench:
             text=True,
         )
         if done.returncode:
-            (self.folder / f"{name}.log").write_text(done.stdout)
             print(done.stdout[-6000:], file=sys.stderr)
             raise RunError(last_words(done.stdout))
         return reports(out)
@@ -195,44 +198,43 @@ class Bench:
         often = ("--log-interval", 1, "--save-interval", NEVER)
         return self.words(self.short, *shape, *rate, *size, *how, *often, *more)
 
-    @cached_property
-    def straight(self) -> dict[str, list[dict[str, Any]]]:
-        """The steps of one GPU, by precision; all else is compared with them."""
-        precisions = self.options.precision if "equality" in self.options.only else ["no"]
-        if "resume" in self.options.only:
-            precisions = list(dict.fromkeys([*precisions, "no"]))
-        return self.together(
-            {
-                precision: lambda p=precision: self.run(
-                    f"one-{p}", "1 GPU", self.small(p, self.options.steps)
-                )
-                for precision in precisions
-            }
-        )
+    def begin(self) -> None:
+        """Submit all that is not timed, most urgent first; runs share the devices, as many as may at once."""
+        steps, only = self.options.steps, self.options.only
+        equality = self.options.precision if "equality" in only else []
+        for precision in dict.fromkeys([*equality, *(["no"] if "resume" in only else [])]):
+            for way in ("1 GPU", *(WAYS if precision in equality else ())):
+                name, words = f"{way}-{precision}".replace(" ", ""), self.small(precision, steps)
+                self.submit((way, precision), lambda n=name, w=way, o=words: self.run(n, w, o))
+        for chain in CHAINS if "resume" in only else ():
+            self.submit(chain, lambda c=chain: self.chain(c))
+        if "killed" in only:
+            self.submit("killed", lambda: list(self.kill_twice()))
 
-    def together(self, jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
-        """Do jobs that are not timed, several at once, and return their results; a RunError is one."""
+    def submit(self, job: object, do: Callable[[], Any]) -> None:
+        """Give a job to the pool."""
+        self.jobs[job] = self.pool.submit(do)
 
-        def guarded(job: Callable[[], Any]) -> Any:
-            try:
-                return job()
-            except RunError as error:
-                return error
-
-        with ThreadPoolExecutor(self.small_at_once) as pool:
-            return dict(zip(jobs, pool.map(guarded, jobs.values()), strict=True))
+    def chain(self, name: str) -> list[dict[str, Any]]:
+        """Do the steps in parts that are each started in another way."""
+        ways = CHAINS[name]
+        for part, way in enumerate(ways, 1):
+            last = self.options.steps * part // len(ways)
+            rows = self.run("-".join(ways).replace(" ", ""), way, self.small("no", last, "--resume"))
+        return rows
 
     @cached_property
     def ddp_speed(self) -> float:
         """Tokens/s of two processes with DDP that never save."""
-        return self.speed("DDP", "DDP", self.sizes.ddp, NEVER)
+        return self.timed("DDP", "DDP", self.sizes.ddp, NEVER)
 
-    def speed(self, way: str, steps_of: str, model: str, save_interval: int) -> float:
+    def timed(self, way: str, steps_of: str, model: str, save_interval: int) -> float:
         """Return the tokens/s of a run by the clock, after its first fifth."""
         steps = self.sizes.steps[steps_of]
         words = self.words(self.long, *model.split(), "--max-steps", steps, "--save-interval", save_interval)
         name = f"speed-{way.replace(' ', '')}-{steps_of}-{save_interval}"
         rows = self.run(name, way, (*words, "--log-interval", max(steps // 40, 1)))
+        shutil.rmtree(self.folder / name / "checkpoints")
         steady = [row for row in rows if steps // 5 <= row["step"] < steps]
         first, last = steady[0], steady[-1]
         return (last["tokens"] - first["tokens"]) / (last["elapsed"] - first["elapsed"])
@@ -241,38 +243,36 @@ class Bench:
 
     def equality(self) -> Iterator[Row]:
         """The same steps by one process and by two."""
-        _ = self.straight
-        jobs = {
-            (way, precision): lambda w=way, p=precision: self.run(
-                f"{w}-{p}", w, self.small(p, self.options.steps)
-            )
-            for precision in self.options.precision
-            for way in WAYS
-        }
-        for (way, precision), rows in self.together(jobs).items():
-            what = f"{way} as 1 GPU, {self.options.steps} steps, {NAMES[precision]}"
-            yield compared("equality", what, rows, self.straight[precision], TOLERANCES[precision])
+        for precision in self.options.precision:
+            for way in WAYS:
+                what = f"{way} as 1 GPU, {self.options.steps} steps, {NAMES[precision]}"
+                yield self.compared("equality", what, (way, precision), precision)
 
     def resume(self) -> Iterator[Row]:
         """The same steps in three parts."""
-        chains = {"1 → 2 → 1 GPUs": ("1 GPU", "DDP", "1 GPU"), "DDP → FSDP2 → DDP": ("DDP", "FSDP2", "DDP")}
-        _ = self.straight
-
-        def chain(name: str, ways: tuple[str, ...]) -> list[dict[str, Any]]:
-            rows: list[dict[str, Any]] = []
-            for part, way in enumerate(ways, 1):
-                last = self.options.steps * part // len(ways)
-                rows = self.run(f"chain-{name}", way, self.small("no", last, "--resume"))
-            return rows
-
-        jobs = {
-            name: lambda n=str(number), w=ways: chain(n, w)
-            for number, (name, ways) in enumerate(chains.items())
-        }
-        for name, rows in self.together(jobs).items():
-            yield compared("resume", f"{name}, float32", rows, self.straight["no"], TOLERANCES["no"])
+        for chain in CHAINS:
+            yield self.compared("resume", f"{chain}, float32", chain, "no")
 
     def killed(self) -> Iterator[Row]:
+        """See `kill_twice`."""
+        yield from self.jobs["killed"].result()
+
+    def compared(self, part: str, what: str, job: object, precision: str) -> Row:
+        """Return a row on how far losses are from those of one GPU, and whether the order is the same."""
+        try:
+            rows, reference = self.jobs[job].result(), self.jobs["1 GPU", precision].result()
+        except RunError as error:
+            return failed(part, what, error)
+        tolerance = TOLERANCES[precision]
+        wanted = f"<= {tolerance:g}, same order"
+        if [row["step"] for row in rows] != [row["step"] for row in reference]:
+            return Row(part, what, f"{len(rows)} steps instead of {len(reference)}", wanted, False)
+        furthest = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, reference, strict=True))
+        same = [row["digest"] for row in rows] == [row["digest"] for row in reference]
+        measured = f"{furthest:.1e}, {'same' if same else 'OTHER'} order"
+        return Row(part, what, measured, wanted, same and furthest <= tolerance)
+
+    def kill_twice(self) -> Iterator[Row]:
         """Kill rank 1 twice: the launcher starts all anew once, and gives up the second time."""
         out = self.folder / "killed"
         words = self.small("no", NEVER, "--save-interval", 10, "--output-dir", out)
@@ -285,7 +285,7 @@ class Bench:
                 saved = reports(out)[-1]["step"] // 10 * 10
                 victim.send_signal(signal.SIGKILL)
                 killed_at = time.monotonic()
-                wait_for(lambda o=other: not o.is_running() or o.status() == psutil.STATUS_ZOMBIE, None)
+                wait_for(lambda o=other: gone(o), None)
                 seconds.append(time.monotonic() - killed_at)
                 if attempt == 1:
                     # What comes after the checkpoint is written again by the new processes.
@@ -309,13 +309,14 @@ class Bench:
             "killed", "--max_restarts 1 of 2 kills", measured, "goes on, then fails", bool(going and code)
         )
 
-    def speeds(self) -> Iterator[Row]:
+    def speed(self) -> Iterator[Row]:
         """Tokens/s of two GPUs against twice those of one."""
         for way, model, wanted in (("DDP", self.sizes.ddp, 0.95), ("FSDP2", self.sizes.fsdp2, 0.90)):
-            what = f"{way}, {model.replace('--', '')}"
+            _, preset, _, rows, *_ = model.split()
+            what = f"{way}, {preset}, {rows} rows a process"
             try:
-                one = self.speed("1 GPU", way, model, NEVER)
-                two = self.ddp_speed if way == "DDP" else self.speed(way, way, model, NEVER)
+                one = self.timed("1 GPU", way, model, NEVER)
+                two = self.ddp_speed if way == "DDP" else self.timed(way, way, model, NEVER)
             except RunError as error:
                 yield failed("speed", what, error)
                 continue
@@ -328,7 +329,7 @@ class Bench:
         what = f"DDP, a checkpoint every {every} steps"
         try:
             without = self.ddp_speed
-            saving = self.speed("DDP", "DDP", self.sizes.ddp, every)
+            saving = self.timed("DDP", "DDP", self.sizes.ddp, every)
         except RunError as error:
             yield failed("saves", what, error)
             return
@@ -338,20 +339,6 @@ class Bench:
     def judged(self, passed: bool) -> bool | None:
         """Return the verdict on a speed: none on CPUs, whose cores all processes share."""
         return None if self.options.cpu else passed
-
-
-def compared(part: str, what: str, rows: Any, reference: Any, tolerance: float) -> Row:
-    """Return a row on how far losses are from those of a reference, and whether the order is the same."""
-    for side in (rows, reference):
-        if isinstance(side, RunError):
-            return failed(part, what, side)
-    wanted = f"<= {tolerance:g}, same order"
-    if [row["step"] for row in rows] != [row["step"] for row in reference]:
-        return Row(part, what, f"{len(rows)} steps instead of {len(reference)}", wanted, False)
-    furthest = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, reference, strict=True))
-    same = [row["digest"] for row in rows] == [row["digest"] for row in reference]
-    measured = f"{furthest:.1e}, {'same' if same else 'OTHER'} order"
-    return Row(part, what, measured, wanted, same and furthest <= tolerance)
 
 
 def failed(part: str, what: str, error: Exception) -> Row:
@@ -417,6 +404,13 @@ def rank_of(launcher: int, rank: int) -> psutil.Process | None:
     return None
 
 
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
 def wait_for(find: Callable[[], Any], process: subprocess.Popen[bytes] | None) -> Any:
     """Return what `find` finds.
 
@@ -470,12 +464,12 @@ def main() -> None:
     print(f"{where}, torch {torch.__version__}, {datetime.date.today()}", flush=True)
     began = time.monotonic()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options, Path(folder), small_at_once=1 if options.cpu else 4)
-        parts = {"speed": bench.speeds}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1 if options.cpu else 9) as pool:
+        bench = Bench(options, Path(folder), pool)
+        bench.begin()
         for part in (part for part in PARTS if part in options.only):
             try:
-                for row in parts.get(part, getattr(bench, part))():
+                for row in getattr(bench, part)():
                     rows.append(row)
                     show(row)
             except RunError as error:
