@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from .config import PretrainConfig
 
 _LAUNCH = "accelerate launch --multi_gpu --num_processes {n} -m minimind_cli pretrain ..."
+_FSDP2_LAUNCH = (
+    "accelerate launch --use_fsdp --fsdp_version 2 --num_processes {n} -m minimind_cli pretrain ..."
+)
 # Programs that start several processes without telling torch.distributed, by where they tell their number.
 _STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 # Ways to divide a model that bring little below a billion parameters.
@@ -76,7 +79,7 @@ def launch_problems(
     """
     env = os.environ if env is None else env
     on_cpu = is_set("ACCELERATE_USE_CPU", env) or not num_devices
-    yield from _unsupported(env)
+    yield from _unsupported(env, on_cpu)
     if "WORLD_SIZE" not in env:
         yield from _not_told(env, num_devices)
     elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
@@ -101,14 +104,16 @@ def launch_problems(
         )
 
 
-def _unsupported(env: Mapping[str, str]) -> Iterator[str]:
+def _unsupported(env: Mapping[str, str], on_cpu: bool) -> Iterator[str]:
     """Yield what this trainer does not do, and what to use instead."""
     for name, title in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ):
         if is_set(name, env):
-            yield f"{title} is not supported; FSDP2 shards as well: --use_fsdp --fsdp_version 2."
+            instead = "train with DDP" if on_cpu else "FSDP2 divides weights and optimizer states as well"
+            launch = (_LAUNCH if on_cpu else _FSDP2_LAUNCH).format(n=env.get("WORLD_SIZE", "N"))
+            yield f"{title} is not supported; {instead}: {launch}"
     if is_set("ACCELERATE_USE_PARALLELISM_CONFIG", env):
         for short, title in _DIVISIONS.items():
             size = env.get(f"PARALLELISM_CONFIG_{short}_SIZE", "1")

@@ -75,7 +75,17 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
             "none is in use.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
         ),
         ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
-        ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, 2, "^DeepSpeed is not supported.*--fsdp_version 2"),
+        (
+            {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
+            2,
+            "^DeepSpeed is not supported; FSDP2.*: accelerate launch --use_fsdp --fsdp_version 2 "
+            "--num_processes 2 -m minimind_cli pretrain",
+        ),
+        (
+            {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
+            0,
+            "^DeepSpeed is not supported; train with DDP: accelerate launch --multi_gpu --num_processes 2",
+        ),
         ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "^Megatron-LM is not supported"),
         ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, r"^tensor parallelism \(tp_size 2\).*dp_shard_size"),
         ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
