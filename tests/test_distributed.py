@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pty
+import select
+import socket
+import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -137,19 +143,58 @@ def banner_line(text: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("way", ["module", "console script", "MULTI_GPU"])
-def test_accelerate_launch_trains_together_on_cpus(corpus: Path, tmp_path: Path, way: str) -> None:
-    program: list[object] = ["-m", "minimind_cli"]
-    options: list[object] = ["--multi_gpu", "--num_processes", 2]
-    if way == "console script":
-        script = tmp_path / "minimind-train"
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def installed_script(tmp: Path) -> Path:
+    """Return `minimind-train`, or a copy of it where the package is not installed."""
+    script = Path(sys.executable).with_name("minimind-train")
+    if not script.exists():
+        script = tmp / "minimind-train"
         script.write_text("from minimind_cli.app import main\nmain()\n")
-        program = [script]
-    if way in CONFIGURATIONS:
+    return script
+
+
+def configure(home: Path) -> None:
+    """Go through `accelerate config` in a terminal: several GPUs, two processes, and no to all else."""
+    answers = {"Which type of machine": "4\r", "How many GPU": "2\r"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "config"]
+        os.execve(sys.executable, words, os.environ | {"HF_HOME": str(home)})
+    question = ""
+    with suppress(OSError):  # as reading ends when the program does
+        while True:
+            if select.select([terminal], [], [], 0.7 if question else 60)[0]:
+                question += os.read(terminal, 4096).decode(errors="replace")
+            else:
+                answer = next((answers[start] for start in answers if start in question), "\r")
+                os.write(terminal, answer.encode())
+                question = ""
+    os.close(terminal)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("way", ["configured", "console script", "torchrun", "MULTI_GPU"])
+def test_processes_that_are_launched_train_together_on_cpus(corpus: Path, tmp_path: Path, way: str) -> None:
+    launcher: list[object] = [*ACCELERATE, "--main_process_port", 0]
+    program: list[object] = ["-m", "minimind_cli"]
+    if way == "torchrun":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        launcher += ["--master_port", free_port()]
+    elif way == "configured":
+        configure(tmp_path / "hf")
+    elif way == "MULTI_GPU":
         (tmp_path / "accelerate.yaml").write_text(CONFIGURATIONS[way])
-        options = ["--config_file", tmp_path / "accelerate.yaml"]
+        launcher += ["--config_file", tmp_path / "accelerate.yaml"]
+    else:
+        program = [installed_script(tmp_path)]
+        launcher += ["--multi_gpu", "--num_processes", 2]
     words = command(corpus, tmp_path / "out", *FEW_STEPS)
-    code, text = launch([*ACCELERATE, *options, "--main_process_port", 0, *program, *words], tmp_path)
+    code, text = launch([*launcher, *program, *words], tmp_path)
     assert code == 0, text
     assert banner_line(text) == "device: CPU x 2, float32, not compiled"
     assert "no GPU here: 2 processes train together on CPUs." in text
