@@ -41,6 +41,11 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def was_launched() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def num_machines() -> int:
     """Return how many launchers started the processes together, one on each machine."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))

@@ -121,6 +121,23 @@ def test_several_processes_without_a_gpu_are_led_to_the_cpu() -> None:
     assert (world_size(), restarts(), is_main_process()) == (2, 0, False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize(
+    ("threads", "launched", "idle"), [(1, True, True), (8, True, False), (1, False, False)]
+)
+def test_cores_that_a_launcher_left_idle_are_told(
+    monkeypatch: pytest.MonkeyPatch, threads: int, launched: bool, idle: bool
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    told = "1 of 8 cores are used, for launchers give each process one thread; put OMP_NUM_THREADS=8 before"
+    assert (told in (check_launch(PretrainConfig()) or "")) == idle
+
+
 def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
