@@ -8,6 +8,11 @@ several times over, so that whatever else the machine does falls on all of them:
     bare    N processes likewise: torch and DistributedDataParallel, a loop of a few lines
 
     python benchmarks/ddp_overhead.py --processes 2 --steps 20 --rounds 3
+
+With --one-process, instead, whether being launched costs anything: `pretrain` itself, the whole product, by
+the plain command and by `accelerate launch --num_processes 1`, in turn:
+
+    python benchmarks/ddp_overhead.py --one-process --preset minimind-3 --batch-size 128 --seconds 20
 """
 
 from __future__ import annotations
@@ -18,12 +23,15 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import SimpleNamespace
 
+import psutil
 import torch
+from pretrain_throughput import write_corpus
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,37 +45,41 @@ from minimind.stopping import StopRequest
 from minimind.train import TrainState, train_step
 
 WARM_UP = 3
+# Reports of a whole run that are not measured: it compiles in the first step.
+WARM_UP_REPORTS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="steps measured in one round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of all ways, one after another")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a step over all processes")
-    parser.add_argument("--max-seq-len", type=int, default=256)
+    parser.add_argument("--max-seq-len", type=int, help="default: 256, or that of the preset")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-hidden-layers", type=int, default=8)
     parser.add_argument(
         "--one-process", action="store_true", help="compare the plain command with a launch of one process"
     )
+    parser.add_argument("--preset", default="tiny", help="of --one-process")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run of --one-process")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one_process:
+        compare_commands(options)
+        return
+    options.max_seq_len = options.max_seq_len or 256
     if options.way:
         train(options)
         return
     plain = [sys.executable, __file__]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    if options.one_process:
-        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", __file__]
-        ways = {"plain": (plain, 1), "launched": (accelerate, 1)}
-    else:
-        several = [*torchrun, str(options.processes), __file__]
-        ways = {
-            "alone": (plain, 1),
-            "bare": (several, options.processes),
-            "ours": (several, options.processes),
-        }
+    several = [*torchrun, str(options.processes), __file__]
+    ways = {
+        "alone": (plain, 1),
+        "bare": (several, options.processes),
+        "ours": (several, options.processes),
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way, (words, processes) in ways.items():
@@ -82,10 +94,70 @@ def main() -> None:
             f"{way:<10}{processes:>10}{1e3 * middle:>10.1f}{1e3 * min(seconds[way]):>10.1f}"
             f"{tokens / middle:>12,.0f}{middle / median(seconds[first]) - 1:>+11.1%}"
         )
-    if "bare" in ways:
-        ratio = median(seconds["ours"]) / median(seconds["bare"]) - 1
-        best = min(seconds["ours"]) / min(seconds["bare"]) - 1
-        print(f"ours over bare DDP: {ratio:+.1%} in the median, {best:+.1%} in the fastest step")
+    ratio = median(seconds["ours"]) / median(seconds["bare"]) - 1
+    best = min(seconds["ours"]) / min(seconds["bare"]) - 1
+    print(f"ours over bare DDP: {ratio:+.1%} in the median, {best:+.1%} in the fastest step")
+
+
+def compare_commands(options: argparse.Namespace) -> None:
+    """Time the plain command and a launch of one process in turn, and print the ratio of their means."""
+    program = ["-m", "minimind_cli", "pretrain"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    ways = {"plain": program, "launched": [*launcher, *program]}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}, {options.preset}, {options.batch_size} rows a step")
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_corpus(Path(folder) / "corpus.jsonl")
+        for number in range(options.rounds):
+            for way, words in ways.items():
+                out = Path(folder) / f"{way}-{number}"
+                speeds[way].append(speed_of(words, options, data, out))
+                print(f"{way:<10}{speeds[way][-1]:>12,.0f} tokens/s", flush=True)
+    ratio = mean(speeds["launched"]) / mean(speeds["plain"])
+    print(f"launched / plain: {ratio:.4f} in the mean of {options.rounds} runs each")
+
+
+def speed_of(words: list[str], options: argparse.Namespace, data: str, out: Path) -> float:
+    """Return the tokens/s by the clock of a run that is stopped when its time is over."""
+    on_gpu = torch.cuda.is_available()
+    command = [
+        *(sys.executable, *words, "--preset", options.preset, "--data", data, "--output-dir", out),
+        *("--cache-dir", out.parent / "cache", "--val-fraction", 0, "--tracker", "none"),
+        *("--batch-size", options.batch_size, "--epochs", 1_000_000, "--save-interval", 1_000_000_000),
+        *("--log-interval", 10 if on_gpu else 1),
+        *(("--max-seq-len", options.max_seq_len) if options.max_seq_len else ()),
+    ]
+    # A launcher would leave one thread to each process.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with (out.parent / "log").open("wb+") as log:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log)
+        while len(reports(out)) <= WARM_UP_REPORTS and process.poll() is None:
+            time.sleep(0.1)
+        if process.poll() is None:
+            time.sleep(options.seconds)
+            trainer_of(process.pid).terminate()
+        process.wait()
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    if len(rows := reports(out)) < WARM_UP_REPORTS + 2:
+        sys.exit(text[-6000:])
+    first, last = rows[WARM_UP_REPORTS], rows[-1]
+    return (last["tokens"] - first["tokens"]) / (last["elapsed"] - first["elapsed"])
+
+
+def reports(out: Path) -> list[dict[str, float]]:
+    """Return the reports of steps that a run has written so far."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [row for line in lines if line.endswith("}") and "loss" in (row := json.loads(line))]
+
+
+def trainer_of(pid: int) -> psutil.Process:
+    """Return the process that trains: that of the command, or the one that it launched."""
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    return next(one for one in family if one.cmdline()[1:3] == ["-m", "minimind_cli"])
 
 
 def measured(words: list[str], way: str, processes: int) -> list[float]:

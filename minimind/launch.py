@@ -24,7 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import PretrainConfig
 from .errors import ConfigError, RankError
-from .launch_environment import is_set, launch_problems, met_before, rank, restarts, world_size
+from .launch_environment import (
+    is_set,
+    launch_problems,
+    met_before,
+    rank,
+    restarts,
+    was_launched,
+    world_size,
+)
 from .wording import parse_duration
 
 # Below this width a CPU would spend on conversions what its units for bf16 gain.
@@ -47,16 +55,31 @@ def check_launch(config: PretrainConfig) -> str | None:
     if problems := [*launch_problems(config, devices)]:
         raise ConfigError(problems)
     choose_precision(config)
+    threads = "" if devices and not is_set("ACCELERATE_USE_CPU") else _idle_cores()
     if world_size() > 1 and not devices and not is_set("ACCELERATE_USE_CPU"):
         # A variable rather than an argument: whatever else asks Accelerate for its state must agree.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        return f"no GPU here: {world_size()} processes train together on CPUs."
+        return f"no GPU here: {world_size()} processes train together on CPUs.{threads}"
     if world_size() == 1 and devices > 1 and not is_set("ACCELERATE_USE_CPU"):
         return (
             f"one of {devices} GPUs is used; for all: "
             f"accelerate launch --multi_gpu --num_processes {devices} -m minimind_cli pretrain ..."
         )
-    return None
+    return threads.strip() or None
+
+
+def _idle_cores() -> str:
+    """Return a sentence where a launcher left most cores of a machine idle, which it does by default."""
+    if not was_launched():
+        return ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes, threads = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads()
+    if 2 * threads * processes > cores:
+        return ""
+    return (
+        f" {threads * processes} of {cores} cores are used, for launchers give each process one thread; "
+        f"put OMP_NUM_THREADS={cores // processes} before the command for all."
+    )
 
 
 def start_accelerator(config: PretrainConfig) -> Accelerator:

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from .config import PretrainConfig
 
 _LAUNCH = "accelerate launch --multi_gpu --num_processes {n} -m minimind_cli pretrain ..."
+_FSDP2_LAUNCH = (
+    "accelerate launch --use_fsdp --fsdp_version 2 --num_processes {n} -m minimind_cli pretrain ..."
+)
 # Programs that start several processes without telling torch.distributed, by where they tell their number.
 _STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 # Ways to divide a model that bring little below a billion parameters.
@@ -38,17 +41,28 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def was_launched() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def num_machines() -> int:
+    """Return how many launchers started the processes together, one on each machine."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def meets_at_launcher() -> bool:
+    """Whether the launcher keeps the store in which the processes meet, so that it is there before them."""
+    return is_set("TORCHELASTIC_USE_AGENT_STORE")
+
+
 def met_before() -> bool:
     """Whether earlier processes of this launch met at the place where these ones are to meet.
 
     Told by the number of restarts, which every process of one machine knows alike. The launchers of several
     machines may count differently, so there torch is left to itself.
     """
-    return (
-        restarts() > 0
-        and is_set("TORCHELASTIC_USE_AGENT_STORE")
-        and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    )
+    return restarts() > 0 and meets_at_launcher() and num_machines() == 1
 
 
 def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
@@ -70,7 +84,7 @@ def launch_problems(
     """
     env = os.environ if env is None else env
     on_cpu = is_set("ACCELERATE_USE_CPU", env) or not num_devices
-    yield from _unsupported(env)
+    yield from _unsupported(env, on_cpu)
     if "WORLD_SIZE" not in env:
         yield from _not_told(env, num_devices)
     elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
@@ -95,14 +109,16 @@ def launch_problems(
         )
 
 
-def _unsupported(env: Mapping[str, str]) -> Iterator[str]:
+def _unsupported(env: Mapping[str, str], on_cpu: bool) -> Iterator[str]:
     """Yield what this trainer does not do, and what to use instead."""
     for name, title in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ):
         if is_set(name, env):
-            yield f"{title} is not supported; FSDP2 shards as well: --use_fsdp --fsdp_version 2."
+            instead = "train with DDP" if on_cpu else "FSDP2 divides weights and optimizer states as well"
+            launch = (_LAUNCH if on_cpu else _FSDP2_LAUNCH).format(n=env.get("WORLD_SIZE", "N"))
+            yield f"{title} is not supported; {instead}: {launch}"
     if is_set("ACCELERATE_USE_PARALLELISM_CONFIG", env):
         for short, title in _DIVISIONS.items():
             size = env.get(f"PARALLELISM_CONFIG_{short}_SIZE", "1")

@@ -18,7 +18,7 @@ from .batch_plan import BatchPlan, count_steps, plan_batches
 from .checkpoint import CheckpointStore
 from .config import AUTO, PretrainConfig
 from .data.loader import Loader, evaluation_batches
-from .data.prepare import PreparedData, prepare_data
+from .data.prepare import PreparedData, cache_folder, prepare_data
 from .data.shards import TokenShards
 from .delivery import deliver_model, deliver_weights, write_sample
 from .environment import describe_environment, describe_launch
@@ -33,7 +33,7 @@ from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
 from .profile_trace import ProfileTrace
 from .progress import Progress
-from .ranks import facts_of, failures_named, refuse_differences, weights_fingerprint
+from .ranks import facts_of, failures_named, others_watched, refuse_differences, weights_fingerprint
 from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
 from .schedule import learning_rates
@@ -46,6 +46,7 @@ from .trackers import Trackers, check_trackers
 from .train import Run, due, evaluation_interval, report_evaluation, train, validate
 from .train_state import TrainState
 from .training_state import agree, reserve_host_memory
+from .turns import building_in_turn
 from .wording import count, parse_duration
 
 
@@ -94,13 +95,15 @@ def pretrain(
         if is_main_process():
             folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
-        data = prepare_data(config, tokenizer, progress.data_build)
+        patience = parse_duration(config.dist_timeout)
+        with building_in_turn(cache_folder(config), patience, progress.note):
+            data = prepare_data(config, tokenizer, progress.data_build)
         if data.built:
             progress.banner([("data", line) for line in data.report.lines()])
 
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
-        closing.enter_context(failures_named(accelerator))
+        place = closing.enter_context(failures_named(accelerator))
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
         refuse_differences(accelerator, facts_of(config, fingerprints))
         wanted = config.batch_size
@@ -190,6 +193,8 @@ def pretrain(
             )
             run.after_step = closing.enter_context(trace).step
         run.saved_step = saved_step
+        # Entered last, so left first: a process that fails by itself is not ended while it cleans up.
+        closing.enter_context(others_watched(accelerator, place, patience, stop, store.settle))
         progress.start(run.last_step(state), state.step)
         reserve_host_memory(accelerator, model, optimizer)
         _look_before_the_first_step(run, state, folder)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed as dist
 from torch import nn
 
@@ -22,7 +23,9 @@ from . import __version__
 from .config import PretrainConfig
 from .errors import RankError
 from .launch_environment import restarts
+from .roll_call import RollCall, Watch, launcher_store, leave_note, no_answer, note_key, reasons, told
 from .settings import settings_of
+from .stopping import StopRequest
 
 # What machines may have in different places; what they find there is compared by its content.
 _OF_THE_MACHINE = frozenset(
@@ -90,26 +93,62 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 @contextmanager
-def failures_named(accelerator: Accelerator) -> Iterator[None]:
+def failures_named(accelerator: Accelerator) -> Iterator[str]:
     """Turn the loss of another process inside this block into an error that says which one, and why.
 
     A process that fails by itself leaves a note where the processes met, and its error goes on as it is. One
     that lost touch with the others looks there: who left a note failed, who left none no longer runs.
 
+    Yields the place in the launcher's store where the notes of this run are, for `others_watched`.
+
     Raises:
         RankError: instead of the error of a collective operation.
     """
+    if accelerator.num_processes == 1:
+        yield ""
+        return
+    place = f"minimind/{os.environ.get('TORCHELASTIC_RUN_ID')}/{restarts()}"
     try:
-        yield
+        # Agreed upon: machines may count restarts differently, and notes of earlier processes are kept.
+        place = broadcast_object_list([f"minimind/{uuid.uuid4().hex}"])[0]
+        yield place
     except Exception as error:
-        if accelerator.num_processes == 1:
-            raise
         lost = _is_lost_touch(error)
-        note = "" if lost else f"{type(error).__name__}: {error}".splitlines()[0]
-        others = _exchange(accelerator, note, wait=lost)
+        leave_note(place, accelerator.process_index, "" if lost else told(error))
         if not lost:
             raise
-        raise RankError(_what_happened(accelerator, others, error)) from error
+        raise RankError(_what_happened(accelerator, _notes(accelerator, place), error)) from error
+
+
+@contextmanager
+def others_watched(
+    accelerator: Accelerator, place: str, patience: float, stop: StopRequest, last: Callable[[], object]
+) -> Iterator[None]:
+    """End this process when another one is lost while the main thread is stuck inside this block.
+
+    An operation over NCCL that a process is missing from neither returns nor raises.
+
+    Args:
+        accelerator: of this run.
+        place: from `failures_named`.
+        patience: seconds of a collective operation; a process that is silent for 0.9 of them is lost, and one
+            that is silent while this one was asked to stop, as a launcher does when a process died, sooner.
+        stop: tells whether this process was asked to stop.
+        last: done before the end, such as waiting for a checkpoint that is being written.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    def end(what: str) -> None:
+        last()
+        prefix = "" if accelerator.is_main_process else f"rank {accelerator.process_index}: "
+        print(f"{prefix}error: {what}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    with RollCall(place, accelerator.process_index, accelerator.num_processes) as roll:
+        with Watch(roll, 0.9 * patience, end, hurried=lambda: stop.reason is not None):
+            yield
 
 
 def _is_lost_touch(error: Exception) -> bool:
@@ -119,40 +158,28 @@ def _is_lost_touch(error: Exception) -> bool:
     )
 
 
-def _exchange(accelerator: Accelerator, note: str, *, wait: bool) -> dict[int, str]:
-    """Leave a note and, with `wait`, return those of the others by rank: empty where one lost touch too."""
+def _notes(accelerator: Accelerator, place: str) -> dict[int, str]:
+    """Return the notes of the others by rank, waiting a while: empty where one lost touch too."""
     found: dict[int, str] = {}
-    prefix = f"minimind/{os.environ.get('TORCHELASTIC_RUN_ID')}/{restarts()}"
     others = set(range(accelerator.num_processes)) - {accelerator.process_index}
     # The store may have gone down with the process or machine that held it: then nobody can tell anything.
     with suppress(RuntimeError, KeyError):
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=SECONDS_TO_TELL),
-        )
-        store.set(f"{prefix}/{accelerator.process_index}", note)
+        store = launcher_store()
         deadline = time.monotonic() + SECONDS_TO_TELL
-        while wait and others - found.keys() and time.monotonic() < deadline:
+        while others - found.keys() and time.monotonic() < deadline:
             for rank in others - found.keys():
-                if store.check([f"{prefix}/{rank}"]):
-                    found[rank] = store.get(f"{prefix}/{rank}").decode()
+                if store.check([note_key(place, rank)]):
+                    found[rank] = store.get(note_key(place, rank)).decode()
             time.sleep(0.05)
     return found
 
 
 def _what_happened(accelerator: Accelerator, others: Mapping[int, str], error: Exception) -> str:
     mine = f"rank {accelerator.process_index} went on no further"
-    failed = [f"rank {rank} failed with {note}" for rank, note in sorted(others.items()) if note]
-    if failed:
-        return f"{'; '.join(failed)}; {mine}."
-    ranks = set(range(accelerator.num_processes)) - {accelerator.process_index} - others.keys()
-    if ranks:
-        names = "rank " + ", ".join(map(str, sorted(ranks)))
-        what = "was killed, hangs, or its machine cannot be reached"
-        return f"{names} no longer answers: it {what}; {mine} ({_short(error)})."
+    if failed := {rank: note for rank, note in others.items() if note}:
+        return f"{reasons(failed)}; {mine}."
+    if ranks := set(range(accelerator.num_processes)) - {accelerator.process_index} - others.keys():
+        return f"{no_answer(ranks)}; {mine} ({_short(error)})."
     return f"the processes lost touch with each other; {mine} ({_short(error)})."
 
 

@@ -92,18 +92,33 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
     dist.init_process_group("gloo")
     # The package has a function of the same name.
     module = importlib.import_module("minimind.pretrain")
+    training = importlib.import_module("minimind.train")
     module.close_accelerator = stay_joined
     wrapped: list[str] = []
     exchanges: list[int] = []
-    prepare = module.prepare
+    reductions: list[int] = []
+    prepare, step, all_reduce = module.prepare, training.train_step, dist.all_reduce
 
     def noting(*args: Any, **options: Any) -> tuple[Any, Any]:
         prepared = prepare(*args, **options)
         wrapped.append(type(prepared[0]).__name__)
         exchanges.append(0)
+        reductions.clear()
         if topology == "ddp":
             prepared[0].register_comm_hook(None, counted_all_reduce)
         return prepared
+
+    def counting_step(*args: Any) -> Any:
+        reductions.append(0)
+        dist.all_reduce = reduced
+        try:
+            return step(*args)
+        finally:
+            dist.all_reduce = all_reduce
+
+    def reduced(*args: Any, **options: Any) -> Any:
+        reductions[-1] += 1
+        return all_reduce(*args, **options)
 
     def counted_all_reduce(state, bucket):  # annotations as text are refused
         exchanges[-1] += 1
@@ -118,6 +133,7 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
     dist.reduce_scatter_single = counted_reduce_scatter
 
     module.prepare = noting
+    training.train_step = counting_step
     for name in names:
         run = config(corpus, folder / name, dist.get_world_size(), **RUNS[name])
         if topology != "ddp":
@@ -126,6 +142,7 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
         result = module.pretrain(run)
         if dist.get_rank() == 0:
             seen = {"model_dir": str(result.model_dir), "wrapped": wrapped[-1], "exchanges": exchanges[-1]}
+            seen["reductions"] = sorted(set(reductions))
             values = dataclasses.asdict(result) | seen
             (folder / f"{name}.json").write_text(json.dumps(values))
     dist.barrier()

@@ -75,7 +75,17 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
             "none is in use.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
         ),
         ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
-        ({**TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, 2, "^DeepSpeed is not supported.*--fsdp_version 2"),
+        (
+            {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
+            2,
+            "^DeepSpeed is not supported; FSDP2.*: accelerate launch --use_fsdp --fsdp_version 2 "
+            "--num_processes 2 -m minimind_cli pretrain",
+        ),
+        (
+            {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
+            0,
+            "^DeepSpeed is not supported; train with DDP: accelerate launch --multi_gpu --num_processes 2",
+        ),
         ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "^Megatron-LM is not supported"),
         ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, r"^tensor parallelism \(tp_size 2\).*dp_shard_size"),
         ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
@@ -109,6 +119,23 @@ def test_several_processes_without_a_gpu_are_led_to_the_cpu() -> None:
     assert is_set("ACCELERATE_USE_CPU")
     assert check_launch(PretrainConfig()) is None
     assert (world_size(), restarts(), is_main_process()) == (2, 0, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize(
+    ("threads", "launched", "idle"), [(1, True, True), (8, True, False), (1, False, False)]
+)
+def test_cores_that_a_launcher_left_idle_are_told(
+    monkeypatch: pytest.MonkeyPatch, threads: int, launched: bool, idle: bool
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    told = "1 of 8 cores are used, for launchers give each process one thread; put OMP_NUM_THREADS=8 before"
+    assert (told in (check_launch(PretrainConfig()) or "")) == idle
 
 
 def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.comparison_page": (1, "run_comparison run_record"),
     "minimind.checkpoint": (1, "durable_files stored_checkpoint"),
     "minimind.launch_environment": (0, "config"),
+    "minimind.roll_call": (1, ""),
+    "minimind.turns": (1, "roll_call"),
     "minimind.launch": (2, ""),
     "minimind.ranks": (2, ""),
     "minimind.training_state": (2, ""),

@@ -160,3 +160,23 @@ def test_a_finished_run_that_is_resumed_changes_nothing(corpus: Path, tmp_path: 
     assert pretrain(dataclasses.replace(config, resume="auto")).steps == 6
     assert reports(tmp_path / "run") == before
     assert (last_checkpoint(tmp_path / "run").path / "manifest.json").stat() == saved
+
+
+def test_a_weighted_mixture_stopped_and_resumed_equals_never_stopped(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b").mkdir()
+    lines = corpus.read_text().replace("cat", "dog").splitlines(keepends=True)
+    (tmp_path / "b" / "1.jsonl").write_text("".join(lines[:6]))
+    (tmp_path / "b" / "2.jsonl").write_text("".join(lines[6:10]))
+    data = (f"{corpus}:0.7", f"{tmp_path}/b/*.jsonl:0.3")
+    pretrain(tiny(corpus, tmp_path / "straight", data=data))
+    banner = [line.split() for line in capsys.readouterr().out.splitlines() if "of its epochs" in line]
+    assert [line[line.index("of") - 1] for line in banner] == ["70.0%", "30.0%"]
+    # The small entry holds fewer tokens than its share: it is read more often than the two passes of the run.
+    passes = [float(line[-4]) for line in banner]
+    assert passes[0] < 2 < passes[1]
+    config = tiny(corpus, tmp_path / "run", data=data)
+    result = interrupted(config, monkeypatch, 5, 13)
+    assert result.stopped is None
+    assert_same_end(tmp_path / "run", tmp_path / "straight")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 from .document_index import BLOCK_TOKENS, IndexWriter, read_blocks, read_length_counts, read_parts
 
 SHARD_TOKENS = 1 << 28
+# Token files that are mapped at once; a window of the order reads from half as many.
+OPEN_SHARDS = 128
 _GATHER_TOKENS = 1 << 18
 _LONG_SPAN = 128
 
@@ -123,10 +127,12 @@ class TokenShards:
         self.fingerprint = fingerprint
         self._dtype = np.dtype(index.dtype)
         self._ends = np.cumsum(index.shard_tokens, dtype=np.int64)
-        self._maps: list[mmap.mmap] = []
-        self._shards = [
-            self._map(folder / _shard_name(split, i), self._dtype) for i in range(len(index.shard_tokens))
-        ]
+        self._begins = self._ends - np.array(index.shard_tokens, np.int64)
+        self._maps: WeakSet[mmap.mmap] = WeakSet()
+        # Mapped when read, and no more at once than systems let a process open: a map holds its file open.
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(
+            lambda number: self._map(folder / _shard_name(split, number), self._dtype)
+        )
         self.offsets: NDArray[np.int64] = self._map(folder / f"{split}.offsets", np.dtype(np.int64))
         self.blocks = read_blocks(folder, split)
         self.parts = read_parts(folder, split)
@@ -134,8 +140,10 @@ class TokenShards:
 
     def _map(self, path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         with path.open("rb") as file:
-            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return np.frombuffer(self._maps[-1], dtype)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps.add(mapped)
+        # Views of the array keep the map, whatever the cache forgets.
+        return np.frombuffer(mapped, dtype)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -151,9 +159,8 @@ class TokenShards:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
-            begin = int(self._ends[shard]) - len(self._shards[shard])
-            end = min(stop, int(self._ends[shard]))
-            parts.append(self._shards[shard][start - begin : end - begin])
+            begin, end = int(self._begins[shard]), min(stop, int(self._ends[shard]))
+            parts.append(self._shard(shard)[start - begin : end - begin])
             start, shard = end, shard + 1
         if len(parts) == 1:
             return parts[0]
@@ -170,15 +177,14 @@ class TokenShards:
         for low, high in pairwise([*bounds.tolist(), len(ends)]):
             for shard in np.unique(shards[low:high]).tolist():
                 here = low + np.flatnonzero(shards[low:high] == shard)
-                tokens = self._shards[shard]
-                source = starts[here] - (int(self._ends[shard]) - len(tokens))
-                _copy_spans(tokens, source, out, begins[here], lengths[here])
+                source = starts[here] - int(self._begins[shard])
+                _copy_spans(self._shard(shard), source, out, begins[here], lengths[here])
         return out
 
     def release_pages(self) -> None:
         """Let go of the pages read so far, so that resident memory stays small however much is read."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps:
+            for mapped in list(self._maps):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 

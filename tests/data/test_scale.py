@@ -6,6 +6,7 @@ import hashlib
 import time
 import tracemalloc
 from itertools import chain, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from minimind.data.document_index import BLOCK_TOKENS, IndexWriter, Part, read_b
 from minimind.data.loader import Loader
 from minimind.data.mixture import MixedOrder
 from minimind.data.sampler import RowOrder
+from minimind.data.shards import OPEN_SHARDS
 from minimind.data.steps import step_rows
 
 LENGTH = 1000  # tokens of every document of the large corpus
@@ -130,6 +132,25 @@ def test_any_row_of_100_billion_tokens_is_found_at_once_and_in_little_memory(wei
     assert min(seconds) < 3
     # Two windows of 64 blocks are some 34,000 documents; each is asked for a few times.
     assert shards.offsets.read < 1_000_000
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="counts open files")
+def test_only_files_that_are_read_are_open_and_never_more_than_a_process_may_have(make_shards):
+    def open_files() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
+    documents = 2 * OPEN_SHARDS
+    before = open_files()
+    shards = make_shards([5] * documents, shard_tokens=5)
+    assert open_files() <= before + 1  # that of the offsets
+    views = [shards.document(i) for i in range(3)]
+    assert open_files() == before + 4
+    everything = np.arange(documents)
+    assert shards.gather(everything * 5, np.full(documents, 5)).tolist() == list(range(5 * documents))
+    # The views keep theirs.
+    assert open_files() <= before + 1 + OPEN_SHARDS + len(views)
+    shards.release_pages()
+    assert [view.tolist() for view in views] == [list(range(i * 5, i * 5 + 5)) for i in range(3)]
 
 
 def test_weighted_shares_are_exact_at_scale():
