@@ -13,6 +13,7 @@ from .batch_plan import BatchPlan
 from .config import PretrainConfig
 from .data.prepare import PreparedData
 from .model_config import MiniMindConfig
+from .modeling.fused import hindrance
 from .wording import count, duration
 
 
@@ -63,6 +64,10 @@ def banner(
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    kernels = ""
+    if device.type == "cuda" and custom_model is None:
+        hindered = hindrance(accelerator.mixed_precision, shape.head_dim, config.dropout)
+        kernels = f", no fused attention: {hindered}" if hindered else ", fused kernels"
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
     return [
@@ -92,7 +97,7 @@ def banner(
         ),
         (
             "device",
-            f"{name} x {accelerator.num_processes}, {precision}, {'' if compiled else 'not '}compiled",
+            f"{name} x {accelerator.num_processes}, {precision}, {'' if compiled else 'not '}compiled{kernels}",
         ),
         ("folder", config.output_dir),
     ]

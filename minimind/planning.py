@@ -21,7 +21,7 @@ from .launch import check_launch, choose_precision
 from .launch_environment import is_main_process, is_set, world_size
 from .memory_estimate import Compiled, MemoryEstimate, estimate_memory, optimizer_bytes
 from .model_config import MiniMindConfig
-from .modeling.fused import buildable_for
+from .modeling.fused import hindrance
 from .modeling.transformer import MiniMindForCausalLM
 from .parameter_parts import count_parts
 from .pretrain import steps_in_all
@@ -174,6 +174,7 @@ def _estimate(
     if measured.compiled if measured is not None else config.compile is not False:
         alone = batches.num_processes == 1 and not config.activation_checkpointing
         compiled = "whole" if alone else "blocks"
+    on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
     precision = choose_precision(config) if measured is None else measured.precision
     return estimate_memory(
         shape,
@@ -185,7 +186,7 @@ def _estimate(
         accumulation_steps=batches.accumulation_steps,
         num_processes=batches.num_processes,
         shards=_shards(batches.num_processes),
-        fused=precision == "bf16" and config.dropout == 0 and buildable_for(shape.head_dim),
+        fused=on_gpu and hindrance(precision, shape.head_dim, config.dropout) is None,
         recompute=config.activation_checkpointing or is_set("FSDP_ACTIVATION_CHECKPOINTING"),
     )
 

@@ -54,9 +54,21 @@ def wanted(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and compute_dtype(x, weight) == torch.bfloat16 and _BUILDABLE
 
 
-def buildable_for(head_dim: int) -> bool:
-    """Whether a run in bf16 on this machine's GPU will use the kernels, for heads of this width."""
-    return torch.cuda.is_available() and _BUILDABLE and head_dim in _HEAD_DIMS
+def hindrance(precision: str, head_dim: int, dropout: float) -> str | None:
+    """Return why a run on a CUDA GPU computes attention by plain PyTorch, None where it uses the kernels.
+
+    Args:
+        precision: of its matrix products: `no`, `bf16` or `fp16`.
+        head_dim: D.
+        dropout: probability.
+    """
+    if not _BUILDABLE:
+        return "the package triton is missing"
+    if precision != "bf16":
+        return "they need bf16"
+    if head_dim not in _HEAD_DIMS:
+        return f"they need heads of {_HEAD_DIMS[0]} to {_HEAD_DIMS[-1]}"
+    return "they have no dropout" if dropout else None
 
 
 def attention_wanted(x: Tensor, weight: Tensor, head_dim: int) -> bool:

@@ -59,3 +59,25 @@ def test_a_cpu_computes_by_plain_pytorch() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fused.compute_dtype(x, weight) == torch.bfloat16
         assert not fused.wanted(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("built", "precision", "head_dim", "dropout", "words"),
+    [
+        (True, "bf16", 96, 0.0, None),
+        (False, "bf16", 96, 0.0, "the package triton is missing"),
+        (True, "fp16", 96, 0.0, "they need bf16"),
+        (True, "bf16", 256, 0.0, "they need heads of 16 to 128"),
+        (True, "bf16", 96, 0.1, "they have no dropout"),
+    ],
+)
+def test_a_run_can_say_why_it_has_no_fused_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    built: bool,
+    precision: str,
+    head_dim: int,
+    dropout: float,
+    words: str | None,
+) -> None:
+    monkeypatch.setattr(fused, "_BUILDABLE", built)
+    assert fused.hindrance(precision, head_dim, dropout) == words
