@@ -97,7 +97,8 @@ def banner(
         ),
         (
             "device",
-            f"{name} x {accelerator.num_processes}, {precision}, {'' if compiled else 'not '}compiled{kernels}",
+            f"{name} x {accelerator.num_processes}, {precision}, "
+            f"{'' if compiled else 'not '}compiled{kernels}",
         ),
         ("folder", config.output_dir),
     ]
