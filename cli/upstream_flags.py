@@ -20,7 +20,7 @@ _NEEDLESS = {
     "device": "a GPU is used where there is one",
 }
 _ONE_OR_ZERO = {"1": True, "0": False}
-_SWITCHES = ("use_compile", "from_resume", "use_moe")
+_SWITCHES = ("use_compile", "from_resume")
 
 HIDDEN = [
     *(hidden_option(name, str) for name in (*_SWITCHES, *_NEEDLESS)),
@@ -49,8 +49,6 @@ def translate(ctx: typer.Context) -> tuple[dict[str, str], list[str], list[str]]
         values["compile"] = str(on["use_compile"])
     if on.get("from_resume"):
         values["resume"] = RESUME_NEWEST
-    if on.get("use_moe"):
-        problems.append("--use-moe 1 is not supported: every layer is dense; leave it out.")
     device = ctx.params["device"]
     problems += _choose_device(device)
     remarks = [

@@ -21,6 +21,7 @@ from .config import AUTO, PretrainConfig
 from .data.loader import Loader, StepBatch
 from .data.random_tokens import random_shards
 from .errors import ConfigError
+from .expert_balance import ExpertBalance
 from .launch import close_accelerator, start_accelerator
 from .model_config import MiniMindConfig
 from .optim import set_learning_rate, skip_if_nonfinite
@@ -369,12 +370,13 @@ def _measure(run: Run, seconds: float) -> dict[str, Any]:
 def _timed_step(run: Run, batch: StepBatch, timer: _Timer) -> None:
     """Do what `train_step` does, each part timed on its own."""
     scale = run.accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
+    balance = ExpertBalance(run.accelerator, run.config)
     for micro_batch in batch.micro_batches:
         with run.accelerator.accumulate(run.model):
             with timer.part("forward"):
-                loss = forward_loss(run.model, micro_batch)
+                loss = forward_loss(run.model, micro_batch, balance)
             with timer.part("backward"):
-                run.accelerator.backward(loss * scale)
+                run.accelerator.backward(balance.added_to(loss) * scale)
             if run.accelerator.sync_gradients:
                 with timer.part("optimizer"):
                     skip_if_nonfinite(run.optimizer, clip_gradient(run))

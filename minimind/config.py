@@ -92,6 +92,18 @@ class ModelOptions:
             default_text="8/3 of the hidden size, up to a multiple of 64",
         ),
     ] = None
+    use_moe: Annotated[
+        bool, Option("Give every block a mixture of experts in place of one SwiGLU layer.")
+    ] = False
+    num_experts: Annotated[int, Option("Experts in a block.", minimum=1)] = 4
+    num_experts_per_tok: Annotated[int, Option("Experts that each token passes.", minimum=1)] = 1
+    moe_intermediate_size: Annotated[
+        int | None,
+        Option("Width of one expert.", minimum=1, default_text="the intermediate size"),
+    ] = None
+    router_aux_loss_coef: Annotated[
+        float, Option("Weight of the loss that keeps the experts equally busy.", minimum=0.0)
+    ] = 0.01
     vocab_size: Annotated[
         int | None,
         Option("Rows of the embedding.", minimum=1, default_text="the tokenizer's"),
@@ -294,6 +306,7 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
             yield (
                 "the width of one head must be even for rotary positions; set --head-dim to an even number."
             )
+        yield from self._expert_problems()
         if self.accumulation_steps and self.global_batch_size:
             yield (
                 "--accumulation-steps and --global-batch-size both set the size of a step; "
@@ -308,6 +321,18 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
                 yield f"{name} {text} is not a time; write for example 3h30m, 90m or 45s."
         if "none" in self.tracker and len(self.tracker) > 1:
             yield "--tracker none cannot go with another tracker; leave one of them out."
+
+    def _expert_problems(self) -> Iterator[str]:
+        if self.num_experts_per_tok > self.num_experts:
+            yield (
+                f"--num-experts-per-tok {self.num_experts_per_tok} is more than --num-experts "
+                f"{self.num_experts}; lower it."
+            )
+        if not self.use_moe and self.from_weight is None:
+            for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+                value = getattr(self, name)
+                if value != getattr(ModelOptions, name):
+                    yield f"--{name.replace('_', '-')} {value} is of experts only; give --use-moe too."
 
 
 def _divisors(n: int) -> str:

@@ -1,7 +1,7 @@
 """The shape of a model, readable without torch.
 
-Field names and meanings are those of Hugging Face's `Qwen3Config`, so that a saved model needs no
-translation. See `formats/qwen3.py` for the files.
+Field names and meanings are those of Hugging Face's `Qwen3Config`, or `Qwen3MoeConfig` for a mixture of
+experts, so that a saved model needs no translation. See `formats/qwen3.py` for the files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,18 @@ _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "use_sliding_window": False,
+}
+
+# Likewise of a Qwen3-MoE config.json: every block has experts.
+_FIXED_MOE: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+# Fields of the mixture of experts, and what transformers' Qwen3MoeConfig takes where a file has no such key.
+_MOE_DEFAULTS: Mapping[str, Any] = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
 }
 
 _YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
@@ -41,6 +53,15 @@ class MiniMindConfig:
         rope_scaling: None, or YaRN in the keys of Hugging Face (`rope_type`, `factor`,
             `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `attention_factor`, `truncate`).
         rms_norm_eps: added to the mean square in every norm.
+        use_moe: every block chooses among experts, each a SwiGLU layer, instead of having one SwiGLU layer.
+        num_experts: experts in a block.
+        num_experts_per_tok: experts that a token passes.
+        moe_intermediate_size: inner width of an expert; None makes it `intermediate_size`. It plays no part
+            without `use_moe`, as the other fields of experts.
+        norm_topk_prob: scale the router's weights of a token's experts to a sum of 1; None does so for more
+            than one. The weight of a single expert would always be 1, and its router learn nothing from the
+            language loss.
+        router_aux_loss_coef: factor of the loss that balances the experts' loads in training.
         dropout: probability on attention weights and on what attention and SwiGLU add to the stream.
         tie_word_embeddings: embedding and output are one matrix.
         initializer_range: standard deviation of new weights.
@@ -64,6 +85,12 @@ class MiniMindConfig:
     rope_theta: float = 1e6
     rope_scaling: Mapping[str, Any] | None = None
     rms_norm_eps: float = 1e-6
+    use_moe: bool = False
+    num_experts: int = 4
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool | None = None
+    router_aux_loss_coef: float = 0.01
     dropout: float = 0.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
@@ -81,6 +108,10 @@ class MiniMindConfig:
                 )
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", -(-self.hidden_size * 8 // (3 * 64)) * 64)
+        if self.use_moe and self.moe_intermediate_size is None:
+            object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
+        if self.use_moe and self.norm_topk_prob is None:
+            object.__setattr__(self, "norm_topk_prob", self.num_experts_per_tok > 1)
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", _normal_rope_scaling(self.rope_scaling))
         if problems := list(self._problems()):
@@ -96,6 +127,7 @@ class MiniMindConfig:
             "head_dim",
             "intermediate_size",
             "max_position_embeddings",
+            *(("num_experts", "num_experts_per_tok", "moe_intermediate_size") if self.use_moe else ()),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -108,11 +140,24 @@ class MiniMindConfig:
             )
         if self.head_dim % 2:
             yield f"head_dim {self.head_dim} is odd, but rotary positions turn pairs; make it even."
+        if self.use_moe and self.num_experts_per_tok > self.num_experts:
+            yield (
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts "
+                f"{self.num_experts}; lower it."
+            )
         if not 0 <= self.dropout < 1:
             yield f"dropout {self.dropout} is out of range; it must be at least 0 and below 1."
 
     def num_parameters(self) -> int:
         """Return the exact number of parameters, a tied matrix counted once."""
+        return self._count_parameters(self.num_experts)
+
+    def num_active_parameters(self) -> int:
+        """Return the number of parameters that one token passes: all but the experts not chosen for it."""
+        return self._count_parameters(self.num_experts_per_tok)
+
+    def _count_parameters(self, experts: int) -> int:
+        """Return the number of parameters with so many experts in a block."""
         c, heads, kv_heads, d = (
             self.hidden_size,
             self.num_attention_heads,
@@ -120,7 +165,11 @@ class MiniMindConfig:
             self.head_dim,
         )
         attention = 2 * c * heads * d + 2 * c * kv_heads * d + 2 * d
-        block = attention + 3 * c * self.intermediate_size + 2 * c
+        feed_forward = 3 * c * self.intermediate_size
+        if self.use_moe:
+            assert self.moe_intermediate_size is not None
+            feed_forward = c * self.num_experts + experts * 3 * c * self.moe_intermediate_size
+        block = attention + feed_forward + 2 * c
         embeddings = self.vocab_size * c * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * block + c
 
@@ -129,51 +178,65 @@ class MiniMindConfig:
 
         6N + 6·L·H·D·T, after appendix B of PaLM (Chowdhery et al. 2022): each weight is multiplied and added
         once forward and twice backward. N holds the vocabulary once, as the output matrix; looking up an
-        embedding costs nothing. PaLM's 12·L·H·D·T for attention is halved, since a causal query sees half
+        embedding costs nothing. Of the experts N holds those that a token passes. PaLM's 12·L·H·D·T for attention is halved, since a causal query sees half
         of the keys on average. The document mask saves more than that, and recomputation is not counted:
         neither may flatter the utilisation.
 
         Args:
             seq_len: T, tokens in a row.
         """
-        weights = self.num_parameters()
+        weights = self.num_active_parameters()
         if not self.tie_word_embeddings:
             weights -= self.vocab_size * self.hidden_size
         attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
         return 6 * weights + 6 * attention
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as the keys of a Qwen3 `config.json`.
+        """Return the config as the keys of a Qwen3 or Qwen3-MoE `config.json`.
 
         transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`.
         """
         values = dataclasses.asdict(self)
-        del values["dropout"]
+        del values["dropout"], values["use_moe"]
+        for name in _MOE_DEFAULTS if not self.use_moe else ():
+            del values[name]
         scaling = dict(self.rope_scaling) if self.rope_scaling is not None else {"rope_type": "default"}
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": ["Qwen3MoeForCausalLM" if self.use_moe else "Qwen3ForCausalLM"],
+            "model_type": "qwen3_moe" if self.use_moe else "qwen3",
             **values,
             "rope_scaling": scaling if self.rope_scaling is not None else None,
             "rope_parameters": {**scaling, "rope_theta": self.rope_theta},
             "attention_dropout": self.dropout,
             **_FIXED,
+            **(_FIXED_MOE if self.use_moe else {}),
             "use_cache": True,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MiniMindConfig:
-        """Read the keys of a Qwen3 `config.json`, written by transformers 4 or 5 or by `to_dict`.
+        """Read the keys of a Qwen3 or Qwen3-MoE `config.json`, written by transformers 4 or 5 or by `to_dict`.
 
         Raises:
             ConfigError: when it describes a model that this is not, or misses its shape.
         """
-        if (kind := values.get("model_type")) != "qwen3":
-            raise ConfigError(f"model_type is {kind!r}, but only 'qwen3' can be read.")
-        for key, ours in _FIXED.items():
-            if values.get(key, ours) != ours:
+        kind = values.get("model_type")
+        if kind not in ("qwen3", "qwen3_moe"):
+            raise ConfigError(f"model_type is {kind!r}, but only 'qwen3' and 'qwen3_moe' can be read.")
+        use_moe = kind == "qwen3_moe"
+        for key, ours in {**_FIXED, **(_FIXED_MOE if use_moe else {})}.items():
+            if values.get(key) not in (None, ours):
                 raise ConfigError(f"{key} is {values[key]!r}, but this model has {ours!r} only.")
-        given = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = {name: values[name] for name in names - _MOE_DEFAULTS.keys() if name in values}
+        given["use_moe"] = use_moe
+        if use_moe:
+            given |= {name: values.get(name, default) for name, default in _MOE_DEFAULTS.items()}
+            # What transformers 5 writes in place of `num_experts`.
+            given["num_experts"] = values.get("num_local_experts", given["num_experts"])
+            given.setdefault("head_dim", None)
+            # Without a dense block nothing reads it.
+            given.setdefault("intermediate_size", given["moe_intermediate_size"])
         missing = [
             name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                               "num_key_value_heads", "intermediate_size") if given.get(name) is None

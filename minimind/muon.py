@@ -3,7 +3,7 @@
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon) with the scale of Moonlight (Liu et al. 2025, arXiv
 2502.16982), under which the learning rate and weight decay of AdamW carry over.
 
-Shapes: n matrices of one shape, R rows, C columns.
+Shapes: n matrices of one shape, R rows, C columns; a parameter of more dimensions is a stack of matrices.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     the dtype given.
 
     Args:
-        matrices: (n, R, C).
+        matrices: (n, R, C), or (n, m, R, C) for n stacks of m.
 
     Returns:
-        (n, R, C) in the dtype given.
+        The same shape in the dtype given.
     """
     a, b, c = _QUINTIC
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT  # the smaller side first: its square is what costs
+    x = matrices.flatten(0, -3)
+    x = x if wide else x.mT  # the smaller side first: its square is what costs
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     if x.is_cuda:
         x = x.bfloat16()
     for _ in range(_STEPS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).to(matrices.dtype)
+    return (x if wide else x.mT).to(matrices.dtype).view(matrices.shape)
 
 
 def _update(gradients: Tensor, buffers: Tensor, keep: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "algorithm": "adamw", "fused": fused})
         self._compute: _Update = torch.compile(_update, dynamic=False) if compiled else _update
         for group in self.param_groups:
-            if group["algorithm"] == "muon" and any(p.ndim != 2 for p in group["params"]):
+            if group["algorithm"] == "muon" and any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices; put other parameters in a group for adamw.")
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class Muon(torch.optim.Optimizer):
                 for parameter in parameters:
                     shapes.setdefault(parameter.shape, []).append(parameter)
                 for shape, alike in shapes.items():
-                    self._muon(group, alike, _ADAMW_RMS * max(shape) ** 0.5)
+                    self._muon(group, alike, _ADAMW_RMS * max(shape[-2:]) ** 0.5)
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor], scale: float) -> None:

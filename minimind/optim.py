@@ -15,8 +15,10 @@ from .muon import Muon
 # skip_if_nonfinite.
 FUSED_DEVICES = ("cuda", "cpu")
 
-# The output matrix by its Hugging Face name: its rows are tokens, like those of an embedding.
+# Matrices whose every row is a choice, by their Hugging Face names: of the output a token, like the rows of an
+# embedding, and of a router an expert.
 OUTPUT = "lm_head."
+ROUTER = ".mlp.gate.weight"
 
 
 def build_optimizer(
@@ -26,8 +28,8 @@ def build_optimizer(
 
     Weight decay acts on matrices; embeddings, norms and other parameters of fewer than two dimensions have
     none. An embedding that is also the output matrix counts as an embedding, once. Muon updates the hidden
-    matrices, that is all but embeddings and output, and AdamW the rest. Each group lists its parameter names
-    under `param_names`.
+    matrices, that is all but embeddings, output and the routers of experts, and AdamW the rest. Experts count
+    one by one, though they are stacked. Each group lists its parameter names under `param_names`.
 
     Args:
         model: before Accelerate wraps it, so that names are those of the plain model.
@@ -50,7 +52,7 @@ def build_optimizer(
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             others.append((name, parameter))
-        elif muon and parameter.ndim == 2 and not name.startswith(OUTPUT):
+        elif muon and not name.startswith(OUTPUT) and not name.endswith(ROUTER):
             hidden.append((name, parameter))
         else:
             decayed.append((name, parameter))

@@ -65,13 +65,15 @@ def banner(
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
+    active = f" ({count(shape.num_active_parameters())} active)" if shape.use_moe else ""
+    experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} a token" if shape.use_moe else ""
     return [
         (
             "model",
             custom_model
-            or f"{count(shape.num_parameters())} parameters: {shape.num_hidden_layers} blocks "
+            or f"{count(shape.num_parameters())} parameters{active}: {shape.num_hidden_layers} blocks "
             f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, "
-            f"{shape.num_key_value_heads} key/value heads",
+            f"{shape.num_key_value_heads} key/value heads{experts}",
         ),
         (
             "data",

@@ -41,6 +41,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "intermediate_size": 2432,
     },
+    # The experts are as wide as the SwiGLU layer of minimind-3.
+    "minimind-3-moe": {
+        "hidden_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2432,
+        "use_moe": True,
+    },
     "minimind2": {
         "hidden_size": 768,
         "num_hidden_layers": 16,
@@ -76,6 +85,7 @@ PRESET_PARAMETERS: Mapping[str, int] = {
     "tiny": 1_600_000,
     "minimind2-small": 26_000_000,
     "minimind-3": 64_000_000,
+    "minimind-3-moe": 198_000_000,
     "minimind2": 104_000_000,
     "350m": 350_000_000,
     "1b": 1_000_000_000,

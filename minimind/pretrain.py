@@ -354,6 +354,7 @@ def _settings(
     return {
         **dataclasses.asdict(config),
         "global_batch_size": plan.global_batch_size,
+        "norm_topk_prob": shape.norm_topk_prob,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": data.fingerprint,
         "data_mixture": data.mixture,

@@ -19,12 +19,19 @@ REFUSED: Mapping[str, str] = {
             "num_key_value_heads",
             "head_dim",
             "intermediate_size",
+            "use_moe",
+            "num_experts",
+            "moe_intermediate_size",
             "vocab_size",
             "tie_word_embeddings",
         ),
         _SHAPE,
     ),
     "rope_theta": "the weights were trained with other positions; {give}, or start a new run",
+    "num_experts_per_tok": "the weights were trained with so many experts for a token; {give}, or start a new "
+    "run",
+    "norm_topk_prob": "the weights were trained with the experts of a token weighted otherwise; give the "
+    "--from-weight that the run began with, or start a new run",
     "optimizer": "the saved moments are those of another optimizer; {give}, or start a new run with "
     "--from-weight",
     "max_seq_len": _ORDER,
@@ -54,6 +61,7 @@ CHANGED: Mapping[str, str] = {
     "beta2": "takes effect from the next step",
     "grad_clip": "takes effect from the next step",
     "dropout": "takes effect from the next step",
+    "router_aux_loss_coef": "takes effect from the next step",
     "on_spike": "takes effect from the next step",
     "spike_sigma": "takes effect from the next step",
     "mixed_precision": "losses may differ in the last digits",
@@ -125,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 def _change(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = (_short(values[key]) for values in (saved, now))
-    worked_out = key == "data_mixture" or key.endswith("fingerprint")
+    worked_out = key in ("data_mixture", "norm_topk_prob") or key.endswith("fingerprint")
     name = key.replace("_", " ") if worked_out else _flag(key)
     return f"{name} {old} → {new}"
 

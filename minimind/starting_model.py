@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from .modeling.transformer import MiniMindForCausalLM
 from .settings import settings_of
 from .tokenizer import Tokenizer, check_vocab
 
-# What a folder given to --from-weight decides; dropout is of training, not of the weights.
-_SHAPE = tuple(name for name in settings_of(ModelOptions) if name not in ("dropout", "from_weight"))
+# What belongs to training and not to the weights.
+_OF_TRAINING = ("dropout", "router_aux_loss_coef")
+# What a folder given to --from-weight decides.
+_SHAPE = tuple(name for name in settings_of(ModelOptions) if name not in (*_OF_TRAINING, "from_weight"))
 
 # Makes the model of a run from the shape that the options give; see `pretrain`.
 ModelFactory = Callable[[MiniMindConfig], nn.Module]
@@ -33,8 +36,9 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
     Raises:
         ConfigError: for sizes that contradict the folder, or a vocabulary that the tokenizer exceeds.
     """
+    of_training: dict[str, Any] = {name: getattr(config, name) for name in _OF_TRAINING}
     if config.from_weight is not None:
-        shape = dataclasses.replace(load_config(Path(config.from_weight)), dropout=config.dropout)
+        shape = dataclasses.replace(load_config(Path(config.from_weight)), **of_training)
         _refuse_other_sizes(config, shape)
         check_vocab(tokenizer, shape.vocab_size)
     else:
@@ -43,7 +47,7 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
         sizes = {name: getattr(config, name) for name in _SHAPE} | {"vocab_size": vocab_size}
         shape = MiniMindConfig(
             **sizes,
-            dropout=config.dropout,
+            **of_training,
             max_position_embeddings=max(
                 MiniMindConfig.max_position_embeddings, _next_power_of_two(config.max_seq_len)
             ),
@@ -90,7 +94,11 @@ def make_model(
 
 
 def _refuse_what_only_ours_has(config: PretrainConfig, model: nn.Module) -> None:
-    asked = {"--compile": config.compile, "--activation-checkpointing": config.activation_checkpointing}
+    asked = {
+        "--compile": config.compile,
+        "--activation-checkpointing": config.activation_checkpointing,
+        "--use-moe": config.use_moe,
+    }
     problems = [
         f"{flag} is done inside MiniMindForCausalLM, and the model is a {type(model).__name__}; leave the "
         "option out and do it in the model's own code."

@@ -15,6 +15,7 @@ from .config import PretrainConfig
 from .data.loader import Loader, MicroBatch, StepBatch
 from .errors import TrainingError
 from .evaluation import Evaluation, evaluate
+from .expert_balance import EXPERT_NUMBERS, ExpertBalance
 from .garbage import garbage_held
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
@@ -164,12 +165,14 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
 
     The loss is the mean over the real targets of the whole global batch. `Accelerator.backward` divides by
     the accumulation steps and the processes average their gradients, so the summed loss of a micro-batch is
-    multiplied by both and divided by the number of targets, which every process knows without asking.
+    multiplied by both and divided by the number of targets, which every process knows without asking. The
+    loss that balances experts is summed in the same way and added to what the gradient is taken of, but not
+    to the loss that is returned.
 
     Returns:
         (4,) float32 on the device: the loss summed over all processes, the number of processes that were
         asked to stop, the steps that the main process wants to decay from now on, and the norm of the
-        gradient.
+        gradient; with experts (7,), with the numbers of `ExpertBalance.numbers` behind them.
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     scale = accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
@@ -178,10 +181,11 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
         seeds = np.random.SeedSequence((run.config.seed, state.step, accelerator.process_index))
         torch.manual_seed(int(seeds.generate_state(1)[0]))
     loss_sum = torch.zeros((), device=accelerator.device)
+    balance = ExpertBalance(accelerator, run.config)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(model):
-            loss = forward_loss(model, micro_batch)
-            accelerator.backward(loss * scale)
+            loss = forward_loss(model, micro_batch, balance)
+            accelerator.backward(balance.added_to(loss) * scale)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
                 # Wishes of single processes ride along, so that all read them at the same step.
@@ -193,7 +197,7 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
                 skip_if_nonfinite(optimizer, norm, sums[0], limit=limit if skips else math.inf)
             optimizer.step()
             optimizer.zero_grad()
-    return torch.cat((sums, norm.float().reshape(1)))
+    return torch.cat((sums, norm.float().reshape(1), *balance.numbers(batch.num_targets)))
 
 
 def decay_wanted(run: Run, state: TrainState) -> int:
@@ -219,8 +223,11 @@ def decay_wanted(run: Run, state: TrainState) -> int:
     return steps if state.step + steps < run.total_steps else 0
 
 
-def forward_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Return the cross-entropy of a micro-batch summed over its real targets, a float32 scalar."""
+def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance) -> torch.Tensor:
+    """Return the cross-entropy of a micro-batch summed over its real targets, a float32 scalar.
+
+    What the routers chose on the way is noted in `balance`.
+    """
     # The constant 1 keeps the compiled graph the same for every count of targets.
     output = model(
         input_ids=batch.input_ids,
@@ -228,7 +235,10 @@ def forward_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         document_ids=batch.document_ids,
         position_ids=batch.position_ids,
         num_items_in_batch=1,
+        **balance.inputs(batch),
     )
+    # A model of the caller's own has none.
+    balance.note(getattr(output, "routing", None))
     return output.loss
 
 
@@ -243,7 +253,7 @@ def clip_gradient(run: Run) -> torch.Tensor:
 def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
     """Take in the device's numbers of earlier steps: count, report, and stop where that is hopeless."""
     for arrival in run.readback.arrived(everything=everything):
-        record, (loss_sum, asked_to_stop, decay, norm) = arrival.tag, arrival.values
+        record, (loss_sum, asked_to_stop, decay, norm, *routing) = arrival.tag, arrival.values
         state.stopping |= asked_to_stop > 0
         if decay > 0 and state.ending is None:
             _end_in_time(run, state, int(decay))
@@ -258,7 +268,7 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
             state.left_out_in_a_row += 1
             state.skipped_steps += 1
         if record.report:
-            _report(run, state, record, norm, arrival.time)
+            _report(run, state, record, norm, routing, arrival.time)
         if jumped or not finite:
             _look_into(run, state, record, loss_sum, norm)
 
@@ -449,7 +459,9 @@ def _look_into(run: Run, state: TrainState, record: StepRecord, loss_sum: float,
         raise SpikeError(spike)
 
 
-def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: float) -> None:
+def _report(
+    run: Run, state: TrainState, record: StepRecord, norm: float, routing: list[float], time: float
+) -> None:
     loss = state.interval_loss / state.interval_targets if state.interval_targets else math.nan
     state.interval_loss, state.interval_targets = 0.0, 0
     run.last_loss = loss
@@ -457,6 +469,7 @@ def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: 
         "loss": loss,
         "learning_rate": record.learning_rate,
         "grad_norm": norm,
+        **(dict(zip(EXPERT_NUMBERS, routing, strict=True)) if routing else {}),
         "epoch": record.epoch,
         "tokens": record.tokens,
         "skipped_steps": state.skipped_steps,

@@ -212,8 +212,8 @@ def third_loss_is_tenfold(monkeypatch: pytest.MonkeyPatch) -> None:
     marked = step_batch(3, 8).micro_batches[0].input_ids
     original = train_module.forward_loss
 
-    def forward_loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        return original(model, batch) * (10 if torch.equal(batch.input_ids, marked) else 1)
+    def forward_loss(model: torch.nn.Module, batch: MicroBatch, *rest: Any) -> torch.Tensor:
+        return original(model, batch, *rest) * (10 if torch.equal(batch.input_ids, marked) else 1)
 
     monkeypatch.setattr(train_module, "forward_loss", forward_loss)
 
@@ -320,8 +320,8 @@ class Poison:
         self.after_meeting: Callable[[], None] = lambda: None
         self._token, self._forward_loss = marker_token(), train_module.forward_loss
 
-    def __call__(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        loss = self._forward_loss(model, batch)
+    def __call__(self, model: torch.nn.Module, batch: MicroBatch, *rest: Any) -> torch.Tensor:
+        loss = self._forward_loss(model, batch, *rest)
         if (batch.input_ids == self._token).any():
             self.met += 1
             return loss * self.factor
@@ -496,7 +496,7 @@ def test_a_run_that_goes_back_again_and_again_ends_with_advice(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = train_module.forward_loss
-    monkeypatch.setattr(train_module, "forward_loss", lambda model, batch: original(model, batch) * math.nan)
+    monkeypatch.setattr(train_module, "forward_loss", lambda *args: original(*args) * math.nan)
     out = tmp_path / "out"
     with pytest.raises(TrainingError, match=f"after {MAX_REWINDS} rewinds.*--learning-rate.*--on-spike skip"):
         pretrain(tiny(corpus, out, on_spike="rewind"))

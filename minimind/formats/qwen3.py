@@ -1,6 +1,7 @@
 """Models in the files that Hugging Face transformers reads.
 
-The architecture is Qwen3, so transformers, vLLM, llama.cpp's converter and others need no code of ours.
+The architecture is Qwen3, or Qwen3-MoE for a mixture of experts, so transformers, vLLM, llama.cpp's converter
+and others need no code of ours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 from ..model_config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
+from .expert_names import to_checkpoint_names
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -53,7 +55,7 @@ def save_weights(
     old model or the new one, and a full disk leaves the old one.
 
     Args:
-        state_dict: all parameters by their Hugging Face names, on any device; a tied matrix may stand twice.
+        state_dict: all parameters as a model names them, on any device; a tied matrix may stand twice.
         config: the shape.
         folder: made where it does not exist.
         dtype: what the weights are rounded to, float16 or bfloat16.
@@ -64,7 +66,7 @@ def save_weights(
     """
     tensors = {
         name: _rounded(name, tensor, dtype)
-        for name, tensor in state_dict.items()
+        for name, tensor in to_checkpoint_names(state_dict).items()
         if not (config.tie_word_embeddings and name == _TIED)
     }
     # transformers 4 reads the older of the two names.
@@ -157,7 +159,7 @@ def build_model(config: MiniMindConfig, weights: Mapping[str, Tensor], source: s
                 f"{source}: {_TIED} differs from {_EMBEDDING}, but the config ties them; "
                 "set tie_word_embeddings to false."
             )
-    expected = model.state_dict()
+    expected = to_checkpoint_names(model.state_dict())
     problems = [f"{source} has no {name}." for name in sorted(expected.keys() - weights.keys())]
     problems += [
         f"{source} has {name}, which this model has not." for name in sorted(weights.keys() - expected.keys())
@@ -170,7 +172,8 @@ def build_model(config: MiniMindConfig, weights: Mapping[str, Tensor], source: s
     if problems:
         more = f"{len(problems) - 1} more such differences; " if len(problems) > 1 else ""
         raise ConfigError(f"{problems[0]} {more}Take the config that belongs to these weights.")
-    model.load_state_dict(weights)
+    for name, tensor in expected.items():
+        tensor.copy_(weights[name])
     return model
 
 

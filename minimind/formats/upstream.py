@@ -33,14 +33,14 @@ def upstream_config(values: Mapping[str, Any]) -> MiniMindConfig:
     """Translate the settings of the original's `MiniMindConfig`.
 
     Raises:
-        ConfigError: for a mixture of experts, or a shape that cannot be built.
+        ConfigError: for a shape that cannot be built.
     """
-    if values.get("use_moe"):
-        raise ConfigError(
-            "use_moe is true, but mixture-of-experts models are not supported; use a dense one."
-        )
     shared = {field.name for field in dataclasses.fields(MiniMindConfig)} - {"rope_scaling"}
     given = {key: value for key, value in values.items() if key in shared and value is not None}
+    if given.get("use_moe"):
+        # Also for one expert a token, whose weight is then always 1.
+        given.setdefault("norm_topk_prob", True)
+        given.setdefault("router_aux_loss_coef", 5e-4)
     scaling = values.get("rope_scaling") if values.get("inference_rope_scaling", True) else None
     if scaling:
         scaling = {**_YARN_DEFAULTS, **scaling}
@@ -55,7 +55,7 @@ def read_upstream_config(path: Path) -> MiniMindConfig:
     """Read the settings of the original from a JSON file.
 
     Raises:
-        ConfigError: when the file is missing, not a JSON object, or not a dense model.
+        ConfigError: when the file is missing, not a JSON object, or a shape that cannot be built.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -88,6 +88,4 @@ def load_upstream(path: Path, config: MiniMindConfig) -> MiniMindForCausalLM:
         isinstance(value, torch.Tensor) for value in weights.values()
     ):
         raise ConfigError(f"{path} holds more than weights; name a pretrain_*.pth, not a resume file.")
-    if any(".experts." in name for name in weights):
-        raise ConfigError(f"{path} is a mixture of experts, which is not supported; use a dense model.")
     return build_model(config, weights, str(path))

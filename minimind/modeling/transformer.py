@@ -1,6 +1,6 @@
 """The model: a Qwen3-shaped decoder with the parameter names of Hugging Face.
 
-Shapes: B batch, T tokens, C hidden, V vocabulary.
+Shapes: B batch, T tokens, C hidden, V vocabulary, L blocks, E experts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .attention import (
 from .feed_forward import SwiGLU
 from .kv_cache import KVCache, LayerCache
 from .loss import IGNORED, linear_cross_entropy
+from .moe import MixtureOfExperts
 from .rope import Rotary, RotaryTable
 
 
@@ -38,16 +39,19 @@ class CausalLMOutput(NamedTuple):
     Attributes:
         loss: float32 scalar, None without labels.
         logits: (B, T, V), None where only the loss was asked for.
+        routing: (L, 2, E) what the routers chose, None without experts; see `MixtureOfExperts.forward`. No
+            part of it is in the loss; `moe.balance_loss` makes one of it.
     """
 
     loss: Tensor | None
     logits: Tensor | None
+    routing: Tensor | None = None
 
 
 class MiniMindBlock(nn.Module):
-    """Attention, then SwiGLU, each behind a norm and added to the residual stream.
+    """Attention, then SwiGLU or experts, each behind a norm and added to the residual stream.
 
-    What SwiGLU adds is handed on beside the stream: the sum is made where the next norm reads it.
+    What the last of them adds is handed on beside the stream: the sum is made where the next norm reads it.
     """
 
     def __init__(self, config: MiniMindConfig) -> None:
@@ -55,7 +59,7 @@ class MiniMindBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = MixtureOfExperts(config) if config.use_moe else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -65,12 +69,21 @@ class MiniMindBlock(nn.Module):
         rotary: Rotary,
         mask: Mask | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Map the stream, (B, T, C), and what is still to be added to it, to those of the next block."""
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Map the stream, (B, T, C), and what is still to be added to it, to those of the next block.
+
+        The third is what the router chose, (2, E); see `MixtureOfExperts.forward`.
+        """
         x, normed = self.input_layernorm.add(x, added)
         added = self.dropout(self.self_attn(normed, rotary, mask, cache))
         x, normed = self.post_attention_layernorm.add(x, added)
-        return x, self.dropout(self.mlp(normed))
+        routing = None
+        if isinstance(self.mlp, MixtureOfExperts):
+            added, routing = self.mlp(normed, token_mask)
+        else:
+            added = self.mlp(normed)
+        return x, self.dropout(added), routing
 
 
 class MiniMindModel(nn.Module):
@@ -92,8 +105,9 @@ class MiniMindModel(nn.Module):
         position_ids: Tensor | None = None,
         mask: Mask | None = None,
         kv_cache: KVCache | None = None,
-    ) -> Tensor:
-        """Return the (B, T, C) normed hidden states; see `MiniMindForCausalLM.forward`."""
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the (B, T, C) normed hidden states and the routing; see `MiniMindForCausalLM.forward`."""
         length = input_ids.shape[1]
         start = kv_cache.length if kv_cache is not None else 0
         if start + length > self.config.max_position_embeddings:
@@ -108,24 +122,24 @@ class MiniMindModel(nn.Module):
             rotary = self.rotary(position_ids, start, length)
         x: Tensor = self.embed_tokens(input_ids)
         added: Tensor | None = None
+        routings: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training and kv_cache is None:
                 # The generator is set back for the second time, so that dropout draws the same.
                 # One tensor is kept for a block, not the two parts of a sum.
                 x = x if added is None else x + added
-                x, added = checkpoint(
+                x, added, routing = checkpoint(
                     layer,
-                    x,
-                    None,
-                    rotary,
-                    mask,
+                    *(x, None, rotary, mask, None, token_mask),
                     use_reentrant=False,
                     preserve_rng_state=self.config.dropout > 0,
                 )
             else:
                 cache = kv_cache.layers[index] if kv_cache is not None else None
-                x, added = layer(x, added, rotary, mask, cache)
-        return self.norm.add(x, added)[1]
+                x, added, routing = layer(x, added, rotary, mask, cache, token_mask)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm.add(x, added)[1], torch.stack(routings) if routings else None
 
 
 class OutputMatrix(nn.Linear):
@@ -170,8 +184,8 @@ class MiniMindForCausalLM(nn.Module):
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if parameter.dim() >= 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if writes else std)
 
     def tie_weights(self) -> None:
@@ -220,6 +234,7 @@ class MiniMindForCausalLM(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        token_mask: Tensor | None = None,
     ) -> CausalLMOutput:
         """Run the model.
 
@@ -233,24 +248,25 @@ class MiniMindForCausalLM(nn.Module):
             position_ids: (B, T) position of each token; None counts up from the cache's length.
             document_ids: (B, T) int32; tokens attend within equal ids only. None: a row is one document.
             kv_cache: keys and values of earlier tokens, extended by these.
+            token_mask: (B, T) bool, False for padding, which experts leave out; without them it plays no part.
         """
         mask = self._mask(input_ids, document_ids, kv_cache)
-        hidden = self.model(input_ids, position_ids, mask, kv_cache)
+        hidden, routing = self.model(input_ids, position_ids, mask, kv_cache, token_mask)
         if shift_labels is not None:
             rows, targets = hidden.flatten(0, 1), shift_labels.flatten()
             loss = self.lm_head(rows, lambda weight: self._summed_loss(rows, weight, targets))
             if num_items_in_batch is None:
                 num_items_in_batch = (shift_labels != IGNORED).sum().clamp(min=1)
-            return CausalLMOutput(loss / num_items_in_batch, None)
+            return CausalLMOutput(loss / num_items_in_batch, None, routing)
         logits = self.lm_head(hidden)
         if labels is None:
-            return CausalLMOutput(None, logits)
+            return CausalLMOutput(None, logits, routing)
         loss = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),
             labels[:, 1:].flatten(),
             ignore_index=IGNORED,
         )
-        return CausalLMOutput(loss, logits)
+        return CausalLMOutput(loss, logits, routing)
 
     def _mask(self, input_ids: Tensor, document_ids: Tensor | None, kv_cache: KVCache | None) -> Mask | None:
         """Return what each token may see, in the form that suits the device; None is all before it."""
