@@ -1,4 +1,4 @@
-"""The load of experts in one optimizer step, over all processes: a loss that balances it, numbers that show it.
+"""The load of experts in an optimizer step over all processes: a loss to balance it, numbers to show it.
 
 Shapes: L blocks, E experts, K experts of a token.
 """

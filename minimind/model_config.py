@@ -178,9 +178,9 @@ class MiniMindConfig:
 
         6N + 6·L·H·D·T, after appendix B of PaLM (Chowdhery et al. 2022): each weight is multiplied and added
         once forward and twice backward. N holds the vocabulary once, as the output matrix; looking up an
-        embedding costs nothing. Of the experts N holds those that a token passes. PaLM's 12·L·H·D·T for attention is halved, since a causal query sees half
-        of the keys on average. The document mask saves more than that, and recomputation is not counted:
-        neither may flatter the utilisation.
+        embedding costs nothing. Of the experts N holds those that a token passes. PaLM's 12·L·H·D·T for
+        attention is halved, since a causal query sees half of the keys on average. The document mask saves
+        more than that, and recomputation is not counted: neither may flatter the utilisation.
 
         Args:
             seq_len: T, tokens in a row.
@@ -215,7 +215,7 @@ class MiniMindConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MiniMindConfig:
-        """Read the keys of a Qwen3 or Qwen3-MoE `config.json`, written by transformers 4 or 5 or by `to_dict`.
+        """Read a Qwen3 or Qwen3-MoE `config.json`, written by transformers 4 or 5 or by `to_dict`.
 
         Raises:
             ConfigError: when it describes a model that this is not, or misses its shape.

@@ -15,8 +15,8 @@ from .muon import Muon
 # skip_if_nonfinite.
 FUSED_DEVICES = ("cuda", "cpu")
 
-# Matrices whose every row is a choice, by their Hugging Face names: of the output a token, like the rows of an
-# embedding, and of a router an expert.
+# Matrices whose rows are choices, by their Hugging Face names: of the output tokens, like the rows of an
+# embedding, and of a router experts.
 OUTPUT = "lm_head."
 ROUTER = ".mlp.gate.weight"
 

@@ -28,10 +28,9 @@ REFUSED: Mapping[str, str] = {
         _SHAPE,
     ),
     "rope_theta": "the weights were trained with other positions; {give}, or start a new run",
-    "num_experts_per_tok": "the weights were trained with so many experts for a token; {give}, or start a new "
-    "run",
-    "norm_topk_prob": "the weights were trained with the experts of a token weighted otherwise; give the "
-    "--from-weight that the run began with, or start a new run",
+    "num_experts_per_tok": "the weights were trained with another number; {give}, or start a new run",
+    "norm_topk_prob": "the experts of a token were weighted otherwise; give the --from-weight that the run "
+    "began with, or start a new run",
     "optimizer": "the saved moments are those of another optimizer; {give}, or start a new run with "
     "--from-weight",
     "max_seq_len": _ORDER,

@@ -32,6 +32,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False, "max_steps": 6},
     "bf16": {"mixed_precision": "bf16", "max_steps": 6},
     "compiled": {"compile": True, "max_steps": 3},
+    # The balancing loss weighs enough to be seen in the weights, and looks at all processes together.
+    "experts": {
+        "use_moe": True,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "router_aux_loss_coef": 0.1,
+    },
 }
 
 

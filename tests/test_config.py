@@ -66,6 +66,16 @@ def test_all_conflicts_are_listed() -> None:
     ]
 
 
+def test_options_of_experts_belong_to_experts_and_to_each_other() -> None:
+    assert problems_of(num_experts=8, moe_intermediate_size=64) == [
+        "--num-experts 8 is of experts only; give --use-moe too.",
+        "--moe-intermediate-size 64 is of experts only; give --use-moe too.",
+    ]
+    assert problems_of(use_moe=True, num_experts_per_tok=5) == [
+        "--num-experts-per-tok 5 is more than --num-experts 4; lower it."
+    ]
+
+
 @pytest.mark.parametrize("values", [{"head_dim": 63}, {"hidden_size": 72, "num_attention_heads": 8}])
 def test_a_head_of_odd_width_is_refused(values: dict[str, int]) -> None:
     assert problems_of(**values) == [

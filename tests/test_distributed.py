@@ -50,13 +50,18 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("topology", "processes", "wrapper", "names"),
     [
-        ("ddp", 2, "DistributedDataParallel", ["packed", "padded", "accumulated", "untied", "bf16"]),
+        (
+            "ddp",
+            2,
+            "DistributedDataParallel",
+            ["packed", "padded", "accumulated", "untied", "bf16", "experts"],
+        ),
         ("ddp", 4, "DistributedDataParallel", ["packed", "padded", "accumulated"]),
         (
             "fsdp2",
             2,
             "FSDPMiniMindForCausalLM",
-            ["packed", "padded", "accumulated", "untied", "bf16", "compiled"],
+            ["packed", "padded", "accumulated", "untied", "bf16", "compiled", "experts"],
         ),
         ("fsdp2", 4, "FSDPMiniMindForCausalLM", ["packed", "padded", "accumulated"]),
         ("hsdp", 4, "FSDPMiniMindForCausalLM", ["packed"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,21 @@ from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@st.composite
+def experts(draw) -> dict[str, Any]:
+    if not draw(st.booleans()):
+        return {}
+    number = draw(st.integers(1, 5))
+    return {
+        "use_moe": True,
+        "num_experts": number,
+        "num_experts_per_tok": draw(st.integers(1, number)),
+        "moe_intermediate_size": draw(st.sampled_from([None, 5, 24])),
+        "norm_topk_prob": draw(st.sampled_from([None, True, False])),
+        "router_aux_loss_coef": draw(st.sampled_from([0.0, 0.25])),
+    }
 
 
 @st.composite
@@ -36,6 +52,7 @@ def configs(draw) -> MiniMindConfig:
         rope_scaling=draw(st.sampled_from([None, YARN, {**YARN, "attention_factor": 1.0}])),
         tie_word_embeddings=draw(st.booleans()),
         dropout=draw(st.sampled_from([0.0, 0.1])),
+        **draw(experts()),
         eos_token_id=draw(st.integers(0, 9)),
     )
 
@@ -46,6 +63,15 @@ def test_the_number_of_parameters_is_that_of_the_model_built(config):
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     assert config.num_parameters() == sum(p.numel() for p in model.parameters())
+    # Of stacked experts a token passes some.
+    passed = {True: config.num_experts_per_tok, False: 1}
+    active = sum(
+        p.numel() * passed[p.dim() == 3] // (len(p) if p.dim() == 3 else 1) for p in model.parameters()
+    )
+    assert config.num_active_parameters() == active
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * 16
+    assert config.flops_per_token(16) == 6 * (active - embedding + attention)
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,6 +118,17 @@ def test_absent_keys_of_a_hugging_face_config_mean_transformers_defaults():
     assert config.eos_token_id == 7
 
 
+def test_absent_keys_of_a_mixture_mean_transformers_defaults():
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MiniMindConfig.from_dict({"model_type": "qwen3_moe", "num_key_value_heads": 2, **shape})
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (128, 8, 768)
+    assert (config.norm_topk_prob, config.head_dim, config.use_moe) == (False, 4, True)
+    # As transformers 5 writes it.
+    named = {**config.to_dict(), "num_local_experts": 16}
+    del named["num_experts"]
+    assert MiniMindConfig.from_dict(named).num_experts == 16
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -100,6 +137,8 @@ def test_absent_keys_of_a_hugging_face_config_mean_transformers_defaults():
         ({"head_dim": 5}, "head_dim 5 is odd"),
         ({"vocab_size": 0}, "vocab_size 0 is not a size"),
         ({"dropout": 1.0}, "dropout 1.0 is out of range"),
+        ({"use_moe": True, "num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok 3 is more than"),
+        ({"use_moe": True, "num_experts": 0}, "num_experts 0 is not a size"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
         ({"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale not supported"),
@@ -118,6 +157,8 @@ def test_a_shape_that_cannot_be_built_is_refused(values, sentence):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"intermediate_size": None}, "intermediate_size missing"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers is .0."),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
     ],
 )
 def test_the_config_of_another_model_is_refused(change, sentence):

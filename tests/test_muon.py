@@ -84,6 +84,35 @@ def test_hidden_matrices_go_to_muon_and_all_else_to_adamw(tied: bool) -> None:
     assert not found
 
 
+def test_routers_go_to_adamw_and_stacked_experts_to_muon() -> None:
+    config = MiniMindConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, use_moe=True)
+    groups = build_optimizer(MiniMindForCausalLM(config), CONFIG, "cpu").param_groups
+    found = {name: (g["algorithm"], g["weight_decay"]) for g in groups for name in g["param_names"]}
+    assert found["model.layers.0.mlp.gate.weight"] == ("adamw", 0.3)
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        assert found[f"model.layers.0.mlp.experts.{projection}"] == ("muon", 0.3)
+
+
+@pytest.mark.parametrize("stacks", [1, 2])
+def test_stacked_matrices_are_updated_as_if_each_stood_by_itself(stacks: int) -> None:
+    torch.manual_seed(0)
+    whole = [nn.Parameter(torch.randn(3, 10, 24)) for _ in range(stacks)]
+    single = [nn.Parameter(matrix.detach().clone()) for stack in whole for matrix in stack]
+    optimizers = [
+        Muon([{"params": p, "algorithm": "muon", "weight_decay": 0.1}], lr=0.1) for p in (whole, single)
+    ]
+    for _ in range(3):
+        for stack in whole:
+            stack.grad = torch.randn_like(stack)
+        for matrix, grad in zip(single, [g for stack in whole for g in stack.grad], strict=True):
+            matrix.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(
+        torch.cat([p.detach() for p in whole]), torch.stack([p.detach() for p in single])
+    )
+
+
 def test_a_vector_is_refused_for_muon() -> None:
     with pytest.raises(ValueError, match="matrices"):
         Muon([{"params": [nn.Parameter(torch.ones(3))], "algorithm": "muon"}], lr=0.1)

@@ -26,7 +26,10 @@ def parameters(config: PretrainConfig, vocabulary: int = 6400) -> int:
     d = config.head_dim or c // heads
     f = config.intermediate_size or math.ceil(c * 8 / 3 / 64) * 64
     attention = c * heads * d + 2 * c * kv_heads * d + heads * d * c + 2 * d
-    block = attention + 3 * c * f + 2 * c
+    feed_forward = 3 * c * f
+    if config.use_moe:
+        feed_forward = config.num_experts * (3 * c * (config.moe_intermediate_size or f) + c)
+    block = attention + feed_forward + 2 * c
     return vocabulary * c + config.num_hidden_layers * block + c
 
 
@@ -37,7 +40,7 @@ def test_a_preset_has_the_size_it_states(name: str) -> None:
 
 def test_every_preset_states_its_size() -> None:
     assert list(PRESETS) == list(PRESET_PARAMETERS)
-    assert [size_text(name) for name in PRESETS] == ["1.6M", "26M", "64M", "104M", "350M", "1B"]
+    assert [size_text(name) for name in PRESETS] == ["1.6M", "26M", "64M", "198M", "104M", "350M", "1B"]
 
 
 def test_shape_options_are_options() -> None:

@@ -11,7 +11,7 @@ import pytest
 from minimind.config import PretrainConfig
 from minimind.resume import CHANGED, FREE, REFUSED, changed_group_values, differences
 
-WORKED_OUT = {"tokenizer_fingerprint", "data_fingerprint", "data_mixture"}
+WORKED_OUT = {"tokenizer_fingerprint", "data_fingerprint", "data_mixture", "norm_topk_prob"}
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def settings(**changes: Any) -> dict[str, Any]:
             "tokenizer_fingerprint": "t1",
             "data_fingerprint": "d1",
             "data_mixture": "none",
+            "norm_topk_prob": None,
         }
         | changes
     )
@@ -61,6 +62,7 @@ def test_refused_options_name_old_new_and_the_way_out(key: str) -> None:
     assert "8 → 16" in line
     assert "{" not in line
     flag = "--data" if key.startswith("data_") else "--" + key.removesuffix("_fingerprint").replace("_", "-")
+    flag = {"norm_topk_prob": "--from-weight"}.get(key, flag)
     assert flag in line.partition(": ")[2]
 
 

@@ -87,6 +87,7 @@ def test_stopped_at_every_step_and_resumed_equals_never_stopped(
         {"packing": False},
         {"packing": False, "dropout": 0.0, "accumulation_steps": 1},
         {"mixed_precision": "bf16"},
+        {"use_moe": True, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         {"lr_schedule": "wsd", "warmup_steps": 5, "grad_clip": 0.0, "tie_word_embeddings": False},
     ],
     ids=lambda changes: ",".join(changes),

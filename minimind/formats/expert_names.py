@@ -15,7 +15,7 @@ _STACK = re.compile(r"(.*\.mlp\.experts)\.((?:gate|up|down)_proj)")
 
 
 def to_checkpoint_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a model by their names in files; dense ones, and those so named, stay as they are.
+    """Return the weights of a model by their names in files; all but stacked experts stay as they are.
 
     `model.layers.0.mlp.experts.up_proj`, (E, F, C), becomes `model.layers.0.mlp.experts.0.up_proj.weight` and
     so on, (F, C) each. These are views into the stack: what is copied into them is in the model.

@@ -109,9 +109,9 @@ class Experts(nn.Module):
 def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Return rows·Wₑᵀ, each group of rows with its own matrix; undefined behind the last group.
 
-    Torch's kernel on CUDA in bf16, which needs no alignment of the groups here, where only rows are cut (before
-    Hopper torch itself runs a product for each group). Elsewhere `looped_linear`: what torch has for other
-    dtypes cannot be compiled.
+    Torch's kernel on CUDA in bf16, to which groups of any size are right where only rows are cut, as here
+    (before Hopper torch itself runs a product for each group). Elsewhere `looped_linear`: what torch has for
+    other dtypes cannot be compiled.
 
     Args:
         rows: (S, C) sorted by group.
@@ -200,7 +200,7 @@ def balance_loss(counts: Tensor, probability_sums: Tensor, experts_per_token: in
 
     Args:
         counts: (L, E) how many times each expert was chosen, over all tokens that are balanced together.
-        probability_sums: (L, E) sums of the router probabilities over the tokens at hand, all of them or some.
+        probability_sums: (L, E) router probabilities, summed over these tokens or some of them.
         experts_per_token: K.
 
     Returns:

@@ -248,7 +248,7 @@ class MiniMindForCausalLM(nn.Module):
             position_ids: (B, T) position of each token; None counts up from the cache's length.
             document_ids: (B, T) int32; tokens attend within equal ids only. None: a row is one document.
             kv_cache: keys and values of earlier tokens, extended by these.
-            token_mask: (B, T) bool, False for padding, which experts leave out; without them it plays no part.
+            token_mask: (B, T) bool, False for padding, which experts leave out; dense blocks do not look.
         """
         mask = self._mask(input_ids, document_ids, kv_cache)
         hidden, routing = self.model(input_ids, position_ids, mask, kv_cache, token_mask)

@@ -59,7 +59,7 @@ def test_help_shows_every_option_with_its_default(run: Command, monkeypatch: pyt
             assert setting.default_text in line
     for panel in ("Data", "Model", "Optimization", "Run"):
         assert f"─ {panel} ─" in out
-    assert "--use-moe" not in out
+    assert "--num-workers" not in out
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def test_the_cpu_asked_for_counts_as_no_gpu(
         ("--packing false", "packing", False),
         ("--packing=1", "packing", True),
         ("--from_weight none", "from_weight", None),
-        ("--use_moe 0", "hidden_size", 512),
+        ("--use_moe 0", "use_moe", False),
+        ("--use_moe 1", "use_moe", True),
         ("--accumulation_steps 8", "accumulation_steps", 8),
         ("--max-tokens 1e9", "max_tokens", 10**9),
         ("--grad_clip 0", "grad_clip", 0.0),
@@ -165,7 +166,7 @@ def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: li
     ("words", "advice"),
     [
         ("--device cuda:1", "put CUDA_VISIBLE_DEVICES=1 before the command"),
-        ("--use_moe 1", "every layer is dense"),
+        ("--num_experts 8", "give --use-moe too"),
         ("--use_compile yes", "write 0 or 1"),
         ("--accumulation_steps 2 --global_batch_size 64", "give only one of them"),
         ("--preset huge", "choose one of tiny, "),

@@ -24,6 +24,9 @@ VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "wide heads": {"head_dim": 24, "num_key_value_heads": 1},
+    "one expert": {"use_moe": True},
+    "two experts": {"use_moe": True, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    "one expert, normalized": {"use_moe": True, "norm_topk_prob": True, "head_dim": 24},
     "yarn": {"rope_scaling": YARN},
     "yarn with all numbers": {
         "rope_scaling": {**YARN, "attention_factor": 1.0, "beta_fast": 16, "beta_slow": 2}
@@ -54,7 +57,8 @@ def test_transformers_loads_our_folder_and_gives_our_logits(variant, tmp_path):
     model = build(**VARIANTS[variant])
     save_model(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    kind = "Qwen3MoeForCausalLM" if model.config.use_moe else "Qwen3ForCausalLM"
+    assert type(theirs).__name__ == kind
     with torch.no_grad():
         expected, ours = theirs(IDS, labels=IDS), model(IDS, labels=IDS)
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-4, rtol=0)
@@ -68,7 +72,12 @@ def test_we_load_a_folder_of_transformers_and_give_its_logits(variant, tmp_path)
     transformers = pytest.importorskip("transformers")
     config = MiniMindConfig(**{**SHAPE, "initializer_range": 0.1, **VARIANTS[variant]}).to_dict()
     torch.manual_seed(1)
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config))
+    kind = "Qwen3Moe" if VARIANTS[variant].get("use_moe") else "Qwen3"
+    described = getattr(transformers, f"{kind}Config")(**config)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(described)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("mlp.gate.weight"):  # transformers begins with zeros
+            torch.nn.init.normal_(parameter)
     theirs.eval().save_pretrained(tmp_path)
     model = load_model(tmp_path).eval()
     with torch.no_grad():
@@ -84,6 +93,18 @@ def test_a_saved_model_comes_back_the_same(variant, tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     assert (back.lm_head.weight is back.model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def test_each_matrix_of_each_expert_stands_by_itself_in_a_file(tmp_path):
+    model = build(use_moe=True)
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        stack = model.state_dict()[f"model.layers.1.mlp.experts.{projection}"]
+        for e in range(4):
+            stored = weights.pop(f"model.layers.1.mlp.experts.{e}.{projection}.weight")
+            assert torch.equal(stored.float(), stack[e])
+    assert not any("layers.1.mlp.experts" in name for name in weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

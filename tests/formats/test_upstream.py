@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minimind.errors import ConfigError
+from minimind.formats.expert_names import to_checkpoint_names
 from minimind.formats.upstream import load_upstream, read_upstream_config, upstream_config
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -19,23 +20,30 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["dense", "yarn"])
+@pytest.mark.parametrize("kind", ["dense", "yarn", "moe"])
 def test_the_originals_weights_are_read_without_loss(shared, kind):
     path = shared / "compat" / f"minimind3_{kind}_tiny"
     model = load_upstream(path.with_suffix(".pth"), read_upstream_config(path.with_suffix(".config.json")))
     stored = torch.load(path.with_suffix(".pth"), weights_only=True)
-    assert model.state_dict().keys() == stored.keys()
-    for name, tensor in model.state_dict().items():
+    weights = to_checkpoint_names(model.state_dict())
+    assert weights.keys() == stored.keys()
+    for name, tensor in weights.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.half(), stored[name])
 
 
-def test_a_mixture_of_experts_is_refused(shared, tmp_path):
+def test_the_original_normalizes_the_weight_of_a_single_expert_too():
+    config = upstream_config({**TINY, "use_moe": True})
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (4, 1, 24)
+    assert (config.norm_topk_prob, config.router_aux_loss_coef) == (True, 5e-4)
+    assert upstream_config({**TINY, "use_moe": True, "norm_topk_prob": False}).norm_topk_prob is False
+
+
+def test_a_mixture_does_not_fit_a_dense_config(shared):
     path = shared / "compat" / "minimind3_moe_tiny"
-    with pytest.raises(ConfigError, match="use_moe is true, but mixture-of-experts"):
-        read_upstream_config(path.with_suffix(".config.json"))
-    with pytest.raises(ConfigError, match=r"moe_tiny.pth is a mixture of experts"):
-        load_upstream(path.with_suffix(".pth"), MiniMindConfig(**TINY))
+    dense = {**json.loads(path.with_suffix(".config.json").read_text()), "use_moe": False}
+    with pytest.raises(ConfigError, match=r"moe_tiny.pth has no .*mlp.down_proj.*Take the config"):
+        load_upstream(path.with_suffix(".pth"), upstream_config(dense))
 
 
 def test_yarn_takes_the_originals_defaults_and_acts_only_beyond_the_original_length():

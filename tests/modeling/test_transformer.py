@@ -37,7 +37,7 @@ def gradients(model: MiniMindForCausalLM) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["dense", "yarn"])
+@pytest.mark.parametrize("kind", ["dense", "yarn", "moe"])
 def test_the_original_gives_the_same_logits_and_loss(shared, kind):
     files = shared / "compat"
     config = read_upstream_config(files / f"minimind3_{kind}_tiny.config.json")
@@ -52,13 +52,14 @@ def test_the_original_gives_the_same_logits_and_loss(shared, kind):
     torch.testing.assert_close(fused[None], expected["loss"], atol=1e-5, rtol=0)
 
 
-def test_new_weights_are_normal_and_those_written_to_the_stream_smaller_with_depth():
-    model = build(hidden_size=128, num_hidden_layers=8, vocab_size=400)
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_new_weights_are_normal_and_those_written_to_the_stream_smaller_with_depth(use_moe):
+    model = build(hidden_size=128, num_hidden_layers=8, vocab_size=400, use_moe=use_moe)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert torch.equal(parameter, torch.ones_like(parameter))
             continue
-        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        writes = "o_proj" in name or "down_proj" in name
         expected = 0.02 / math.sqrt(16) if writes else 0.02
         assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
         assert abs(parameter.mean().item()) < 0.1 * expected
