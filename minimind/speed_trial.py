@@ -15,6 +15,7 @@ from .batch_plan import BatchPlan
 from .config import PretrainConfig
 from .data.loader import Loader, MicroBatch
 from .data.shards import TokenShards
+from .expert_balance import ExpertBalance
 from .train import forward_loss
 
 # Share of a GPU's memory that may be used: a run evaluates and talks to other processes besides.
@@ -92,7 +93,8 @@ class SpeedTrial:
         self._synchronize()
         began = time.perf_counter()
         with self._accelerator.no_sync(self._model):
-            loss = forward_loss(self._model, batch)
+            # Without what balances experts: processes would have to do the same rounds to exchange counts.
+            loss = forward_loss(self._model, batch, ExpertBalance(self._accelerator, self._config))
             self._accelerator.backward(loss / batch.shift_labels.numel())
         self._synchronize()
         return time.perf_counter() - began

@@ -223,10 +223,10 @@ def decay_wanted(run: Run, state: TrainState) -> int:
     return steps if state.step + steps < run.total_steps else 0
 
 
-def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance) -> torch.Tensor:
+def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance | None = None) -> torch.Tensor:
     """Return the cross-entropy of a micro-batch summed over its real targets, a float32 scalar.
 
-    What the routers chose on the way is noted in `balance`.
+    With experts, `balance` says what to route and is told what the routers chose.
     """
     # The constant 1 keeps the compiled graph the same for every count of targets.
     output = model(
@@ -235,10 +235,11 @@ def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance) ->
         document_ids=batch.document_ids,
         position_ids=batch.position_ids,
         num_items_in_batch=1,
-        **balance.inputs(batch),
+        **(balance.inputs(batch) if balance is not None else {}),
     )
-    # A model of the caller's own has none.
-    balance.note(getattr(output, "routing", None))
+    if balance is not None:
+        # A model of the caller's own has none.
+        balance.note(getattr(output, "routing", None))
     return output.loss
 
 
