@@ -67,7 +67,7 @@ def test_help_fits_a_hundred_columns_with_its_examples_whole(
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("pretrain --preset mini", ["minimind2-small", "minimind-3", "minimind2"]),
+        ("pretrain --preset mini", ["minimind2-small", "minimind-3", "minimind-3-moe", "minimind2"]),
         ("bench --preset ", list(PRESETS)),
         ("pretrain --lr-schedule w", ["wsd"]),
         ("pretrain --tracker ", ["tensorboard", "wandb", "swanlab", "none"]),
