@@ -12,10 +12,14 @@ def model_rows(shape: Mapping[str, Any], parts: Mapping[str, int]) -> list[tuple
     """Return the rows of a shape and of parameters by part; either may be empty."""
     rows = []
     if shape:
+        inner = shape["intermediate_size"]
+        if shape.get("use_moe"):
+            each, passed = shape["moe_intermediate_size"], shape["num_experts_per_tok"]
+            inner = f"{each} in each of {shape['num_experts']} experts ({passed} a token)"
         described = (
             f"{shape['num_hidden_layers']} blocks {shape['hidden_size']} wide, "
             f"{shape['num_attention_heads']} heads of {shape['head_dim']}, {shape['num_key_value_heads']} "
-            f"key/value heads, inner width {shape['intermediate_size']}, vocabulary {shape['vocab_size']}"
+            f"key/value heads, inner width {inner}, vocabulary {shape['vocab_size']}"
         )
         total = f"{count(parts['all'])} parameters: " if parts else ""
         rows.append(("model", total + described))

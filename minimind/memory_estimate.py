@@ -4,7 +4,8 @@ The peak comes either when the backward pass begins, with all activations of a m
 end, with all gradients there; between the two the one makes room for the other. What the CUDA context and
 unused pieces of the allocator take (about 1 GB) comes on top.
 
-N tokens of a micro-batch, C hidden, H heads, K kv heads, D head dim, F inner, V vocabulary.
+N tokens of a micro-batch, C hidden, H heads, K kv heads, D head dim, F inner, V vocabulary. With experts F
+stands for the inner values of all that a token passes; the estimate is then a rougher one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .model_config import MiniMindConfig
 Compiled = Literal["whole", "blocks", "no"]
 
 _FLOAT = 4
+_INDEX = 8
 # What matrix products on a Hopper GPU set aside, with the small tensors that are not counted here.
 _WORKSPACE = 64 << 20
 # Logits that the loss holds at once on a GPU; see `modeling.loss`.
@@ -80,31 +82,40 @@ def activation_bytes_per_token_layer(
         seq_len: tokens of a row, for the mask of a block that is not compiled.
         fused: the kernels of `modeling.fused` are used.
     """
-    c, f = shape.hidden_size, shape.intermediate_size
+    c, f = shape.hidden_size, _inner_width(shape)
     q, kv = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
     low = 2 if half else _FLOAT
     # 1 / rms in float32, of both norms and of each head; the log of each head's softmax sum.
     small = _FLOAT * (2 + 2 * shape.num_attention_heads + shape.num_key_value_heads)
+    experts = 0
+    if shape.use_moe:
+        k = shape.num_experts_per_tok
+        # Rows sorted by expert, and those that come back; there is no kernel that makes silu(gate)·up again.
+        experts = low * (2 * k * c + (f if fused else 0))
+        # Probabilities and weights of experts, which they are, and the order of rows there and back.
+        experts += _FLOAT * (shape.num_experts + k) + 3 * _INDEX * k
     if fused:
         # The results of both norms, of the products for queries, keys and values and for gate and up, and of
         # attention; 1 / rms of both norms and the log of each head's softmax sum.
-        return low * (2 * c + 2 * q + 2 * kv + 2 * f) + _FLOAT * (2 + shape.num_attention_heads)
+        return low * (2 * c + 2 * q + 2 * kv + 2 * f) + _FLOAT * (2 + shape.num_attention_heads) + experts
     # What the attention kernel keeps: queries and keys as rotated, values, and its own result.
     kernel = low * (2 * q + 2 * kv)
     if compiled == "no":
         stream = 2 * _FLOAT * c + 2 * _FLOAT * c  # before and after each norm's division
         inputs = low * 5 * c if half else low * 2 * c  # a cast of its own for each of q, k, v, gate and up
+        if half and shape.use_moe:
+            inputs = low * 3 * c + _FLOAT * c  # of the last two the router's, which is none
         heads = 2 * _FLOAT * (q + kv)  # before and after the division of the norms of heads
         inner = low * 4 * f  # gate, silu(gate), up and their product
         # On a GPU, a masked kernel takes keys and values for every query head and the mask as numbers.
         kernel += low * 2 * (q - kv) + low * seq_len
-        return stream + inputs + heads + kernel + inner + small
+        return stream + inputs + heads + kernel + inner + small + experts
     # One graph stores the stream before both norms, a graph a block the first one and what attention added.
     stream = 2 * _FLOAT * c if compiled == "whole" else _FLOAT * c + low * c
     inputs = low * 2 * c  # the results of both norms
     heads = low * (q + kv)  # queries and keys before their norms
     inner = low * 3 * f  # gate, up and silu(gate)·up
-    return stream + inputs + heads + kernel + inner + small
+    return stream + inputs + heads + kernel + inner + small + experts
 
 
 def estimate_memory(
@@ -137,7 +148,7 @@ def estimate_memory(
         fused: the kernels of `modeling.fused` are used.
     """
     tokens, layers = rows * seq_len, shape.num_hidden_layers
-    c, f, vocabulary = shape.hidden_size, shape.intermediate_size, shape.vocab_size
+    c, f, vocabulary = shape.hidden_size, _inner_width(shape), shape.vocab_size
     half = precision != "no"
     low = 2 if half else _FLOAT
     parameters, matrices = shape.num_parameters(), _block_matrices(shape)
@@ -166,7 +177,7 @@ def estimate_memory(
         optimizer=optimizer_bytes(shape, optimizer) // shards,
         activations=tokens * (layers * kept + last),
         working=max(backward, _loss_bytes(tokens, c, vocabulary, low, compiled)),
-        optimizer_working=_MUON_WORK * 2 * layers * c * f if optimizer == "muon" else 0,
+        optimizer_working=_MUON_WORK * 2 * layers * _inner_weights(shape) // 3 if optimizer == "muon" else 0,
         gradients_stay=accumulation_steps > 1 or (num_processes > 1 and shards == 1),
         gradients_twice=accumulation_steps > 1 and compiled == "whole",
     )
@@ -178,11 +189,25 @@ def optimizer_bytes(shape: MiniMindConfig, optimizer: str) -> int:
     return both - _FLOAT * _block_matrices(shape) if optimizer == "muon" else both
 
 
+def _inner_width(shape: MiniMindConfig) -> int:
+    """Return F: the inner values of one token in a block."""
+    if not shape.use_moe:
+        return shape.intermediate_size
+    assert shape.moe_intermediate_size is not None
+    return shape.num_experts_per_tok * shape.moe_intermediate_size
+
+
+def _inner_weights(shape: MiniMindConfig) -> int:
+    """Return the parameters of the three matrices, or stacks of experts, behind attention in one block."""
+    stacked = shape.num_experts / shape.num_experts_per_tok if shape.use_moe else 1
+    return round(3 * shape.hidden_size * _inner_width(shape) * stacked)
+
+
 def _block_matrices(shape: MiniMindConfig) -> int:
-    """Return the parameters of all matrices inside the blocks."""
+    """Return the parameters of all matrices inside the blocks but the routers', which stay in float32."""
     c, d = shape.hidden_size, shape.head_dim
     attention = 2 * c * d * (shape.num_attention_heads + shape.num_key_value_heads)
-    return shape.num_hidden_layers * (attention + 3 * c * shape.intermediate_size)
+    return shape.num_hidden_layers * (attention + _inner_weights(shape))
 
 
 def _loss_bytes(tokens: int, c: int, vocabulary: int, low: int, compiled: Compiled) -> int:

@@ -23,7 +23,11 @@ from .settings import settings_of
 from .tokenizer import Tokenizer, load_tokenizer
 
 # What a shape has besides dropout comes from the folder of --from-weight, where there is one.
-_FROM_WEIGHT = tuple(name for name in settings_of(ModelOptions) if name not in ("dropout", "from_weight"))
+_FROM_WEIGHT = tuple(
+    name
+    for name in settings_of(ModelOptions)
+    if name not in ("dropout", "router_aux_loss_coef", "from_weight")
+)
 # What the launcher tells by variables and is told by flags of the same name.
 _LAUNCHER_VARIABLES = (
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE",

@@ -252,6 +252,10 @@ SHAPE = (
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
+    "use_moe",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
     "vocab_size",
     "tie_word_embeddings",
 )

@@ -35,11 +35,21 @@ ROWS, LENGTH = 2, 64
 TRACED = "aot_eager_decomp_partition"
 
 
-def stored_bytes(layers: int, compiled: Compiled, *, half: bool, recompute: bool = False) -> int:
+EXPERTS = {"use_moe": True, "num_experts": 5, "moe_intermediate_size": 88}
+
+
+def stored_bytes(
+    layers: int,
+    compiled: Compiled,
+    *,
+    half: bool,
+    recompute: bool = False,
+    shape: MiniMindConfig = SHAPE,
+) -> int:
     """Count what the backbone stores for the backward pass, without the parameters and their copies."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = MiniMindForCausalLM(dataclasses.replace(SHAPE, num_hidden_layers=layers)).model.train()
+    model = MiniMindForCausalLM(dataclasses.replace(shape, num_hidden_layers=layers)).model.train()
     model.recompute = recompute
     if compiled == "whole":
         model.compile(backend=TRACED, fullgraph=True, dynamic=False)
@@ -82,6 +92,16 @@ def test_a_block_stores_what_the_formula_says(compiled: Compiled, half: bool) ->
     assert one_more == expected * ROWS * LENGTH
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_block_with_experts_stores_about_what_the_formula_says(k: int, half: bool) -> None:
+    shape = dataclasses.replace(SHAPE, **EXPERTS, num_experts_per_tok=k)
+    two, one = (stored_bytes(layers, "no", half=half, shape=shape) for layers in (2, 1))
+    expected = activation_bytes_per_token_layer(shape, half=half, compiled="no", seq_len=LENGTH)
+    expected -= (2 if half else 4) * (2 * 2 * SHAPE.head_dim + LENGTH)  # as above
+    assert two - one == pytest.approx(expected * ROWS * LENGTH, rel=0.02)
+
+
 def test_with_recomputation_a_block_stores_its_input_alone() -> None:
     two, one = (stored_bytes(layers, "no", half=True, recompute=True) for layers in (2, 1))
     one_more = two - one
@@ -105,8 +125,11 @@ def estimate(shape: MiniMindConfig = SHAPE, **changes: Any) -> MemoryEstimate:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_gradients_and_states_are_those_of_a_real_optimizer(optimizer: str, tied: bool) -> None:
-    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied)
+@pytest.mark.parametrize("experts", [{}, {**EXPERTS, "num_experts_per_tok": 2}], ids=["dense", "experts"])
+def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
+    optimizer: str, tied: bool, experts: dict[str, Any]
+) -> None:
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied, **experts)
     model = MiniMindForCausalLM(shape)
     config = PretrainConfig(optimizer=optimizer)  # type: ignore[arg-type]
     real = build_optimizer(model, config, "cpu")
