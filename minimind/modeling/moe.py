@@ -194,9 +194,8 @@ def balance_loss(counts: Tensor, probability_sums: Tensor, experts_per_token: in
     """Return the load-balancing loss of Switch Transformers, summed over blocks and tokens.
 
     Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6: E·Σₑ fₑ·Pₑ in each block, with fₑ the times that
-    expert e was chosen by a token on average and Pₑ its mean probability; at least K, where all are chosen
-    alike. Times the number of tokens it is E·Σₑ fₑ·(sum of e's probability), so that the parts of several
-    processes add up.
+    expert e was chosen by a token on average and Pₑ its mean probability; K where all are chosen alike. Times
+    the number of tokens it is E·Σₑ fₑ·(sum of e's probability): so the parts of several processes add up.
 
     Args:
         counts: (L, E) how many times each expert was chosen, over all tokens that are balanced together.
