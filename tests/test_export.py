@@ -315,7 +315,7 @@ def test_a_model_of_ones_own_is_not_taken_for_ours(corpus, tmp_path):
         pass
 
     pretrain(tiny(corpus, tmp_path / "out", max_steps=1), model_factory=Own)
-    with pytest.raises(CheckpointError, match="does not say the shape .* a model of your own"):
+    with pytest.raises(CheckpointError, match=r"does not say the shape .* a model of your own"):
         export_model(tmp_path / "out", tmp_path / "b")
 
 
