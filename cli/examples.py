@@ -52,6 +52,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "minimind-train checkpoints runs/mine",
         "minimind-train checkpoints runs/mine --no-verify",
     ),
+    "export": (
+        "minimind-train export runs/mine --output mine-hf",
+        "minimind-train export runs/mine --format gguf --dtype q8_0 --output mine-gguf",
+        "minimind-train export pretrain_768.pth --output from-the-original",
+    ),
     "verify-resume": (
         "minimind-train verify-resume --preset tiny",
         "minimind-train verify-resume --config runs/mine/config.toml --steps 20 --processes 2",

@@ -114,7 +114,9 @@ class ModelOptions:
     from_weight: Annotated[
         str | None,
         Option(
-            "Start from the weights of this model folder.", metavar="FOLDER", default_text="random weights"
+            "Start from the weights of this model folder, run, checkpoint or .pth of the original minimind.",
+            metavar="PATH",
+            default_text="random weights",
         ),
     ] = None
 

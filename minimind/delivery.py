@@ -10,7 +10,8 @@ from torch import nn
 
 from .durable_files import write_tensors
 from .errors import UserError
-from .formats.qwen3 import CONFIG, WEIGHTS, load_model, save_weights
+from .formats.qwen3 import CONFIG, load_model, save_weights
+from .formats.weight_files import WEIGHTS
 from .generation import generate
 from .model_config import MiniMindConfig
 from .tokenizer import Tokenizer

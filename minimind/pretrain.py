@@ -129,6 +129,8 @@ def pretrain(
         total_steps = steps_in_all(config, loader, plan)
         settings = _settings(config, shape, plan, tokenizer, data)
         settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
+        # For those who read the weights without the run.
+        settings["model_config"] = shape.to_dict() if custom is None else None
         checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
         state, saved_step, saved_trackers = checkpoints.resume(config.resume, branch=branch)
         environment = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +11,16 @@ from torch import nn
 
 from .config import ModelOptions, PretrainConfig
 from .errors import ConfigError
-from .formats.qwen3 import load_config, load_model
+from .formats.qwen3 import build_model
 from .model_config import MiniMindConfig
+from .model_source import open_model
 from .modeling.transformer import MiniMindForCausalLM
 from .settings import settings_of
 from .tokenizer import Tokenizer, check_vocab
 
 # What belongs to training and not to the weights.
 _OF_TRAINING = ("dropout", "router_aux_loss_coef")
-# What a folder given to --from-weight decides.
+# What the model given to --from-weight decides.
 _SHAPE = tuple(name for name in settings_of(ModelOptions) if name not in (*_OF_TRAINING, "from_weight"))
 
 # Makes the model of a run from the shape that the options give; see `pretrain`.
@@ -30,15 +30,15 @@ ModelFactory = Callable[[MiniMindConfig], nn.Module]
 def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[PretrainConfig, MiniMindConfig]:
     """Return the configuration with every size of the model filled in, and the shape itself.
 
-    Sizes come from the folder of --from-weight where there is one; an option that was changed from its
+    Sizes come from the model of --from-weight where there is one; an option that was changed from its
     default and says otherwise is refused.
 
     Raises:
-        ConfigError: for sizes that contradict the folder, or a vocabulary that the tokenizer exceeds.
+        ConfigError: for sizes that contradict that model, or a vocabulary that the tokenizer exceeds.
     """
     of_training: dict[str, Any] = {name: getattr(config, name) for name in _OF_TRAINING}
     if config.from_weight is not None:
-        shape = dataclasses.replace(load_config(Path(config.from_weight)), **of_training)
+        shape = dataclasses.replace(open_model(config.from_weight).config, **of_training)
         _refuse_other_sizes(config, shape)
         check_vocab(tokenizer, shape.vocab_size)
     else:
@@ -78,15 +78,15 @@ def make_model(
         factory: makes the model; it may use the generator of `torch.manual_seed`, which is seeded.
 
     Raises:
-        ConfigError: when the folder of --from-weight cannot be read, or the model has not what an option
-            asks for.
+        UserError: when the model of --from-weight cannot be read.
+        ConfigError: when the model has not what an option asks for.
     """
     torch.manual_seed(config.seed)
     model = factory(shape)
     if not isinstance(model, MiniMindForCausalLM):
         _refuse_what_only_ours_has(config, model)
     if config.from_weight is not None:
-        stored = load_model(Path(config.from_weight)).state_dict()
+        stored = build_model(shape, open_model(config.from_weight).weights(), config.from_weight).state_dict()
         if factory is not MiniMindForCausalLM:
             _refuse_other_weights(config, model, stored)
         model.load_state_dict(stored)

@@ -65,6 +65,7 @@ class Tokenizer:
         bos_token_id: starts a document, None where the vocabulary has no such token.
         eos_token_id: ends a document.
         pad_token_id: fills rows; the end token where the vocabulary has no padding.
+        chat_template: for those who train further; passed on as it was found, None where there is none.
         fingerprint: SHA-256 (hex) of the vocabulary, the rules and the roles.
     """
 
@@ -84,7 +85,7 @@ class Tokenizer:
         """Take over `backend`, whose vocabulary holds the tokens named."""
         pad_token = pad_token or eos_token
         self._roles = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         # A tokenizer.json may carry the cut-off and padding of some earlier use.
         backend.no_truncation()
         backend.no_padding()
@@ -177,16 +178,20 @@ class Tokenizer:
                 sizes[id] = max(len(self.decode([*before, id]).encode()) - offset, 0)
         return sizes
 
+    def rules(self) -> dict[str, Any]:
+        """Return the content of `tokenizer.json`."""
+        return json.loads(self._backend.to_str())
+
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and the two files beside it that transformers' AutoTokenizer reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         named = {role: name for role, name in self._roles.items() if name is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        template = {} if self._chat_template is None else {"chat_template": self._chat_template}
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         _write(folder / "special_tokens_map.json", named)
         _write(folder / "tokenizer_config.json", {**config, **self._roles, **template})
-        _write(folder / "tokenizer.json", json.loads(self._backend.to_str()))
+        _write(folder / "tokenizer.json", self.rules())
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:

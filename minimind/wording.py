@@ -43,6 +43,22 @@ def size(num_bytes: float) -> str:
     return f"{digits} {unit}B"
 
 
+def parse_size(text: str) -> int:
+    """Return the bytes that a text such as `5GB`, `500MB`, `2GiB` or `1000000` stands for.
+
+    Raises:
+        ValueError: when the text is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?b?|b)?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 5GB")
+    number, unit, binary = match.groups()
+    num_bytes = int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit) + 1 if unit else 0))
+    if num_bytes < 1:
+        raise ValueError(f"{text!r} is less than a byte")
+    return num_bytes
+
+
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units, such as `8s`, `3m12s`, `2h05m` or `1d04h`."""
     if not math.isfinite(seconds):

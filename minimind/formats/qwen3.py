@@ -6,6 +6,7 @@ and others need no code of ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,14 +22,16 @@ from ..errors import ConfigError, UserError
 from ..model_config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .expert_names import to_checkpoint_names
+from .weight_files import INDEX, index_of, other_weights, plan_files, read_weights
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-WEIGHTS = "model.safetensors"
 
 _TIED = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_WHAT_TO_NAME = "--from-weight takes a folder with the config.json and model.safetensors of a Qwen3 model"
+_WHAT_TO_NAME = "name a folder with the config.json and the safetensors of a Qwen3 model"
+# Quantized weights need the code that quantized them.
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_model(
@@ -48,6 +51,7 @@ def save_weights(
     folder: Path,
     dtype: torch.dtype = torch.float16,
     generation: Mapping[str, Any] | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write whole weights and their config. Other files in the folder, such as a tokenizer, stay.
 
@@ -58,14 +62,15 @@ def save_weights(
         state_dict: all parameters as a model names them, on any device; a tied matrix may stand twice.
         config: the shape.
         folder: made where it does not exist.
-        dtype: what the weights are rounded to, float16 or bfloat16.
+        dtype: what the weights are rounded to: float32, float16 or bfloat16.
         generation: more keys for `generation_config.json`, such as `temperature`.
+        max_shard_bytes: larger weights are spread over several files, which an index names; None writes one.
 
     Raises:
         UserError: when weights are too large for the dtype, or the folder cannot be written.
     """
     tensors = {
-        name: _rounded(name, tensor, dtype)
+        name: tensor
         for name, tensor in to_checkpoint_names(state_dict).items()
         if not (config.tie_word_embeddings and name == _TIED)
     }
@@ -73,21 +78,31 @@ def save_weights(
     precision = str(dtype).removeprefix("torch.")
     described = {**config.to_dict(), "torch_dtype": precision, "dtype": precision}
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    texts = {GENERATION: {**tokens, **(generation or {})}, CONFIG: described}
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    files = plan_files(sizes, max_shard_bytes)
+    texts: dict[str, Any] = {GENERATION: {**tokens, **(generation or {})}, CONFIG: described}
+    if len(files) > 1:
+        texts = {INDEX: index_of(files, sizes), **texts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, _temporary(folder, WEIGHTS), metadata={"format": "pt"})
+        for file, names in files.items():
+            rounded = {name: round_to(name, tensors[name], dtype) for name in names}
+            save_file(rounded, _temporary(folder, file), metadata={"format": "pt"})
         for name, values in texts.items():
             _temporary(folder, name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, *texts):
+        for name in (*files, *texts):
             _flush(_temporary(folder, name))
-        for name in (WEIGHTS, *texts):
+        for name in (*files, *texts):
             os.replace(_temporary(folder, name), folder / name)
+        for stale in other_weights(folder, files):
+            stale.unlink(missing_ok=True)
         _flush(folder)
     except (OSError, SafetensorError) as error:
-        for name in (WEIGHTS, *texts):
-            _temporary(folder, name).unlink(missing_ok=True)
         raise UserError(f"the model could not be written to {folder}: {error}.") from error
+    finally:
+        for name in (*files, *texts):
+            with contextlib.suppress(OSError):
+                _temporary(folder, name).unlink()
 
 
 def load_config(folder: Path) -> MiniMindConfig:
@@ -112,6 +127,15 @@ def load_config(folder: Path) -> MiniMindConfig:
         raise ConfigError([f"{path}: {problem} {_WHAT_TO_NAME}." for problem in error.problems]) from error
 
 
+def load_weights(folder: Path, config: MiniMindConfig) -> dict[str, Tensor]:
+    """Read the weights of a model folder as they are stored; see `check_weights`.
+
+    Raises:
+        ConfigError: when a file is missing or damaged, or weights and config do not belong together.
+    """
+    return check_weights(config, read_weights(Path(folder)), str(folder))
+
+
 def load_model(folder: Path) -> MiniMindForCausalLM:
     """Read a model folder into a float32 model on the CPU.
 
@@ -119,20 +143,7 @@ def load_model(folder: Path) -> MiniMindForCausalLM:
         ConfigError: when a file is missing or damaged, or weights and config do not belong together.
     """
     config = load_config(folder)
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} holds no {WEIGHTS}; save the weights as one safetensors file "
-            "(save_pretrained(folder, safe_serialization=True, max_shard_size='50GB') in transformers)."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}); it is damaged, copy or save it again."
-        ) from error
-    return build_model(config, weights, str(path))
+    return build_model(config, read_weights(Path(folder)), str(folder))
 
 
 def build_model(config: MiniMindConfig, weights: Mapping[str, Tensor], source: str) -> MiniMindForCausalLM:
@@ -146,20 +157,42 @@ def build_model(config: MiniMindConfig, weights: Mapping[str, Tensor], source: s
     Raises:
         ConfigError: when names or shapes differ from what the config asks for.
     """
+    weights = check_weights(config, weights, source)
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     # Not initialised, since every parameter is about to be overwritten; `to_empty` unties.
     model = model.to_empty(device="cpu")
     model.tie_weights()
-    weights = dict(weights)
-    if config.tie_word_embeddings and _EMBEDDING in weights:
-        output = weights.setdefault(_TIED, weights[_EMBEDDING])
-        if not torch.equal(output, weights[_EMBEDDING]):
+    if config.tie_word_embeddings:
+        weights[_TIED] = weights[_EMBEDDING]
+    for name, tensor in to_checkpoint_names(model.state_dict()).items():
+        tensor.copy_(weights[name])
+    return model
+
+
+def check_weights(config: MiniMindConfig, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the weights, named as in files, if they are those that the config asks for; a tied matrix once.
+
+    Args:
+        config: the shape.
+        weights: every parameter as a model or a file names it; a tied output matrix may be left out.
+        source: the file the weights come from, for errors.
+
+    Raises:
+        ConfigError: naming the first parameter that is missing, too many, or of another shape, and both
+            shapes.
+    """
+    with torch.device("meta"):
+        expected = to_checkpoint_names(MiniMindForCausalLM(config).state_dict())
+    weights = to_checkpoint_names(weights)
+    if config.tie_word_embeddings:
+        del expected[_TIED]
+        output = weights.pop(_TIED, None)
+        if output is not None and _EMBEDDING in weights and not torch.equal(output, weights[_EMBEDDING]):
             raise ConfigError(
                 f"{source}: {_TIED} differs from {_EMBEDDING}, but the config ties them; "
                 "set tie_word_embeddings to false."
             )
-    expected = to_checkpoint_names(model.state_dict())
     problems = [f"{source} has no {name}." for name in sorted(expected.keys() - weights.keys())]
     problems += [
         f"{source} has {name}, which this model has not." for name in sorted(weights.keys() - expected.keys())
@@ -172,12 +205,13 @@ def build_model(config: MiniMindConfig, weights: Mapping[str, Tensor], source: s
     if problems:
         more = f"{len(problems) - 1} more such differences; " if len(problems) > 1 else ""
         raise ConfigError(f"{problems[0]} {more}Take the config that belongs to these weights.")
-    for name, tensor in expected.items():
-        tensor.copy_(weights[name])
-    return model
+    for name, tensor in weights.items():
+        if tensor.dtype not in _READABLE:
+            raise ConfigError(f"{source}: {name} is {tensor.dtype}; quantized weights cannot be read.")
+    return weights
 
 
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy in `dtype` on the CPU.
 
     Raises:

@@ -107,7 +107,7 @@ def test_each_matrix_of_each_expert_stands_by_itself_in_a_file(tmp_path):
     assert not any("layers.1.mlp.experts" in name for name in weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_are_rounded_and_a_tied_matrix_is_written_once(dtype, tmp_path):
     model = build()
     save_model(model, tmp_path, dtype=dtype, generation={"temperature": 0.7})
@@ -168,16 +168,16 @@ def change_weights(folder: Path, drop: str | None = None, **added: torch.Tensor)
 BROKEN = {
     "no folder": (
         lambda f: os.rename(f, f.with_name("moved")),
-        r"model is not a folder; --from-weight takes",
+        r"model is not a folder; name a folder",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), r"holds no config.json; --from-weight takes"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"holds no config.json; name a folder"),
     "bad json": (lambda f: (f / "config.json").write_text("{"), r"config.json is not valid JSON"),
     "no object": (
         lambda f: (f / "config.json").write_text("[]"),
         r"config.json: the file is not a JSON object",
     ),
-    "llama": (lambda f: change_config(f, model_type="llama"), r"model_type is 'llama'.*--from-weight takes"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no model.safetensors; save the"),
+    "llama": (lambda f: change_config(f, model_type="llama"), r"model_type is 'llama'.*name a folder"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no model.safetensors .* save the"),
     "cut off": (lambda f: os.truncate(f / "model.safetensors", 999), r"cannot be read .* damaged"),
     "missing": (lambda f: change_weights(f, drop="model.norm.weight"), r"has no model.norm.weight. Take the"),
     "unexpected": (lambda f: change_weights(f, bias=torch.ones(2)), r"has bias, which this model has not"),

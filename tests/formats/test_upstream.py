@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -10,7 +11,16 @@ import torch
 
 from minimind.errors import ConfigError
 from minimind.formats.expert_names import to_checkpoint_names
-from minimind.formats.upstream import load_upstream, read_upstream_config, upstream_config
+from minimind.formats.upstream import (
+    infer_upstream_config,
+    load_upstream,
+    read_upstream_config,
+    read_upstream_weights,
+    save_upstream,
+    unset_by_commands,
+    upstream_config,
+    upstream_settings,
+)
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 
@@ -94,3 +104,85 @@ def test_files_that_are_no_weights_are_explained(tmp_path):
         read_upstream_config(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_upstream_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("dense", "pretrain_64.pth"), ("yarn", "pretrain_64.pth"), ("moe", "pretrain_64_moe.pth")],
+)
+def test_what_is_written_is_what_the_originals_trainer_writes(shared, tmp_path, kind, name):
+    """The same names, shapes, types and bits: what loads the one strictly loads the other."""
+    path = shared / "compat" / f"minimind3_{kind}_tiny"
+    config = read_upstream_config(path.with_suffix(".config.json"))
+    stored = read_upstream_weights(path.with_suffix(".pth"))
+    written = save_upstream(stored, config, tmp_path)
+    assert written.name == name
+    theirs, ours = (torch.load(file, weights_only=True) for file in (path.with_suffix(".pth"), written))
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == torch.float16
+        assert torch.equal(ours[key], tensor), key
+    settings = json.loads(written.with_suffix(".config.json").read_text())
+    expected = json.loads(path.with_suffix(".config.json").read_text())
+    of_experts = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
+    of_experts |= {"norm_topk_prob", "router_aux_loss_coef"}
+    for key in expected.keys() - {"rope_scaling", *(of_experts if kind != "moe" else ())}:
+        assert settings[key] == expected[key], key
+    assert read_upstream_config(written.with_suffix(".config.json")) == config
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_shape_is_worked_out_from_the_tensors(shared, kind):
+    path = shared / "compat" / f"minimind3_{kind}_tiny"
+    given = read_upstream_config(path.with_suffix(".config.json"))
+    inferred = infer_upstream_config(read_upstream_weights(path.with_suffix(".pth")), "x.pth")
+    # What is no tensor is as the original's commands always build it.
+    assert inferred == dataclasses.replace(given, max_position_embeddings=32768, num_experts_per_tok=1)
+
+
+def test_untied_weights_are_told_by_their_values():
+    config = MiniMindConfig(**TINY, tie_word_embeddings=False)
+    weights = MiniMindForCausalLM(config).state_dict()
+    assert infer_upstream_config(weights, "x.pth") == config
+
+
+def test_an_older_architecture_is_not_taken_for_this_one():
+    weights = MiniMindForCausalLM(MiniMindConfig(**TINY)).state_dict()
+    del weights["model.layers.0.self_attn.q_norm.weight"]
+    with pytest.raises(ConfigError, match=r"x.pth has no .*q_norm.weight: it is of another architecture"):
+        infer_upstream_config(weights, "x.pth")
+    with pytest.raises(ConfigError, match=r"x.pth is no state dict"):
+        infer_upstream_config(
+            {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(2, 2)}, "x.pth"
+        )
+
+
+def test_a_yarn_that_the_original_has_not_is_refused():
+    known = {
+        "rope_type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 2048,
+        "attention_factor": 1.0,
+    }
+    settings = upstream_settings(
+        MiniMindConfig(**TINY, rope_scaling={**known, "beta_fast": 32, "beta_slow": 1})
+    )
+    assert settings["inference_rope_scaling"]
+    assert upstream_config(settings).rope_scaling["factor"] == 16
+    for changes in ({"factor": 4}, {"attention_factor": None}, {"truncate": False}):
+        with pytest.raises(ConfigError, match="the original minimind knows one YaRN only"):
+            upstream_settings(MiniMindConfig(**TINY, rope_scaling={**known, **changes}))
+    with pytest.raises(ConfigError, match="the original minimind knows one YaRN only"):
+        upstream_settings(MiniMindConfig(**TINY, rope_scaling=known, max_position_embeddings=2048))
+    idle = MiniMindConfig(**TINY, rope_scaling={**known, "factor": 1})
+    assert not upstream_settings(idle)["inference_rope_scaling"]
+
+
+def test_sizes_that_the_originals_commands_cannot_build_are_named():
+    as_built = {"num_key_value_heads": 4, "intermediate_size": 1664}
+    assert list(unset_by_commands(MiniMindConfig(hidden_size=512, **as_built))) == []
+    others = list(unset_by_commands(MiniMindConfig(hidden_size=512, num_key_value_heads=4)))
+    assert others == ["intermediate_size 1408 (not 1664)"]
+    experts = {"use_moe": True, "num_experts": 8}
+    others = list(unset_by_commands(MiniMindConfig(hidden_size=512, **as_built, **experts)))
+    assert others == ["num_experts 8 (not 4)", "norm_topk_prob False (not True)"]

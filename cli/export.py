@@ -1,0 +1,149 @@
+"""`minimind-train export`: a trained model in the files of other programs."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minimind.errors import ConfigError
+from minimind.settings import Option
+from minimind.wording import count, parse_size, size
+
+from .options import parse_settings, with_options
+
+if TYPE_CHECKING:
+    from minimind.export import Exported
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Export"""
+
+    format: Annotated[
+        Literal["huggingface", "minimind", "gguf"],
+        Option(
+            "Qwen3 in safetensors for transformers, vLLM and others; the .pth of the original minimind; or "
+            "one file for llama.cpp and Ollama.",
+            synonyms=(("hf", "huggingface"), ("pth", "minimind")),
+        ),
+    ] = "huggingface"
+    output: Annotated[
+        str | None,
+        Option(
+            "New folder for the model.", aliases=("--output-dir",), metavar="FOLDER", default_text="required"
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16", "q8_0"],
+        Option(
+            "Precision of the weights; auto keeps that of the source for huggingface, and is float16 for the "
+            "others. q8_0, 8 bits, is for gguf.",
+            synonyms=(
+                *(("f32", "float32"), ("fp32", "float32"), ("f16", "float16"), ("fp16", "float16")),
+                *(("bf16", "bfloat16"), ("q8", "q8_0")),
+            ),
+        ),
+    ] = "auto"
+    max_shard_size: Annotated[
+        str, Option("Largest safetensors file; more weights become several, with an index.", metavar="SIZE")
+    ] = "5GB"
+    model_config: Annotated[
+        str | None,
+        Option(
+            "Settings of a .pth, a JSON file in the original's names.",
+            metavar="PATH",
+            default_text="NAME.config.json beside NAME.pth, else from the tensors",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Option(
+            "A tokenizer.json, or a folder that holds one.",
+            metavar="PATH",
+            default_text="the one that belongs to the model",
+        ),
+    ] = None
+    overwrite: Annotated[bool, Option("Replace a model that lies in the output folder.")] = False
+
+
+@with_options(ExportOptions)
+def export(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a .pth.",
+        ),
+    ],
+    **_: Any,
+) -> None:
+    """Write a trained model for other programs, and compare what was written with what was read."""
+    options = parse_settings(ctx, ExportOptions)
+    if options.output is None:
+        raise ConfigError("--output is missing; name a new folder for the model.")
+    try:
+        max_shard_bytes = parse_size(options.max_shard_size)
+    except ValueError:
+        raise ConfigError(
+            f"--max-shard-size {options.max_shard_size} is not a size; write for example 5GB or 500MB."
+        ) from None
+    from minimind.export import export_model
+
+    exported = export_model(
+        source,
+        options.output,
+        options.format,
+        dtype=options.dtype,
+        model_config=options.model_config,
+        tokenizer=options.tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=options.overwrite,
+    )
+    for line in _report(exported):
+        typer.echo(line)
+
+
+def _report(exported: Exported) -> list[str]:
+    files = [f"{name} ({size(num_bytes)})" for name, num_bytes in exported.files.items()]
+    parts = [
+        exported.format,
+        exported.dtype,
+        f"{count(exported.config.num_parameters())} parameters",
+        size(sum(exported.files.values())),
+    ]
+    return [
+        f"read     {exported.source}",
+        f"wrote    {exported.folder}: {', '.join(parts)}",
+        *(f"         {file}" for file in files),
+        "checked  what was written reads back as what was read, in this precision",
+        *(f"note     {note}" for note in exported.notes),
+        *(f"next     {command}" for command in _next_commands(exported)),
+    ]
+
+
+def _next_commands(exported: Exported) -> list[str]:
+    """Return what a user would type to try the model."""
+    folder = shlex.quote(str(exported.folder))
+    largest = max(exported.files, key=exported.files.__getitem__)
+    file = shlex.quote(str(exported.folder / largest))
+    if exported.format == "gguf":
+        return [f"llama-completion -m {file} -p 'Once upon a time' -n 64 -no-cnv"]
+    if exported.format == "minimind":
+        from minimind.formats.upstream import unset_by_commands
+
+        config = exported.config
+        if any(unset_by_commands(config)):
+            return []  # a note says what to do
+        return [
+            f"cp {file} minimind/out/ && cd minimind && python eval_llm.py --weight pretrain --hidden_size "
+            f"{config.hidden_size} --num_hidden_layers {config.num_hidden_layers}"
+            + (" --use_moe 1" if config.use_moe else "")
+        ]
+    if "tokenizer.json" not in exported.files:
+        return []  # none of the programs below goes without
+    call = f"pipeline('text-generation', {str(exported.folder)!r})('Once upon a time')"
+    return [f'python -c "from transformers import pipeline; print({call})"', f"vllm serve {folder}"]

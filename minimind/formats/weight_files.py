@@ -1,0 +1,102 @@
+"""Tensors of a Hugging Face folder: in one safetensors file, or in several that an index names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ConfigError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARDS = "model-?????-of-?????.safetensors"
+
+
+def plan_files(sizes: Mapping[str, int], max_bytes: int | None) -> dict[str, list[str]]:
+    """Return which tensors go into which file, in their order.
+
+    Args:
+        sizes: bytes of each tensor by name.
+        max_bytes: of one file; a larger tensor gets a file of its own. None puts all into one.
+    """
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if max_bytes is not None and groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": names
+        for number, names in enumerate(groups, start=1)
+    }
+
+
+def index_of(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the content of the index for the files of `plan_files`."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def other_weights(folder: Path, files: Mapping[str, list[str]]) -> list[Path]:
+    """Return the weight files and the index of an earlier save, which readers would take for these."""
+    found = [*folder.glob(_SHARDS), folder / WEIGHTS]
+    if len(files) == 1:
+        found.append(folder / INDEX)
+    return [path for path in found if path.name not in files]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a model folder by name, on the CPU, as they are stored.
+
+    Raises:
+        ConfigError: when a file is missing or damaged, or the index and the files differ.
+    """
+    if (folder / WEIGHTS).is_file():  # transformers prefers it to an index, too
+        return _read_file(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise ConfigError(
+            f"{folder} holds no {WEIGHTS} and no {INDEX}; save the weights as safetensors "
+            "(save_pretrained(folder) in transformers)."
+        )
+    weight_map = _read_index(folder / INDEX)
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        # An index from elsewhere must not lead out of the folder.
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ConfigError(f"{folder} holds no {file}, which {INDEX} names; copy all files of the model.")
+        weights |= _read_file(folder / file)
+    if differing := sorted(weights.keys() ^ weight_map.keys()):
+        raise ConfigError(
+            f"{folder}: {INDEX} and the files it names do not agree on {differing[0]}; "
+            "they are of different models, copy the model again."
+        )
+    return weights
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read as an index of weights; copy the model again.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ConfigError(f"{path}: weight_map does not give each tensor a file; copy the model again.")
+    return weight_map
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); it is damaged, copy or save it again."
+        ) from error
