@@ -428,9 +428,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
 
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    whole = _power_of_two(columns)
     wrap_triton(kernels.cross_entropy)[(rows,)](
-        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=whole if whole <= 8192 else 4096,
+        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=min(_power_of_two(columns), 4096),
         num_warps=8,
     )  # fmt: skip
     return losses

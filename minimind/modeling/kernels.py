@@ -95,7 +95,7 @@ def head_norm_rotate_forward(
         target = query + head * 2 * HALF if head < HEADS else key + (head - HEADS) * 2 * HALF
         first = tl.load(source + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(source + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
-        square = tl.sum(first * first + second * second, 1)
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
         first *= inverse * tl.load(weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
         second *= inverse * tl.load(weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
@@ -118,11 +118,8 @@ def head_norm_rotate_backward(
     scale_query_second = tl.load(query_weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
     scale_key = tl.load(key_weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
     scale_key_second = tl.load(key_weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
-    # Added up by place first: sums over tokens would be made for every head.
-    total_query = tl.zeros((TOKENS, BLOCK), tl.float32)
-    total_query_second = tl.zeros((TOKENS, BLOCK), tl.float32)
-    total_key = tl.zeros((TOKENS, BLOCK), tl.float32)
-    total_key_second = tl.zeros((TOKENS, BLOCK), tl.float32)
+    total_query, total_query_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    total_key, total_key_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for index in range(TILES_EACH):
         token = (program * TILES_EACH + index) * TOKENS + tl.arange(0, TOKENS)
         known = token < tokens
@@ -142,31 +139,31 @@ def head_norm_rotate_backward(
             grad_second = turned_second * c - turned_first * s
             first = tl.load(qkv + here + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
             second = tl.load(qkv + here + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
-            square = tl.sum(first * first + second * second, 1)
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
             inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
             first *= inverse
             second *= inverse
             if head < HEADS:
-                total_query += grad_first * first
-                total_query_second += grad_second * second
+                total_query += tl.sum(grad_first * first, 0)
+                total_query_second += tl.sum(grad_second * second, 0)
                 grad_first *= scale_query
                 grad_second *= scale_query_second
             else:
-                total_key += grad_first * first
-                total_key_second += grad_second * second
+                total_key += tl.sum(grad_first * first, 0)
+                total_key_second += tl.sum(grad_second * second, 0)
                 grad_first *= scale_key
                 grad_second *= scale_key_second
-            mean = (tl.sum(grad_first * first + grad_second * second, 1) / (2 * HALF))[:, None]
+            mean = ((tl.sum(grad_first * first, 1) + tl.sum(grad_second * second, 1)) / (2 * HALF))[:, None]
             grad_first = inverse * (grad_first - first * mean)
             grad_second = inverse * (grad_second - second * mean)
             target = grad_qkv + here + head * 2 * HALF
             tl.store(target, grad_first.to(grad_qkv.dtype.element_ty), mask=inside)
             tl.store(target + HALF, grad_second.to(grad_qkv.dtype.element_ty), mask=inside)
     sums = grad_weight + program * 4 * HALF
-    tl.store(sums + at, tl.sum(total_query, 0), mask=column)
-    tl.store(sums + HALF + at, tl.sum(total_query_second, 0), mask=column)
-    tl.store(sums + 2 * HALF + at, tl.sum(total_key, 0), mask=column)
-    tl.store(sums + 3 * HALF + at, tl.sum(total_key_second, 0), mask=column)
+    tl.store(sums + at, total_query, mask=column)
+    tl.store(sums + HALF + at, total_query_second, mask=column)
+    tl.store(sums + 2 * HALF + at, total_key, mask=column)
+    tl.store(sums + 3 * HALF + at, total_key_second, mask=column)
 
 
 @triton.jit
@@ -205,10 +202,7 @@ def swiglu_backward(
 
 @triton.jit
 def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the cross-entropy of each row of (N, V) logits, and over the logits their gradient.
-
-    A row that is no longer than BLOCK is read once.
-    """
+    """Write the cross-entropy of each row of (N, V) logits, and over the logits their gradient."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     base = logits + row * COLUMNS
@@ -217,16 +211,6 @@ def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.co
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(base + at, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=at < COLUMNS)
-    elif COLUMNS <= BLOCK:
-        at = tl.arange(0, BLOCK)
-        value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-        chosen = tl.load(base + target).to(tl.float32)
-        peak = tl.max(value, 0)
-        value = tl.exp(value - peak)
-        mass = tl.sum(value, 0)
-        tl.store(losses + row, tl.log(mass) + peak - chosen)
-        grad = value * (1.0 / mass) - tl.where(at == target, 1.0, 0.0)
-        tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)
     else:
         chosen = tl.load(base + target).to(tl.float32)
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -234,15 +218,17 @@ def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.co
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-            # Finite from the first piece on, which is whole.
             higher = tl.maximum(top, value)
-            total = total * tl.exp(top - higher) + tl.exp(value - higher)
+            # The first piece is whole unless V is smaller than it; there -inf - -inf must not count.
+            total = tl.where(
+                higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(value - higher)
+            )
             top = higher
         peak = tl.max(top, 0)
-        mass = tl.sum(total * tl.exp(top - peak), 0)
+        mass = tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - peak)), 0)
         tl.store(losses + row, tl.log(mass) + peak - chosen)
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-            grad = tl.exp(value - peak) * (1.0 / mass) - tl.where(at == target, 1.0, 0.0)
+            grad = tl.exp(value - peak) / mass - tl.where(at == target, 1.0, 0.0)
             tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)
