@@ -50,6 +50,12 @@ LAYERS: dict[str, tuple[int, str]] = {
         "modeling.rope modeling.kv_cache modeling.attention modeling.feed_forward modeling.fused "
         "modeling.loss modeling.moe",
     ),
+    "minimind.modeling.projection": (1, ""),
+    "minimind.modeling.decoder": (
+        1,
+        "modeling.feed_forward modeling.kv_cache modeling.projection modeling.transformer",
+    ),
+    "minimind.sampling": (1, ""),
     "minimind.tokenizer": (1, ""),
     "minimind.data": (1, ""),
     "minimind.data.embedded": (1, ""),
@@ -116,7 +122,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.formats.gguf": (2, "formats.gguf_vocabulary"),
     "minimind.model_source": (2, "formats.qwen3 formats.upstream"),
     "minimind.starting_model": (2, "formats.qwen3 model_source"),
-    "minimind.delivery": (2, "formats.qwen3 formats.weight_files generation training_state"),
+    "minimind.text_generation": (2, "generation"),
+    "minimind.delivery": (2, "formats.qwen3 formats.weight_files text_generation training_state"),
     "minimind.overview": (2, ""),
     "minimind.spikes": (2, ""),
     "minimind.train_state": (2, ""),
