@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
+from .errors import ConfigError
 from .generation import SAMPLING, stream
 from .modeling.decoder import Decoder
 from .modeling.transformer import MiniMindForCausalLM
@@ -68,6 +71,37 @@ class TextStream:
 
     def _new_text(self) -> str:
         return self.decode(self.before + self._waiting)[len(self.decode(self.before)) :]
+
+
+def make_decoder(
+    model: MiniMindForCausalLM, *, device: str = "auto", dtype: str = "float32", compiled: bool = False
+) -> Decoder:
+    """Return a decoder of the model on a device.
+
+    Args:
+        model: moved there.
+        device: `auto`, which takes an accelerator if there is one, or the name of one in torch.
+        dtype: name of the precision in torch.
+        compiled: see `Decoder`.
+
+    Raises:
+        ConfigError: when there is no such device.
+    """
+    return Decoder(model.to(choose_device(device), getattr(torch, dtype)).eval(), compiled=compiled)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name, for `auto` the accelerator of this machine or else the CPU.
+
+    Raises:
+        ConfigError: when there is no such device.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    if name != "cpu" and (found is None or found.type != name):
+        raise ConfigError(f"--device {name}: torch finds no such device here; use --device cpu.")
+    return torch.device(name)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

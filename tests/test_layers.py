@@ -151,6 +151,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.info": (5, ""),
     "minimind_cli.compare": (5, ""),
     "minimind_cli.reproduce": (5, ""),
+    "minimind_cli.generate": (5, "minimind_cli.options"),
     "minimind_cli.verify_resume": (
         5,
         "minimind_cli.options minimind_cli.pretrain minimind_cli.upstream_flags",
@@ -159,7 +160,8 @@ LAYERS: dict[str, tuple[int, str]] = {
         5,
         "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
         "minimind_cli.checkpoints minimind_cli.compare minimind_cli.decay minimind_cli.examples "
-        "minimind_cli.export minimind_cli.info minimind_cli.reproduce minimind_cli.verify_resume",
+        "minimind_cli.export minimind_cli.generate minimind_cli.info minimind_cli.reproduce "
+        "minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }

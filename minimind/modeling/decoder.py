@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,8 @@ class Decoder:
         self.model = model
         self._embedding = model.get_input_embeddings()
         lay_out = side_by_side if compiled else pack
-        self._blocks = [_Block(layer, model.config, lay_out) for layer in model.model.layers]
+        layers = cast(Sequence[MiniMindBlock], model.model.layers)
+        self._blocks = [_Block(layer, model.config, lay_out) for layer in layers]
         self._head = lay_out([model.get_output_embeddings()])
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_cache: KVCache | None = None
