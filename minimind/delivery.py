@@ -13,11 +13,10 @@ from .errors import UserError
 from .formats.qwen3 import CONFIG, load_model, save_weights
 from .formats.weight_files import WEIGHTS
 from .model_config import MiniMindConfig
+from .samples import SAMPLE_TOKENS
 from .text_generation import continue_texts
 from .tokenizer import Tokenizer
 from .training_state import gather_weights
-
-SAMPLE_TOKENS = 64
 
 
 def deliver_model(

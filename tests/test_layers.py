@@ -123,7 +123,11 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.model_source": (2, "formats.qwen3 formats.upstream"),
     "minimind.starting_model": (2, "formats.qwen3 model_source"),
     "minimind.text_generation": (2, "generation"),
-    "minimind.delivery": (2, "formats.qwen3 formats.weight_files text_generation training_state"),
+    "minimind.samples": (2, "formats.qwen3 text_generation training_state"),
+    "minimind.delivery": (
+        2,
+        "formats.qwen3 formats.weight_files samples text_generation training_state",
+    ),
     "minimind.overview": (2, ""),
     "minimind.spikes": (2, ""),
     "minimind.train_state": (2, ""),

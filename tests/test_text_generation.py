@@ -27,9 +27,7 @@ def byte_fallback_tokenizer() -> Tokenizer:
     """A vocabulary of bytes and a few words, decoded as those of SentencePiece are."""
     words = ["<unk>", "</s>", "▁the", "▁a", "b"]
     vocabulary = {word: id for id, word in enumerate([*words, *(f"<0x{n:02X}>" for n in range(256))])}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
-    )
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
     return Tokenizer(backend, eos_token="</s>")
