@@ -23,6 +23,7 @@ from . import (
     checkpoints,
     compare,
     decay,
+    evaluate,
     export,
     generate,
     info,
@@ -55,6 +56,7 @@ app.command(epilog=examples("reproduce"))(reproduce.reproduce)
 app.command(context_settings=LENIENT, epilog=examples("verify-resume"))(verify_resume.verify_resume)
 app.command(context_settings=LENIENT, epilog=examples("export"))(export.export)
 app.command(epilog=examples("generate"))(generate.generate)
+app.command("eval", context_settings=LENIENT, epilog=examples("eval"))(evaluate.evaluate)
 app.add_typer(tokens.app, name="tokenizer")
 
 
