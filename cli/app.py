@@ -18,7 +18,20 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.launch_environment import is_main_process, is_set, rank, world_size
 
-from . import bench, checkpoints, compare, decay, export, info, pretrain, reproduce, tokens, verify_resume
+from . import (
+    bench,
+    checkpoints,
+    compare,
+    decay,
+    evaluate,
+    export,
+    generate,
+    info,
+    pretrain,
+    reproduce,
+    tokens,
+    verify_resume,
+)
 from .examples import examples
 from .options import LENIENT, normalise
 
@@ -42,6 +55,8 @@ app.command(epilog=examples("compare"))(compare.compare)
 app.command(epilog=examples("reproduce"))(reproduce.reproduce)
 app.command(context_settings=LENIENT, epilog=examples("verify-resume"))(verify_resume.verify_resume)
 app.command(context_settings=LENIENT, epilog=examples("export"))(export.export)
+app.command(epilog=examples("generate"))(generate.generate)
+app.command("eval", context_settings=LENIENT, epilog=examples("eval"))(evaluate.evaluate)
 app.add_typer(tokens.app, name="tokenizer")
 
 

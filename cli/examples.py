@@ -57,6 +57,15 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "minimind-train export runs/mine --format gguf --dtype q8_0 --output mine-gguf",
         "minimind-train export pretrain_768.pth --output from-the-original",
     ),
+    "generate": (
+        "minimind-train generate runs/mine 'Once upon a time' --temperature 0.7 --top-p 0.9",
+        "minimind-train generate runs/mine 'One' 'Two' --max-new-tokens 50 --seed 1 --json",
+        "minimind-train generate runs/mine",
+    ),
+    "eval": (
+        "minimind-train eval runs/mine --data held_out.jsonl",
+        "minimind-train eval runs/mine --data web.jsonl --data code.jsonl --no-packing --json",
+    ),
     "verify-resume": (
         "minimind-train verify-resume --preset tiny",
         "minimind-train verify-resume --config runs/mine/config.toml --steps 20 --processes 2",

@@ -219,6 +219,18 @@ class RunOptions:
     eval_batches: Annotated[
         int | None, Option("Stop an evaluation after this many batches.", minimum=1, default_text="all")
     ] = None
+    sample_interval: Annotated[
+        int | None,
+        Option("Steps between two samples of what the model writes.", minimum=1, default_text="no samples"),
+    ] = None
+    sample_prompt: Annotated[
+        tuple[str, ...],
+        Option(
+            "Text for a sample to continue. Repeatable.",
+            metavar="TEXT",
+            default_text="the beginning of a document",
+        ),
+    ] = ()
     save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],

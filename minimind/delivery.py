@@ -12,12 +12,11 @@ from .durable_files import write_tensors
 from .errors import UserError
 from .formats.qwen3 import CONFIG, load_model, save_weights
 from .formats.weight_files import WEIGHTS
-from .generation import generate
 from .model_config import MiniMindConfig
+from .samples import SAMPLE_TOKENS
+from .text_generation import continue_texts
 from .tokenizer import Tokenizer
 from .training_state import gather_weights
-
-SAMPLE_TOKENS = 64
 
 
 def deliver_model(
@@ -67,13 +66,4 @@ def write_sample(folder: Path, tokenizer: Tokenizer, seed: int, device: torch.de
     The model is read back from its folder, so the sample also shows that the folder is sound.
     """
     model = load_model(folder).to(device)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    generator = torch.Generator(device).manual_seed(seed)
-    written = generate(
-        model,
-        torch.tensor([[start]]),
-        max_new_tokens=SAMPLE_TOKENS,
-        eos_token_id=tokenizer.eos_token_id,
-        generator=generator,
-    )
-    return tokenizer.decode(written).strip()
+    return continue_texts(model, tokenizer, [""], max_new_tokens=SAMPLE_TOKENS, seed=seed)[0].text.strip()

@@ -30,6 +30,15 @@ class Evaluation:
     bits_per_byte: float
     tokens: int
 
+    @classmethod
+    def of_sums(cls, nats: float, num_tokens: float, num_bytes: float) -> Evaluation:
+        """Return the means of what was summed over targets: cross-entropy, their number, their bytes."""
+        return cls(
+            loss=nats / max(num_tokens, 1),
+            bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
+            tokens=round(num_tokens),
+        )
+
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite where that overflows."""
@@ -78,21 +87,18 @@ def evaluate(
         model.train(was_training)
     # Float64 on the host: a float32 sum of counts loses single tokens beyond 2^24.
     local = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
-    nats, num_tokens, num_bytes = _sum_over_processes(local, accelerator)
-    return Evaluation(
-        loss=nats / max(num_tokens, 1),
-        bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
-        tokens=round(num_tokens),
-    )
+    nats, num_tokens, num_bytes = sum_over_processes(local, accelerator)
+    return Evaluation.of_sums(nats, num_tokens, num_bytes)
 
 
 def _any_process(asked: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return asked
-    return _sum_over_processes(torch.tensor([float(asked)]), accelerator)[0] > 0
+    return sum_over_processes(torch.tensor([float(asked)]), accelerator)[0] > 0
 
 
-def _sum_over_processes(values: torch.Tensor, accelerator: Accelerator) -> list[float]:
+def sum_over_processes(values: torch.Tensor, accelerator: Accelerator) -> list[float]:
+    """Return the sums of a (N,) tensor on the host over all processes, each of which must call this."""
     if accelerator.num_processes == 1:
         return values.tolist()
     # MPS knows no float64; there is one process there.

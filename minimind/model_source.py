@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .errors import CheckpointError, ConfigError
-from .formats.qwen3 import CONFIG, check_weights, load_config, load_weights
+from .formats.qwen3 import CONFIG, build_model, check_weights, load_config, load_weights
 from .formats.upstream import (
     infer_upstream_config,
     read_upstream_config,
@@ -18,9 +18,10 @@ from .formats.upstream import (
     settings_name,
 )
 from .model_config import MiniMindConfig
+from .modeling.transformer import MiniMindForCausalLM
 from .run_folder import RunFolder
 from .stored_checkpoint import MANIFEST, StoredCheckpoint, open_checkpoint, stored_checkpoints
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, check_vocab, load_tokenizer
 
 _KINDS = (
     "name the folder of a run, one of its checkpoints, a Hugging Face folder with a config.json, "
@@ -50,11 +51,14 @@ class ModelSource:
     notes: tuple[str, ...] = ()
 
 
-def open_model(path: str | Path, model_config: str | Path | None = None) -> ModelSource:
+def open_model(
+    path: str | Path, model_config: str | Path | None = None, *, delivered: bool = False
+) -> ModelSource:
     """Find out what lies at a path.
 
     Of a run this is the newest whole checkpoint, which holds the final weights in float32 when the run is
-    done; where there is none, the model folder that the run delivered.
+    done; where there is none, the model folder that the run delivered. With `delivered` it is the other way
+    round.
 
     Args:
         path: the folder of a run, a checkpoint or the folder of them, a Hugging Face folder, or a `.pth`.
@@ -76,11 +80,33 @@ def open_model(path: str | Path, model_config: str | Path | None = None) -> Mode
         return _open_checkpoint(open_checkpoint(path))
     if (path / CONFIG).is_file():
         return _open_huggingface(path)
+    if delivered and (RunFolder(path).model / CONFIG).is_file():
+        return _open_huggingface(RunFolder(path).model)
     if RunFolder(path).holds_a_run() or RunFolder(path).model.is_dir():
         return _open_run(RunFolder(path))
     if stored_checkpoints(path):
         return _open_checkpoint(open_checkpoint(path))
     raise ConfigError(f"{path} holds no model; {_KINDS}.")
+
+
+def load_with_tokenizer(
+    path: str | Path, tokenizer: str | None = None
+) -> tuple[ModelSource, MiniMindForCausalLM, Tokenizer]:
+    """Read a model to use it, in float32 on the CPU; of a run the delivered one where there is one.
+
+    Args:
+        path: as for `open_model`.
+        tokenizer: a `tokenizer.json` or its folder, in place of the one that belongs to the model.
+
+    Raises:
+        UserError: when the model cannot be read, or no tokenizer is known or it has too many entries.
+    """
+    source = open_model(path, delivered=True)
+    found = source.tokenizer() if tokenizer is None else load_tokenizer(tokenizer)
+    if found is None:
+        raise ConfigError(f"there is no tokenizer.json beside {source.path}; name one by --tokenizer.")
+    check_vocab(found, source.config.vocab_size)
+    return source, build_model(source.config, source.weights(), str(source.path)), found
 
 
 def _open_run(run: RunFolder) -> ModelSource:

@@ -36,6 +36,7 @@ from .progress import Progress
 from .ranks import facts_of, failures_named, others_watched, refuse_differences, weights_fingerprint
 from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
+from .samples import Samples
 from .schedule import learning_rates
 from .spikes import report_spike
 from .starting_model import ModelFactory, make_model, resolve_shape
@@ -185,6 +186,12 @@ def pretrain(
             report_spike=partial(report_spike, accelerator, model, loader, tokenizer.decode, folder.spikes),
             go_back=checkpoints.go_back,
         )
+        if config.sample_interval is not None:
+            run.samples = Samples(
+                config, shape, model, tokenizer, accelerator, folder,
+                start_step=state.step, log_text=trackers.log_text,
+            )  # fmt: skip
+            closing.callback(run.samples.close)
         if config.profile:
             trace = ProfileTrace(
                 folder.profile,
@@ -346,6 +353,8 @@ def _intervals(config: PretrainConfig, data: PreparedData) -> dict[str, int]:
     intervals = {"saving": config.save_interval}
     if data.validation is not None:
         intervals["evaluation"] = evaluation_interval(config)
+    if config.sample_interval is not None:
+        intervals["sampling"] = config.sample_interval
     return intervals
 
 

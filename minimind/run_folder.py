@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model wrote in training: one JSON object a sample."""
+        return self.path / "samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Full training states."""
         return self.path / "checkpoints"

@@ -20,6 +20,7 @@ from .garbage import garbage_held
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
 from .readback import Readback
+from .samples import Samples
 from .schedule import decay_steps_due
 from .spikes import MAX_REPORTS, MAX_REWINDS, Spike, loss_limit, remember
 from .stopping import StopRequest
@@ -95,6 +96,7 @@ class Run:
     # Puts model, optimizer and the given state back to the last checkpoint.
     go_back: Callable[[TrainState], None] | None = None
     stop_after: int | None = None
+    samples: Samples | None = None
     after_step: Callable[[], None] | None = None
     readback: Readback[StepRecord] = field(init=False)
     _last_spike: int = field(default=-1, init=False)
@@ -154,6 +156,8 @@ def _train(run: Run, state: TrainState, collect: Callable[[], object]) -> None:
             save(run, state)
         if last or due(state.step, evaluation_interval(config)):
             validate(run, state)
+        if run.samples is not None and due(state.step, config.sample_interval or 1):
+            write_samples(run, state)
     if run.saved_step != state.step:
         save(run, state)
 
@@ -303,6 +307,8 @@ def rewind(run: Run, state: TrainState, spike: Spike) -> None:
     run._last_spike = -1
     run.meter.go_back(state.step)
     run.trackers.go_back(state.step)
+    if run.samples is not None:
+        run.samples.go_back(state.step)
     places = dict(zip(("left_out_epoch", "left_out_row", "left_out_rows"), rows, strict=True))
     run.trackers.log({"rewound_from": spike.step, **places, "rewinds": rewinds}, state.step)
     run.progress.warn(
@@ -339,6 +345,14 @@ def validate(run: Run, state: TrainState) -> None:
         if run.saved_step == state.step:
             run.mark_best(state)
     report_evaluation(run, state, result)
+
+
+def write_samples(run: Run, state: TrainState) -> None:
+    """Write down what the model makes of some prompts now."""
+    assert run.samples is not None
+    settle(run, state, everything=True)
+    with run.meter.phase("sampling"):
+        run.samples.write(state.step)
 
 
 def report_evaluation(run: Run, state: TrainState, result: Evaluation) -> None:

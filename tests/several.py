@@ -31,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"batch_size": 1},
     "untied": {"tie_word_embeddings": False, "max_steps": 6},
     "bf16": {"mixed_precision": "bf16", "max_steps": 6},
+    "sampled": {"sample_interval": 3, "sample_prompt": ("the cat", ""), "max_steps": 6},
     "compiled": {"compile": True, "max_steps": 3},
     # The balancing loss weighs enough to be seen in the weights, and looks at all processes together.
     "experts": {

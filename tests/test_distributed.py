@@ -54,14 +54,14 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ddp",
             2,
             "DistributedDataParallel",
-            ["packed", "padded", "accumulated", "untied", "bf16", "experts"],
+            ["packed", "padded", "accumulated", "untied", "bf16", "sampled", "experts"],
         ),
         ("ddp", 4, "DistributedDataParallel", ["packed", "padded", "accumulated"]),
         (
             "fsdp2",
             2,
             "FSDPMiniMindForCausalLM",
-            ["packed", "padded", "accumulated", "untied", "bf16", "compiled", "experts"],
+            ["packed", "padded", "accumulated", "untied", "bf16", "sampled", "compiled", "experts"],
         ),
         ("fsdp2", 4, "FSDPMiniMindForCausalLM", ["packed", "padded", "accumulated"]),
         ("hsdp", 4, "FSDPMiniMindForCausalLM", ["packed"]),
@@ -97,6 +97,8 @@ def test_several_processes_train_what_one_does(
         # The look before the first step takes one batch of each process: mostly the same 8 rows, and weights.
         for number in (-1,) if name == "accumulated" else (0, -1):
             assert evaluations[number]["val_loss"] == pytest.approx(expected[number]["val_loss"], **close)
+        if name == "sampled":
+            assert samples(tmp_path / name) == samples(alone / name)
         if name == "bf16":
             continue
         weights, wanted = (final_weights(folder / name) for folder in (tmp_path, alone))
@@ -109,6 +111,11 @@ def test_several_processes_train_what_one_does(
         assert exchanges["accumulated"] == exchanges["packed"]
     if topology == "ddp":
         assert exchanges["packed"] == 1
+
+
+def samples(out: Path) -> list[tuple[int, str, str]]:
+    lines = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    return [(line["step"], line["prompt"], line["text"]) for line in lines]
 
 
 def final_weights(out: Path) -> dict[str, Any]:

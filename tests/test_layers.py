@@ -50,6 +50,12 @@ LAYERS: dict[str, tuple[int, str]] = {
         "modeling.rope modeling.kv_cache modeling.attention modeling.feed_forward modeling.fused "
         "modeling.loss modeling.moe",
     ),
+    "minimind.modeling.projection": (1, ""),
+    "minimind.modeling.decoder": (
+        1,
+        "modeling.feed_forward modeling.kv_cache modeling.projection modeling.transformer",
+    ),
+    "minimind.sampling": (1, ""),
     "minimind.tokenizer": (1, ""),
     "minimind.data": (1, ""),
     "minimind.data.embedded": (1, ""),
@@ -70,6 +76,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.data.mixture": (1, "data.document_index data.sampler data.shards"),
     "minimind.data.packing": (1, "data.sampler data.shards"),
     "minimind.data.steps": (1, "data.mixture data.packing data.sampler data.shards"),
+    "minimind.data.windows": (1, "data.packing data.shards"),
     "minimind.data.prefetch": (1, ""),
     "minimind.data.loader": (
         1,
@@ -116,7 +123,12 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.formats.gguf": (2, "formats.gguf_vocabulary"),
     "minimind.model_source": (2, "formats.qwen3 formats.upstream"),
     "minimind.starting_model": (2, "formats.qwen3 model_source"),
-    "minimind.delivery": (2, "formats.qwen3 formats.weight_files generation training_state"),
+    "minimind.text_generation": (2, "generation"),
+    "minimind.samples": (2, "formats.qwen3 text_generation training_state"),
+    "minimind.delivery": (
+        2,
+        "formats.qwen3 formats.weight_files samples text_generation training_state",
+    ),
     "minimind.overview": (2, ""),
     "minimind.spikes": (2, ""),
     "minimind.train_state": (2, ""),
@@ -127,6 +139,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.speed_trial": (4, ""),
     "minimind.auto_batch": (4, "speed_trial"),
     "minimind.pretrain": (4, "auto_batch"),
+    "minimind.text_evaluation": (4, ""),
     "minimind.resume_check": (4, "pretrain"),
     "minimind.benchmark": (4, "auto_batch pretrain"),
     "minimind.run_plan": (4, "benchmark"),
@@ -144,6 +157,8 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.info": (5, ""),
     "minimind_cli.compare": (5, ""),
     "minimind_cli.reproduce": (5, ""),
+    "minimind_cli.evaluate": (5, "minimind_cli.options"),
+    "minimind_cli.generate": (5, "minimind_cli.options"),
     "minimind_cli.verify_resume": (
         5,
         "minimind_cli.options minimind_cli.pretrain minimind_cli.upstream_flags",
@@ -151,8 +166,9 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind_cli.app": (
         5,
         "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
-        "minimind_cli.checkpoints minimind_cli.compare minimind_cli.decay minimind_cli.examples "
-        "minimind_cli.export minimind_cli.info minimind_cli.reproduce minimind_cli.verify_resume",
+        "minimind_cli.checkpoints minimind_cli.compare minimind_cli.decay minimind_cli.evaluate "
+        "minimind_cli.examples minimind_cli.export minimind_cli.generate minimind_cli.info minimind_cli.reproduce "
+        "minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }
@@ -181,6 +197,7 @@ TORCH_FREE = {
     "minimind.data.mixture",
     "minimind.data.packing",
     "minimind.data.steps",
+    "minimind.data.windows",
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "misc", "common"}
 

@@ -27,6 +27,16 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, 1, D) at `slot`, a (1,) int64, and return all slots, (B, K, capacity, D).
+
+        No shape depends on where the text stands, which is what compiled code needs. Slots not filled yet are
+        zeros, for the caller to mask; `length` is not kept.
+        """
+        self.keys.index_copy_(2, slot, keys)
+        self.values.index_copy_(2, slot, values)
+        return self.keys, self.values
+
 
 class KVCache:
     """One `LayerCache` per layer, allocated at once: nothing is copied as the text grows."""
@@ -41,9 +51,11 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = batch_size, config.num_key_value_heads, capacity, config.head_dim
+        self.capacity = capacity
+        # Zeros rather than whatever lies there: a masked NaN would still be multiplied by its weight of 0.
         self.layers = [
             LayerCache(
-                torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+                torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
             )
             for _ in range(config.num_hidden_layers)
         ]

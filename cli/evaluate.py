@@ -1,0 +1,164 @@
+"""`minimind-train eval`: how well a model predicts given text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from minimind.config import PretrainConfig
+from minimind.errors import ConfigError
+from minimind.launch_environment import is_main_process
+from minimind.run_folder import RunFolder
+from minimind.settings import Option, read_toml
+
+from .options import parse_settings, with_options
+
+if TYPE_CHECKING:
+    from minimind.text_evaluation import Part, TextEvaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Evaluation"""
+
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "Text: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
+            aliases=("--data-path",),
+            metavar="PATH",
+            default_text="required",
+        ),
+    ] = ()
+    tokenizer: Annotated[
+        str | None,
+        Option(
+            "A tokenizer.json, or a folder that holds one.",
+            metavar="PATH",
+            default_text="the one that belongs to the model",
+        ),
+    ] = None
+    max_seq_len: Annotated[
+        int | None,
+        Option("Tokens in one row.", minimum=2, default_text="that of the run, else 512"),
+    ] = None
+    packing: Annotated[
+        bool,
+        Option(
+            "Lay documents end to end as in training; off: each document begins a row, and none is cut off."
+        ),
+    ] = True
+    stride: Annotated[
+        int | None,
+        Option(
+            "Without packing: tokens between two rows of a long document; what they share is context only.",
+            minimum=1,
+            default_text="the row, so that they share nothing",
+        ),
+    ] = None
+    batch_size: Annotated[int, Option("Rows that one process computes at once.", minimum=1)] = 8
+    mixed_precision: Annotated[
+        Literal["auto", "no", "bf16", "fp16"],
+        Option(
+            "Precision of the matrix products; auto takes bf16 where the GPU has it.",
+            aliases=("--dtype",),
+            synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
+        ),
+    ] = "no"
+    text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
+    bad_lines: Annotated[
+        Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
+    ] = "error"
+    cache_dir: Annotated[
+        str | None,
+        Option("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
+    ] = None
+
+
+@with_options(EvaluationOptions)
+def evaluate(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of a run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    **_: Any,
+) -> None:
+    """Measure loss, perplexity and bits per byte of a model on text."""
+    options = parse_settings(ctx, EvaluationOptions)
+    if not options.data:
+        raise ConfigError("--data is missing; name the text to evaluate the model on.")
+    values = dataclasses.asdict(options)
+    stride = values.pop("stride")
+    values["max_seq_len"] = options.max_seq_len or _length_of_the_run(model)
+    config = PretrainConfig(**values)
+    from minimind.text_evaluation import evaluate_text
+
+    with _progress() as progress:
+        found = evaluate_text(model, config, stride=stride, progress=progress)
+    if not is_main_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        _print(found)
+
+
+def _length_of_the_run(model: str) -> int:
+    """Return the length of the rows that a run was trained with, the default where there is no run."""
+    file = RunFolder(Path(model)).config
+    values = read_toml(file) if file.is_file() else {}
+    return int(values.get("max_seq_len", PretrainConfig.max_seq_len))
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    shown = is_main_process() and sys.stderr.isatty()
+    bar = Progress(console=Console(stderr=True), disable=not shown, transient=True)
+    task = bar.add_task("evaluating", total=None)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(found: TextEvaluation) -> None:
+    total = found.total
+    typer.echo(f"model  {found.model}")
+    typer.echo(
+        f"loss {total.loss:.4f} | perplexity {total.perplexity:.4g} | {total.bits_per_byte:.4f} bits/byte | "
+        f"{total.tokens:,} tokens"
+    )
+    rows: list[tuple[str, Part]] = []
+    for source in found.sources:
+        rows.append((source.name, source))
+        if len(source.files) > 1:
+            rows += [(f"  {file.name}", file) for file in source.files]
+    if len(rows) > 1:
+        _print_table("source", rows)
+    _print_table("context", [(part.name, part) for part in found.contexts])
+
+
+def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(heading, overflow="fold")
+    for name in ("tokens", "loss", "perplexity", "bits/byte"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, part in rows:
+        value = part.evaluation
+        numbers = f"{value.loss:.4f}", f"{value.perplexity:.4g}", f"{value.bits_per_byte:.4f}"
+        # Not markup: a pattern may have brackets.
+        table.add_row(Text(name), f"{value.tokens:,}", *numbers)
+    typer.echo()
+    Console().print(table)

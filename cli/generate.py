@@ -1,0 +1,186 @@
+"""`minimind-train generate`: what a model makes of a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minimind.settings import Option
+
+from .options import parse_settings, with_options
+
+if TYPE_CHECKING:
+    from minimind.modeling.decoder import Decoder
+    from minimind.sampling import Sampling
+    from minimind.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Generation"""
+
+    max_new_tokens: Annotated[int, Option("Tokens to write at most.", minimum=1)] = 256
+    temperature: Annotated[
+        float, Option("Divides the logits; 0 takes the most likely token.", minimum=0.0)
+    ] = 0.8
+    top_k: Annotated[
+        int | None, Option("Draw among so many of the most likely tokens; none draws among all.", minimum=1)
+    ] = 50
+    top_p: Annotated[
+        float,
+        Option("Draw among the most likely tokens that reach this probability.", above=0.0, maximum=1.0),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        Option("Draw among tokens at least this share as likely as the best.", minimum=0.0, maximum=1.0),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Option("Above 1: makes tokens that were there before less likely.", above=0.0)
+    ] = 1.0
+    seed: Annotated[
+        int | None,
+        Option(
+            "Seed of the draws; the second prompt has the next one.",
+            minimum=0,
+            maximum=2**32 - 1,
+            default_text="another one each time",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Option(
+            "A tokenizer.json, or a folder that holds one.",
+            metavar="PATH",
+            default_text="the one that belongs to the model",
+        ),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], Option("Where to compute; auto takes a GPU if there is one.")
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Option("Precision.", synonyms=(("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))),
+    ] = "float32"
+    compile: Annotated[bool, Option("Compile the step: for long texts on a GPU.")] = False
+
+
+@with_options(GenerateOptions)
+def generate(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of a run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth."),
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]...",
+            help="Texts to continue, '' for the beginning of one; without any they are asked for in a "
+            "terminal, and else the standard input is one.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print a JSON object a line for each prompt.")
+    ] = False,
+    **_: Any,
+) -> None:
+    """Continue texts with a trained model."""
+    options = parse_settings(ctx, GenerateOptions)
+    asks = not prompts and sys.stdin.isatty()
+    texts = prompts or ([] if asks else [sys.stdin.read().removesuffix("\n")])
+    from minimind.model_source import load_with_tokenizer
+    from minimind.sampling import Sampling
+    from minimind.text_generation import make_decoder
+
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    source, loaded, tokenizer = load_with_tokenizer(model, options.tokenizer)
+    for note in source.notes:
+        typer.echo(f"note: {note}", err=True)
+    decoder = make_decoder(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
+    writer = _Writer(decoder, tokenizer, sampling, options)
+    if asks:
+        _ask(writer)
+    elif as_json:
+        writer.print_json(texts)
+    elif len(texts) == 1:
+        writer.print_streaming(texts[0])
+    else:
+        writer.print_all(texts)
+
+
+@dataclass
+class _Writer:
+    """Writes and prints continuations."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    sampling: Sampling
+    options: GenerateOptions
+
+    def print_streaming(self, prompt: str) -> None:
+        """Print a prompt and what follows it, as it is written."""
+        from minimind.text_generation import stream_text
+
+        typer.echo(prompt, nl=False)
+        with _whole_line():
+            for piece in stream_text(
+                self.decoder, self.tokenizer, prompt, self.sampling,
+                max_new_tokens=self.options.max_new_tokens, seed=self.options.seed,
+            ):  # fmt: skip
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+
+    def print_all(self, prompts: list[str]) -> None:
+        """Print all prompts, each with what follows it, with an empty line between."""
+        texts = self._continue(prompts, self.options.seed)
+        typer.echo("\n\n".join(text["prompt"] + text["text"] for text in texts))
+
+    def print_json(self, prompts: list[str]) -> None:
+        """Print one object a line."""
+        seed = self.options.seed
+        # Told, so that what was drawn can be drawn again.
+        seed = secrets.randbits(32) if seed is None else seed
+        for number, text in enumerate(self._continue(prompts, seed)):
+            typer.echo(json.dumps({**text, "seed": seed + number}, ensure_ascii=False))
+
+    def _continue(self, prompts: list[str], seed: int | None) -> list[dict[str, Any]]:
+        from minimind.text_generation import continue_texts
+
+        texts = continue_texts(
+            self.decoder, self.tokenizer, prompts, self.sampling,
+            max_new_tokens=self.options.max_new_tokens, seed=seed,
+        )  # fmt: skip
+        return [dataclasses.asdict(text) for text in texts]
+
+
+def _ask(writer: _Writer) -> None:
+    """Ask for one prompt after another until the end of the input; Ctrl-C ends a text."""
+    typer.echo("Type the beginning of a text; Ctrl-C ends what is being written, Ctrl-D all.", err=True)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            typer.echo(err=True)
+            return
+        try:
+            writer.print_streaming(prompt)
+        except KeyboardInterrupt:
+            continue
+
+
+@contextmanager
+def _whole_line() -> Iterator[None]:
+    """End the line that was begun, whatever happens."""
+    try:
+        yield
+    finally:
+        typer.echo()

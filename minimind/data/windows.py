@@ -1,0 +1,105 @@
+"""A split cut into windows for an evaluation: every token that follows another in its document, once.
+
+W windows, B rows, T tokens in the longest of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .packing import IGNORED
+from .shards import TokenShards
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Spans of a split: inputs from `start` to before `stop`, targets from `first_target` to `stop`.
+
+    Attributes:
+        start: (W,) int64.
+        stop: (W,) int64.
+        first_target: (W,) int64, the first token that counts as a target; what lies before is context only.
+    """
+
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    first_target: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def share(self, process_index: int, num_processes: int) -> Windows:
+        """Return the part of one process, longest windows first, so that those of a batch are alike."""
+        order = np.argsort(self.start - self.stop, kind="stable")[process_index::num_processes]
+        return Windows(self.start[order], self.stop[order], self.first_target[order])
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """Windows as rows, padded on the right; see `data.loader.MicroBatch`.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64, the token after each, -100 where none counts.
+        document_ids: (B, T) int32, None where no row holds more than one document.
+        position_ids: (B, T) int32, the position within document and row.
+        documents: (B, T) int64, the document of the split that each belongs to.
+    """
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    document_ids: NDArray[np.int32] | None
+    position_ids: NDArray[np.int32]
+    documents: NDArray[np.int64]
+
+
+def packed_windows(shards: TokenShards, length: int) -> Windows:
+    """Return the rows that packed training has, in order: documents end to end, cut every `length` tokens."""
+    start = np.arange(0, max(shards.num_tokens - 1, 0), length, dtype=np.int64)
+    return Windows(start, np.minimum(start + length, shards.num_tokens - 1), start + 1)
+
+
+def document_windows(shards: TokenShards, length: int, stride: int) -> Windows:
+    """Return windows within documents.
+
+    A document of more than `length` tokens has several, each beginning `stride` tokens after the one before.
+    A token counts in the first window that holds it: all but those of the first windows have at least
+    length - stride tokens of context.
+    """
+    begins, inputs = shards.offsets[:-1], shards.lengths - 1
+    counts = np.where(inputs > 0, 1 + -(-np.maximum(inputs - length, 0) // stride), 0)
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = begins[document] + number * stride
+    stop = np.minimum(start + length, begins[document] + inputs[document])
+    first_target = np.where(number == 0, start + 1, start - stride + length + 1)
+    return Windows(start, stop, first_target)
+
+
+def window_rows(shards: TokenShards, windows: Windows, rows: slice, pad_token_id: int) -> WindowRows:
+    """Return some windows as rows."""
+    starts, stops, firsts = windows.start[rows], windows.stop[rows], windows.first_target[rows]
+    shape = len(starts), int((stops - starts).max())
+    inputs, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
+    documents = np.zeros(shape, np.int64)
+    document_ids = np.zeros(shape, np.int32)
+    several = False
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
+    for row, (start, stop, first) in enumerate(zip(starts, stops, firsts, strict=True)):
+        tokens = shards.tokens(int(start), int(stop) + 1)
+        places = np.arange(start, stop + 1)
+        document = np.searchsorted(shards.offsets, places, side="right") - 1
+        counts = (document[1:] == document[:-1]) & (places[1:] >= first)
+        used = slice(0, len(tokens) - 1)
+        inputs[row, used] = tokens[:-1]
+        labels[row, used] = np.where(counts, tokens[1:].astype(np.int64), IGNORED)
+        documents[row, used] = document[:-1]
+        several |= bool(document[-2] != document[0])
+        # Padding is one more document.
+        document_ids[row] = document[-2] - document[0] + 1
+        document_ids[row, used] = document[:-1] - document[0]
+        positions[row, used] = places[:-1] - np.maximum(shards.offsets[document[:-1]], start)
+    return WindowRows(inputs, labels, document_ids if several else None, positions, documents)

@@ -1,0 +1,87 @@
+"""Samples of what the model writes while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .config import PretrainConfig
+from .formats.qwen3 import build_model
+from .metrics_file import MetricsFile
+from .model_config import MiniMindConfig
+from .run_folder import RunFolder
+from .text_generation import continue_texts
+from .tokenizer import Tokenizer
+from .training_state import gather_weights
+
+SAMPLE_TOKENS = 64
+
+
+class Samples:
+    """Continues the prompts of --sample-prompt, always with the same draws; every process must call it.
+
+    The weights are gathered on the main process as for a checkpoint, which is the same for one process, DDP
+    and FSDP2, and a model of its own is made of them there: the one in training and the random numbers it
+    draws are left alone. On the device this takes the memory of the weights once more. The other processes
+    go on, and wait where they next meet.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        shape: MiniMindConfig,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        *,
+        start_step: int,
+        log_text: Callable[[str, str, int], None],
+    ) -> None:
+        """Open `samples.jsonl`, without the samples of later steps than `start_step`.
+
+        Args:
+            config: prompts and seed.
+            shape: of the model.
+            model: prepared.
+            tokenizer: of the run.
+            accelerator: tells the main process, and joins all.
+            folder: of the run.
+            start_step: steps done before.
+            log_text: takes name, text and step for the trackers.
+        """
+        self._prompts = config.sample_prompt or ("",)
+        self._seed, self._shape, self._model, self._tokenizer = config.seed, shape, model, tokenizer
+        self._accelerator, self._log_text = accelerator, log_text
+        self._file: MetricsFile | None = None
+        if accelerator.is_main_process:
+            self._file = MetricsFile(folder.samples, keep_to_step=start_step)
+
+    def write(self, step: int) -> None:
+        """Write samples of the model as it is after `step`."""
+        weights = gather_weights(self._accelerator, self._model)
+        if weights is None or self._file is None:
+            return
+        device = self._accelerator.device
+        half = device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
+        model = build_model(self._shape, weights, "the model in training")
+        model.to(device, torch.bfloat16 if half else torch.float32).eval()
+        texts = continue_texts(
+            model, self._tokenizer, self._prompts, max_new_tokens=SAMPLE_TOKENS, seed=self._seed
+        )
+        for number, text in enumerate(texts):
+            self._file.write({"prompt": text.prompt, "text": text.text}, step)
+            self._log_text(f"sample_{number}", text.prompt + text.text, step)
+
+    def go_back(self, step: int) -> None:
+        """Take back the samples of later steps."""
+        if self._file is not None:
+            self._file.go_back(step)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()

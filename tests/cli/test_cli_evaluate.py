@@ -1,0 +1,70 @@
+"""`minimind-train eval`: what it prints, and where it takes its defaults from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind.formats.qwen3 import save_model
+from minimind.model_config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.tokenizer import load_tokenizer
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run, and two files of text beside it."""
+    torch.manual_seed(0)
+    shape = MiniMindConfig(
+        vocab_size=6400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    save_model(MiniMindForCausalLM(shape), tmp_path / "run" / "model")
+    load_tokenizer().save(tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.toml").write_text("max_seq_len = 48\n")
+    for name in ("one", "two"):
+        text = json.dumps({"body": f"{name} and another sentence, " * 20})
+        (tmp_path / f"{name}.jsonl").write_text(text + "\n")
+    return tmp_path
+
+
+def test_it_prints_the_numbers_as_json_or_for_people(run: Command, folder: Path) -> None:
+    words = ["eval", str(folder / "run"), "--data", str(folder / "[ot]*.jsonl"), "--text-key", "body"]
+    words += ["--cache-dir", str(folder / "cache")]
+    found = json.loads(run(*words, "--json").out)
+    assert found["max_seq_len"] == 48, "that of the run"
+    assert found["tokens"] == sum(file["tokens"] for file in found["sources"][0]["files"])
+    assert 8 < found["loss"] < 9.5
+    shown = run(*words)
+    assert (shown.code, shown.err) == (0, "")
+    assert f"loss {found['loss']:.4f} | perplexity {found['perplexity']:.4g} |" in shown.out
+    assert f"{found['bits_per_byte']:.4f} bits/byte | {found['tokens']:,} tokens" in shown.out
+    lines = shown.out.splitlines()
+    contexts = lines[next(n for n, line in enumerate(lines) if line.startswith("context")) + 1 :]
+    assert [line.split()[0] for line in contexts] == ["1", "2-3", "4-7", "8-15", "16-31", "32-48"]
+    assert sum("/one.jsonl" in line or "/two.jsonl" in line for line in lines) == 2
+    short = json.loads(run(*words, "--json", "--max-seq-len", "8", "--packing", "false").out)
+    assert (short["max_seq_len"], short["tokens"]) == (8, found["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "error: --data is missing; name the text to evaluate the model on."),
+        (
+            ["--data", "x", "--batch-size", "0"],
+            "error: --batch-size 0 is out of range; it must be at least 1.",
+        ),
+        (["--datta", "x"], "error: unknown option --datta; did you mean '--data'?"),
+    ],
+)
+def test_mistakes_are_told(run: Command, words: list[str], sentence: str) -> None:
+    done = run("eval", "nowhere", *words)
+    assert (done.code, done.err.splitlines()[0]) == (2, sentence)

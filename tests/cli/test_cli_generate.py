@@ -1,0 +1,103 @@
+"""`minimind-train generate`: prompts from the command line, a pipe or a person."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind.formats.qwen3 import load_model, save_model
+from minimind.model_config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.text_generation import continue_texts
+from minimind.tokenizer import load_tokenizer
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run that delivered a model with random weights."""
+    torch.manual_seed(0)
+    shape = MiniMindConfig(
+        vocab_size=6400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    save_model(MiniMindForCausalLM(shape), tmp_path / "run" / "model")
+    load_tokenizer().save(tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def expected(folder: Path, prompts: list[str], seed: int) -> list[str]:
+    model = load_model(folder / "model")
+    texts = continue_texts(model, load_tokenizer(), prompts, max_new_tokens=8, seed=seed)
+    return [prompt + text.text for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def test_prompts_are_continued(run: Command, folder: Path) -> None:
+    options = ["--max-new-tokens", "8", "--seed", "4"]
+    one = run("generate", str(folder), "Once upon", *options)
+    assert (one.code, one.err) == (0, "")
+    assert one.out == expected(folder, ["Once upon"], 4)[0] + "\n"
+    two = run("generate", str(folder), "Once upon", "漢字 and", *options)
+    assert two.out == "\n\n".join(expected(folder, ["Once upon", "漢字 and"], 4)) + "\n"
+
+
+def test_json_tells_all_and_can_be_repeated(run: Command, folder: Path) -> None:
+    words = ["generate", str(folder), "one", "two", "--max-new-tokens", "8", "--json"]
+    lines = [json.loads(line) for line in run(*words).out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "two"]
+    assert lines[1]["seed"] == lines[0]["seed"] + 1
+    assert all((line["tokens"], line["ended"]) == (8, "length") for line in lines)
+    again = [json.loads(line) for line in run(*words, "--seed", str(lines[0]["seed"])).out.splitlines()]
+    assert again == lines
+
+
+def test_the_standard_input_is_a_prompt(run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\n"))
+    done = run("generate", str(folder), "--max-new-tokens", "8", "--seed", "4")
+    assert done.out == expected(folder, ["Once upon"], 4)[0] + "\n"
+
+
+def test_in_a_terminal_prompts_are_asked_for(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["one", "two"])
+
+    def ask(question: str) -> str:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", ask)
+    done = run("generate", str(folder), "--max-new-tokens", "8", "--seed", "4")
+    assert done.code == 0
+    assert done.out == "".join(expected(folder, [prompt], 4)[0] + "\n" for prompt in ("one", "two"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--top-p", "0"], "--top-p 0.0 is out of range; it must be above 0 and at most 1."),
+        (["--temperature", "hot"], "--temperature hot is not a number"),
+        (["--tempature", "1"], "No such option: --tempature"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_read(run: Command, words: list[str], sentence: str) -> None:
+    done = run("generate", "nowhere", "x", *words)
+    assert done.code == 2
+    assert sentence in done.err
+    assert "nowhere" not in done.err
+
+
+def test_a_path_without_a_model_is_refused(run: Command, tmp_path: Path) -> None:
+    done = run("generate", str(tmp_path / "nowhere"), "x")
+    assert done.code == 2
+    assert "nowhere does not exist; name the folder of a run" in done.err
