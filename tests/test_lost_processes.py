@@ -45,16 +45,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"rank 1 has --learning-rate 0\.002 where rank 0 has 0\.001\.",
         ),
         (
-            "sys.argv[sys.argv.index('--data') + 1] += ['', '.other'][rank]",
+            "sys.argv[sys.argv.index('--data') + 1] += ['', '.other.jsonl'][rank]",
             r"rank 1 has training text \w+ where rank 0 has \w+\.",
         ),
     ],
+    ids=["options", "text"],
 )
 def test_processes_that_are_not_alike_are_named_with_both_values(
     corpus: Path, tmp_path: Path, code: str, difference: str
 ) -> None:
     corpus.with_name("corpus.jsonl.other.jsonl").write_text(corpus.read_text().replace("cat", "dog"))
-    code = code.replace(".other", ".other.jsonl")
     done, text = launch(torchrun(code, corpus, tmp_path / "out", *FEW_STEPS), tmp_path)
     assert done != 0
     assert re.search("error: the processes are not alike: " + difference, text)

@@ -25,7 +25,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(kept.port))
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
     return kept
 
 
