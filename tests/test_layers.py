@@ -167,8 +167,8 @@ LAYERS: dict[str, tuple[int, str]] = {
         5,
         "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
         "minimind_cli.checkpoints minimind_cli.compare minimind_cli.decay minimind_cli.evaluate "
-        "minimind_cli.examples minimind_cli.export minimind_cli.generate minimind_cli.info minimind_cli.reproduce "
-        "minimind_cli.verify_resume",
+        "minimind_cli.examples minimind_cli.export minimind_cli.generate minimind_cli.info "
+        "minimind_cli.reproduce minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
 }
