@@ -85,6 +85,12 @@ def make_model(
     model = factory(shape)
     if not isinstance(model, MiniMindForCausalLM):
         _refuse_what_only_ours_has(config, model)
+    # Of a subclass too nobody knows what it computes.
+    if config.sample_interval is not None and type(model) is not MiniMindForCausalLM:
+        raise ConfigError(
+            f"--sample-interval writes with MiniMindForCausalLM, and the model is a {type(model).__name__}; "
+            "leave the option out."
+        )
     if config.from_weight is not None:
         stored = build_model(shape, open_model(config.from_weight).weights(), config.from_weight).state_dict()
         if factory is not MiniMindForCausalLM:

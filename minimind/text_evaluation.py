@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from .config import PretrainConfig
+from .config import AUTO, PretrainConfig
 from .data.entries import Entry, read_entries
 from .data.packing import IGNORED
 from .data.prepare import prepare_data
@@ -110,6 +110,8 @@ def evaluate_text(
     entries = read_entries(config.data)
     if any(entry.weight is not None for entry in entries):
         raise ConfigError("--data has a weight, which only training can use; leave it out.")
+    if config.batch_size == AUTO:
+        raise ConfigError("--batch-size auto is for training; give a number of rows.")
     source, loaded, tokenizer = load_with_tokenizer(model, config.tokenizer)
     length = config.max_seq_len
     if length > loaded.config.max_position_embeddings:
@@ -153,7 +155,7 @@ def _sums(
     num_files: int,
 ) -> NDArray[np.float64]:
     """Return (F, P, 3) sums over this process's windows: nats, targets, and their bytes of text."""
-    length = config.max_seq_len
+    length, batch_size = config.max_seq_len, int(config.batch_size)
     windows = packed_windows(shards, length) if config.packing else document_windows(shards, length, stride)
     windows = windows.share(accelerator.process_index, accelerator.num_processes)
     ends = np.array([part.end_document for part in shards.parts])
@@ -161,8 +163,8 @@ def _sums(
     sizes[: tokenizer.vocab_size] = tokenizer.bytes_per_token()
     ranges = length.bit_length()
     sums = np.zeros((3, num_files * ranges))
-    for first in range(0, len(windows), config.batch_size):
-        chosen = slice(first, first + config.batch_size)
+    for first in range(0, len(windows), batch_size):
+        chosen = slice(first, first + batch_size)
         rows = window_rows(shards, windows, chosen, tokenizer.pad_token_id)
         losses = _losses(model, rows, accelerator)
         counted = rows.labels != IGNORED
@@ -172,7 +174,7 @@ def _sums(
         values = losses[counted], np.ones(counted.sum()), sizes[rows.labels[counted]]
         for total, value in zip(sums, values, strict=True):
             total += np.bincount(group, value, len(total))
-        progress(min(first + config.batch_size, len(windows)), len(windows))
+        progress(min(first + batch_size, len(windows)), len(windows))
     return sums.T.reshape(num_files, ranges, 3)
 
 

@@ -18,6 +18,7 @@ from ..model_config import MiniMindConfig
 from .feed_forward import SwiGLU
 from .kv_cache import KVCache
 from .projection import pack, side_by_side
+from .rope import Rotary
 from .transformer import MiniMindBlock, MiniMindForCausalLM
 
 # Capacities are multiples of this where code is compiled, which happens once for each.
@@ -160,12 +161,11 @@ class Decoder:
         """Return (B, T) positions; padding has any, and so has a text that went on beyond the last one."""
         return (slots - padding[:, None]).clamp(0, self.config.max_position_embeddings - 1)
 
-    def _run(
-        self, tokens: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, keeps: Sequence[_Keep]
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, rotary: Rotary, mask: Tensor | None, keeps: Sequence[_Keep]) -> Tensor:
         # rotate() of (first, second) halves is x·(cos, cos) + (second, first)·(-sin, sin).
         cos, sin = (
-            torch.cat((part * sign, part), dim=-1) for part, sign in zip(rotary, (1, -1), strict=True)
+            torch.cat((part * sign, part), dim=-1)
+            for part, sign in zip((rotary.cos, rotary.sin), (1, -1), strict=True)
         )
         x = F.embedding(tokens, self._embedding.weight)
         for block, keep in zip(self._blocks, keeps, strict=True):
