@@ -24,7 +24,7 @@ from .model_config import MiniMindConfig
 from .modeling.fused import hindrance
 from .modeling.transformer import MiniMindForCausalLM
 from .parameter_parts import count_parts
-from .pretrain import steps_in_all
+from .pretrain import compile_mode, steps_in_all
 from .progress import Progress
 from .run_folder import RunFolder
 from .run_plan import RunPlan
@@ -170,12 +170,12 @@ def _times(
 def _estimate(
     config: PretrainConfig, shape: MiniMindConfig, batches: BatchPlan, measured: BenchmarkResult | None
 ) -> MemoryEstimate:
-    compiled: Compiled = "no"
-    if measured.compiled if measured is not None else config.compile is not False:
-        alone = batches.num_processes == 1 and not config.activation_checkpointing
-        compiled = "whole" if alone else "blocks"
     on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
     precision = choose_precision(config) if measured is None else measured.precision
+    fused = on_gpu and hindrance(precision, shape.head_dim, config.dropout) is None
+    compiled: Compiled = "no"
+    if measured.compiled if measured is not None else config.compile is not False:
+        compiled = compile_mode(config, batches.num_processes, fused=fused)
     return estimate_memory(
         shape,
         rows=batches.micro_batch_size,
@@ -186,7 +186,7 @@ def _estimate(
         accumulation_steps=batches.accumulation_steps,
         num_processes=batches.num_processes,
         shards=_shards(batches.num_processes),
-        fused=on_gpu and hindrance(precision, shape.head_dim, config.dropout) is None,
+        fused=fused,
         recompute=config.activation_checkpointing or is_set("FSDP_ACTIVATION_CHECKPOINTING"),
     )
 

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from .launch import check_launch, close_accelerator, prepare, start_accelerator,
 from .launch_environment import is_main_process, restarts
 from .metrics_file import last_with
 from .model_config import MiniMindConfig
+from .modeling.fused import hindrance
 from .modeling.transformer import MiniMindForCausalLM
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
@@ -262,10 +263,10 @@ def prepare_model(
     if isinstance(model, MiniMindForCausalLM):
         model.model.recompute = config.activation_checkpointing
         if compiled:
-            # One graph is fastest; DDP and FSDP2 overlap their messages with the work between smaller ones.
-            # Recomputation goes by blocks as well.
-            one_graph = accelerator.num_processes == 1 and not config.activation_checkpointing
-            model.compile_for_training("whole" if one_graph else "blocks")
+            fused = accelerator.device.type == "cuda" and not hindrance(
+                accelerator.mixed_precision, shape.head_dim, config.dropout
+            )
+            model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))
     else:
         compiled = False
     optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
@@ -278,6 +279,17 @@ def prepare_model(
         accumulation_steps=plan.accumulation_steps,
     )
     return prepared_model, prepared_optimizer, compiled
+
+
+def compile_mode(config: PretrainConfig, num_processes: int, *, fused: bool) -> Literal["whole", "blocks"]:
+    """Return how the model of a run is compiled.
+
+    One graph is fastest where inductor makes the kernels; DDP and FSDP2 overlap their messages with the work
+    between smaller ones, and recomputation goes by blocks as well. With kernels of our own blocks are as
+    fast, and compile sooner.
+    """
+    whole = num_processes == 1 and not config.activation_checkpointing and not fused
+    return "whole" if whole else "blocks"
 
 
 def _describe(model: nn.Module) -> str:

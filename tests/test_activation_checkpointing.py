@@ -16,7 +16,7 @@ from minimind.errors import ConfigError
 from minimind.launch import start_accelerator
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.pretrain import prepare_model
+from minimind.pretrain import compile_mode, prepare_model
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +108,22 @@ def test_the_option_reaches_the_model(wanted: bool, monkeypatch: pytest.MonkeyPa
     shape = MiniMindConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     made, _, _ = prepare_model(config, shape, BatchPlan(32, 1, 1), start_accelerator(config))
     assert made.model.recompute is wanted
+
+
+@pytest.mark.parametrize(
+    ("processes", "recompute", "fused", "mode"),
+    [
+        (1, False, False, "whole"),
+        (2, False, False, "blocks"),
+        (1, True, False, "blocks"),
+        (1, False, True, "blocks"),
+    ],
+)
+def test_one_graph_is_made_where_nothing_speaks_for_blocks(
+    processes: int, recompute: bool, fused: bool, mode: str
+) -> None:
+    config = PretrainConfig(activation_checkpointing=recompute)
+    assert compile_mode(config, processes, fused=fused) == mode
 
 
 @pytest.mark.slow
