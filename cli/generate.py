@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import secrets
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,9 @@ def generate(
     options = parse_settings(ctx, GenerateOptions)
     asks = not prompts and sys.stdin.isatty()
     texts = prompts or ([] if asks else [sys.stdin.read().removesuffix("\n")])
+    # Before torch is loaded. Every token has many short parallel parts: threads that spin between them hold
+    # each other up, by far, as soon as another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minimind.model_source import load_with_tokenizer
     from minimind.sampling import Sampling
     from minimind.text_generation import make_decoder

@@ -53,7 +53,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.modeling.projection": (1, ""),
     "minimind.modeling.decoder": (
         1,
-        "modeling.feed_forward modeling.kv_cache modeling.projection modeling.transformer",
+        "modeling.feed_forward modeling.kv_cache modeling.projection modeling.rope modeling.transformer",
     ),
     "minimind.sampling": (1, ""),
     "minimind.tokenizer": (1, ""),

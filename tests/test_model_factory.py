@@ -95,6 +95,7 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
         ({"compile": True}, "--compile is done inside MiniMindForCausalLM"),
         ({"activation_checkpointing": True}, "--activation-checkpointing is done inside"),
         ({"use_moe": True}, "--use-moe is done inside"),
+        ({"sample_interval": 5}, "--sample-interval writes with MiniMindForCausalLM"),
     ],
 )
 def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], words: str) -> None:

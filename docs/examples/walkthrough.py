@@ -120,8 +120,8 @@ for step in islice(loader.steps(epoch=0), 60):
 # %%
 from minimind.generation import generate
 
-prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("The")]])
-written = generate(model, prompt, max_new_tokens=60, eos_token_id=tokenizer.eos_token_id)
+prompt = [tokenizer.bos_token_id, *tokenizer.encode("The")]
+(written,) = generate(model, [prompt], max_new_tokens=60, stop_ids=[tokenizer.eos_token_id])
 sample = "The" + tokenizer.decode(written)
 print(sample)
 

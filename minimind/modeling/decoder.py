@@ -63,9 +63,10 @@ class Decoder:
         self.config = model.config
         self.model = model
         self._embedding = model.get_input_embeddings()
+        self._eps = torch.tensor(model.config.rms_norm_eps, device=self._embedding.weight.device)
         lay_out = side_by_side if compiled else pack
         layers = cast(Sequence[MiniMindBlock], model.model.layers)
-        self._blocks = [_Block(layer, model.config, lay_out) for layer in layers]
+        self._blocks = [_Block(layer, model.config, self._eps, lay_out) for layer in layers]
         self._head = lay_out([model.get_output_embeddings()])
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_cache: KVCache | None = None
@@ -79,6 +80,7 @@ class Decoder:
         """Where the weights are."""
         return self._embedding.weight.device
 
+    @torch.inference_mode()
     def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Texts, Tensor]:
         """Read prompts, none of them empty.
 
@@ -100,6 +102,7 @@ class Decoder:
             texts.visible = (slots >= texts.padding[:, None])[:, None, None]
         return texts, self._extend(texts, torch.tensor(rows, device=self.device))
 
+    @torch.inference_mode()
     def step(self, texts: Texts, tokens: Tensor) -> Tensor:
         """Append one token to each text, (B,) int64, and return (B, V) float32 logits of what follows."""
         if self._compiled is None:
@@ -170,20 +173,22 @@ class Decoder:
         x = F.embedding(tokens, self._embedding.weight)
         for block, keep in zip(self._blocks, keeps, strict=True):
             x = block(x, (cos, sin), mask, keep)
-        return self._head(_norm(x[:, -1], self.model.model.norm.weight, self.config.rms_norm_eps)).float()
+        return self._head(_norm(x[:, -1], self.model.model.norm.weight, self._eps)).float()
 
 
 class _Block:
     """One block with its projections packed; computes what `MiniMindBlock` computes without dropout."""
 
-    def __init__(self, block: MiniMindBlock, config: MiniMindConfig, lay_out: _LayOut) -> None:
+    def __init__(self, block: MiniMindBlock, config: MiniMindConfig, eps: Tensor, lay_out: _LayOut) -> None:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
+        self._head_dim, self._eps = config.head_dim, eps
         self._attention_norm = block.input_layernorm.weight
         self._mlp_norm = block.post_attention_layernorm.weight
         attention = block.self_attn
         self._qkv = lay_out([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._q_norm, self._k_norm = attention.q_norm.weight, attention.k_norm.weight
+        heads = ((attention.q_norm, self._heads), (attention.k_norm, self._kv_heads))
+        # (H+K, D)
+        self._qk_norm = torch.cat([norm.weight.detach().expand(n, -1) for norm, n in heads]).float()
         self._out = lay_out([attention.o_proj])
         self._mlp: Callable[[Tensor], Any] = block.mlp
         if isinstance(block.mlp, SwiGLU):
@@ -199,8 +204,7 @@ class _Block:
         qkv = self._qkv(_norm(x, self._attention_norm, self._eps))
         # Queries and keys are normed and turned together: (B, T, H+K, D)
         qk = qkv[..., :-kv_width].view(rows, length, -1, self._head_dim).float()
-        weight = torch.cat((self._q_norm.expand(self._heads, -1), self._k_norm.expand(self._kv_heads, -1)))
-        qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * weight
+        qk = _norm(qk, self._qk_norm, self._eps)
         qk = torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, -1), sin).to(x.dtype).transpose(1, 2)
         v = qkv[..., -kv_width:].view(rows, length, -1, self._head_dim).transpose(1, 2)
         k, v = keep(qk[:, self._heads :], v)
@@ -211,12 +215,18 @@ class _Block:
 
     def _swiglu(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(F.silu(gate) * up)
+        return self._down(F.silu(gate).mul_(up))
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return what `attention.RMSNorm` does: computed in float32, in the dtype of the weight."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
+def _norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """Return what `attention.RMSNorm` does: computed in float32, in the dtype of the weight.
+
+    F.rms_norm would be one call and twice as many kernels, each of which finds a cache full of weights.
+    """
+    x = x.float()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight).to(weight.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from minimind.formats.gguf_vocabulary import pre_tokenizer_name, vocabulary
 from minimind.generation import generate
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.sampling import Sampling
 from minimind.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -283,7 +284,7 @@ def test_llama_cpp_gives_our_logits_and_our_greedy_text(changes, tokenizer, tmp_
     with torch.no_grad():
         expected = model(ids).logits[0].numpy()
     np.testing.assert_allclose(np.array(theirs.scores[:200]), expected, atol=1e-4, rtol=0)
-    written = generate(model, ids[:, :20], max_new_tokens=30, temperature=0)
+    (written,) = generate(model, ids[:, :20].tolist(), Sampling(temperature=0), max_new_tokens=30)
     theirs.reset()
     greedy = theirs.generate(ids[0, :20].tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
     assert [token for token, _ in zip(greedy, written, strict=False)] == written

@@ -44,7 +44,14 @@ def whole(model: MiniMindForCausalLM, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}]
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ],
 )
 def test_each_step_gives_the_logits_of_the_whole_text(precision, changes):
     model = build(precision, **changes)
@@ -67,25 +74,6 @@ def test_texts_of_several_lengths_do_not_see_their_padding():
             torch.testing.assert_close(logits[row].double(), expected, atol=2e-5, rtol=1e-5)
         if end < 4:
             logits = decoder.step(texts, torch.tensor([following[end]] * 4))
-
-
-def test_a_feed_forward_of_another_kind_is_called_as_it_is():
-    class Experts(nn.Module):
-        """Two experts with the same say, and who they were."""
-
-        def __init__(self, mlp: nn.Module) -> None:
-            super().__init__()
-            self.mlp = mlp
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.mlp(x), torch.zeros(2)
-
-    model, ids = build(), some_ids(6)
-    expected = whole(build(), ids)
-    for layer in model.model.layers:
-        layer.mlp = Experts(layer.mlp)
-    _, logits = Decoder(model).begin([ids], 6)
-    torch.testing.assert_close(logits[0].double(), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_bf16_is_computed_in_bf16():
