@@ -40,15 +40,17 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.modeling.kv_cache": (1, ""),
     "minimind.modeling.kernels": (1, ""),
     "minimind.modeling.attention_kernels": (1, ""),
-    "minimind.modeling.fused": (1, "modeling.kernels modeling.attention_kernels"),
-    "minimind.modeling.attention": (1, "modeling.rope modeling.kv_cache modeling.fused"),
+    "minimind.modeling.documents": (1, ""),
+    "minimind.modeling.fused_ops": (1, "modeling.documents modeling.kernels modeling.attention_kernels"),
+    "minimind.modeling.fused": (1, "modeling.fused_ops"),
+    "minimind.modeling.attention": (1, "modeling.rope modeling.kv_cache modeling.documents modeling.fused"),
     "minimind.modeling.feed_forward": (1, "modeling.fused"),
     "minimind.modeling.loss": (1, "modeling.fused"),
     "minimind.modeling.moe": (1, "modeling.fused"),
     "minimind.modeling.transformer": (
         1,
-        "modeling.rope modeling.kv_cache modeling.attention modeling.feed_forward modeling.fused "
-        "modeling.loss modeling.moe",
+        "modeling.rope modeling.kv_cache modeling.attention modeling.documents modeling.feed_forward "
+        "modeling.fused modeling.loss modeling.moe",
     ),
     "minimind.modeling.projection": (1, ""),
     "minimind.modeling.decoder": (

@@ -14,12 +14,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from ..model_config import MiniMindConfig
 from . import fused
+from .documents import Documents
 from .kv_cache import LayerCache
 from .rope import Rotary, rotate
 
 # What a query may see besides "itself and what came before", which needs no mask and is None:
 # a (B or 1, 1, T, S) boolean tensor, the same as blocks for FlexAttention, or where documents begin and end.
-Mask = Tensor | BlockMask | fused.Documents
+Mask = Tensor | BlockMask | Documents
 
 # FlexAttention knows no narrower heads.
 SMALLEST_FLEX_HEAD = 16
@@ -146,7 +147,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return what the tokens of x, (B, T, C), gather from those they see, (B, T, C)."""
         rows, length, _ = x.shape
-        if isinstance(mask, fused.Documents):
+        if isinstance(mask, Documents):
             return self.o_proj(self._fused(x, rotary, mask))
         heads = rows, length, -1, self.head_dim
         v = self.v_proj(x).view(heads)
@@ -159,7 +160,7 @@ class Attention(nn.Module):
         out = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
-    def _fused(self, x: Tensor, rotary: Rotary, seen: fused.Documents) -> Tensor:
+    def _fused(self, x: Tensor, rotary: Rotary, seen: Documents) -> Tensor:
         """Return what `forward` gives to the last projection, by one product and kernels of our own."""
         assert rotary.positions is not None
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight

@@ -26,6 +26,7 @@ from .attention import (
     document_block_mask,
     document_mask,
 )
+from .documents import Documents, documents
 from .feed_forward import SwiGLU
 from .kv_cache import KVCache, LayerCache
 from .loss import IGNORED, linear_cross_entropy
@@ -116,7 +117,7 @@ class MiniMindModel(nn.Module):
                 f"{self.config.max_position_embeddings}."
             )
         # Built once and shared: every layer sees the same positions and the same documents.
-        if isinstance(mask, fused.Documents):
+        if isinstance(mask, Documents):
             rotary = self.rotary.tables(position_ids, *input_ids.shape)
         else:
             rotary = self.rotary(position_ids, start, length)
@@ -176,7 +177,7 @@ class MiniMindForCausalLM(nn.Module):
         self._init_weights()
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self.compiled = False
-        self._documents: Callable[..., fused.Documents] = fused.documents
+        self._documents: Callable[..., Documents] = documents
         # Set where attention runs compiled, so that FlexAttention may be used.
         self._create_block_mask: Callable[..., BlockMask] | None = None
 
@@ -221,7 +222,7 @@ class MiniMindForCausalLM(nn.Module):
             # Compiled by itself: made inside a graph without gradients, torch 2.11 hands the kernel a mask
             # that points outside of its memory.
             self._create_block_mask = torch.compile(create_block_mask, dynamic=False)
-        self._documents = torch.compile(fused.documents, dynamic=False)
+        self._documents = torch.compile(documents, dynamic=False)
         self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
 
     def forward(

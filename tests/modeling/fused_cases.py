@@ -74,7 +74,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_cases(device: str) -> Errors:
-    from minimind.modeling import fused
+    from minimind.modeling import fused_ops as fused
 
     width = 24 if device == "cpu" else 768
     x, added = (torch.randn(3, 7, width, device=device).bfloat16() for _ in range(2))
@@ -91,14 +91,15 @@ def norm_cases(device: str) -> Errors:
 def attention_case(
     device: str, heads: int, kv_heads: int, head_dim: int, length: int, document: int | None
 ) -> Errors:
-    from minimind.modeling import fused
+    from minimind.modeling import fused_ops as fused
+    from minimind.modeling.documents import documents as documents_of
 
-    documents = None
+    document_ids = None
     if document is not None:
         # The second row has other documents than the first.
         lengths = torch.tensor([[document], [2 * document - 1]], device=device)
-        documents = (torch.arange(length, device=device) // lengths).int()
-    seen = fused.documents(documents, 2, length, torch.device(device))
+        document_ids = (torch.arange(length, device=device) // lengths).int()
+    seen = documents_of(document_ids, 2, length, torch.device(device))
     at = torch.arange(length, device=device)
     positions = at - seen.starts
     frequencies = 1e4 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
@@ -115,8 +116,8 @@ def attention_case(
         turning = cos[positions].unsqueeze(2).double(), sin[positions].unsqueeze(2).double()
         q, k = turn(norm(q, query_weight), *turning), turn(norm(k, key_weight), *turning)
         mask = (at <= at[:, None]).expand(2, length, length)
-        if documents is not None:
-            mask = mask & (documents[:, :, None] == documents[:, None, :])
+        if document_ids is not None:
+            mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
         q, k, v = (x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
         scores = (q @ k.mT / head_dim**0.5).masked_fill(~mask[:, None], -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -130,7 +131,7 @@ def attention_case(
 
 
 def swiglu_case(device: str) -> Errors:
-    from minimind.modeling import fused
+    from minimind.modeling import fused_ops as fused
 
     gate_up = torch.randn(9, 2 * 600, device=device).bfloat16()
     weight = torch.randn(16, 600, device=device).bfloat16()
@@ -143,7 +144,7 @@ def swiglu_case(device: str) -> Errors:
 
 
 def cross_entropy_case(device: str, vocab_size: int) -> Errors:
-    from minimind.modeling import fused
+    from minimind.modeling import fused_ops as fused
 
     logits = (3 * torch.randn(6, vocab_size, device=device)).bfloat16()
     targets = torch.randint(vocab_size, (6,), device=device)
@@ -174,7 +175,7 @@ def all_cases(device: str) -> Errors:
 if __name__ == "__main__":
     if "--interpret" in sys.argv:
         interpret()
-        from minimind.modeling import fused
+        from minimind.modeling import fused_ops as fused
 
         def small_tiles(head_dim: int, device_index: int) -> tuple[dict[str, int], ...]:
             wide = 1 << (head_dim.bit_length() - 1)

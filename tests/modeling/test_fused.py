@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minimind.modeling import fused
+from minimind.modeling.documents import documents
 
 # bf16 rounds by up to 1/256; an error of this size has been made by rounding alone.
 ROUNDING = 0.01
@@ -45,10 +46,10 @@ def test_kernels_on_a_gpu_agree_with_float64() -> None:
 
 def test_documents_are_runs_of_equal_ids() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 2, 2], [5, 5, 5, 5, 5, 5]], dtype=torch.int32)
-    found = fused.documents(ids, 2, 6, torch.device("cpu"))
+    found = documents(ids, 2, 6, torch.device("cpu"))
     assert found.starts.tolist() == [[0, 0, 0, 3, 4, 4], [0] * 6]
     assert found.ends.tolist() == [[3, 3, 3, 4, 6, 6], [6] * 6]
-    whole = fused.documents(None, 2, 6, torch.device("cpu"))
+    whole = documents(None, 2, 6, torch.device("cpu"))
     assert (whole.starts == 0).all()
     assert (whole.ends == 6).all()
 
