@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    make_run(tmp_path / "a")
+    make_run(tmp_path / "a", learning_rate=5e-4)
     make_run(
         tmp_path / HOSTILE,
         [3.8, 2.9, 2.2],
