@@ -193,6 +193,16 @@ def test_readme_names_every_page() -> None:
     assert linked_pages("README_zh.md") == linked_pages("README.md")
 
 
+def test_the_tree_in_readme_names_what_exists() -> None:
+    (tree,) = [block.text for block in blocks("README.md") if block.text.startswith("minimind/\n")]
+    missing = []
+    for line in tree.splitlines():
+        folder = ROOT / "minimind" if line.startswith(" ") else ROOT
+        names = re.split(r" {2,}", line.strip())[0].split()
+        missing += [name for name in names if not any(folder.glob(name))]
+    assert missing == []
+
+
 def without_comments(block: Block) -> list[str]:
     """Return a block's lines without comments; of what is no language, the names of files and the numbers."""
     if not block.language:
