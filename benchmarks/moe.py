@@ -2,7 +2,8 @@
 
 Speed is that of the product's own steps on made-up tokens, all contenders one after the other: the dense
 preset, the same with experts as wide (of minimind-3 that is minimind-3-moe), that without compilation, and a
-loop over experts, which cannot be compiled whole because its shapes depend on the routing. With --data a run
+loop over experts, which cannot be compiled whole because its shapes depend on the routing; last that loop in
+a model of PyTorch's own operators only, as a plain trainer has it. With --data a run
 of 500 steps trains on real text instead, and prints the load of the busiest expert of any block as a multiple
 of the mean. Meant for a CUDA GPU; on a CPU it shows that it works.
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.benchmark import BenchmarkResult, benchmark
+from minimind.modeling import fused
 from minimind.modeling.moe import MixtureOfExperts
 from minimind.presets import preset_config
 
@@ -72,6 +74,8 @@ def speed(options: argparse.Namespace) -> None:
     results["experts, not compiled"] = measured(eager, options.seconds)
     with mock.patch.object(MixtureOfExperts, "forward", looped):
         results["loop, not compiled"] = measured(eager, options.seconds)
+        with mock.patch.object(fused, "_BUILDABLE", False):
+            results["loop, plain PyTorch"] = measured(eager, options.seconds)
     of = {name: results[name].tokens_per_second for name in ("dense", "loop, not compiled")}
     for name, result in results.items():
         shares = [result.tokens_per_second / base for base in of.values()]

@@ -18,9 +18,9 @@ _BUILDABLE = torch.backends.cuda.is_built() and find_spec("triton") is not None
 _HEAD_DIMS = range(16, 129)
 
 if TYPE_CHECKING or _BUILDABLE:
-    from .fused_ops import add_norm, attend, cross_entropy_, swiglu_down
+    from .fused_ops import add_norm, attend, cross_entropy_, swiglu, swiglu_down
 
-    __all__ = ["add_norm", "attend", "cross_entropy_", "swiglu_down"]
+    __all__ = ["add_norm", "attend", "cross_entropy_", "swiglu", "swiglu_down"]
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

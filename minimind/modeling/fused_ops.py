@@ -223,13 +223,13 @@ def _attend_backward(
         query, key, qkv, starts, ends, log_sums, deltas, grad_out, grad_key, grad_qkv, length,
         SCALE=scale, FACTOR=factor, HEADS=heads, KV_HEADS=kv_heads, **for_keys,
     )  # fmt: skip
-    tiles = -(-rows * length // 8)
-    programs = min(_PROGRAMS, tiles)
-    grad_weights = torch.empty(programs, 2, head_dim, dtype=torch.float32, device=qkv.device)
-    wrap_triton(kernels.head_norm_rotate_backward)[(programs,)](
+    tiles = -(-rows * length // 32)
+    programs = min(-(-_PROGRAMS // (heads + kv_heads)), tiles)
+    grad_weights = qkv.new_empty(programs, heads + kv_heads, head_dim, dtype=torch.float32)
+    wrap_triton(kernels.head_norm_rotate_backward)[(heads + kv_heads, programs)](
         grad_query, grad_key, qkv, *weights, *turning, grad_qkv, grad_weights, rows * length,
         EPS=eps, HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, TILES_EACH=-(-tiles // programs),
-        TOKENS=8, BLOCK=_power_of_two(head_dim // 2), num_warps=2,
+        TOKENS=32, BLOCK=_power_of_two(head_dim // 2), num_warps=4,
     )  # fmt: skip
     return grad_qkv, grad_weights
 
@@ -252,14 +252,15 @@ class _Attend(torch.autograd.Function):
         common = qkv, query_weight, key_weight, cos, sin, positions, starts
         out, log_sums = _attend(*common, heads, eps)
         ctx.save_for_backward(*common, ends, out, log_sums)
-        ctx.eps = eps
+        ctx.heads, ctx.eps = heads, eps
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_qkv, grad_weights = _attend_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
         _, query_weight, key_weight, *_ = ctx.saved_tensors
-        for_query, for_key = grad_weights.sum(0)
+        kv_heads = grad_weights.shape[1] - ctx.heads
+        for_query, for_key = (part.sum((0, 1)) for part in grad_weights.split((ctx.heads, kv_heads), 1))
         return grad_qkv, for_query.to(query_weight.dtype), for_key.to(key_weight.dtype), *(None,) * 7
 
 
@@ -307,15 +308,34 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton_op("minimind::swiglu_backward", mutates_args={})
-def _swiglu_backward(grad_inner: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(grad_inner: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor]:
     from . import kernels
 
     rows, columns = grad_inner.shape
-    grad_gate_up, inner = torch.empty_like(gate_up), torch.empty_like(grad_inner)
+    grad_gate_up = torch.empty_like(gate_up)
+    inner = torch.empty_like(grad_inner) if again else grad_inner.new_empty(0)
     wrap_triton(kernels.swiglu_backward)[(-(-rows // 4), -(-columns // 512))](
-        grad_inner, gate_up, grad_gate_up, inner, rows, columns, ROWS=4, BLOCK=512, num_warps=4
-    )
+        grad_inner, gate_up, grad_gate_up, inner, rows, columns,
+        AGAIN=again, ROWS=4, BLOCK=512, num_warps=4,
+    )  # fmt: skip
     return grad_gate_up, inner
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        return _swiglu_backward(grad.contiguous(), gate_up, False)[0]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate)·up, (N, F), of (N, 2F) bf16 with the gates first."""
+    return _SwiGLU.apply(gate_up)
 
 
 class _SwiGLUDown(torch.autograd.Function):
@@ -327,7 +347,7 @@ class _SwiGLUDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, weight = ctx.saved_tensors
-        grad_gate_up, inner = _swiglu_backward(grad @ weight, gate_up)
+        grad_gate_up, inner = _swiglu_backward(grad @ weight, gate_up, True)
         return grad_gate_up, grad.T @ inner
 
 
@@ -357,8 +377,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
 
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    whole = _power_of_two(columns)
     wrap_triton(kernels.cross_entropy)[(rows,)](
-        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=min(_power_of_two(columns), 4096),
+        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=whole if whole <= 8192 else 4096,
         num_warps=8,
     )  # fmt: skip
     return losses

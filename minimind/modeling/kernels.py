@@ -110,60 +110,57 @@ def head_norm_rotate_backward(
     EPS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     TILES_EACH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of queries and keys in (N, (H + 2K)·D), and (P, 2, D) for the two weights."""
-    program = tl.program_id(0).to(tl.int64)
+    """Write the gradient of queries and keys in (N, (H + 2K)·D), and (P, H + K, D) for the two weights.
+
+    A program has one head: together they keep more of the memory busy than programs with all heads do.
+    """
+    head = tl.program_id(0)
+    program = tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     column = at < HALF
-    scale_query = tl.load(query_weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
-    scale_query_second = tl.load(query_weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
-    scale_key = tl.load(key_weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
-    scale_key_second = tl.load(key_weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
-    total_query, total_query_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    total_key, total_key_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if head < HEADS:
+        weight = query_weight
+        source = grad_query + head * 2 * HALF
+        width = HEADS * 2 * HALF
+    else:
+        weight = key_weight
+        source = grad_key + (head - HEADS) * 2 * HALF
+        width = KV_HEADS * 2 * HALF
+    scale = tl.load(weight + at, mask=column, other=0.0).to(tl.float32)[None, :]
+    scale_second = tl.load(weight + HALF + at, mask=column, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    total_second = tl.zeros((TOKENS, BLOCK), tl.float32)
     for index in range(TILES_EACH):
         token = (program * TILES_EACH + index) * TOKENS + tl.arange(0, TOKENS)
         known = token < tokens
         inside = known[:, None] & column[None, :]
         place = tl.load(positions + token, mask=known, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
+        there = source + token[:, None] * width + at[None, :]
+        here = (token[:, None] * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + at[None, :]
+        turned_first = tl.load(there, mask=inside, other=0.0).to(tl.float32)
+        turned_second = tl.load(there + HALF, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(qkv + here, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(qkv + here + HALF, mask=inside, other=0.0).to(tl.float32)
         c, s = tl.load(cos + place, mask=inside, other=0.0), tl.load(sin + place, mask=inside, other=0.0)
-        here = token[:, None] * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + at[None, :]
-        for head in tl.static_range(HEADS + KV_HEADS):
-            if head < HEADS:
-                source = grad_query + (token[:, None] * HEADS + head) * 2 * HALF + at[None, :]
-            else:
-                source = grad_key + (token[:, None] * KV_HEADS + (head - HEADS)) * 2 * HALF + at[None, :]
-            turned_first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-            turned_second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-            # Turned back, then through the norm.
-            grad_first = turned_first * c + turned_second * s
-            grad_second = turned_second * c - turned_first * s
-            first = tl.load(qkv + here + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
-            second = tl.load(qkv + here + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
-            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-            inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
-            first *= inverse
-            second *= inverse
-            if head < HEADS:
-                total_query += tl.sum(grad_first * first, 0)
-                total_query_second += tl.sum(grad_second * second, 0)
-                grad_first *= scale_query
-                grad_second *= scale_query_second
-            else:
-                total_key += tl.sum(grad_first * first, 0)
-                total_key_second += tl.sum(grad_second * second, 0)
-                grad_first *= scale_key
-                grad_second *= scale_key_second
-            mean = ((tl.sum(grad_first * first, 1) + tl.sum(grad_second * second, 1)) / (2 * HALF))[:, None]
-            grad_first = inverse * (grad_first - first * mean)
-            grad_second = inverse * (grad_second - second * mean)
-            target = grad_qkv + here + head * 2 * HALF
-            tl.store(target, grad_first.to(grad_qkv.dtype.element_ty), mask=inside)
-            tl.store(target + HALF, grad_second.to(grad_qkv.dtype.element_ty), mask=inside)
-    sums = grad_weight + program * 4 * HALF
-    tl.store(sums + at, total_query, mask=column)
-    tl.store(sums + HALF + at, total_query_second, mask=column)
-    tl.store(sums + 2 * HALF + at, total_key, mask=column)
-    tl.store(sums + 3 * HALF + at, total_key_second, mask=column)
+        # Turned back, then through the norm.
+        grad_first = turned_first * c + turned_second * s
+        grad_second = turned_second * c - turned_first * s
+        square = tl.sum(first * first + second * second, 1)
+        inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
+        first *= inverse
+        second *= inverse
+        total += grad_first * first
+        total_second += grad_second * second
+        grad_first *= scale
+        grad_second *= scale_second
+        mean = (tl.sum(grad_first * first + grad_second * second, 1) / (2 * HALF))[:, None]
+        grad_first = inverse * (grad_first - first * mean)
+        grad_second = inverse * (grad_second - second * mean)
+        tl.store(grad_qkv + here, grad_first.to(grad_qkv.dtype.element_ty), mask=inside)
+        tl.store(grad_qkv + here + HALF, grad_second.to(grad_qkv.dtype.element_ty), mask=inside)
+    sums = grad_weight + (program * (HEADS + KV_HEADS) + head) * 2 * HALF
+    tl.store(sums + at, tl.sum(total, 0), mask=column)
+    tl.store(sums + HALF + at, tl.sum(total_second, 0), mask=column)
 
 
 @triton.jit
@@ -181,9 +178,10 @@ def swiglu_forward(gate_up, inner, rows, columns, ROWS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def swiglu_backward(
-    grad_inner, gate_up, grad_gate_up, inner, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the gradient of (N, 2F), and silu(gate)·up once more, which was not kept."""
+    grad_inner, gate_up, grad_gate_up, inner, rows, columns,
+    AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of (N, 2F), and AGAIN silu(gate)·up, which was not kept."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < columns)[None, :]
@@ -194,7 +192,8 @@ def swiglu_backward(
     grad = tl.load(grad_inner + single, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     active = gate * share
-    tl.store(inner + single, (active * up).to(inner.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(inner + single, (active * up).to(inner.dtype.element_ty), mask=inside)
     slope = share + active * (1.0 - share)
     tl.store(grad_gate_up + pair, (grad * up * slope).to(grad_gate_up.dtype.element_ty), mask=inside)
     tl.store(grad_gate_up + pair + columns, (grad * active).to(grad_gate_up.dtype.element_ty), mask=inside)
@@ -202,7 +201,10 @@ def swiglu_backward(
 
 @triton.jit
 def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the cross-entropy of each row of (N, V) logits, and over the logits their gradient."""
+    """Write the cross-entropy of each row of (N, V) logits, and over the logits their gradient.
+
+    A row that is no longer than BLOCK is read once.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     base = logits + row * COLUMNS
@@ -211,6 +213,16 @@ def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.co
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(base + at, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=at < COLUMNS)
+    elif COLUMNS <= BLOCK:
+        at = tl.arange(0, BLOCK)
+        value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
+        chosen = tl.load(base + target).to(tl.float32)
+        peak = tl.max(value, 0)
+        value = tl.exp(value - peak)
+        mass = tl.sum(value, 0)
+        tl.store(losses + row, tl.log(mass) + peak - chosen)
+        grad = value * (1.0 / mass) - tl.where(at == target, 1.0, 0.0)
+        tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)
     else:
         chosen = tl.load(base + target).to(tl.float32)
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -218,17 +230,15 @@ def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.co
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
+            # Finite from the first piece on, which is whole.
             higher = tl.maximum(top, value)
-            # The first piece is whole unless V is smaller than it; there -inf - -inf must not count.
-            total = tl.where(
-                higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(value - higher)
-            )
+            total = total * tl.exp(top - higher) + tl.exp(value - higher)
             top = higher
         peak = tl.max(top, 0)
-        mass = tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - peak)), 0)
+        mass = tl.sum(total * tl.exp(top - peak), 0)
         tl.store(losses + row, tl.log(mass) + peak - chosen)
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-            grad = tl.exp(value - peak) / mass - tl.where(at == target, 1.0, 0.0)
+            grad = tl.exp(value - peak) * (1.0 / mass) - tl.where(at == target, 1.0, 0.0)
             tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)

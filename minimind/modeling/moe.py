@@ -101,6 +101,10 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Map (S, C) rows sorted by expert to (S, C); `ends`, (E,) int32, tells where each expert's end."""
+        if fused.wanted(rows, self.gate_proj):
+            both = torch.cat((self.gate_proj, self.up_proj), 1).to(rows.dtype)
+            inner = fused.swiglu(grouped_linear(rows, both, ends))
+            return grouped_linear(inner, self.down_proj.to(rows.dtype), ends)
         gate = grouped_linear(rows, self.gate_proj.to(rows.dtype), ends)
         up = grouped_linear(rows, self.up_proj.to(rows.dtype), ends)
         return grouped_linear(F.silu(gate) * up, self.down_proj.to(rows.dtype), ends)

@@ -140,7 +140,7 @@ def swiglu_case(device: str) -> Errors:
         fused.swiglu_down,
         lambda x, weight: (F.silu(x[:, :600]) * x[:, 600:]) @ weight.T,
         (gate_up, weight),
-    )
+    ) | compare("swiglu alone", fused.swiglu, lambda x: F.silu(x[:, :600]) * x[:, 600:], (gate_up,))
 
 
 def cross_entropy_case(device: str, vocab_size: int) -> Errors:
@@ -183,5 +183,5 @@ if __name__ == "__main__":
             return tuple({**shape, "QUERIES": 16, "KEYS": 16} for _ in range(3))
 
         # So that rows of few tokens have several tiles, and programs several rows.
-        fused._attention_tiles, fused._PROGRAMS = small_tiles, 3
+        fused._attention_tiles, fused._PROGRAMS = small_tiles, 5
     print(json.dumps(all_cases("cpu" if "--interpret" in sys.argv else "cuda")))
