@@ -103,7 +103,7 @@ class ModelOptions:
     ] = None
     router_aux_loss_coef: Annotated[
         float, Option("Weight of the loss that keeps the experts equally busy.", minimum=0.0)
-    ] = 0.001
+    ] = 0.01
     vocab_size: Annotated[
         int | None,
         Option("Rows of the embedding.", minimum=1, default_text="the tokenizer's"),

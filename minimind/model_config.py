@@ -90,7 +90,7 @@ class MiniMindConfig:
     num_experts_per_tok: int = 1
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool | None = None
-    router_aux_loss_coef: float = 0.001
+    router_aux_loss_coef: float = 0.01
     dropout: float = 0.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
