@@ -350,7 +350,10 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
 
 
 def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    # A slip of the finger may be a number so large that to try all below it would never end.
+    most = 1000
+    found = [d for d in range(1, min(n, most) + 1) if n % d == 0]
+    return ", ".join(map(str, found if n <= most else [*found, n]))
 
 
 PANELS: tuple[type, ...] = (DataOptions, ModelOptions, OptimizationOptions, RunOptions)

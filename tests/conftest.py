@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Models as small as those of the tests are slower on several threads, above all where tests run side by side.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_no_garbage() -> None:
+    """Take what is there before a module of tests out of sight of the collector.
+
+    Every run collects garbage, as it should; to look at all that torch and the tests have made took longer
+    than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

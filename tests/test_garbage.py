@@ -28,6 +28,7 @@ def a_cycle() -> weakref.ref[Cycle]:
 @pytest.fixture(autouse=True)
 def _collector_on() -> Iterator[None]:
     gc.enable()
+    gc.unfreeze()
     yield
     gc.unfreeze()
     gc.enable()

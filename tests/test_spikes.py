@@ -444,7 +444,7 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
 
     monkeypatch.setattr(pretrain_module, "train", train_with_lag)
     out = tmp_path / "out"
-    result = pretrain(tiny(corpus, out, on_spike="rewind", max_steps=STEPS, dropout=0.1, sample_interval=2))
+    result = pretrain(tiny(corpus, out, on_spike="rewind", max_steps=STEPS, dropout=0.1, sample_interval=4))
     state = saved_state(out)
     assert (result.steps, poison.met, state["rewinds"], state["step"]) == (STEPS, 1, 1, STEPS)
     assert state["left_out"] == [rows_met(out)]
@@ -455,7 +455,7 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
     assert [rewound[f"left_out_{name}"] for name in ("epoch", "row", "rows")] == state["left_out"][0]
     assert [row["step"] for row in lines(out) if "loss" in row] == list(range(1, STEPS + 1))
     samples = map(json.loads, (out / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-    assert [sample["step"] for sample in samples] == list(range(2, STEPS + 1, 2))
+    assert [sample["step"] for sample in samples] == list(range(4, STEPS + 1, 4))
 
     # The same run without these rows from the first step on.
     take_up = RunCheckpoints.resume

@@ -82,8 +82,8 @@ class RotaryTable(nn.Module):
 
     def _fill(self) -> None:
         device = self.cos.device
-        # Computed on the CPU, so that every device holds the same bits.
-        with torch.device("cpu"):
+        # Computed on the CPU, so that every device holds the same bits; on `meta` there is nothing to hold.
+        with torch.device("meta" if device.type == "meta" else "cpu"):
             frequencies, factor = rope_frequencies(*self._frequencies)
             angles = torch.outer(torch.arange(self._positions).float(), frequencies)  # (P, D/2)
         self.cos = (angles.cos() * factor).to(device)

@@ -185,7 +185,7 @@ class MiniMindForCausalLM(nn.Module):
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
+            if parameter.dim() >= 2 and not parameter.is_meta:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if writes else std)
 

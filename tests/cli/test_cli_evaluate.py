@@ -35,7 +35,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_prints_the_numbers_as_json_or_for_people(run: Command, folder: Path) -> None:
+def test_it_prints_the_numbers_as_json_or_for_people(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Wide enough for the path of a file, however deep the folder of the tests lies.
+    monkeypatch.setenv("COLUMNS", "400")
     words = ["eval", str(folder / "run"), "--data", str(folder / "[ot]*.jsonl"), "--text-key", "body"]
     words += ["--cache-dir", str(folder / "cache")]
     found = json.loads(run(*words, "--json").out)
