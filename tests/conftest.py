@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Models as small as those of the tests are slower on several threads, above all where tests run side by side.
 torch.set_num_threads(1)
+
+# On a machine that has other things to do an example may take any time.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="module", autouse=True)
