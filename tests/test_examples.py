@@ -109,6 +109,7 @@ def test_any_module_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "parameters: RecurrentLM" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_any_module_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")

@@ -27,6 +27,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> None:
@@ -40,6 +41,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> N
     assert happened["during a removal"] >= 1
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
 @pytest.mark.parametrize(
@@ -65,6 +67,7 @@ def test_a_disk_that_refuses_does_not_end_a_run(tmp_path: Path, kind: str, advic
     assert_same_end(tmp_path / "run", tmp_path / "straight")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
 def test_a_disk_that_takes_files_again_gets_the_next_checkpoint(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from test_pretrain import write_corpus
 
 from minimind.stored_checkpoint import stored_checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

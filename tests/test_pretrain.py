@@ -293,6 +293,7 @@ def test_a_full_disk_ends_the_run_only_if_asked_to(
     assert not list((tmp_path / "full" / "checkpoints").glob("*"))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(corpus: Path, tmp_path: Path) -> None:
     config = tiny(

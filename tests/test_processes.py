@@ -44,6 +44,7 @@ def command_line(words: list[str], **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_number_of_processes_changes_neither_rows_nor_losses(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
@@ -73,6 +74,7 @@ def test_the_number_of_processes_changes_neither_rows_nor_losses(tmp_path: Path)
                 assert ours[name] == pytest.approx(theirs[name], rel=0, abs=tolerance), (theirs["step"], name)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_processes_agree_on_a_micro_batch_that_they_measure(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
@@ -92,6 +94,7 @@ def test_processes_agree_on_a_micro_batch_that_they_measure(tmp_path: Path) -> N
         assert line["loss"] == pytest.approx(loss, rel=0, abs=1e-5)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_step_that_does_not_divide_ends_every_process_with_a_sentence(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
@@ -122,6 +125,7 @@ def test_a_step_that_does_not_divide_ends_every_process_with_a_sentence(tmp_path
     assert ends[1][1].splitlines()[-1].startswith("rank 1: error: --global-batch-size 12")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("to_whom", ["launcher", "one process"])
 def test_a_signal_stops_all_processes_at_one_step_with_the_state_saved(tmp_path: Path, to_whom: str) -> None:

@@ -72,6 +72,7 @@ def test_a_lost_place_in_the_data_shows_as_other_rows(
     assert (parting.step, parting.same_rows) == (3, False)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_processes_go_on_with_the_same_rows(config: PretrainConfig) -> None:
     from dataclasses import replace

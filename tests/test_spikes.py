@@ -527,6 +527,7 @@ def test_going_back_does_not_take_a_checkpoint_that_was_given_up(
 # --- several processes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("on_spike", ["skip", "rewind"])
 def test_two_processes_decide_alike(corpus: Path, tmp_path: Path, nan_poison: Poison, on_spike: str) -> None:

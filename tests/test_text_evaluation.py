@@ -129,6 +129,7 @@ def test_a_run_has_the_validation_loss_that_it_reported(tmp_path: Path) -> None:
     assert found.total.loss == pytest.approx(reported, rel=1e-6)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(folder: Path) -> None:
     names = ("a.jsonl", "b.jsonl")

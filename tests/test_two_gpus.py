@@ -17,6 +17,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "two_gpus.py"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_losses_of_two_processes_are_compared_with_those_of_one(tmp_path: Path) -> None:
     file = tmp_path / "result.json"

@@ -63,6 +63,7 @@ def test_options_of_a_plan_are_refused_without_it(run: Command, trained: list[An
     assert trained == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_processes_make_one_plan(tmp_path: Path) -> None:
     code = "import sys; from minimind_cli.app import main; main(sys.argv[1:])"
