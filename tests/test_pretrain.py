@@ -321,5 +321,5 @@ def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: p
         row["val_bits_per_byte"] for row in metrics(tmp_path / "out") if "val_bits_per_byte" in row
     ]
     # To know how often each token occurs, and no more, leaves three quarters.
-    assert evaluations[-1] < 0.65 * evaluations[0]
+    assert evaluations[-1] < 0.68 * evaluations[0]
     assert result.sample
