@@ -99,7 +99,7 @@ DTYPES = st.sampled_from(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.dictionaries(
         st.text(st.characters(blacklist_categories=["Cs"]), min_size=1).filter(lambda s: s != "__metadata__"),

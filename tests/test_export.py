@@ -90,7 +90,7 @@ def shapes(draw) -> dict[str, object]:
     }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(shapes(), st.sampled_from(DTYPES), st.integers(0, 2**31), st.sampled_from([None, 1, 500, 10_000]))
 def test_nothing_is_lost_from_format_to_format(shape, dtype, seed, max_shard_bytes):
     """Hugging Face to Hugging Face, to .pth, and from there to Hugging Face again, for any shape."""

@@ -57,7 +57,7 @@ def configs(draw) -> MiniMindConfig:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(configs())
 def test_the_number_of_parameters_is_that_of_the_model_built(config):
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def test_the_number_of_parameters_is_that_of_the_model_built(config):
     assert config.flops_per_token(16) == 6 * (active - embedding + attention)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(configs())
 def test_a_config_comes_back_from_json_unchanged(config):
     assert MiniMindConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

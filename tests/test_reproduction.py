@@ -78,7 +78,6 @@ def configs(draw: st.DrawFn) -> PretrainConfig:
 
 @settings(
     max_examples=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
 )

@@ -27,7 +27,7 @@ def some_logits(seed: int, *, ties: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 10**6),
     k=st.integers(1, VOCABULARY + 5),

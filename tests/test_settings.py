@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind.errors import ConfigError
@@ -125,7 +125,6 @@ def test_a_suggestion_ends_the_sentence_once() -> None:
     assert suggestion("zzz", ["batch_size"]) == "."
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         Example,

@@ -37,7 +37,7 @@ TOKENIZERS = {"byte-level": load_tokenizer(), "byte fallback": byte_fallback_tok
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_pieces_make_up_the_text_and_none_ends_in_half_a_character(kind, data):
     tokenizer = TOKENIZERS[kind]
@@ -60,7 +60,7 @@ def test_a_character_comes_with_its_last_byte():
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_bytes_that_are_no_text_end_up_as_they_are_decoded(kind, data):
     tokenizer = TOKENIZERS[kind]

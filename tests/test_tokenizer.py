@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
@@ -70,7 +70,6 @@ def test_shipped_tokenizer_has_the_promised_entries():
         assert SHIPPED.decode([id]) == ""
 
 
-@settings(deadline=None)
 @given(TEXTS)
 @example("".join(SPECIAL_TOKENS))
 @example("".join(map(chr, range(0x250))))
@@ -80,13 +79,11 @@ def test_any_text_comes_back_and_holds_no_special_token(text):
     assert all(len(SPECIAL_TOKENS) <= id < SHIPPED.vocab_size for id in ids)
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_bytes_per_token_add_up_to_the_length_of_the_text(text):
     assert SHIPPED.bytes_per_token()[SHIPPED.encode(text)].sum() == len(text.encode())
 
 
-@settings(deadline=None)
 @given(st.lists(TEXTS, max_size=5))
 def test_a_batch_is_encoded_as_its_texts_one_by_one(texts):
     assert SHIPPED.encode_batch(texts) == [SHIPPED.encode(text) for text in texts]

@@ -259,8 +259,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_qkv, grad_weights = _attend_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
         _, query_weight, key_weight, *_ = ctx.saved_tensors
-        kv_heads = grad_weights.shape[1] - ctx.heads
-        for_query, for_key = (part.sum((0, 1)) for part in grad_weights.split((ctx.heads, kv_heads), 1))
+        for_query = grad_weights[:, : ctx.heads].sum((0, 1))
+        for_key = grad_weights[:, ctx.heads :].sum((0, 1))
         return grad_qkv, for_query.to(query_weight.dtype), for_key.to(key_weight.dtype), *(None,) * 7
 
 
@@ -377,9 +377,10 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
 
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    whole = _power_of_two(columns)
+    # A row of so many logits stays in the registers of a program; a longer one is read twice, piece by piece.
+    block = _power_of_two(columns) if columns <= 8192 else 4096
     wrap_triton(kernels.cross_entropy)[(rows,)](
-        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=whole if whole <= 8192 else 4096,
+        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=block,
         num_warps=8,
     )  # fmt: skip
     return losses

@@ -104,10 +104,11 @@ class Experts(nn.Module):
         if fused.wanted(rows, self.gate_proj):
             both = torch.cat((self.gate_proj, self.up_proj), 1).to(rows.dtype)
             inner = fused.swiglu(grouped_linear(rows, both, ends))
-            return grouped_linear(inner, self.down_proj.to(rows.dtype), ends)
-        gate = grouped_linear(rows, self.gate_proj.to(rows.dtype), ends)
-        up = grouped_linear(rows, self.up_proj.to(rows.dtype), ends)
-        return grouped_linear(F.silu(gate) * up, self.down_proj.to(rows.dtype), ends)
+        else:
+            gate = grouped_linear(rows, self.gate_proj.to(rows.dtype), ends)
+            up = grouped_linear(rows, self.up_proj.to(rows.dtype), ends)
+            inner = F.silu(gate) * up
+        return grouped_linear(inner, self.down_proj.to(rows.dtype), ends)
 
 
 def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind.config import PANELS, PretrainConfig
@@ -244,7 +244,6 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_every_configuration_survives_its_file(values: dict[str, Any]) -> None:
     config = PretrainConfig(**values)
@@ -255,7 +254,6 @@ NAMES = st.sampled_from(["preset", *settings_of(PretrainConfig)]) | st.text(stri
 SCALARS = st.text() | st.integers() | st.floats() | st.booleans()
 
 
-@settings(deadline=None)
 @given(st.dictionaries(NAMES, SCALARS | st.lists(SCALARS) | st.just({"a": 1})))
 def test_any_file_gives_a_configuration_or_sentences(values: dict[str, Any]) -> None:
     problems = ["fine."]

@@ -17,7 +17,7 @@ from minimind.data.steps import step_rows
 
 PAD = 999_999
 ONE_PROCESS = BatchPlan(4, 1, 1)
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 # The documents of each entry, by their lengths.
 entries = st.lists(
     st.lists(st.integers(2, 40), min_size=1, max_size=25).filter(lambda n: sum(n) > 3), min_size=1, max_size=3

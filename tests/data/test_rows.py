@@ -16,7 +16,7 @@ from minimind.data.sampler import RowOrder
 from minimind.data.steps import step_rows
 
 PAD = 999_999
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda n: sum(n) > 1)
 plans = st.builds(BatchPlan, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 

@@ -25,7 +25,7 @@ LENGTH = 1000  # tokens of every document of the large corpus
 DOCUMENTS = 100_000_000
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(1, 200), min_size=1, max_size=20), max_size=5),
     st.sampled_from([1, 7, 32, 500]),

@@ -16,7 +16,7 @@ from minimind.data.packing import IGNORED
 from minimind.data.windows import document_windows, packed_windows, window_rows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     length=st.integers(2, 17),

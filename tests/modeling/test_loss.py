@@ -32,7 +32,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(loss_module, "_LOGITS_ELSEWHERE", 100)  # pieces of 4 tokens at a vocabulary of 20
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 30), st.floats(0, 1), st.integers(0, 99), st.floats(-8, 8))
 def test_loss_and_gradients_are_those_of_float64(tokens, vocab, ignored, seed, scale):
     hidden, weight, targets = case(tokens, vocab=vocab, seed=seed, ignored=ignored)
