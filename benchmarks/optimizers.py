@@ -23,7 +23,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ from minimind.tokenizer import load_tokenizer
 from minimind.train import forward_loss
 
 RATES = {
-    "adamw": (1e-3, 2e-3, 4e-3),
-    "muon": (4e-3, 8e-3, 1.6e-2),
+    "muon": (2e-3, 4e-3, 8e-3),
+    "adamw": (2.5e-4, 5e-4, 1e-3),
 }
 VARIANTS = (
     "lr_schedule=linear,min_lr_ratio=0",
@@ -86,21 +86,25 @@ def main() -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, device, Path(folder))
-        results = sweep(bench, options)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    title = (
-        f"{name}, torch {torch.__version__}, {datetime.date.today()}; {options.preset}, "
-        f"{bench.total_steps:,} steps of {bench.config.batch_size} x {bench.config.max_seq_len}, "
-        f"{bench.passes:.1f} passes over the text"
-    )
-    text = title + "\n\n" + table(results)
-    print(text)
-    if options.output:
-        out = Path(options.output)
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        title = (
+            f"{name}, torch {torch.__version__}, {datetime.date.today()}; {options.preset}, "
+            f"{bench.total_steps:,} steps of {bench.config.batch_size} x {bench.config.max_seq_len}, "
+            f"{bench.passes:.1f} passes over the text"
+        )
+        out = Path(options.output) if options.output else None
+        results = sweep(bench, options, lambda points: write(points, title, out))
+    print(f"{title}\n\n{table(results)}")
+    if out is not None:
+        plot(results, title, out / "optimizers.png")
+
+
+def write(results: list[dict[str, Any]], title: str, out: Path | None) -> None:
+    """Write the points so far."""
+    if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "optimizers.json").write_text(json.dumps({"title": title, "results": results}, indent=1))
-        (out / "optimizers.md").write_text(text + "\n")
-        plot(results, title, out / "optimizers.png")
+        (out / "optimizers.md").write_text(f"{title}\n\n{table(results)}\n")
 
 
 class Bench:
@@ -209,8 +213,13 @@ class Bench:
             epoch += 1
 
 
-def sweep(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return all points: the rates of each optimizer, then the variants at its best."""
+def sweep(
+    bench: Bench, options: argparse.Namespace, written: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Return all points: the rates of each optimizer, then the variants at its best.
+
+    Those so far are handed to `written` after each, so that a sweep that is cut short leaves something.
+    """
     results: list[dict[str, Any]] = []
     deadline = bench.began + 60 * options.minutes
 
@@ -227,6 +236,7 @@ def sweep(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
         result: dict[str, Any] = {"optimizer": optimizer, "rate": rate, "variant": variant}
         result |= bench.train(_changed(bench, values), embedding_lr=embedding_lr, zero_init=zero_init)
         results.append(result)
+        written(results)
         shown = {key: value for key, value in result.items() if key != "curve"}
         print(json.dumps(shown), file=sys.stderr, flush=True)
         return result["bits_per_byte"] or math.inf
@@ -310,9 +320,13 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
         done.sort(key=lambda result: result["rate"])
         left.plot([r["rate"] for r in done], [r["bits_per_byte"] for r in done], "o-", label=optimizer)
         best = min(done, key=lambda result: result["bits_per_byte"])
-        right.plot(*zip(*best["curve"], strict=True), label=f"{optimizer}, {best['rate']:g}")
+        tokens, losses = zip(*best["curve"], strict=True)
+        right.plot([count / 1e6 for count in tokens], losses, label=f"{optimizer}, {best['rate']:g}")
     left.set(xlabel="peak learning rate", ylabel="validation bits per byte", xscale="log")
-    right.set(xlabel="tokens", ylabel="training loss, nats per token")
+    rates = sorted({r["rate"] for r in results if not r["variant"]})
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+    left.minorticks_off()
+    right.set(xlabel="million tokens", ylabel="training loss, nats per token")
     left.legend()
     right.legend()
     pyplot.suptitle(title, fontsize=9)

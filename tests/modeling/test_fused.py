@@ -17,6 +17,9 @@ from minimind.modeling.documents import documents
 
 # bf16 rounds by up to 1/256; an error of this size has been made by rounding alone.
 ROUNDING = 0.01
+# Gradients of the norms of heads are sums over few tokens of numbers rounded more than once: in bf16 plain
+# PyTorch is off by up to 0.013 in the narrowest case.
+SUMS_OF_ROUNDED = 0.02
 # Both kinds run everything: sum and norm, norm, swiglu, and three or four numbers of each other case.
 FEWEST = 20
 
@@ -41,7 +44,9 @@ def test_interpreted_kernels_agree_with_float64() -> None:
 def test_kernels_on_a_gpu_agree_with_float64() -> None:
     errors = fused_cases.all_cases("cuda")
     assert len(errors) > FEWEST
-    assert {name: error for name, error in errors.items() if not error < ROUNDING} == {}
+    of_norms = {name for name in errors if name.startswith("attention") and name[-1] in "12"}
+    limits = {name: SUMS_OF_ROUNDED if name in of_norms else ROUNDING for name in errors}
+    assert {name: error for name, error in errors.items() if not error < limits[name]} == {}
 
 
 def test_documents_are_runs_of_equal_ids() -> None:
