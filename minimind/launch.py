@@ -106,11 +106,6 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
             "and prepare large data beforehand by minimind-train tokenize."
         ) from error
     _refuse_broken_launch(accelerator)
-    if config.optimizer == "muon" and accelerator.is_fsdp2:
-        raise ConfigError(
-            "--optimizer muon needs whole matrices, which FSDP cuts into shards; use --optimizer adamw, or "
-            "launch without --use_fsdp."
-        )
     if config.activation_checkpointing and accelerator.is_fsdp2:
         raise ConfigError(
             "--activation-checkpointing is done by FSDP itself where that shards the model; launch with "
@@ -282,6 +277,24 @@ def _settle_fsdp2(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
+
+
+def cast_weights_only(accelerator: Accelerator) -> torch.dtype | None:
+    """Have FSDP2 leave what passes between the units it shards as it is; call it before `prepare`.
+
+    For a model whose modules agree on dtypes among themselves. Of any other, what goes into each unit is
+    rounded to bf16, tables of angles too, and what comes out is made float32 again.
+
+    Returns:
+        The dtype that weights are gathered in; None where FSDP2 is not in force or does not cast.
+    """
+    if not accelerator.is_fsdp2 or accelerator.mixed_precision != "bf16":
+        return None
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return torch.bfloat16
 
 
 def close_accelerator(accelerator: Accelerator) -> None:

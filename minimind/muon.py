@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
 # The quintic a·x + b·x³ + c·x⁵ whose slope at zero is as steep as can be while repetition still ends within
@@ -22,7 +23,7 @@ _STEPS = 5
 # The root mean square of an AdamW update is about this (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
 
-_Update = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+_Move = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -42,20 +43,52 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices.flatten(0, -3)
     x = x if wide else x.mT  # the smaller side first: its square is what costs
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     if x.is_cuda:
-        x = x.bfloat16()
+        x, norm = x.bfloat16(), norm.bfloat16()
+    x = x / norm
     for _ in range(_STEPS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype).view(matrices.shape)
 
 
-def _update(gradients: Tensor, buffers: Tensor, keep: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
-    """Return directions and new momentum (n, R, C): zero and the old one where `keep`, (), is False."""
+def _move(gradients: Tensor, buffers: Tensor, keep: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """Return Nesterov's and the new momentum (n, R, C): zero and the old one where `keep`, (), is False."""
     moved = torch.lerp(buffers, gradients, 1 - momentum)
-    ahead = torch.lerp(gradients, moved, momentum)  # Nesterov
-    return orthogonalize(torch.where(keep, ahead, 0.0)), torch.where(keep, moved, buffers)
+    ahead = torch.lerp(gradients, moved, momentum)
+    return torch.where(keep, ahead, 0.0), torch.where(keep, moved, buffers)
+
+
+def _whole(parts: Tensor, like: Tensor) -> Tensor:
+    """Return (n, R, C) of the parts of n matrices that are cut as `like` is, gathered by one message."""
+    if not isinstance(like, DTensor):
+        return parts
+    shape = torch.Size((len(parts), *like.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    sharded = DTensor.from_local(
+        parts, like.device_mesh, _stacked_placements(like), run_check=False, shape=shape, stride=stride
+    )
+    return sharded.full_tensor()
+
+
+def _part(whole: Tensor, like: Tensor) -> Tensor:
+    """Undo `_whole`."""
+    if not isinstance(like, DTensor):
+        return whole
+    # No source rank: each process cuts its own part out of what all of them have.
+    return distribute_tensor(
+        whole, like.device_mesh, _stacked_placements(like), src_data_rank=None
+    ).to_local()
+
+
+def _stacked_placements(like: DTensor) -> list[Placement]:
+    return [Shard(cut.dim + 1) if isinstance(cut, Shard) else cut for cut in like.placements]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the shard that this process has of a tensor, the tensor itself where that is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -66,6 +99,9 @@ class Muon(torch.optim.Optimizer):
 
     Both algorithms: p ← (1 - lr·weight_decay)·p - lr·update. Muon's update is √max(R, C)·0.2 times the
     orthogonal factor of its Nesterov momentum, so its root mean square is at most 0.2, that of AdamW.
+
+    Parameters may be shards, as FSDP2 makes them: weights and momentum stay so, and the matrices of one shape
+    are whole for as long as they are made orthogonal.
     """
 
     # Told by `optim.skip_if_nonfinite`.
@@ -91,14 +127,15 @@ class Muon(torch.optim.Optimizer):
             eps: what AdamW adds to the root of the second moment.
             momentum: decay of Muon's momentum.
             fused: run AdamW in one kernel, which CUDA and CPU have; without it `found_inf` is not heard.
-            compiled: compile the arithmetic of Muon, once for each shape.
+            compiled: compile what Muon does beside products of matrices, which are quick as they are.
 
         Raises:
             ValueError: for a parameter of a `muon` group that is no matrix.
         """
         defaults = {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps, "momentum": momentum}
         super().__init__(params, {**defaults, "algorithm": "adamw", "fused": fused})
-        self._compute: _Update = torch.compile(_update, dynamic=False) if compiled else _update
+        # For all shapes at once: each graph would keep the first step waiting.
+        self._move: _Move = torch.compile(_move, dynamic=True) if compiled else _move
         for group in self.param_groups:
             if group["algorithm"] == "muon" and any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices; put other parameters in a group for adamw.")
@@ -126,12 +163,15 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor], scale: float) -> None:
-        buffers = [self._state(p, "momentum_buffer") for p in parameters]
-        gradients = torch.stack([p.grad for p in parameters])  # type: ignore[misc]
+        first = parameters[0]
+        buffers = [_local(self._state(p, "momentum_buffer")) for p in parameters]
+        gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
+        parameters = [_local(p) for p in parameters]
         keep = torch.ones((), dtype=torch.bool, device=gradients.device)
         if self.found_inf is not None:
             keep = self.found_inf == 0
-        directions, moved = self._compute(gradients, torch.stack(buffers), keep, group["momentum"])
+        ahead, moved = self._move(gradients, torch.stack(buffers), keep, group["momentum"])
+        directions = _part(orthogonalize(_whole(ahead, first)), first)
         torch._foreach_copy_(buffers, list(moved.unbind()))
         decay = keep.to(moved.dtype) * (group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, 1 - decay)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import PretrainConfig
+from .config import LEARNING_RATES, PretrainConfig
 from .muon import Muon
 
 # Where the fused kernel exists and leaves everything alone when told so on the device; see
@@ -19,17 +19,20 @@ FUSED_DEVICES = ("cuda", "cpu")
 # embedding, and of a router experts.
 OUTPUT = "lm_head."
 ROUTER = ".mlp.gate.weight"
+# Beside Muon a router learns as fast as it would with AdamW for all: faster, it swings from expert to expert.
+ROUTER_SCALE = LEARNING_RATES["adamw"] / LEARNING_RATES["muon"]
 
 
 def build_optimizer(
     model: nn.Module, config: PretrainConfig, device: torch.device | str, *, compiled: bool = False
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of --optimizer over the trainable parameters of `model`, in at most three groups.
+    """Return the optimizer of --optimizer over the trainable parameters of `model`, in at most four groups.
 
     Weight decay acts on matrices; embeddings, norms and other parameters of fewer than two dimensions have
     none. An embedding that is also the output matrix counts as an embedding, once. Muon updates the hidden
-    matrices, that is all but embeddings, output and the routers of experts, and AdamW the rest. Experts count
-    one by one, though they are stacked. Each group lists its parameter names under `param_names`.
+    matrices, that is all but embeddings, output and the routers of experts, and AdamW the rest. The output is
+    what `get_output_embeddings` of the model returns, else `lm_head`. Experts count one by one, though they
+    are stacked. Each group lists its parameter names under `param_names`.
 
     Args:
         model: before Accelerate wraps it, so that names are those of the plain model.
@@ -43,19 +46,24 @@ def build_optimizer(
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    outputs = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+    muon = config.optimizer == "muon"
     hidden: list[tuple[str, nn.Parameter]] = []
+    routers: list[tuple[str, nn.Parameter]] = []
     decayed: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
-    muon = config.optimizer == "muon"
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             others.append((name, parameter))
-        elif muon and not name.startswith(OUTPUT) and not name.endswith(ROUTER):
-            hidden.append((name, parameter))
-        else:
+        elif not muon or id(parameter) in outputs or name.startswith(OUTPUT):
             decayed.append((name, parameter))
+        elif name.endswith(ROUTER):
+            routers.append((name, parameter))
+        else:
+            hidden.append((name, parameter))
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -64,6 +72,7 @@ def build_optimizer(
     fused = torch.device(device).type in FUSED_DEVICES
     if muon:
         groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "algorithm": "muon"})
+        groups.append({"params": routers, "weight_decay": config.weight_decay, "lr_scale": ROUTER_SCALE})
         used = [group for group in groups if group["params"]]
         compiled = compiled and torch.device(device).type == "cuda"
         return Muon(used, config.peak_learning_rate, betas=betas, fused=fused, compiled=compiled)

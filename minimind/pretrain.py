@@ -24,7 +24,14 @@ from .delivery import deliver_model, deliver_weights, write_sample
 from .environment import describe_environment, describe_launch
 from .errors import CheckpointError, ConfigError
 from .evaluation import evaluate
-from .launch import check_launch, close_accelerator, prepare, start_accelerator, wants_compile
+from .launch import (
+    cast_weights_only,
+    check_launch,
+    close_accelerator,
+    prepare,
+    start_accelerator,
+    wants_compile,
+)
 from .launch_environment import is_main_process, restarts
 from .metrics_file import last_with
 from .model_config import MiniMindConfig
@@ -262,6 +269,7 @@ def prepare_model(
     compiled = wants_compile(config, accelerator)
     if isinstance(model, MiniMindForCausalLM):
         model.model.recompute = config.activation_checkpointing
+        model.gathered_dtype = cast_weights_only(accelerator)
         if compiled:
             fused = accelerator.device.type == "cuda" and not hindrance(
                 accelerator.mixed_precision, shape.head_dim, config.dropout

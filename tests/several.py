@@ -28,6 +28,7 @@ STEPS = 20
 RUNS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"packing": False},
+    "adamw": {"optimizer": "adamw", "max_steps": 6},
     "accumulated": {"batch_size": 1},
     "untied": {"tie_word_embeddings": False, "max_steps": 6},
     "bf16": {"mixed_precision": "bf16", "max_steps": 6},

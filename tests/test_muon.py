@@ -16,8 +16,6 @@ from torch.amp import GradScaler
 
 from minimind.checkpoint import CheckpointStore
 from minimind.config import PretrainConfig
-from minimind.errors import ConfigError
-from minimind.launch import start_accelerator
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.muon import Muon, orthogonalize
@@ -276,12 +274,6 @@ def test_each_group_has_its_share_of_the_learning_rate() -> None:
     take_step(model, optimizer, 1)
     for name, p in model.named_parameters():
         assert torch.equal(before[name], p) == is_hidden(name), name
-
-
-def test_sharded_matrices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
-    with pytest.raises(ConfigError, match="--optimizer adamw"):
-        start_accelerator(CONFIG)
 
 
 @pytest.mark.slow

@@ -54,6 +54,6 @@ def hindrance(precision: str, head_dim: int, dropout: float) -> str | None:
     return "they have no dropout" if dropout else None
 
 
-def attention_wanted(x: Tensor, weight: Tensor, head_dim: int) -> bool:
-    """Whether `attend` serves heads of this width in a product of `x` with `weight`."""
-    return wanted(x, weight) and head_dim in _HEAD_DIMS
+def attention_wanted(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attend` serves heads of this width where products are computed in `dtype`."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and _BUILDABLE and head_dim in _HEAD_DIMS

@@ -178,6 +178,9 @@ class MiniMindForCausalLM(nn.Module):
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self.compiled = False
         self._documents: Callable[..., Documents] = documents
+        # Set where FSDP2 gathers weights in another dtype than that of its shards, which are all that is to
+        # be seen of them between two blocks.
+        self.gathered_dtype: torch.dtype | None = None
         # Set where attention runs compiled, so that FlexAttention may be used.
         self._create_block_mask: Callable[..., BlockMask] | None = None
 
@@ -276,8 +279,8 @@ class MiniMindForCausalLM(nn.Module):
                 raise ValueError("document_ids and kv_cache do not go together: a cache holds one document.")
             return cached_mask(kv_cache.length, input_ids.shape[1], input_ids.device)
         dropout = self.training and self.config.dropout > 0
-        weight = self.model.embed_tokens.weight
-        if not dropout and fused.attention_wanted(input_ids, weight, self.config.head_dim):
+        dtype = self.gathered_dtype or fused.compute_dtype(input_ids, self.model.embed_tokens.weight)
+        if not dropout and fused.attention_wanted(input_ids.device, dtype, self.config.head_dim):
             return self._documents(document_ids, *input_ids.shape, input_ids.device)
         if document_ids is None:
             return None
