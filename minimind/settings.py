@@ -19,6 +19,9 @@ from typing import Any
 
 from .errors import ConfigError
 
+# What fits into the integers of tensors and files.
+LARGEST_INTEGER = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Option:
@@ -159,6 +162,8 @@ def _problem(setting: Setting, value: Any) -> str | None:
     if setting.kind not in (int, float):
         return None
     option = setting.option
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return f"{setting.flag} is too large; write {_example(setting)}."
     if not math.isfinite(value):
         return f"{given} is not a finite number; write {_example(setting)}."
     outside = (
@@ -206,7 +211,8 @@ def parse_values(
 def _convert(setting: Setting, raw: Any) -> Any:
     """Return `raw` as the field's type where that is possible without guessing, else `raw` itself."""
     if setting.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
+        # TOML has integers of any length.
+        return float(raw) if abs(raw) <= LARGEST_INTEGER else raw
     if setting.kind is str or not isinstance(raw, str):
         return dict(setting.option.synonyms).get(raw, raw) if isinstance(raw, str) else raw
     if setting.kind is bool:

@@ -84,6 +84,9 @@ def test_text_becomes_the_type_of_its_field(name: str, text: object, value: obje
         ("count", "0", "--count 0 is out of range; it must be at least 1."),
         ("rate", "1", "--rate 1.0 is out of range; it must be above 0 and below 1."),
         ("rate", "nan", "--rate nan is not a finite number; write for example 0.5."),
+        ("rate", 10**400, "--rate is too large; write for example 0.5."),
+        ("count", 10**400, "--count is too large; write for example 8."),
+        ("count", "9" * 20, "--count is too large; write for example 8."),
         ("count", "inf", "--count inf is not a whole number; write for example 8."),
         ("switch", "maybe", "--switch maybe is not true or false; write for example true."),
         ("kind", "oval", "--kind oval is not known; choose round or square."),
@@ -128,14 +131,14 @@ def test_a_suggestion_ends_the_sentence_once() -> None:
 @given(
     st.builds(
         Example,
-        count=st.integers(min_value=1),
+        count=st.integers(1, 2**63 - 1),
         rate=st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True),
         switch=st.booleans(),
-        limit=st.none() | st.integers(),
+        limit=st.none() | st.integers(1 - 2**63, 2**63 - 1),
         kind=st.sampled_from(["round", "square"]),
         names=st.lists(st.text(st.characters(codec="utf-8"))).map(tuple),
         title=st.none() | st.text(st.characters(codec="utf-8")),
-        size=st.just("auto") | st.integers(min_value=1),
+        size=st.just("auto") | st.integers(1, 2**63 - 1),
     )
 )
 def test_settings_survive_toml(settings: Example) -> None:
