@@ -16,7 +16,7 @@ from .wording import parse_duration
 
 # Peak learning rate where neither the user nor a preset gives one; what suits one optimizer does not suit
 # the other.
-LEARNING_RATES: Mapping[str, float] = {"adamw": 5e-4, "muon": 4e-3}
+LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
 
 AUTO = "auto"
 DEFAULT_BATCH_SIZE = 32
@@ -147,9 +147,9 @@ class OptimizationOptions:
         ),
     ] = None
     optimizer: Annotated[
-        Literal["adamw", "muon"],
+        Literal["muon", "adamw"],
         Option("What updates the matrices inside the blocks; all else is always updated by AdamW."),
-    ] = "adamw"
+    ] = "muon"
     learning_rate: Annotated[
         float | None,
         Option(

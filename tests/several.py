@@ -141,17 +141,37 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
 
     dist.reduce_scatter_single = counted_reduce_scatter
 
+    # What blocks are handed, and what decides on the kernels of attention, in bf16.
+    attention = importlib.import_module("minimind.modeling.attention")
+    rotate, wanted = attention.rotate, attention.fused.attention_wanted
+    dtypes: dict[str, list[str]] = {}
+
+    def noting_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        dtypes["angles"] = [str(cos.dtype), str(sin.dtype)]
+        return rotate(x, cos, sin)
+
+    def noting_wanted(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        dtypes["products"] = [str(dtype)]
+        return wanted(device, dtype, head_dim)
+
     module.prepare = noting
     training.train_step = counting_step
     for name in names:
+        watched = name == "bf16"
+        attention.rotate = noting_rotate if watched else rotate
+        attention.fused.attention_wanted = noting_wanted if watched else wanted
         run = config(corpus, folder / name, dist.get_world_size(), **RUNS[name])
         if topology != "ddp":
             precision = run.mixed_precision.replace("auto", "no")
             use_fsdp2_on_cpu(precision, replicas=2 if topology == "hsdp" else 1)
         result = module.pretrain(run)
         if dist.get_rank() == 0:
-            seen = {"model_dir": str(result.model_dir), "wrapped": wrapped[-1], "exchanges": exchanges[-1]}
-            seen["reductions"] = sorted(set(reductions))
+            seen: dict[str, Any] = {
+                "model_dir": str(result.model_dir),
+                "wrapped": wrapped[-1],
+                "exchanges": exchanges[-1],
+            }
+            seen |= {"reductions": sorted(set(reductions)), "dtypes": dtypes}
             values = dataclasses.asdict(result) | seen
             (folder / f"{name}.json").write_text(json.dumps(values))
     dist.barrier()

@@ -102,6 +102,7 @@ def test_several_processes_train_what_one_does(
         if name == "sampled":
             assert samples(tmp_path / name) == samples(alone / name)
         if name == "bf16":
+            assert told["dtypes"] == {"angles": ["torch.float32"] * 2, "products": ["torch.bfloat16"]}
             continue
         weights, wanted = (final_weights(folder / name) for folder in (tmp_path, alone))
         assert weights.keys() == wanted.keys()

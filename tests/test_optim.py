@@ -12,7 +12,7 @@ from torch import nn
 from minimind.config import PretrainConfig
 from minimind.optim import build_optimizer, set_learning_rate, skip_if_nonfinite
 
-CONFIG = PretrainConfig(learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
+CONFIG = PretrainConfig(optimizer="adamw", learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
 
 class Small(nn.Module):
