@@ -1,9 +1,11 @@
-"""The load of experts in an optimizer step over all processes: a loss to balance it, numbers to show it.
+"""The load of experts over all processes: a loss to balance it, numbers to show it.
 
 Shapes: L blocks, E experts, K experts of a token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +14,6 @@ from .config import PretrainConfig
 from .data.loader import MicroBatch
 from .data.packing import IGNORED
 from .modeling.moe import balance_loss
-
-# What `ExpertBalance.numbers` returns, as it is logged.
-EXPERT_NUMBERS = ("balance_loss", "expert_load", "dropped_share")
 
 
 class ExpertBalance:
@@ -62,19 +61,37 @@ class ExpertBalance:
         self._loss = whole if self._loss is None else self._loss + whole
         return loss + self._coefficient * balance_loss(counts, routing[:, 1], self._experts_per_token)
 
-    def numbers(self, num_targets: int) -> tuple[torch.Tensor, ...]:
-        """Return a (3,) float32 tensor on the device, or nothing without experts; the host does not wait.
+    def sums(self) -> tuple[torch.Tensor, ...]:
+        """Return a (1 + L·E,) float32 tensor on the device, or nothing without experts.
 
-        The balancing loss of a block per token, unweighted, K where all experts are chosen alike; the load of
-        the busiest expert of any block as a multiple of the mean; the share of tokens that no expert took.
-
-        Args:
-            num_targets: of the step, over all processes.
+        The balancing loss of the step, summed over tokens and blocks, and how often each expert was chosen.
+        Those of several steps may be added up; `expert_numbers` tells what they say. The host does not wait.
         """
         if self._counts is None or self._loss is None:
             return ()
-        blocks, experts = self._counts.shape
-        chosen = self._counts.sum(-1)  # (L,)
-        load = (self._counts.amax(-1) * experts / chosen.clamp(min=1)).amax()
-        dropped = 1 - chosen.amin() / (self._experts_per_token * max(num_targets, 1))
-        return (torch.stack((self._loss / (blocks * max(num_targets, 1)), load, dropped)),)
+        return (torch.cat((self._loss.reshape(1), self._counts.flatten())),)
+
+
+def expert_numbers(
+    sums: Sequence[float], *, num_experts: int, experts_per_token: int, num_targets: int
+) -> dict[str, float]:
+    """Return what is logged of the experts in one or several steps.
+
+    `balance_loss` is that of a block per token, unweighted, K where all experts are chosen alike;
+    `expert_load` the tokens of the busiest expert of any block as a multiple of the mean; `dropped_share` the
+    share of tokens that no expert took.
+
+    Args:
+        sums: 1 + L·E numbers of `ExpertBalance.sums`, added up.
+        num_experts: E.
+        experts_per_token: K.
+        num_targets: of those steps, over all processes.
+    """
+    loss, *counts = sums
+    blocks = [counts[first : first + num_experts] for first in range(0, len(counts), num_experts)]
+    tokens = max(num_targets, 1)
+    return {
+        "balance_loss": loss / (len(blocks) * tokens),
+        "expert_load": max(max(block) * num_experts / max(sum(block), 1) for block in blocks),
+        "dropped_share": 1 - min(map(sum, blocks)) / (experts_per_token * tokens),
+    }

@@ -15,7 +15,7 @@ from .config import PretrainConfig
 from .data.loader import Loader, MicroBatch, StepBatch
 from .errors import TrainingError
 from .evaluation import Evaluation, evaluate
-from .expert_balance import EXPERT_NUMBERS, ExpertBalance
+from .expert_balance import ExpertBalance, expert_numbers
 from .garbage import garbage_held
 from .optim import set_learning_rate, skip_if_nonfinite
 from .progress import Progress
@@ -176,7 +176,7 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
     Returns:
         (4,) float32 on the device: the loss summed over all processes, the number of processes that were
         asked to stop, the steps that the main process wants to decay from now on, and the norm of the
-        gradient; with experts (7,), with the numbers of `ExpertBalance.numbers` behind them.
+        gradient; with experts (5 + L·E,), with `ExpertBalance.sums` behind them.
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     scale = accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
@@ -201,7 +201,7 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
                 skip_if_nonfinite(optimizer, norm, sums[0], limit=limit if skips else math.inf)
             optimizer.step()
             optimizer.zero_grad()
-    return torch.cat((sums, norm.float().reshape(1), *balance.numbers(batch.num_targets)))
+    return torch.cat((sums, norm.float().reshape(1), *balance.sums()))
 
 
 def decay_wanted(run: Run, state: TrainState) -> int:
@@ -269,11 +269,14 @@ def settle(run: Run, state: TrainState, *, everything: bool = False) -> None:
             state.left_out_in_a_row = 0
             state.interval_loss += loss_sum
             state.interval_targets += record.num_targets
+            if routing:
+                before = state.interval_routing or [0.0] * len(routing)
+                state.interval_routing = [a + b for a, b in zip(before, routing, strict=True)]
         else:
             state.left_out_in_a_row += 1
             state.skipped_steps += 1
         if record.report:
-            _report(run, state, record, norm, routing, arrival.time)
+            _report(run, state, record, norm, arrival.time)
         if jumped or not finite:
             _look_into(run, state, record, loss_sum, norm)
 
@@ -474,17 +477,23 @@ def _look_into(run: Run, state: TrainState, record: StepRecord, loss_sum: float,
         raise SpikeError(spike)
 
 
-def _report(
-    run: Run, state: TrainState, record: StepRecord, norm: float, routing: list[float], time: float
-) -> None:
+def _report(run: Run, state: TrainState, record: StepRecord, norm: float, time: float) -> None:
     loss = state.interval_loss / state.interval_targets if state.interval_targets else math.nan
-    state.interval_loss, state.interval_targets = 0.0, 0
+    experts = {}
+    if state.interval_routing:
+        experts = expert_numbers(
+            state.interval_routing,
+            num_experts=run.config.num_experts,
+            experts_per_token=run.config.num_experts_per_tok,
+            num_targets=state.interval_targets,
+        )
+    state.interval_loss, state.interval_targets, state.interval_routing = 0.0, 0, []
     run.last_loss = loss
     values = {
         "loss": loss,
         "learning_rate": record.learning_rate,
         "grad_norm": norm,
-        **(dict(zip(EXPERT_NUMBERS, routing, strict=True)) if routing else {}),
+        **experts,
         "epoch": record.epoch,
         "tokens": record.tokens,
         "skipped_steps": state.skipped_steps,

@@ -24,6 +24,7 @@ class TrainState:
             of processes.
         interval_loss: summed loss of the steps since the last report.
         interval_targets: targets in those steps.
+        interval_routing: what `ExpertBalance.sums` gave in those steps, added up; nothing without experts.
         left_out_in_a_row: updates left out one after the other, up to the last step.
         recent_losses: losses of the latest steps in nats per token, from which a jump is told.
         left_out: pass, first row and number of rows of each step that a rewind has taken out for good.
@@ -42,6 +43,7 @@ class TrainState:
     # A checkpoint may fall between two reports, so what the next one needs is part of the state.
     interval_loss: float = 0.0
     interval_targets: int = 0
+    interval_routing: list[float] = field(default_factory=list)
     left_out_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
     left_out: list[list[int]] = field(default_factory=list)

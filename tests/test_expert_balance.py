@@ -12,7 +12,7 @@ from test_train import LENGTH, ROWS, VOCAB, Recorder, make_run, ragged_rows, ste
 from tiny_runs import tiny, write_corpus
 
 from minimind import pretrain
-from minimind.expert_balance import EXPERT_NUMBERS
+from minimind.expert_balance import expert_numbers
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.train import StepRecord, TrainState, settle, train_step
@@ -42,6 +42,10 @@ def run_of(k: int, accumulation_steps: int = 1, coefficient: float = COEFFICIENT
     return make_run(model(k), accumulation_steps, grad_clip=0.0, **options)
 
 
+def numbers(sums: list[float], k: int, num_targets: int) -> dict[str, float]:
+    return expert_numbers(sums, num_experts=4, experts_per_token=k, num_targets=num_targets)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("micro_batch_size", [8, 2])
 def test_a_step_adds_the_balancing_loss_of_each_micro_batch_weighted_by_its_tokens(
@@ -63,9 +67,9 @@ def test_a_step_adds_the_balancing_loss_of_each_micro_batch_weighted_by_its_toke
 
     run = run_of(k, ROWS // micro_batch_size)
     batch = step_batch(1, micro_batch_size)
-    loss_sum, _, _, norm, *numbers = train_step(run, batch, TrainState()).tolist()
+    loss_sum, _, _, norm, *sums = train_step(run, batch, TrainState()).tolist()
     assert loss_sum / batch.num_targets == pytest.approx(language.item(), rel=1e-5)
-    assert numbers[0] == pytest.approx(balance.item() / 2, rel=1e-5)
+    assert numbers(sums, k, batch.num_targets)["balance_loss"] == pytest.approx(balance.item() / 2, rel=1e-5)
     squares = sum(p.grad.square().sum() for p in reference.parameters())
     assert norm == pytest.approx(squares.sqrt().item(), rel=1e-4)
     for (name, ours), theirs, old in zip(
@@ -82,10 +86,9 @@ def test_the_numbers_tell_the_busiest_expert_and_that_nothing_was_dropped() -> N
     with torch.no_grad():
         for part in batch.micro_batches:
             counts += model(2)(part.input_ids, token_mask=part.shift_labels >= 0).routing[:, 0]
-    numbers = train_step(run, batch, TrainState()).tolist()[4:]
-    assert len(numbers) == len(EXPERT_NUMBERS)
-    assert numbers[1] == pytest.approx((counts / counts.mean(1, keepdim=True)).max().item())
-    assert numbers[2] == 0
+    told = numbers(train_step(run, batch, TrainState()).tolist()[4:], 2, batch.num_targets)
+    assert told["expert_load"] == pytest.approx((counts / counts.mean(1, keepdim=True)).max().item())
+    assert told["dropped_share"] == 0
     assert counts.sum(1).tolist() == [2 * batch.num_targets] * 2
 
 
@@ -98,7 +101,8 @@ def test_tokens_that_no_expert_took_would_be_seen(monkeypatch: pytest.MonkeyPatc
         return out._replace(routing=out.routing / 2)
 
     monkeypatch.setattr(run.model, "forward", half_dropped)
-    assert train_step(run, batch, TrainState()).tolist()[6] == pytest.approx(0.5)
+    told = numbers(train_step(run, batch, TrainState()).tolist()[4:], 1, batch.num_targets)
+    assert told["dropped_share"] == pytest.approx(0.5)
 
 
 def test_a_weight_of_zero_trains_on_the_language_loss_alone() -> None:
@@ -113,19 +117,30 @@ def test_a_weight_of_zero_trains_on_the_language_loss_alone() -> None:
     assert train_step(run, step_batch(1, 8), TrainState()).tolist()[3] != pytest.approx(expected, rel=1e-3)
 
 
-def test_reports_name_the_numbers() -> None:
-    run = run_of(1)
+def test_a_report_is_of_all_steps_since_the_last_one() -> None:
+    run, state = run_of(1), TrainState()
     assert isinstance(run.trackers, Recorder)
     batch = step_batch(1, 8)
-    run.readback.put(
-        StepRecord(1, 0.0, ROWS * LENGTH, batch.num_targets, 0.1, "", 1e9, [0, 0, ROWS], report=True),
-        train_step(run, batch, TrainState()),
-    )
-    settle(run, TrainState(), everything=True)
-    ((_, logged),) = run.trackers.logged
-    assert logged["expert_load"] > 1
-    assert logged["dropped_share"] == 0
-    assert logged["balance_loss"] >= 1
+    steps = [train_step(run, batch, state) for _ in range(4)]
+    # Busiest in turn: no expert of either block has more than its share over two steps.
+    for turn, step in enumerate(steps[2:]):
+        step[5:] = torch.tensor([1.0, 0, 0, 0]).roll(2 * turn).repeat(2) * batch.num_targets
+    for number, step in enumerate(steps, 1):
+        run.readback.put(
+            StepRecord(
+                number, 0.0, ROWS * LENGTH, batch.num_targets, 0.1, "", 1e9, [0, 0, ROWS], number in (2, 4)
+            ),
+            step,
+        )
+    settle(run, state, everything=True)
+    (_, first), (_, second) = run.trackers.logged
+    sums = sum(steps[:2]).tolist()[4:]
+    for name, value in numbers(sums, 1, 2 * batch.num_targets).items():
+        assert first[name] == pytest.approx(value, rel=1e-5), name
+    assert first["expert_load"] > 1
+    assert first["balance_loss"] >= 1
+    assert second["expert_load"] == 2
+    assert second["dropped_share"] == 0
 
 
 def test_a_whole_run_reports_its_experts_and_another_goes_on_from_its_folder(

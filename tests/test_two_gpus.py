@@ -63,8 +63,8 @@ def test_rows_fail_that_should(script: ModuleType) -> None:
                 jobs[key].set_result(reports)
         return script.Bench.compared(SimpleNamespace(jobs=jobs), "equality", "other", "other", "no")
 
-    assert row((3.0, "a"), (2.00009, "b")).passed
-    assert not row((3.0, "a"), (2.0002, "b")).passed
+    assert row((3.0, "a"), (2.000009, "b")).passed
+    assert not row((3.0, "a"), (2.00002, "b")).passed
     assert not row((3.0, "a"), (2.0, "c")).passed
     assert not row((3.0, "a")).passed
     assert row(script.RunError("no such device")).measured == "no such device"
