@@ -24,6 +24,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from minimind.config import PretrainConfig
 
 STEPS = 20
+# Between the norms of gradients that come up.
+CLIP = 1.4
 # Options of each run. A step is of 8 rows over all processes; a pass over the corpus ends in a short one.
 RUNS: dict[str, dict[str, Any]] = {
     "packed": {},
@@ -62,6 +64,7 @@ def config(corpus: Path, out: Path, processes: int, **changes: Any) -> PretrainC
         "max_steps": STEPS,
         "warmup_steps": 2,
         "learning_rate": 1e-3,
+        "grad_clip": CLIP,
         "log_interval": 1,
         "save_interval": 100,
         "compile": False,
