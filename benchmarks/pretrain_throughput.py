@@ -76,7 +76,9 @@ def measure(preset: str, options: argparse.Namespace, data: str, folder: Path) -
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     reports = [row for row in rows if row.get("tokens_per_second")]
     steady = reports[WARMUP_REPORTS:]
-    length = max(len(steady) // options.parts, 1)
+    length = len(steady) // options.parts
+    if not length:
+        sys.exit(f"{steps} steps are too few for {options.parts} parts; give more --steps or fewer --parts")
     parts = [
         mean(row["tokens_per_second"] for row in steady[first : first + length])
         for first in range(0, length * options.parts, length)

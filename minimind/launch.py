@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from datetime import timedelta
@@ -290,11 +291,11 @@ def cast_weights_only(accelerator: Accelerator) -> torch.dtype | None:
     """
     if not accelerator.is_fsdp2 or accelerator.mixed_precision != "bf16":
         return None
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = dataclasses.replace(
+        plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
     )
-    accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    return torch.bfloat16
+    return plugin.mixed_precision_policy.param_dtype
 
 
 def close_accelerator(accelerator: Accelerator) -> None:

@@ -87,8 +87,25 @@ def test_routers_go_to_adamw_and_stacked_experts_to_muon() -> None:
     groups = build_optimizer(MiniMindForCausalLM(config), CONFIG, "cpu").param_groups
     found = {name: (g["algorithm"], g["weight_decay"]) for g in groups for name in g["param_names"]}
     assert found["model.layers.0.mlp.gate.weight"] == ("adamw", 0.3)
+    # At the rate that AdamW has by default beside that of Muon.
+    slower = {name: g["lr_scale"] for g in groups if "lr_scale" in g for name in g["param_names"]}
+    assert slower == {"model.layers.0.mlp.gate.weight": 5e-4 / 4e-3}
     for projection in ("gate_proj", "up_proj", "down_proj"):
         assert found[f"model.layers.0.mlp.experts.{projection}"] == ("muon", 0.3)
+
+
+def test_an_output_matrix_of_another_name_goes_to_adamw() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 7, bias=False)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    groups = build_optimizer(Named(), CONFIG, "cpu").param_groups
+    found = {name: g["algorithm"] for g in groups for name in g["param_names"]}
+    assert found == {"inner.weight": "muon", "head.weight": "adamw"}
 
 
 @pytest.mark.parametrize("stacks", [1, 2])

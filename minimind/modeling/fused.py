@@ -34,7 +34,11 @@ def wanted(x: Tensor, weight: Tensor) -> bool:
 
     Not in fp16: the kernels divide by small weights of norms, for which it has no range.
     """
-    return x.is_cuda and compute_dtype(x, weight) == torch.bfloat16 and _BUILDABLE
+    return _served(x.device, compute_dtype(x, weight))
+
+
+def _served(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype == torch.bfloat16 and _BUILDABLE
 
 
 def hindrance(precision: str, head_dim: int, dropout: float) -> str | None:
@@ -56,4 +60,4 @@ def hindrance(precision: str, head_dim: int, dropout: float) -> str | None:
 
 def attention_wanted(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `attend` serves heads of this width where products are computed in `dtype`."""
-    return device.type == "cuda" and dtype == torch.bfloat16 and _BUILDABLE and head_dim in _HEAD_DIMS
+    return _served(device, dtype) and head_dim in _HEAD_DIMS
