@@ -234,7 +234,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "grad_clip": st.floats(min_value=0, allow_infinity=False),
     "packing": st.booleans(),
     "compile": st.none() | st.booleans(),
-    "max_tokens": st.none() | st.integers(1),
+    "max_tokens": st.none() | st.integers(1, 2**63 - 1),
     "head_dim": st.none() | st.integers(1, 64).map(lambda half: 2 * half),
     "lr_schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
     "tracker": st.sets(st.sampled_from(["tensorboard", "wandb", "swanlab"])).map(tuple),
