@@ -225,14 +225,19 @@ def test_agree_returns_or_raises_what_the_work_did() -> None:
         agree(accelerator, lambda: 1 // 0)
 
 
-@pytest.mark.parametrize("topology", ["ddp", "fsdp2"])
-def test_another_topology_loads_the_same_state_and_goes_on_alike(tmp_path: Path, topology: str) -> None:
-    accelerator, model, optimizer = topologies.start()
+@pytest.mark.parametrize(
+    ("topology", "optimizer_name"), [("ddp", "adamw"), ("fsdp2", "adamw"), ("fsdp2", "muon")]
+)
+def test_another_topology_loads_the_same_state_and_goes_on_alike(
+    tmp_path: Path, topology: str, optimizer_name: str
+) -> None:
+    muon = optimizer_name == "muon"
+    accelerator, model, optimizer = topologies.start(muon=muon)
     topologies.train(accelerator, model, optimizer, 0, 3)
     plain = saved(tmp_path / "plain", collect(accelerator, model, optimizer, {"step": 3}))
     losses = topologies.train(accelerator, model, optimizer, 3, 7)
 
-    run_processes(tmp_path, topology)
+    run_processes(tmp_path, topology, optimizer_name)
     results = [json.loads((tmp_path / f"{topology}-{rank}.json").read_text()) for rank in (0, 1)]
     # What two processes loaded and saved again is the same to the bit.
     assert_same(plain, CheckpointStore.open(tmp_path / topology / "step-00000003"))
@@ -246,13 +251,13 @@ def test_another_topology_loads_the_same_state_and_goes_on_alike(tmp_path: Path,
 
     # And back to one process.
     topologies.forget_accelerator()
-    accelerator, model, optimizer = topologies.start(seed=8)
+    accelerator, model, optimizer = topologies.start(seed=8, muon=muon)
     restore(accelerator, model, optimizer, CheckpointStore.open(tmp_path / topology))
     assert topologies.tied(model)
     assert topologies.train(accelerator, model, optimizer, 5, 7) == pytest.approx(losses[2:], rel=1e-6)
 
 
-def run_processes(folder: Path, topology: str, count: int = 2) -> None:
+def run_processes(folder: Path, *words: str, count: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -269,7 +274,7 @@ def run_processes(folder: Path, topology: str, count: int = 2) -> None:
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        command = [sys.executable, topologies.__file__, str(folder), topology]
+        command = [sys.executable, topologies.__file__, str(folder), *words]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from minimind.checkpoint import CheckpointStore
 from minimind.errors import CheckpointError
+from minimind.muon import Muon
 from minimind.training_state import agree, collect, restore
 
 
@@ -59,14 +60,25 @@ class TinyTied(nn.Module):
         return nn.functional.cross_entropy(self.head(self.norm(x))[:-1], ids[1:])
 
 
-def start(*, cpu: bool = True, **model_options: Any):
-    """Return accelerator, model and AdamW with two parameter groups, prepared."""
+def start(*, cpu: bool = True, muon: bool = False, **model_options: Any):
+    """Return accelerator, model and an optimizer with two parameter groups, prepared.
+
+    With `muon` that is Muon for the matrices inside the blocks and AdamW for the rest, else AdamW for all.
+    """
     accelerator = Accelerator(cpu=cpu)
     model = TinyTied(**model_options)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "lr_scale": 0.5}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=not cpu)
+    optimizer: torch.optim.Optimizer
+    if muon:
+        inside = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
+        rest = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+        optimizer = Muon(
+            [{"params": inside, "algorithm": "muon", "weight_decay": 0.1}, {"params": rest}], lr=1e-2
+        )
+    else:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "lr_scale": 0.5}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=not cpu)
     return accelerator, *accelerator.prepare(model, optimizer)
 
 
@@ -95,13 +107,14 @@ def use_fsdp2_on_cpu() -> None:
     )
 
 
-def one_of_several(folder: Path, topology: str) -> None:
+def one_of_several(folder: Path, topology: str, optimizer_name: str) -> None:
     """Load folder/plain, save it again at once and after two steps; tell how a misfit is refused."""
     torch.set_num_threads(1)
     if topology == "fsdp2":
         Accelerator(cpu=True)
         use_fsdp2_on_cpu()
-    accelerator, model, optimizer = start(seed=5)
+    muon = optimizer_name == "muon"
+    accelerator, model, optimizer = start(seed=5, muon=muon)
     assert accelerator.num_processes == 2
     assert isinstance(next(model.parameters()), DTensor) == (topology == "fsdp2")
     store = CheckpointStore(folder / topology, 5)
@@ -119,7 +132,7 @@ def one_of_several(folder: Path, topology: str) -> None:
     store.wait()
     refusals = []
     for work in (
-        lambda: restore(accelerator, *start(width=4)[1:], only_main),
+        lambda: restore(accelerator, *start(width=4, muon=muon)[1:], only_main),
         lambda: agree(accelerator, lambda: store.open(folder / "nowhere")),
         lambda: agree(accelerator, lambda: 1 // 0),
     ):
@@ -146,4 +159,4 @@ def forget_accelerator() -> None:
 
 
 if __name__ == "__main__":
-    one_of_several(Path(sys.argv[1]), sys.argv[2])
+    one_of_several(Path(sys.argv[1]), *sys.argv[2:])
