@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind.run_info import read_info
+from minimind.runs.info import read_info
 
 
 def info(

@@ -18,8 +18,8 @@ def reproduce(
     ] = False,
 ) -> None:
     """Print the command that repeats a run; warnings of what has changed since go to standard error."""
-    from minimind.reproduction import reproduce as find
-    from minimind.run_record import read_run
+    from minimind.runs.record import read_run
+    from minimind.runs.reproduction import reproduce as find
 
     found = find(read_run(run), check_data=check_data)
     typer.echo(found.command)

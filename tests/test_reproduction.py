@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import minimind.changes_since as changes_module
+import minimind.runs.changes_since as changes_module
 from minimind.config import PANELS, PretrainConfig
 from minimind.environment import describe_environment
 from minimind.option_words import option_words
 from minimind.presets import PRESETS, preset_config
 from minimind.pretrain import pretrain
-from minimind.reproduction import Reproduction, reproduce
 from minimind.run_folder import RunFolder
-from minimind.run_record import read_run
+from minimind.runs.record import read_run
+from minimind.runs.reproduction import Reproduction, reproduce
 from minimind.settings import write_toml
 from minimind_cli.options import normalise
 from minimind_cli.pretrain import pretrain as command

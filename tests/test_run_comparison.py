@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from made_runs import make_run
 
-from minimind.comparison_page import CHARTS, MOST_POINTS, comparison_page, thinned
 from minimind.errors import ConfigError
-from minimind.run_comparison import Comparison, at_tokens, compare_runs, distinct_names
-from minimind.run_record import Point
+from minimind.runs.comparison import Comparison, at_tokens, compare_runs, distinct_names
+from minimind.runs.comparison_page import CHARTS, MOST_POINTS, comparison_page, thinned
+from minimind.runs.record import Point
 
 # A folder's name may be anything but a slash; so may be what a run recorded.
 HOSTILE = "<img src=x onerror=alert(1)> & \"q' [bold]x"

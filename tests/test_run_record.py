@@ -14,14 +14,14 @@ import torch
 from made_runs import make_run
 from safetensors.torch import load_file
 
-from minimind.environment_text import device_text
 from minimind.errors import ConfigError, UserError
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.parameter_parts import count_parts
 from minimind.pretrain import pretrain
-from minimind.run_info import Info, read_info
-from minimind.run_record import read_run
+from minimind.runs.environment_text import device_text
+from minimind.runs.info import Info, read_info
+from minimind.runs.record import read_run
 from minimind.weight_header import read_headers
 
 
@@ -193,9 +193,9 @@ def test_the_header_is_what_the_library_reads(out: Path) -> None:
 
 def test_reading_a_run_needs_no_torch(out: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from minimind.run_info import read_info; "
-        "from minimind.run_comparison import compare_runs; "
-        "from minimind.comparison_page import comparison_page; "
+        "import sys; from pathlib import Path; from minimind.runs.info import read_info; "
+        "from minimind.runs.comparison import compare_runs; "
+        "from minimind.runs.comparison_page import comparison_page; "
         "path = Path(sys.argv[1]); read_info(path); comparison_page(compare_runs([path])); "
         "sys.exit('torch' in sys.modules)"
     )

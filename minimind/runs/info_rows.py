@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .wording import count, duration
+from ..wording import count, duration
 
 
 def model_rows(shape: Mapping[str, Any], parts: Mapping[str, int]) -> list[tuple[str, str]]:

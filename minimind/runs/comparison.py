@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .config import PretrainConfig
+from ..config import PretrainConfig
+from ..errors import ConfigError
+from ..model_config import MiniMindConfig
+from ..settings import settings_of
+from ..wording import count, duration
 from .environment_text import device_text
-from .errors import ConfigError
-from .model_config import MiniMindConfig
-from .run_info import SHAPE, run_parts
-from .run_record import BITS, LOSS, Point, RunRecord, read_run
-from .settings import settings_of
-from .wording import count, duration
+from .info import SHAPE, run_parts
+from .record import BITS, LOSS, Point, RunRecord, read_run
 
 # Shares of the tokens that all runs have reached.
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)

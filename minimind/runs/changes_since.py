@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .config import PretrainConfig
-from .data.prepare import fingerprint_in_cache, prepare_data
-from .environment import describe_environment
+from ..config import PretrainConfig
+from ..data.prepare import fingerprint_in_cache, prepare_data
+from ..environment import describe_environment
+from ..errors import UserError
+from ..tokenizer import Tokenizer
 from .environment_text import device_text
-from .errors import UserError
-from .run_record import RunRecord
-from .tokenizer import Tokenizer
+from .record import RunRecord
 
 
 def data_changes(

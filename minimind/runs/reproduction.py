@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from ..config import ModelOptions, PretrainConfig
+from ..errors import UserError
+from ..launch import choose_precision
+from ..model_config import MiniMindConfig
+from ..option_words import option_words
+from ..settings import settings_of
+from ..tokenizer import Tokenizer, load_tokenizer
 from .changes_since import data_changes, environment_changes, peculiarities
-from .config import ModelOptions, PretrainConfig
-from .errors import UserError
-from .launch import choose_precision
-from .model_config import MiniMindConfig
-from .option_words import option_words
-from .run_record import RunRecord
-from .settings import settings_of
-from .tokenizer import Tokenizer, load_tokenizer
+from .record import RunRecord
 
 # What a shape has besides dropout comes from the folder of --from-weight, where there is one.
 _FROM_WEIGHT = tuple(

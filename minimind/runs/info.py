@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .environment_text import device_text, launch_text, versions_text
-from .errors import CheckpointError, ConfigError
-from .info_rows import fingerprint_rows, loss_text, model_rows, time_text, trained_text
-from .model_config import MiniMindConfig
-from .parameter_parts import count_parts
-from .run_folder import RunFolder
-from .run_record import RunRecord, read_run
-from .stored_checkpoint import (
+from ..errors import CheckpointError, ConfigError
+from ..model_config import MiniMindConfig
+from ..parameter_parts import count_parts
+from ..run_folder import RunFolder
+from ..stored_checkpoint import (
     MANIFEST,
     MODEL,
     TRAINER,
@@ -26,8 +23,11 @@ from .stored_checkpoint import (
     best_checkpoint,
     open_checkpoint,
 )
-from .weight_header import WeightHeader, read_headers
-from .wording import count, size
+from ..weight_header import WeightHeader, read_headers
+from ..wording import count, size
+from .environment_text import device_text, launch_text, versions_text
+from .info_rows import fingerprint_rows, loss_text, model_rows, time_text, trained_text
+from .record import RunRecord, read_run
 
 _CONFIG = "config.json"
 

@@ -17,9 +17,9 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from . import __version__
-from .run_comparison import Comparison, Row
-from .run_record import BITS, LOSS, Point, RunRecord
+from .. import __version__
+from .comparison import Comparison, Row
+from .record import BITS, LOSS, Point, RunRecord
 
 # A curve of more points is drawn by means over neighbours: a screen shows no more.
 MOST_POINTS = 800
