@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -62,15 +62,17 @@ class BenchmarkResult:
         max_seq_len: tokens of a row; likewise.
         reduced: whether one of the two is less than asked for.
         steps: measured.
-        step_seconds: mean time of a whole step.
-        tokens_per_second: input tokens over all processes.
+        step_seconds: mean time of a whole step, as it was measured.
+        tokens_per_second: input tokens over all processes, in steps of the size asked for; where those
+            measured are smaller, worked out by `seconds_of_step`.
         data_seconds: of a step, waiting for rows on the host.
         forward_seconds: of a step, in forward passes; the gradient of the logits is made there too.
         backward_seconds: of a step, in backward passes.
         optimizer_seconds: of a step, clipping and updating.
         start_seconds: the first steps, which compile.
         memory_gb: the most allocated on a GPU, else the memory of the process, 10^9 bytes.
-        flops_per_token: arithmetic of the model; see `MiniMindConfig.flops_per_token`.
+        flops_per_token: arithmetic of the model in rows of the length asked for; see
+            `MiniMindConfig.flops_per_token`.
         peak_flops: of the devices together by the maker's word, None where it is not known.
         mfu: share of `peak_flops` that the model's arithmetic makes up, None where that is not known.
         matmul_flops: of a large square product on one device in this precision, measured.
@@ -107,11 +109,13 @@ class BenchmarkResult:
         parts = [f"{name} {getattr(self, name + '_seconds') * 1e3:.1f} ms" for name in PARTS]
         peak = "the peak of this device is not known" if self.mfu is None else f"{self.mfu:.1%}"
         reduced = ", less than asked for, which would take long here" if self.reduced else ""
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+        how = f"for the size asked for, worked out from {steps}" if self.reduced else f"({steps})"
         return [
             ("model", f"{count(self.parameters)} parameters, {count(self.flops_per_token)} FLOP a token"),
             ("device", f"{self.device} x {self.processes}, {precision}"),
             ("step", f"{self.batch_size} rows of {self.max_seq_len} a micro-batch{reduced}"),
-            ("speed", f"{count(self.tokens_per_second)} tokens/s ({self.steps} steps)"),
+            ("speed", f"{count(self.tokens_per_second)} tokens/s {how}"),
             ("MFU", peak),
             (
                 "matmul",
@@ -154,15 +158,18 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         try:
             run, compiled = _make_run(config, shape, plan, accelerator, folder, tokenizer.pad_token_id)
             closing.callback(run.trackers.close)
-            measured = _measure(run, seconds)
+            measured = _measure(run, seconds, compiled=compiled)
         except torch.OutOfMemoryError as error:
             raise TooLargeError(
                 f"--batch-size {config.batch_size} with --max-seq-len {config.max_seq_len} does not fit into "
                 "the memory of the GPU; lower one of them."
             ) from error
         device, processes = accelerator.device, accelerator.num_processes
-        speed = plan.global_batch_size * config.max_seq_len / measured["step_seconds"]
-        achieved = speed * shape.flops_per_token(config.max_seq_len)
+        length = wanted.max_seq_len
+        work = _micro_batch_flops(wanted, shape) / _micro_batch_flops(config, shape)
+        tokens = plan.global_batch_size * length * _rows(wanted) / _rows(config)
+        speed = tokens / seconds_of_step(measured, work)
+        achieved = speed * shape.flops_per_token(length)
         peak = peak_flops_of(device)
         return BenchmarkResult(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
@@ -173,16 +180,31 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
             parameters=shape.num_parameters(),
             batch_size=plan.micro_batch_size,
             max_seq_len=config.max_seq_len,
-            reduced=(wanted.batch_size, wanted.max_seq_len) != (config.batch_size, config.max_seq_len),
+            reduced=(wanted.batch_size, length) != (config.batch_size, config.max_seq_len),
             tokens_per_second=speed,
             memory_gb=run.meter.report(0)["memory_gb"],
-            flops_per_token=shape.flops_per_token(config.max_seq_len),
+            flops_per_token=shape.flops_per_token(length),
             peak_flops=None if peak is None else peak * processes,
             mfu=None if peak is None else achieved / (peak * processes),
             matmul_flops=matmul,
             matmul_share=achieved / (matmul * processes),
             **measured,
         )
+
+
+def seconds_of_step(measured: Mapping[str, Any], work: float) -> float:
+    """Return the time of a step whose rows are `work` times the arithmetic of those measured.
+
+    The optimizer takes as long as ever: what it does depends on the model alone, and what Muon does is much
+    beside a few rows on a CPU.
+
+    Args:
+        measured: the times of a `BenchmarkResult` by their names.
+        work: a ratio; 1 gives `step_seconds`.
+    """
+    parts = sum(measured[f"{name}_seconds"] for name in PARTS)
+    fixed = measured["step_seconds"] * measured["optimizer_seconds"] / parts
+    return work * (measured["step_seconds"] - fixed) + fixed
 
 
 def with_batch_size(config: PretrainConfig, shape: MiniMindConfig) -> PretrainConfig:
@@ -254,20 +276,29 @@ class _Timer:
 def _shortened(config: PretrainConfig, shape: MiniMindConfig, matmul: float) -> PretrainConfig:
     """Return the configuration with fewer rows, then shorter ones, where a step would take too long."""
 
-    def step_seconds(rows: int, length: int) -> float:
-        rounds = config.accumulation_steps or 1
-        return rounds * rows * length * shape.flops_per_token(length) / (0.5 * matmul)
+    def too_long(changed: PretrainConfig) -> bool:
+        return rounds * _micro_batch_flops(changed, shape) > LONGEST_STEP * 0.5 * matmul
 
-    rows, length = config.batch_size, config.max_seq_len
-    assert isinstance(rows, int)
-    while rows > 1 and step_seconds(rows, length) > LONGEST_STEP:
-        rows = -(-rows // 2)
-    while length > 64 and step_seconds(rows, length) > LONGEST_STEP:
-        length = max(length // 2, 64)
-    if (rows, length) == (config.batch_size, config.max_seq_len):
-        return config
-    # A global batch would only bring the rows back as accumulation.
-    return dataclasses.replace(config, batch_size=rows, max_seq_len=length, global_batch_size=None)
+    rounds = config.accumulation_steps or 1
+    shorter = config
+    while _rows(shorter) > 1 and too_long(shorter):
+        # A global batch would only bring the rows back as accumulation.
+        shorter = dataclasses.replace(shorter, batch_size=-(-_rows(shorter) // 2), global_batch_size=None)
+    while shorter.max_seq_len > 64 and too_long(shorter):
+        shorter = dataclasses.replace(
+            shorter, max_seq_len=max(shorter.max_seq_len // 2, 64), global_batch_size=None
+        )
+    return shorter
+
+
+def _rows(config: PretrainConfig) -> int:
+    assert isinstance(config.batch_size, int)
+    return config.batch_size
+
+
+def _micro_batch_flops(config: PretrainConfig, shape: MiniMindConfig) -> int:
+    length = config.max_seq_len
+    return _rows(config) * length * shape.flops_per_token(length)
 
 
 def _make_run(
@@ -314,7 +345,7 @@ def _make_run(
     return run, compiled
 
 
-def _measure(run: Run, seconds: float) -> dict[str, Any]:
+def _measure(run: Run, seconds: float, *, compiled: bool) -> dict[str, Any]:
     """Return the fields of the result that are times, and the number of steps."""
     run.model.train()
     state = TrainState()
@@ -331,40 +362,49 @@ def _measure(run: Run, seconds: float) -> dict[str, Any]:
         train_step(run, next(batches), state)
         state.step += 1
 
+    def once() -> float:
+        """Take a step and return its time, the same on all processes, so that all go on alike."""
+        began = synchronize()
+        step()
+        spent = torch.tensor([synchronize() - began], device=device)
+        return max(float(run.accelerator.reduce(spent, reduction="mean")), 1e-4)
+
     began = synchronize()
-    for _ in range(WARMUP_STEPS):
+    # The first step of a compiled model tells nothing.
+    first = once()
+    long = not compiled and first > LONGEST_STEP
+    for _ in range(0 if long else WARMUP_STEPS - 1):
         step()
     start_seconds = synchronize() - began
 
-    # How many steps fill the time is decided once and by one process, so that all do the same.
-    began = synchronize()
-    step()
-    guess = torch.tensor([synchronize() - began], device=device)
-    once = float(run.accelerator.reduce(guess, reduction="mean"))
-    steps = max(round(seconds / max(once, 1e-4)), 2)
-    began = synchronize()
-    for _ in range(steps):
-        step()
-    step_seconds = (synchronize() - began) / steps
+    steps, step_seconds = 0, first
+    if not long:
+        steps = max(round(seconds / once()), 2)
+        began = synchronize()
+        for _ in range(steps):
+            step()
+        step_seconds = (synchronize() - began) / steps
 
     timer = _Timer(device)
     waits = []
-    for _ in range(max(round(seconds / 2 / step_seconds), 2)):
+    timed = max(round(seconds / first), 1) if long else max(round(seconds / 2 / step_seconds), 2)
+    for _ in range(timed):
         began = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - began)
         _timed_step(run, batch, timer)
     times = timer.seconds()
     rounds = run.accelerator.gradient_accumulation_steps
-    return {
-        "steps": steps,
-        "step_seconds": step_seconds,
-        "start_seconds": start_seconds,
+    parts = {
         "data_seconds": fmean(waits),
         "forward_seconds": fmean(times["forward"]) * rounds,
         "backward_seconds": fmean(times["backward"]) * rounds,
         "optimizer_seconds": fmean(times["optimizer"]),
     }
+    if long:
+        # There is no time for whole steps besides.
+        steps, step_seconds = timed, sum(parts.values())
+    return {"steps": steps, "step_seconds": step_seconds, "start_seconds": start_seconds, **parts}
 
 
 def _timed_step(run: Run, batch: StepBatch, timer: _Timer) -> None:

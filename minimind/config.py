@@ -196,7 +196,8 @@ class RunOptions:
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
         Option(
-            "Precision of the matrix products; auto takes bf16 where the GPU, or the CPU by AMX, has it.",
+            "Precision of the matrix products; auto takes bf16 where the GPU, or the CPU of a wide model, "
+            "has it.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
         ),

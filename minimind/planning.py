@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .batch_plan import BatchPlan, plan_batches
-from .benchmark import BenchmarkResult, TooLargeError, benchmark, with_batch_size
+from .benchmark import BenchmarkResult, TooLargeError, benchmark, seconds_of_step, with_batch_size
 from .config import PretrainConfig
 from .data.loader import Loader
 from .data.prepare import PreparedData, cache_folder, prepare_data
@@ -155,8 +155,6 @@ def _times(
     if measured is None:
         return None, None
     rounds = min(batches.accumulation_steps, _ROUNDS)
-    more = batches.accumulation_steps - rounds
-    step = measured.step_seconds + more * (measured.forward_seconds + measured.backward_seconds) / rounds
     work, done = (
         rows * length * shape.flops_per_token(length)
         for rows, length in (
@@ -164,7 +162,10 @@ def _times(
             (measured.batch_size, measured.max_seq_len),
         )
     )
-    return step * work / done, measured.forward_seconds / rounds * work / done
+    forward = measured.forward_seconds / rounds * work / done
+    backward = measured.backward_seconds / rounds * work / done
+    step = seconds_of_step(dataclasses.asdict(measured), work / done)
+    return step + (batches.accumulation_steps - rounds) * (forward + backward), forward
 
 
 def _estimate(

@@ -112,5 +112,37 @@ def test_a_step_that_would_take_long_is_made_smaller_and_says_so() -> None:
     assert module._shortened(wanted, shape, 1e15) == wanted
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_a_smaller_step_tells_the_speed_of_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    """On a CPU; the optimizer works once whatever the rows, so one row alone would look much slower."""
+    steps: list[None] = []
+
+    def counting(run: Any, batch: Any, state: Any) -> torch.Tensor:
+        steps.append(None)
+        return train_step(run, batch, state)
+
+    monkeypatch.setattr(module, "train_step", counting)
+    monkeypatch.setattr(module, "matmul_flops", lambda device, precision: 1e3)
+    if long:
+        monkeypatch.setattr(module, "LONGEST_STEP", 1e-6)
+    result = benchmark(dataclasses.replace(TINY, max_seq_len=128), seconds=1e-6)
+    assert (result.batch_size, result.max_seq_len, result.reduced) == (1, 64, True)
+    # A long step is measured in its parts, after a single one.
+    assert (len(steps), result.steps) == ((1, 1) if long else (WARMUP_STEPS + 3, 2))
+    shape = MiniMindConfig(
+        vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    assert result.flops_per_token == shape.flops_per_token(128)
+    work = 8 * 2 * shape.flops_per_token(128) / shape.flops_per_token(64)
+    parts = [getattr(result, f"{name}_seconds") for name in PARTS]
+    optimizer = result.step_seconds * result.optimizer_seconds / sum(parts)
+    seconds = work * (result.step_seconds - optimizer) + optimizer
+    assert result.tokens_per_second == pytest.approx(8 * 128 / seconds)
+    assert result.matmul_share == pytest.approx(result.tokens_per_second * result.flops_per_token / 1e3)
+    assert f"worked out from {result.steps} step" in dict(result.rows())["speed"]
+
+
 def test_the_matmul_speed_is_one_that_a_computer_can_have() -> None:
     assert 1e8 < matmul_flops(torch.device("cpu"), "no") < 1e14

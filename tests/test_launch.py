@@ -148,24 +148,29 @@ def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 @pytest.mark.parametrize(
-    ("amx", "width", "options", "precision"),
+    ("units", "width", "options", "precision"),
     [
-        (True, 512, {}, "bf16"),
-        (False, 512, {}, "no"),
-        (None, 512, {}, "no"),  # a torch that cannot tell
-        (True, 128, {}, "no"),
-        (True, 512, {"mixed_precision": "no"}, "no"),
-        (False, 128, {"mixed_precision": "bf16"}, "bf16"),
+        ({"_is_amx_tile_supported": True}, 512, {}, "bf16"),
+        ({"_is_avx512_bf16_supported": True}, 512, {}, "bf16"),
+        ({"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": False}, 512, {}, "no"),
+        ({}, 512, {}, "no"),  # a torch that cannot tell
+        ({"_is_amx_tile_supported": True}, 128, {}, "no"),
+        ({"_is_amx_tile_supported": True}, 512, {"mixed_precision": "no"}, "no"),
+        ({}, 128, {"mixed_precision": "bf16"}, "bf16"),
     ],
 )
 def test_a_cpu_computes_in_bf16_by_itself_only_where_it_has_units_for_it(
-    monkeypatch: pytest.MonkeyPatch, amx: bool | None, width: int, options: dict[str, Any], precision: str
+    monkeypatch: pytest.MonkeyPatch,
+    units: dict[str, bool],
+    width: int,
+    options: dict[str, Any],
+    precision: str,
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    if amx is None:
-        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    for name, there in units.items():
+        monkeypatch.setattr(torch.cpu, name, lambda there=there: there, raising=False)
     assert choose_precision(PretrainConfig(hidden_size=width, **options)) == precision
 
 
