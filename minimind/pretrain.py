@@ -41,7 +41,15 @@ from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
 from .profile_trace import ProfileTrace
 from .progress import Progress
-from .ranks import facts_of, failures_named, others_watched, refuse_differences, weights_fingerprint
+from .ranks import (
+    begun_before,
+    facts_of,
+    failures_named,
+    note_begun,
+    others_watched,
+    refuse_differences,
+    weights_fingerprint,
+)
 from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
 from .samples import Samples
@@ -97,16 +105,17 @@ def pretrain(
         closing.callback(progress.close)
         if (remark := check_launch(config)) is not None:
             progress.note(remark)
-        config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
-        if is_main_process():
-            folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         patience = parse_duration(config.dist_timeout)
         with building_in_turn(cache_folder(config), patience, progress.note):
+            if is_main_process():
+                folder.claim(resume=(config.resume is not None and not branch) or begun_before())
+                note_begun()
             data = prepare_data(config, tokenizer, progress.data_build)
+        config = _after_restart(config, folder, progress)
         if data.built:
             progress.banner([("data", line) for line in data.report.lines()])
 
@@ -114,7 +123,7 @@ def pretrain(
         closing.callback(close_accelerator, accelerator)
         place = closing.enter_context(failures_named(accelerator))
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
-        refuse_differences(accelerator, facts_of(config, fingerprints))
+        refuse_differences(accelerator, facts_of(accelerator, config, fingerprints))
         wanted = config.batch_size
         if wanted == AUTO and model_factory is not MiniMindForCausalLM:
             # What is remembered is known by the shape, which says nothing of another model.
@@ -278,7 +287,10 @@ def prepare_model(
     else:
         compiled = False
     optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
-    refuse_differences(accelerator, {"starting weights": weights_fingerprint(model)})
+    refuse_differences(
+        accelerator,
+        {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
+    )
     prepared_model, prepared_optimizer = prepare(
         accelerator,
         model,
