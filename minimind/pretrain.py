@@ -114,10 +114,13 @@ def pretrain(
             if is_main_process():
                 folder.claim(resume=(config.resume is not None and not branch) or begun_before())
                 note_begun()
-            data = prepare_data(config, tokenizer, progress.data_build)
+            # Whichever process comes first builds, and is the one to tell of it.
+            builder = progress if is_main_process() else Progress()
+            closing.callback(builder.close)
+            data = prepare_data(config, tokenizer, builder.data_build)
+            if data.built:
+                builder.banner([("data", line) for line in data.report.lines()])
         config = _after_restart(config, folder, progress)
-        if data.built:
-            progress.banner([("data", line) for line in data.report.lines()])
 
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
