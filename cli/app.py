@@ -36,7 +36,7 @@ from .examples import examples
 from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
-SECONDS_TO_SPEAK = 2.0
+SECONDS_TO_SPEAK = 4.0
 # Commands whose work several processes share. With any other, each would do all of it and print it.
 SHARED = frozenset({"pretrain", "decay", "bench", "eval"})
 

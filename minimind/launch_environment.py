@@ -93,7 +93,7 @@ def launch_problems(
             f"{local} processes were launched on this machine, which has {devices}; launch as many as there "
             "are GPUs (--num_processes counts those of all machines)."
         )
-    if env.get("MASTER_PORT") == "0":
+    if "WORLD_SIZE" in env and env.get("MASTER_PORT") == "0":
         yield "processes cannot meet at port 0; give torchrun --standalone instead of --master_port 0."
     if is_set("ACCELERATE_USE_FSDP", env):
         if env.get("FSDP_VERSION", "1") != "2":

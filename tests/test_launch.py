@@ -60,7 +60,8 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
             "this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
         ),
         (
-            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
+            # Alone it meets nobody, at no port.
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "True"},
             4,
             "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu",
         ),
