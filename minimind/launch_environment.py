@@ -17,6 +17,8 @@ _FSDP2_LAUNCH = (
 )
 # Programs that start several processes without telling torch.distributed, by where they tell their number.
 _STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+# What a process of several has to know besides their number.
+_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Ways to divide a model that bring little below a billion parameters.
 _DIVISIONS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
 
@@ -87,6 +89,12 @@ def launch_problems(
     yield from _unsupported(env, on_cpu)
     if "WORLD_SIZE" not in env:
         yield from _not_told(env, num_devices)
+    elif env["WORLD_SIZE"] != "1" and (missing := [name for name in _MEETING if name not in env]):
+        yield (
+            f"WORLD_SIZE={env['WORLD_SIZE']} says that so many processes train together, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, so they cannot meet; unset "
+            f"WORLD_SIZE to train alone, or let a launcher set all: {_LAUNCH.format(n='N')}"
+        )
     elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
         devices = "1 GPU" if num_devices == 1 else f"{num_devices} GPUs"
         yield (

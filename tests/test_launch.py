@@ -16,7 +16,8 @@ from minimind.launch import check_launch, choose_precision, prepare, start_accel
 from minimind.launch_environment import is_main_process, is_set, launch_problems, restarts, world_size
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
-TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+TWO |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FSDP2 = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 HSDP = {
     **FSDP2,
@@ -41,6 +42,7 @@ def problems(env: dict[str, str], devices: int = 0, **options: Any) -> list[str]
         (FSDP2, 2),
         (HSDP, 2),
         ({**TWO, "ACCELERATE_USE_CPU": "true"}, 1),
+        ({"WORLD_SIZE": "1"}, 2),
         ({"MASTER_ADDR": "node0"}, 2),  # as a script of a cluster may export it
         ({"SLURM_STEP_NUM_TASKS": "2", **TWO}, 2),
         ({"SLURM_STEP_NUM_TASKS": "1"}, 2),
@@ -69,6 +71,9 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 0, "^mpirun started 2 processes"),
         (TWO, 1, "2 processes were launched on this machine, which has 1 GPU;"),
         ({**TWO, "MASTER_PORT": "0"}, 2, "--standalone"),
+        # As scripts of clusters export them.
+        ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, 0, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2"}, 4, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set.*unset WORLD_SIZE"),
         ({**FSDP2, "FSDP_VERSION": "1"}, 2, "FSDP version 1; add --fsdp_version 2"),
         (
             FSDP2,
