@@ -142,8 +142,8 @@ def leave_note(place: str, rank: int, note: str) -> None:
 
 
 def told(error: Exception) -> str:
-    """Return an error as a note: its type and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """Return an error as a note, to stand in a sentence: its type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def reasons(failed: Mapping[int, str]) -> str:

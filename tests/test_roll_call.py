@@ -137,7 +137,7 @@ def test_a_main_process_that_fails_to_prepare_ends_the_others(
         with building_in_turn(tmp_path, 60.0, print):
             raise DataError("--data holds no text.")
     machines(1)
-    with pytest.raises(RankError, match=r"^rank 0 failed with DataError: --data holds no text"):
+    with pytest.raises(RankError, match=r"^rank 0 failed with DataError: --data holds no text; rank"):
         with building_in_turn(tmp_path, 60.0, print):
             pytest.fail("it was not its turn")
 
@@ -149,7 +149,7 @@ def test_others_hear_why_a_process_failed_before_the_store_goes_with_its_launche
     with RollCall("minimind/test/data", 1, 2) as others:
         with pytest.raises(DataError), building_in_turn(tmp_path, 60.0, print):
             raise DataError("--data holds no text.")
-        assert others.failed() == {0: "DataError: --data holds no text."}
+        assert others.failed() == {0: "DataError: --data holds no text"}
 
 
 def test_a_launch_knows_whether_its_earlier_processes_began_the_run(
