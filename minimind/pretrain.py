@@ -117,7 +117,7 @@ def pretrain(
             # Whichever process comes first builds, and is the one to tell of it.
             builder = progress if is_main_process() else Progress()
             closing.callback(builder.close)
-            data = prepare_data(config, tokenizer, builder.data_build)
+            data = _prepared(config, tokenizer, builder, stop)
             if data.built:
                 builder.banner([("data", line) for line in data.report.lines()])
         config = _after_restart(config, folder, progress)
@@ -255,6 +255,24 @@ def pretrain(
         # Only a run that got this far waits for the others: one that failed must not.
         accelerator.wait_for_everyone()
         return result
+
+
+def _prepared(
+    config: PretrainConfig, tokenizer: Tokenizer, builder: Progress, stop: StopRequest
+) -> PreparedData:
+    """Return the tokenized text, leaving off where a signal asks to: that may take hours.
+
+    A process whose turn comes because the one before it failed is asked to by the launcher.
+    """
+
+    def show(done: int, total: int) -> None:
+        stop.leave_if_signalled()
+        builder.data_build(done, total)
+
+    try:
+        return prepare_data(config, tokenizer, show)
+    finally:
+        stop.leave_if_signalled()
 
 
 def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress) -> PretrainConfig:
