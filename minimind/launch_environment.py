@@ -90,10 +90,10 @@ def launch_problems(
     if "WORLD_SIZE" not in env:
         yield from _not_told(env, num_devices)
     elif env["WORLD_SIZE"] != "1" and (missing := [name for name in _MEETING if name not in env]):
+        lacking = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
         yield (
-            f"WORLD_SIZE={env['WORLD_SIZE']} says that so many processes train together, but "
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, so they cannot meet; unset "
-            f"WORLD_SIZE to train alone, or let a launcher set all: {_LAUNCH.format(n='N')}"
+            f"WORLD_SIZE={env['WORLD_SIZE']} says that so many processes train together, but {lacking}, so they "
+            f"cannot meet; unset WORLD_SIZE to train alone, or let a launcher set all: {_LAUNCH.format(n='N')}"
         )
     elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
         devices = "1 GPU" if num_devices == 1 else f"{num_devices} GPUs"

@@ -21,8 +21,8 @@ class StopRequest:
     """Remembers that this process was asked to stop, by a signal or by the clock.
 
     As a context manager it takes over SIGINT and SIGTERM. The first one is only noted: the loop ends the
-    step, all processes agree, the state is saved; while text is tokenized the run ends there. A second one leaves at once, with the exit code that
-    shells give for the signal (128 + its number).
+    step, all processes agree, the state is saved; while text is tokenized the run ends there. A second one
+    leaves at once, with the exit code that shells give for the signal (128 + its number).
 
     Args:
         max_seconds: stop by itself so long after `started`; None for never.
