@@ -92,8 +92,9 @@ def launch_problems(
     elif env["WORLD_SIZE"] != "1" and (missing := [name for name in _MEETING if name not in env]):
         lacking = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
         yield (
-            f"WORLD_SIZE={env['WORLD_SIZE']} says that so many processes train together, but {lacking}, so they "
-            f"cannot meet; unset WORLD_SIZE to train alone, or let a launcher set all: {_LAUNCH.format(n='N')}"
+            f"WORLD_SIZE={env['WORLD_SIZE']} says that so many processes train together, but {lacking}, so "
+            "they cannot meet; unset WORLD_SIZE to train alone, or let a launcher set all: "
+            f"{_LAUNCH.format(n='N')}"
         )
     elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
         devices = "1 GPU" if num_devices == 1 else f"{num_devices} GPUs"
