@@ -97,6 +97,9 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
         ({**HSDP, "PARALLELISM_CONFIG_SP_SIZE": "2"}, 2, "^sequence parallelism"),
         ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 2, "give --accumulation-steps 4"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, 2, "STEPS=x of the launcher is not what"),
+        ({"ACCELERATE_USE_CPU": ""}, 0, "^ACCELERATE_USE_CPU= is neither true nor false"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, 2, "^ACCELERATE_USE_CPU=maybe is neither"),
     ],
 )
 def test_a_launch_that_would_go_wrong_is_answered(env: dict[str, str], devices: int, answer: str) -> None:
