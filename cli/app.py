@@ -36,7 +36,9 @@ from .examples import examples
 from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
-SECONDS_TO_SPEAK = 2.0
+SECONDS_TO_SPEAK = 4.0
+# Commands whose work several processes share. With any other, each would do all of it and print it.
+SHARED = frozenset({"pretrain", "decay", "bench", "eval"})
 
 app = typer.Typer(
     help="Pretrain small language models.",
@@ -68,6 +70,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -76,6 +79,12 @@ def _options(
     ] = False,
 ) -> None:
     """Pretrain small language models."""
+    command = ctx.invoked_subcommand
+    if world_size() > 1 and command not in SHARED:
+        raise ConfigError(
+            f"{command} works in one process and {world_size()} were launched (WORLD_SIZE); run it without a "
+            f"launcher: minimind-train {command} ..."
+        )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -90,6 +99,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if not is_main_process():
         _sign_warnings()
     words = normalise(sys.argv[1:] if words is None else words, PretrainConfig)
+    if not is_main_process() and (not words or {"--help", "--version"} & set(words)):
+        _leave(0)  # the same text would be printed by every process
     try:
         # Typer returns the code of an Exit, and 130 for Ctrl-C.
         code = app(words, prog_name="minimind-train", standalone_mode=False) or 0

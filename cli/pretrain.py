@@ -73,7 +73,8 @@ def pretrain(
         raise ConfigError("--json and --price-per-hour go with --plan; add it.")
     resolved = read_config(ctx, preset, config)
     if print_config:
-        typer.echo(write_toml(resolved, PANELS), nl=False)
+        if is_main_process():
+            typer.echo(write_toml(resolved, PANELS), nl=False)
         return
     if plan:
         _print_plan(resolved, price_per_hour, as_json)

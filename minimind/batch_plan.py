@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -78,6 +79,21 @@ def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
         f"(--batch-size {batch_size} x {processes}); "
         f"use --global-batch-size {globals_that_fit}{micro}."
     )
+
+
+def fitted_to(config: PretrainConfig, num_processes: int) -> PretrainConfig:
+    """Return the configuration with the largest micro-batch, up to its own, that gives the same global batch.
+
+    Raises:
+        ConfigError: where the rows of a step cannot be shared by so many processes.
+    """
+    if not isinstance(config.batch_size, int):
+        return config
+    rows = config.global_batch_size or config.batch_size
+    fitting = [size for size in range(1, config.batch_size + 1) if rows % (size * num_processes) == 0]
+    changed = dataclasses.replace(config, batch_size=max(fitting, default=config.batch_size))
+    plan_batches(changed, num_processes)  # raises where nothing fits
+    return changed
 
 
 def count_steps(

@@ -22,7 +22,7 @@ from .data.loader import Loader, StepBatch
 from .data.random_tokens import random_shards
 from .errors import ConfigError
 from .expert_balance import ExpertBalance
-from .launch import close_accelerator, start_accelerator
+from .launch import check_launch, close_accelerator, start_accelerator
 from .model_config import MiniMindConfig
 from .optim import set_learning_rate, skip_if_nonfinite
 from .pretrain import prepare_model
@@ -137,9 +137,10 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         seconds: how long to measure whole steps; their parts take half of that besides.
 
     Raises:
-        ConfigError: for wrong options.
+        ConfigError: for wrong options, and a launch that would go wrong silently.
         TooLargeError: for a step that does not fit into the memory of the GPU.
     """
+    check_launch(config)
     tokenizer = load_tokenizer(config.tokenizer)
     config, shape = resolve_shape(config, tokenizer)
     with ExitStack() as closing:

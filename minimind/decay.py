@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from .batch_plan import fitted_to
 from .config import PretrainConfig
 from .errors import CheckpointError, ConfigError
-from .launch_environment import is_main_process, restarts
+from .launch_environment import is_main_process, world_size
 from .overview import PretrainResult
 from .pretrain import pretrain
+from .ranks import begun_before, first_choice
 from .run_folder import RunFolder
 from .schedule import stable_phase, warmup_steps
 from .settings import settings_of
@@ -46,17 +48,21 @@ def decay(
             and whatever `pretrain` raises.
     """
     checkpoint = _checkpoint(RunFolder(run), from_step)
+    if from_step is None:
+        # The run may be going on, and have a newer one when another process looks.
+        checkpoint = _checkpoint(RunFolder(run), int(first_choice("decay", str(checkpoint.step))))
     beside = run.resolve()
     folder = (
         output_dir if output_dir is not None else beside.with_name(f"{beside.name}-decay-{checkpoint.step}")
     )
     # The other processes may look when the first one has begun.
-    if is_main_process() and not restarts() and RunFolder(folder).holds_a_run():
+    if is_main_process() and not begun_before() and RunFolder(folder).holds_a_run():
         raise ConfigError(
             f"--output-dir {folder} already holds a run; go on with it by minimind-train pretrain --resume "
             f"--output-dir {folder}, or name another folder."
         )
     config = decay_config(checkpoint, tokens, folder, shape=shape, min_lr_ratio=min_lr_ratio)
+    config = fitted_to(config, world_size())
     return pretrain(config, branch=True)
 
 

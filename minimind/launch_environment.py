@@ -17,6 +17,10 @@ _FSDP2_LAUNCH = (
 )
 # Programs that start several processes without telling torch.distributed, by where they tell their number.
 _STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+# The words that Accelerate reads; it raises at any other.
+_YES, _NO = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
+# What a process of several has to know besides their number.
+_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Ways to divide a model that bring little below a billion parameters.
 _DIVISIONS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
 
@@ -68,7 +72,7 @@ def met_before() -> bool:
 def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
     """Whether a variable says yes, in any of the spellings that launchers use."""
     value = (os.environ if env is None else env).get(name, "")
-    return value.lower() in ("1", "true", "yes", "y", "t", "on")
+    return value.lower() in _YES
 
 
 def launch_problems(
@@ -87,13 +91,20 @@ def launch_problems(
     yield from _unsupported(env, on_cpu)
     if "WORLD_SIZE" not in env:
         yield from _not_told(env, num_devices)
+    elif env["WORLD_SIZE"] != "1" and (missing := [name for name in _MEETING if name not in env]):
+        lacking = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
+        yield (
+            f"WORLD_SIZE={env['WORLD_SIZE']} says that so many processes train together, but {lacking}, so "
+            "they cannot meet; unset WORLD_SIZE to train alone, or let a launcher set all: "
+            f"{_LAUNCH.format(n='N')}"
+        )
     elif not on_cpu and (local := int(env.get("LOCAL_WORLD_SIZE", "1"))) > num_devices:
         devices = "1 GPU" if num_devices == 1 else f"{num_devices} GPUs"
         yield (
             f"{local} processes were launched on this machine, which has {devices}; launch as many as there "
             "are GPUs (--num_processes counts those of all machines)."
         )
-    if env.get("MASTER_PORT") == "0":
+    if "WORLD_SIZE" in env and env.get("MASTER_PORT") == "0":
         yield "processes cannot meet at port 0; give torchrun --standalone instead of --master_port 0."
     if is_set("ACCELERATE_USE_FSDP", env):
         if env.get("FSDP_VERSION", "1") != "2":
@@ -101,8 +112,10 @@ def launch_problems(
         if on_cpu:
             launch = _LAUNCH.format(n=env.get("WORLD_SIZE", "N"))
             yield f"FSDP shards over GPUs and none is in use here; train with DDP instead: {launch}"
-    steps = int(env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
-    if steps > 1 and config.accumulation_steps != steps:
+    if (use_cpu := env.get("ACCELERATE_USE_CPU", "true")).lower() not in _YES + _NO:
+        yield f"ACCELERATE_USE_CPU={use_cpu} is neither true nor false; write one of the two, or unset it."
+    steps = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
+    if steps not in ("1", str(config.accumulation_steps)):
         yield (
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} of the launcher is not what this run was told; "
             f"unset it, and give --accumulation-steps {steps} if that is meant."

@@ -41,7 +41,15 @@ from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
 from .profile_trace import ProfileTrace
 from .progress import Progress
-from .ranks import facts_of, failures_named, others_watched, refuse_differences, weights_fingerprint
+from .ranks import (
+    begun_before,
+    facts_of,
+    failures_named,
+    note_begun,
+    others_watched,
+    refuse_differences,
+    weights_fingerprint,
+)
 from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
 from .samples import Samples
@@ -97,24 +105,28 @@ def pretrain(
         closing.callback(progress.close)
         if (remark := check_launch(config)) is not None:
             progress.note(remark)
-        config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
-        if is_main_process():
-            folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         patience = parse_duration(config.dist_timeout)
         with building_in_turn(cache_folder(config), patience, progress.note):
-            data = prepare_data(config, tokenizer, progress.data_build)
-        if data.built:
-            progress.banner([("data", line) for line in data.report.lines()])
+            if is_main_process():
+                folder.claim(resume=(config.resume is not None and not branch) or begun_before())
+                note_begun()
+            # Whichever process comes first builds, and is the one to tell of it.
+            builder = progress if is_main_process() else Progress()
+            closing.callback(builder.close)
+            data = _prepared(config, tokenizer, builder, stop)
+            if data.built:
+                builder.banner([("data", line) for line in data.report.lines()])
+        config = _after_restart(config, folder, progress)
 
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
         place = closing.enter_context(failures_named(accelerator))
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
-        refuse_differences(accelerator, facts_of(config, fingerprints))
+        refuse_differences(accelerator, facts_of(accelerator, config, fingerprints))
         wanted = config.batch_size
         if wanted == AUTO and model_factory is not MiniMindForCausalLM:
             # What is remembered is known by the shape, which says nothing of another model.
@@ -245,6 +257,24 @@ def pretrain(
         return result
 
 
+def _prepared(
+    config: PretrainConfig, tokenizer: Tokenizer, builder: Progress, stop: StopRequest
+) -> PreparedData:
+    """Return the tokenized text, leaving off where a signal asks to: that may take hours.
+
+    A process whose turn comes because the one before it failed is asked to by the launcher.
+    """
+
+    def show(done: int, total: int) -> None:
+        stop.leave_if_signalled()
+        builder.data_build(done, total)
+
+    try:
+        return prepare_data(config, tokenizer, show)
+    finally:
+        stop.leave_if_signalled()
+
+
 def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress) -> PretrainConfig:
     """Return the options of a run that the launcher started anew: it goes on where it was saved last."""
     # A checkpoint named by --resume counts until there are newer ones.
@@ -278,7 +308,10 @@ def prepare_model(
     else:
         compiled = False
     optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
-    refuse_differences(accelerator, {"starting weights": weights_fingerprint(model)})
+    refuse_differences(
+        accelerator,
+        {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
+    )
     prepared_model, prepared_optimizer = prepare(
         accelerator,
         model,

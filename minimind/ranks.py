@@ -22,7 +22,7 @@ from torch import nn
 from . import __version__
 from .config import PretrainConfig
 from .errors import RankError
-from .launch_environment import restarts
+from .launch_environment import meets_at_launcher, restarts, world_size
 from .roll_call import RollCall, Watch, launcher_store, leave_note, no_answer, note_key, reasons, told
 from .settings import settings_of
 from .stopping import StopRequest
@@ -41,6 +41,9 @@ _OF_THE_MACHINE = frozenset(
         "project",
     }
 )
+
+# Where the launcher's store tells its later processes that earlier ones have begun the run.
+_BEGUN = "minimind/begun"
 
 # A process that failed tells the others in this time. The launcher kills 30 s after its SIGTERM.
 SECONDS_TO_TELL = 3.0
@@ -71,8 +74,10 @@ def refuse_differences(accelerator: Accelerator, facts: Mapping[str, Any]) -> No
         raise RankError(f"the processes are not alike: {shown}. Give all of them the same.")
 
 
-def facts_of(config: PretrainConfig, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Return what must be the same in all processes: options, versions, and what the run reads."""
+def facts_of(
+    accelerator: Accelerator, config: PretrainConfig, fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what must be the same in all processes: options, versions, launch, and what the run reads."""
     options = {
         settings_of(PretrainConfig)[name].flag: value
         for name, value in asdict(config).items()
@@ -83,13 +88,53 @@ def facts_of(config: PretrainConfig, fingerprints: Mapping[str, str]) -> dict[st
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **{name: version(name) for name in ("torch", "accelerate", "numpy")},
     }
-    return {**options, **versions, **fingerprints}
+    # Each machine has its own configuration of Accelerate, and chooses a precision by its own device.
+    launch = {"precision": accelerator.mixed_precision, "FSDP2": "on" if accelerator.is_fsdp2 else "off"}
+    if accelerator.is_fsdp2:
+        divided = ("FSDP_", "PARALLELISM_CONFIG_")
+        launch |= {name: value for name, value in os.environ.items() if name.startswith(divided)}
+    return {**options, **versions, **launch, **fingerprints}
 
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a short text that tells the weights of a model on this process from any others."""
     parts = [int(torch.hash_tensor(tensor.detach()).item()) for tensor in model.parameters()]
     return f"{hash(tuple(parts)) & 0xFFFFFFFFFFFF:012x}"
+
+
+def begun_before() -> bool:
+    """Whether earlier processes of this launch have begun the run: what lies in its folder is its own then.
+
+    A launcher also starts processes anew that were refused, such as for a folder that holds another run.
+    """
+    if not restarts():
+        return False
+    if meets_at_launcher():
+        with suppress(RuntimeError):
+            return launcher_store().check([_BEGUN])
+    return True
+
+
+def note_begun() -> None:
+    """Have `begun_before` be true for the processes that the launcher may start after these."""
+    if meets_at_launcher():
+        with suppress(RuntimeError):
+            launcher_store().set(_BEGUN, "")
+
+
+def first_choice(name: str, choice: str) -> str:
+    """Return what the first process of this launch that asked had chosen; `choice` where there is one only.
+
+    For what may look otherwise to another process, or to those that the launcher starts anew.
+
+    Args:
+        name: of what is chosen.
+        choice: of this process.
+    """
+    if world_size() > 1 and meets_at_launcher():
+        with suppress(RuntimeError):
+            return launcher_store().compare_set(f"minimind/{name}", "", choice).decode()
+    return choice
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .batch_plan import plan_batches, rows_of_a_step
+from .batch_plan import fitted_to, rows_of_a_step
 from .config import PANELS, PretrainConfig
 from .errors import ConfigError, TrainingError, UserError
 from .launch import choose_precision
@@ -144,7 +144,7 @@ def verify_resume(
         if processes == 1:
             _train(short, None)
         else:
-            _train_launched(_for_processes(short, processes), processes, Path(name))
+            _train_launched(fitted_to(short, processes), processes, Path(name))
         compared = tuple(_compared(RunFolder(straight), RunFolder(parted)))
     if not any(one.step == steps and math.isfinite(one.straight) for one in compared):
         raise TrainingError(f"no loss was reported at step {steps}; is the loss finite in an ordinary run?")
@@ -174,17 +174,6 @@ def _refuse(config: PretrainConfig, steps: int, processes: int) -> None:
 def _on_gpu() -> bool:
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     return not use_cpu and (torch.cuda.is_available() or torch.backends.mps.is_available())
-
-
-def _for_processes(config: PretrainConfig, processes: int) -> PretrainConfig:
-    """Return the configuration with the largest micro-batch that gives the same global batch."""
-    if not isinstance(config.batch_size, int):
-        return config
-    rows = config.global_batch_size or config.batch_size
-    fitting = [size for size in range(1, config.batch_size + 1) if rows % (size * processes) == 0]
-    changed = dataclasses.replace(config, batch_size=max(fitting, default=config.batch_size))
-    plan_batches(changed, processes)  # raises where nothing fits
-    return changed
 
 
 def _train(config: PretrainConfig, stop_after: int | None) -> None:

@@ -41,7 +41,11 @@ def launcher_store(timeout: float = CONNECT_SECONDS) -> dist.TCPStore:
 
 
 class RollCall:
-    """Tells the others that this process lives, and knows since when each of them has been silent."""
+    """Tells the others that this process lives, and knows since when each of them has been silent.
+
+    Attributes:
+        interval: seconds between two beats.
+    """
 
     def __init__(self, place: str, rank: int, num_processes: int) -> None:
         """Say nothing yet.
@@ -53,7 +57,7 @@ class RollCall:
         """
         self.place, self.rank = place, rank
         self.others = sorted(set(range(num_processes)) - {rank})
-        self._interval = BEAT_SECONDS * max(1.0, num_processes / _PROCESSES_PER_BEAT)
+        self.interval = BEAT_SECONDS * max(1.0, num_processes / _PROCESSES_PER_BEAT)
         self._beats = dict.fromkeys(self.others, 0)
         self._heard: dict[int, float] = {}
         self._notes: dict[int, tuple[float, str]] = {}
@@ -93,7 +97,7 @@ class RollCall:
                     if store.check([key]):
                         return store.get(key)
                     self._refuse_loss(ranks, patience)
-                    time.sleep(min(0.2, self._interval))
+                    time.sleep(min(0.2, self.interval))
             # The store is out of reach: so is everyone, and soon long enough.
             self._refuse_loss(ranks, patience)
 
@@ -111,7 +115,7 @@ class RollCall:
                 self._exchange(store)
             except RuntimeError:
                 store = None
-            if self._over.wait(self._interval):
+            if self._over.wait(self.interval):
                 return
 
     def _exchange(self, store: dist.TCPStore) -> None:
@@ -138,8 +142,8 @@ def leave_note(place: str, rank: int, note: str) -> None:
 
 
 def told(error: Exception) -> str:
-    """Return an error as a note: its type and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """Return an error as a note, to stand in a sentence: its type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def reasons(failed: Mapping[int, str]) -> str:

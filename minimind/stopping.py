@@ -21,8 +21,8 @@ class StopRequest:
     """Remembers that this process was asked to stop, by a signal or by the clock.
 
     As a context manager it takes over SIGINT and SIGTERM. The first one is only noted: the loop ends the
-    step, all processes agree, the state is saved. A second one leaves at once, with the exit code that
-    shells give for the signal (128 + its number).
+    step, all processes agree, the state is saved; while text is tokenized the run ends there. A second one
+    leaves at once, with the exit code that shells give for the signal (128 + its number).
 
     Args:
         max_seconds: stop by itself so long after `started`; None for never.
@@ -64,6 +64,15 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         """Wish for a stop from inside the program; callable from any thread."""
         self._asked = reason
+
+    def leave_if_signalled(self) -> None:
+        """End the program where a signal has asked to stop, from a place with nothing to save.
+
+        Raises:
+            KeyboardInterrupt: for any signal.
+        """
+        if self._signal is not None:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread set handlers; a run inside another thread goes without.

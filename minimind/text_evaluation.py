@@ -29,7 +29,7 @@ from .evaluation import Evaluation, sum_over_processes
 from .launch import check_launch, close_accelerator, start_accelerator
 from .model_source import load_with_tokenizer
 from .modeling.transformer import MiniMindForCausalLM
-from .ranks import facts_of, failures_named, refuse_differences
+from .ranks import facts_of, failures_named, refuse_differences, weights_fingerprint
 from .tokenizer import Tokenizer
 
 
@@ -132,8 +132,12 @@ def evaluate_text(
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
         closing.enter_context(failures_named(accelerator))
-        fingerprints = {"tokenizer": tokenizer.fingerprint, "text": data.fingerprint}
-        refuse_differences(accelerator, facts_of(config, fingerprints))
+        fingerprints = {
+            "tokenizer": tokenizer.fingerprint,
+            "text": data.fingerprint,
+            "weights": weights_fingerprint(loaded),
+        }
+        refuse_differences(accelerator, facts_of(accelerator, config, fingerprints))
         loaded.to(accelerator.device).eval()
         sums = _sums(
             loaded, data.train, tokenizer, config, stride or length, accelerator, progress, len(files)

@@ -20,6 +20,8 @@ from .roll_call import RollCall, launcher_store, leave_note, told
 # The main process writes a word into the cache folder; whoever reads it there shares the folder.
 _MARK = ".shared-by"
 _SECONDS_BEFORE_A_WORD = 10.0
+# In so many of its beats a process hears why another one failed.
+HEARING_BEATS = 3
 
 
 @contextmanager
@@ -62,6 +64,8 @@ def building_in_turn(cache_dir: Path, patience: float, note: Callable[[str], Non
                 roll.wait_for(f"{place}/done/{other}", [other], patience)
         except Exception as error:
             leave_note(place, rank(), "" if isinstance(error, RankError) else told(error))
+            # The store goes with the launcher, which ends with this process.
+            time.sleep(HEARING_BEATS * roll.interval)
             raise
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ACCELERATE, launch
 from tiny_runs import STEPS, reports, tiny, write_corpus
 
 from minimind.config import PretrainConfig
@@ -132,6 +133,46 @@ def test_a_decay_that_was_stopped_goes_on(branched: Branched, tmp_path: Path) ->
 def test_a_folder_that_holds_a_run_is_refused(branched: Branched) -> None:
     with pytest.raises(ConfigError, match="already holds a run; go on with it by minimind-train pretrain"):
         decay(branched.trunk, TOKENS, from_step=FROM)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_two_processes_decay_as_one_does(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    # Eight rows at once, which two processes have to share.
+    options = {**STABLE, "dropout": 0.0, "batch_size": 8, "accumulation_steps": None}
+    assert pretrain(tiny(corpus, tmp_path / "trunk", **options), stop_after=FROM).stopped
+    decay(tmp_path / "trunk", TOKENS, output_dir=tmp_path / "alone")
+    launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
+    words = ("decay", tmp_path / "trunk", "--tokens", TOKENS, "--output-dir", tmp_path / "together")
+    code, text = launch([*launcher, "-m", "minimind_cli", *words], tmp_path)
+    assert code == 0, text
+    assert text.count(f"going on from step {FROM}") == text.count("trained: ") == 1
+    ours, theirs = (reports(tmp_path / name) for name in ("together", "alone"))
+    assert ours[-1]["step"] == FROM + DECAY
+    same = ("step", "digest", "learning_rate")
+    assert [[row.get(name) for name in same] for row in ours] == [
+        [row.get(name) for name in same] for row in theirs
+    ]
+    for name in ("loss", "val_loss"):
+        losses = [[row[name] for row in rows if name in row] for rows in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
+
+
+def test_the_micro_batch_is_divided_where_more_processes_decay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[PretrainConfig] = []
+    module = importlib.import_module("minimind.decay")
+    monkeypatch.setattr(module, "pretrain", lambda config, branch: started.append(config))
+    checkpoint(tmp_path / "run", 50, lr_schedule="constant")
+    for processes, micro in ((1, 4), (2, 4), (4, 2), (8, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        decay(tmp_path / "run", 1000)
+        assert (started[-1].batch_size, started[-1].global_batch_size) == (micro, 8)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="--global-batch-size 8 is not a multiple of 12 rows"):
+        decay(tmp_path / "run", 1000)
 
 
 # Errors and options, on checkpoints that hold nothing but where they stand

@@ -16,7 +16,8 @@ from minimind.launch import check_launch, choose_precision, prepare, start_accel
 from minimind.launch_environment import is_main_process, is_set, launch_problems, restarts, world_size
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
-TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+TWO |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FSDP2 = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 HSDP = {
     **FSDP2,
@@ -41,6 +42,7 @@ def problems(env: dict[str, str], devices: int = 0, **options: Any) -> list[str]
         (FSDP2, 2),
         (HSDP, 2),
         ({**TWO, "ACCELERATE_USE_CPU": "true"}, 1),
+        ({"WORLD_SIZE": "1"}, 2),
         ({"MASTER_ADDR": "node0"}, 2),  # as a script of a cluster may export it
         ({"SLURM_STEP_NUM_TASKS": "2", **TWO}, 2),
         ({"SLURM_STEP_NUM_TASKS": "1"}, 2),
@@ -60,7 +62,8 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
             "this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
         ),
         (
-            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
+            # Alone it meets nobody, at no port.
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "True"},
             4,
             "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu",
         ),
@@ -68,6 +71,9 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 0, "^mpirun started 2 processes"),
         (TWO, 1, "2 processes were launched on this machine, which has 1 GPU;"),
         ({**TWO, "MASTER_PORT": "0"}, 2, "--standalone"),
+        # As scripts of clusters export them.
+        ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, 0, "MASTER_ADDR is not"),
+        ({"WORLD_SIZE": "2"}, 4, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set.*unset WORLD_SIZE"),
         ({**FSDP2, "FSDP_VERSION": "1"}, 2, "FSDP version 1; add --fsdp_version 2"),
         (
             FSDP2,
@@ -91,6 +97,9 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
         ({**HSDP, "PARALLELISM_CONFIG_SP_SIZE": "2"}, 2, "^sequence parallelism"),
         ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 2, "give --accumulation-steps 4"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, 2, "STEPS=x of the launcher is not what"),
+        ({"ACCELERATE_USE_CPU": ""}, 0, "^ACCELERATE_USE_CPU= is neither true nor false"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, 2, "^ACCELERATE_USE_CPU=maybe is neither"),
     ],
 )
 def test_a_launch_that_would_go_wrong_is_answered(env: dict[str, str], devices: int, answer: str) -> None:

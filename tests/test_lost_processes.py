@@ -48,8 +48,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sys.argv[sys.argv.index('--data') + 1] += ['', '.other.jsonl'][rank]",
             r"rank 1 has training text \w+ where rank 0 has \w+\.",
         ),
+        (
+            "os.environ['ACCELERATE_MIXED_PRECISION'] = ['no', 'bf16'][rank]",
+            r"rank 1 has precision bf16 where rank 0 has no\.",
+        ),
+        (
+            "os.environ['ACCELERATE_DYNAMO_BACKEND'] = ['no', 'inductor'][rank]",
+            r"rank 1 has compilation on where rank 0 has off\.",
+        ),
     ],
-    ids=["options", "text"],
+    ids=["options", "text", "precision", "compilation"],
 )
 def test_processes_that_are_not_alike_are_named_with_both_values(
     corpus: Path, tmp_path: Path, code: str, difference: str
@@ -129,7 +137,11 @@ minimind.data.cache.fcntl = None  # locks that hold on one machine only
 
 @pytest.mark.parametrize(
     ("machines", "cache", "builders"),
-    [("", "cache", "0 or 1"), (APART, "cache", "0"), (APART, "cache-{rank}", "0 and 1")],
+    [
+        ("time.sleep([5, 0][rank])  # rank 1 comes first", "cache", "1"),
+        (APART, "cache", "0"),
+        (APART, "cache-{rank}", "0 and 1"),
+    ],
     ids=["one machine", "machines that share a folder", "machines apart"],
 )
 def test_a_build_may_take_longer_than_processes_wait_for_each_other(
@@ -149,8 +161,10 @@ sys.argv += ["--cache-dir", f"{tmp_path / cache}"]
     words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "6s", *FEW_STEPS)
     done, text = launch(words, tmp_path)
     assert done == 0, text
-    built = sorted(rank for rank in "01" if f"rank {rank} builds" in text)
-    assert built in {"0 or 1": (["0"], ["1"]), "0": (["0"],), "0 and 1": (["0", "1"],)}[builders]
+    built = [rank for rank in "01" if f"rank {rank} builds" in text]
+    assert " and ".join(built) == builders
+    # Who builds tells of it.
+    assert text.count("data: training ") == len(built)
 
 
 def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp_path: Path) -> None:
@@ -174,6 +188,20 @@ def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp
     assert text.count("stopped by SIGTERM") == 1
     steps = [row["step"] for row in rows(out) if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_processes_that_were_refused_and_started_anew_leave_another_run_alone(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, _ = launch(torchrun("", corpus, out, *FEW_STEPS), tmp_path)
+    assert code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # A wish for more steps, which --resume would fulfil.
+    code, text = launch(torchrun("", corpus, out, "--max-steps", 4, restarts=1), tmp_path)
+    assert code != 0
+    assert text.count(f"error: --output-dir {out} already holds a run; go on with it by --resume") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 # --- two machines -----------------------------------------------------------------------------------------

@@ -202,7 +202,8 @@ def test_the_launcher_decides_how_many_share_the_work(
 ) -> None:
     config = tiny_runs.tiny(corpus, tmp_path / "out")
     alone = plan_run(config, quiet=True)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     shared = plan_run(config, quiet=True)
     assert shared.batches.global_batch_size == 2 * alone.batches.global_batch_size

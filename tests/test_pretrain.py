@@ -20,6 +20,7 @@ import torch
 from minimind import CheckpointError, ConfigError, PretrainConfig, load_tokenizer, preset_config, pretrain
 from minimind.config import PANELS
 from minimind.overview import PretrainResult
+from minimind.progress import Progress
 from minimind.settings import parse_values, read_toml, write_toml
 
 # Seconds that a busy machine may add to the end of a timed run, and steps may be slower when it decays.
@@ -273,6 +274,20 @@ def test_a_signal_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
     assert result.stopped == "SIGTERM"
     (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("step-*")
     assert checkpoint.name == f"step-{result.steps:08d}"
+
+
+def test_a_signal_ends_the_run_while_text_is_tokenized(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "data_build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(corpus, tmp_path / "out", cache_dir=str(tmp_path / "cache")))
+    # Nothing of a build that was not finished, beside its lock.
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(("choice", "finishes"), [("continue", True), ("stop", False)])

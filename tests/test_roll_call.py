@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 import minimind.roll_call as module
 from minimind.errors import DataError, RankError
+from minimind.ranks import begun_before, first_choice, note_begun
 from minimind.roll_call import RollCall, Watch, launcher_store, leave_note, told
 from minimind.turns import building_in_turn
 
@@ -136,9 +137,46 @@ def test_a_main_process_that_fails_to_prepare_ends_the_others(
         with building_in_turn(tmp_path, 60.0, print):
             raise DataError("--data holds no text.")
     machines(1)
-    with pytest.raises(RankError, match=r"^rank 0 failed with DataError: --data holds no text"):
+    with pytest.raises(RankError, match=r"^rank 0 failed with DataError: --data holds no text; rank"):
         with building_in_turn(tmp_path, 60.0, print):
             pytest.fail("it was not its turn")
+
+
+def test_others_hear_why_a_process_failed_before_the_store_goes_with_its_launcher(
+    machines: Callable[[int], None], tmp_path: Path
+) -> None:
+    machines(0)
+    with RollCall("minimind/test/data", 1, 2) as others:
+        with pytest.raises(DataError), building_in_turn(tmp_path, 60.0, print):
+            raise DataError("--data holds no text.")
+        assert others.failed() == {0: "DataError: --data holds no text"}
+
+
+def test_a_launch_knows_whether_its_earlier_processes_began_the_run(
+    machines: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines(0)
+    assert not begun_before()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    # Those before were refused.
+    assert not begun_before()
+    note_begun()
+    assert begun_before()
+    # A launcher that keeps no store cannot tell.
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert begun_before()
+
+
+def test_processes_keep_to_what_the_first_one_chose(
+    machines: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines(1)
+    assert first_choice("step", "8") == "8"
+    machines(0)
+    assert (first_choice("step", "9"), first_choice("other", "9")) == ("8", "9")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert first_choice("step", "10") == "10"
 
 
 def test_one_machine_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

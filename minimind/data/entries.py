@@ -62,7 +62,7 @@ def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]
     """Return the path and the weight of `PATH:WEIGHT`; a path that exists as it is written has no weight.
 
     Raises:
-        DataError: for a weight that is not a number above 0.
+        DataError: for a weight that is not a number above 0 and below 1e100.
     """
     pattern, colon, tail = value.rpartition(":")
     if not colon or not pattern or "/" in tail or "\\" in tail or Path(value).expanduser().exists():
@@ -75,9 +75,10 @@ def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]
                 f"{option} {value}: '{tail}' is not a weight; write a number, as in {pattern}:0.5."
             ) from None
         return value, None
-    if not math.isfinite(weight) or weight <= 0:
+    # Of larger ones the sum might be none; not a number is neither above nor below.
+    if not 0 < weight < 1e100:
         raise DataError(
-            f"{option} {value}: a weight must be a number above 0; leave {pattern} out if it shall not be "
-            "trained on."
+            f"{option} {value}: a weight must be a number above 0 and below 1e100; leave {pattern} out if it "
+            "shall not be trained on."
         )
     return pattern, weight

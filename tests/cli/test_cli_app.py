@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 import minimind
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError, TrainingError
 from minimind.settings import settings_of
+from minimind_cli.app import SHARED, app
 
 Command = Callable[..., Any]
 
@@ -90,6 +92,37 @@ def test_one_process_speaks_for_all(
     # Rank 1 gives the first one time to speak, after which a launcher ends it; left alive, it speaks too.
     signed = [f"rank 1: {line}" for line in lines if "interrupted" not in line]
     assert done.err.splitlines() == (signed if rank == "1" else lines)
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands.keys() - SHARED))  # type: ignore[attr-defined]
+def test_a_command_that_processes_would_all_repeat_is_refused_under_a_launcher(
+    run: Command, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run(command, "out")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"error: {command} works in one process and 2 were launched (WORLD_SIZE); run it without a launcher: "
+        f"minimind-train {command} ...\n"
+    )
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "pretrain --help", "generate --help", ""])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_help_and_version_are_printed_by_one_process(
+    run: Command, monkeypatch: pytest.MonkeyPatch, words: str, rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    done = run(*words.split())
+    assert bool(done.out) == (rank == "0")
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_options_are_printed_by_one_process(run: Command, monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    done = run("pretrain --preset tiny --print-config")
+    assert (done.code, done.err, bool(done.out)) == (0, "", rank == "0")
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

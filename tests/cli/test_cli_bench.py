@@ -59,6 +59,17 @@ def test_without_a_gpu_and_a_size_it_is_the_tiny_preset(
     assert seen[0].learning_rate == 0.1
 
 
+def test_a_launch_that_would_measure_one_process_for_several_is_refused(
+    run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `accelerate launch --cpu --num_processes 2` starts it.
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    done = run(*TINY)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: the launcher was asked for several processes but started this one")
+
+
 def test_a_wrong_option_is_told_in_a_sentence(run: Command) -> None:
     done = run("bench", "--batch-sise", "4")
     assert done.code == 2

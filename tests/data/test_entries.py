@@ -61,7 +61,7 @@ def test_only_a_number_after_the_last_colon_is_a_weight(value, expected):
     assert split_weight(value) == expected
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-0.0"])
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-0.0", "1e308"])
 def test_a_weight_that_is_no_share_is_refused(two, weight):
     with pytest.raises(
         DataError, match=rf"--data a\.jsonl:{re.escape(weight)}: a weight must be a number above 0"
