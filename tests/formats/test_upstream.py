@@ -104,6 +104,13 @@ def test_files_that_are_no_weights_are_explained(tmp_path):
         read_upstream_config(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_upstream_config(tmp_path / "none.json")
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "hidden_size": "16"}))
+    with pytest.raises(ConfigError, match=r"config.json: hidden_size 16 is not a size"):
+        read_upstream_config(tmp_path / "config.json")
+    for odd in ({**weights, 1: torch.ones(2)}, {**weights, "model.norm.weight": torch.ones(16).to_sparse()}):
+        torch.save(odd, tmp_path / "odd.pth")
+        with pytest.raises(ConfigError, match=r"odd.pth holds more than weights"):
+            load_upstream(tmp_path / "odd.pth", config)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +158,11 @@ def test_an_older_architecture_is_not_taken_for_this_one():
     del weights["model.layers.0.self_attn.q_norm.weight"]
     with pytest.raises(ConfigError, match=r"x.pth has no .*q_norm.weight: it is of another architecture"):
         infer_upstream_config(weights, "x.pth")
-    with pytest.raises(ConfigError, match=r"x.pth is no state dict"):
-        infer_upstream_config(
-            {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(2, 2)}, "x.pth"
-        )
+    for shape in ((2, 2), (0,), (3,)):
+        with pytest.raises(ConfigError, match=r"x.pth is no state dict"):
+            infer_upstream_config(
+                {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(shape)}, "x.pth"
+            )
 
 
 def test_a_yarn_that_the_original_has_not_is_refused():
