@@ -92,6 +92,15 @@ def test_one_process_speaks_for_all(
     assert done.err.splitlines() == (signed if rank == "1" else lines)
 
 
+@pytest.mark.parametrize("words", [["generate", "x"], ["eval", "--data", "x"], ["export", "--output", "x"]])
+def test_a_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]) -> None:
+    done = run(words[0], "Once upon a time " * 20, *words[1:])
+    assert done.code == 2
+    assert done.err == (
+        "error: Once upon a time Once upon a time Once u... is too long for the name of a file or folder.\n"
+    )
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from minimind_cli.app import main
 
