@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ConfigError
 
@@ -142,9 +142,9 @@ class MiniMindConfig:
         """Yield a sentence for each field that holds something else than it should."""
         for name in (*_SIZES, *(_SIZES_MOE if self.use_moe else ())):
             value = getattr(self, name)
-            if not (_is_number(value, int) and 1 <= value <= _LARGEST_SIZE) and not (
-                value is None and name in _WORKED_OUT
-            ):
+            if value is None and name in _WORKED_OUT:
+                continue
+            if not _is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
                 yield f"{name} {value} is not a size; write a whole number of at least 1."
         for name in _NUMBERS:
             value = getattr(self, name)
@@ -156,7 +156,7 @@ class MiniMindConfig:
             if (value := getattr(self, name)) not in (None, True, False):
                 yield f"{name} {value} is neither true nor false; write one of them."
         for name in _TOKENS:
-            if not _is_number(value := getattr(self, name), int):
+            if not _is_whole(value := getattr(self, name)):
                 yield f"{name} {value} is not the number of a token; write a whole number."
 
     def _problems(self) -> Iterator[str]:
@@ -291,9 +291,13 @@ class MiniMindConfig:
         return cls(**given)
 
 
-def _is_number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    """Return whether a value is finite and of a kind that tensors hold."""
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 2**63
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number that tensors can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return _is_number(value) and isinstance(value, int)
 
 
 def _table(key: str, value: Any) -> Mapping[str, Any]:
