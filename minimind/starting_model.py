@@ -40,7 +40,7 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
     if config.from_weight is not None:
         shape = dataclasses.replace(open_model(config.from_weight).config, **of_training)
         _refuse_other_sizes(config, shape)
-        check_vocab(tokenizer, shape.vocab_size)
+        check_vocab(tokenizer, shape.vocab_size, config.from_weight)
     else:
         vocab_size = config.vocab_size if config.vocab_size is not None else tokenizer.vocab_size
         check_vocab(tokenizer, vocab_size)

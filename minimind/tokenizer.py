@@ -257,9 +257,20 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
     return named
 
 
-def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise ConfigError, naming a size that would do, when the model has too few rows for the tokenizer."""
+def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None = None) -> None:
+    """Raise ConfigError, saying what would do, when the model has too few rows for the tokenizer.
+
+    Args:
+        tokenizer: for the model.
+        model_vocab_size: rows of its embedding.
+        model: where its weights lie; None for one that is still to be made, whose size can be chosen.
+    """
     if tokenizer.vocab_size > model_vocab_size:
+        if model is not None:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, but the embedding of {model} only "
+                f"{model_vocab_size} rows; name the one it was trained with by --tokenizer."
+            )
         raise ConfigError(
             f"--vocab-size {model_vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries. "
             f"Leave the option out, give at least {tokenizer.vocab_size}, or choose another --tokenizer."

@@ -249,6 +249,9 @@ def test_a_vocabulary_larger_than_the_model_is_refused():
     check_vocab(SHIPPED, 6400)
     with pytest.raises(ConfigError, match=r"--vocab-size 6399 .* 6400 entries.*at least 6400"):
         check_vocab(SHIPPED, 6399)
+    # The size of a model that is there cannot be chosen.
+    with pytest.raises(ConfigError, match=r"the embedding of out/model only 6399 rows; name .* --tokenizer"):
+        check_vocab(SHIPPED, 6399, "out/model")
 
 
 @pytest.mark.parametrize(
