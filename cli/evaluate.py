@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from minimind.settings import Option, read_toml
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
+    from minimind.evaluation import Evaluation
     from minimind.text_evaluation import Part, TextEvaluation
 
 
@@ -136,10 +138,8 @@ def _progress() -> Iterator[Any]:
 def _print(found: TextEvaluation) -> None:
     total = found.total
     typer.echo(f"model  {found.model}")
-    typer.echo(
-        f"loss {total.loss:.4f} | perplexity {total.perplexity:.4g} | {total.bits_per_byte:.4f} bits/byte | "
-        f"{total.tokens:,} tokens"
-    )
+    loss, perplexity, bits_per_byte = _shown(total)
+    typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
     rows: list[tuple[str, Part]] = []
     for source in found.sources:
         rows.append((source.name, source))
@@ -156,9 +156,16 @@ def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
     for name in ("tokens", "loss", "perplexity", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, part in rows:
-        value = part.evaluation
-        numbers = f"{value.loss:.4f}", f"{value.perplexity:.4g}", f"{value.bits_per_byte:.4f}"
         # Not markup: a pattern may have brackets.
-        table.add_row(Text(name), f"{value.tokens:,}", *numbers)
+        table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_shown(part.evaluation))
     typer.echo()
     Console().print(table)
+
+
+def _shown(value: Evaluation) -> tuple[str, str, str]:
+    """Return loss, perplexity and bits per byte, a dash for what nothing was measured of."""
+    measured = (value.loss, ".4f"), (value.perplexity, ".4g"), (value.bits_per_byte, ".4f")
+    loss, perplexity, bits_per_byte = (
+        "-" if math.isnan(number) else format(number, digits) for number, digits in measured
+    )
+    return loss, perplexity, bits_per_byte

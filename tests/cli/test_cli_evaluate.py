@@ -58,6 +58,31 @@ def test_it_prints_the_numbers_as_json_or_for_people(
     assert (short["max_seq_len"], short["tokens"]) == (8, found["tokens"])
 
 
+def test_what_nothing_was_measured_of_has_no_number(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (folder / "none.jsonl").write_text("")
+    (folder / "short.jsonl").write_text('{"text": "a"}\n' * 3)
+    words = ["eval", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    for name in ("none", "short"):
+        words += ["--data", str(folder / f"{name}.jsonl")]
+    found = json.loads(run(*words, "--json").out)
+    empty = dict.fromkeys(("loss", "perplexity", "bits_per_byte"))
+    assert found["sources"][0] == {
+        "data": str(folder / "none.jsonl"),
+        **empty,
+        "tokens": 0,
+        "files": [{"file": str(folder / "none.jsonl"), **empty, "tokens": 0}],
+    }
+    # After "a" comes the end of the document, which is no text.
+    ends = found["contexts"][1]
+    assert (ends["context"], ends["tokens"], ends["bits_per_byte"]) == ("2-3", 3, None)
+    assert ends["loss"] > 0
+    lines = run(*words).out.splitlines()
+    assert [line.split()[-4:] for line in lines if "none.jsonl" in line] == [["0", "-", "-", "-"]]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
