@@ -22,7 +22,7 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
 from minimind.launch_environment import is_main_process
 from minimind.run_folder import RunFolder
-from minimind.settings import Option, read_toml
+from minimind.settings import Option, parse_values, read_toml
 
 from .options import parse_settings, with_options
 
@@ -122,7 +122,12 @@ def evaluate(
 def _length_of_the_run(model: str) -> int:
     """Return the length of the rows that a run was trained with, the default where there is no run."""
     file = RunFolder(Path(model)).config
-    values = read_toml(file) if file.is_file() else {}
+    found = read_toml(file).get("max_seq_len") if file.is_file() else None
+    values, problems = parse_values(
+        PretrainConfig, {} if found is None else {"max_seq_len": found}, str(file)
+    )
+    if problems:
+        raise ConfigError(problems)
     return int(values.get("max_seq_len", PretrainConfig.max_seq_len))
 
 

@@ -97,3 +97,10 @@ def test_what_nothing_was_measured_of_has_no_number(
 def test_mistakes_are_told(run: Command, words: list[str], sentence: str) -> None:
     done = run("eval", "nowhere", *words)
     assert (done.code, done.err.splitlines()[0]) == (2, sentence)
+
+
+def test_a_run_whose_settings_were_edited_into_something_else_is_refused(run: Command, folder: Path) -> None:
+    (folder / "run" / "config.toml").write_text('max_seq_len = "long"\n')
+    done = run("eval", str(folder / "run"), "--data", "x")
+    assert done.code == 2
+    assert done.err.startswith(f"error: {folder / 'run' / 'config.toml'}: --max-seq-len long is not a whole")
