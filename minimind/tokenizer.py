@@ -246,7 +246,7 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
     named = config.get(role)
     if isinstance(named, dict):
         named = named.get("content")
-    if named is not None and backend.token_to_id(str(named)) is None:
+    if named is not None and (not isinstance(named, str) or backend.token_to_id(named) is None):
         raise ConfigError(
             f"--tokenizer {file}: the vocabulary has no {named!r}, the {role} that {file.stem}_config.json "
             "beside it names. Correct the name there."

@@ -279,10 +279,12 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_the_fix(tmp_path):
         load_tokenizer(file)
 
 
-def test_a_config_that_names_a_missing_token_is_refused(tmp_path):
-    file = saved(words("<unk>", "</s>"), tmp_path, eos_token="<|done|>")
-    with pytest.raises(ConfigError, match=r"no '<\|done\|>', the eos_token that tokenizer_config.json"):
+@pytest.mark.parametrize("name", ["<|done|>", 5])
+def test_a_config_that_names_a_missing_token_is_refused(tmp_path, name):
+    file = saved(words("<unk>", "</s>", "5"), tmp_path, eos_token=name)
+    with pytest.raises(ConfigError) as refused:
         load_tokenizer(file)
+    assert f"the vocabulary has no {name!r}, the eos_token that tokenizer_config.json" in str(refused.value)
 
 
 # Training

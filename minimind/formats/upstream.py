@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -196,13 +197,24 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} cannot be read as a state dict: {reason}.") from error
+        raise ConfigError(f"{path} cannot be read as a state dict: {_reason(error)}.") from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and _is_plain(value) for name, value in weights.items()
     ):
         raise ConfigError(f"{path} holds more than weights; name a pretrain_*.pth, not a resume file.")
     return weights
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why torch could not read a file."""
+    text = str(error)
+    if "weights_only" in text or "Weights only" in text:
+        # Torch's own words recommend to load it so that it may run code.
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "torch.save did not write it, or it is damaged"
+        return f"it holds {found[1]}, which is no tensor"
+    return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"
 
 
 def _is_plain(value: Any) -> bool:

@@ -85,6 +85,24 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (torch.nn.Linear(2, 2), "it holds torch.nn.modules.linear.Linear, which is no tensor"),
+        (b"", "EOFError, it is empty or cut off"),
+        (bytes(1000), "torch.save did not write it, or it is damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_explained_without_advice_to_run_it(tmp_path, content, reason):
+    if isinstance(content, bytes):
+        (tmp_path / "x.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ConfigError) as refused:
+        read_upstream_weights(tmp_path / "x.pth")
+    assert str(refused.value) == f"{tmp_path / 'x.pth'} cannot be read as a state dict: {reason}."
+
+
 def test_files_that_are_no_weights_are_explained(tmp_path):
     config = MiniMindConfig(**TINY)
     with pytest.raises(ConfigError, match=r"does not exist; name a \.pth"):
