@@ -172,7 +172,9 @@ def _problem(setting: Setting, value: Any) -> str | None:
         or (option.maximum is not None and value > option.maximum)
         or (option.below is not None and value >= option.below)
     )
-    return f"{given} is out of range; it must be {setting.range_text}." if outside else None
+    # Where it is not the default anyway, none is a value like the others.
+    none = ", or none" if setting.optional and setting.default is not None else ""
+    return f"{given} is out of range; it must be {setting.range_text}{none}." if outside else None
 
 
 def parse_values(

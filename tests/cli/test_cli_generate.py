@@ -130,6 +130,7 @@ def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
     ("words", "sentence"),
     [
         (["--top-p", "0"], "--top-p 0.0 is out of range; it must be above 0 and at most 1."),
+        (["--top-k", "0"], "--top-k 0 is out of range; it must be at least 1, or none."),
         (["--temperature", "hot"], "--temperature hot is not a number"),
         (["--tempature", "1"], "No such option: --tempature"),
     ],
