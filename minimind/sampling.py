@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-
 # Below this only the most likely token has any chance, and divided logits would soon be infinite.
 _COLD = 1e-20
 
