@@ -44,7 +44,7 @@ from .progress import Progress
 from .ranks import facts_of, failures_named, others_watched, refuse_differences, weights_fingerprint
 from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
-from .samples import Samples
+from .samples import Samples, check_prompts
 from .schedule import learning_rates
 from .spikes import report_spike
 from .starting_model import ModelFactory, make_model, resolve_shape
@@ -100,6 +100,7 @@ def pretrain(
         config = _after_restart(config, folder, progress)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
+        check_prompts(config, shape, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         if is_main_process():
             folder.claim(resume=(config.resume is not None and not branch) or restarts() > 0)
