@@ -98,7 +98,10 @@ def main(words: Sequence[str] | None = None) -> None:
         code = _report(error.problems if isinstance(error, ConfigError) else [str(error)])
     except typer.TyperException as error:
         # Without any word Typer has printed the help and raises an empty message.
-        code = _report([message] if (message := error.format_message()) else [])
+        message = error.format_message()
+        if words[:1] == ["generate"] and message.startswith("No such option"):
+            message = f"{message.rstrip('.')}. A prompt that begins with a dash stands behind -- at the end."
+        code = _report([message] if message else [])
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             # Most likely a text in the place of a path.

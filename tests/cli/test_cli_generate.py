@@ -48,6 +48,11 @@ def test_prompts_are_continued(run: Command, folder: Path) -> None:
     assert two.out == "\n\n".join(expected(folder, ["Once upon", "漢字 and"], 4)) + "\n"
 
 
+def test_a_prompt_may_begin_with_a_dash_behind_two_of_them(run: Command, folder: Path) -> None:
+    done = run("generate", str(folder), "--max-new-tokens", "8", "--seed", "4", "--", "--top-p and more")
+    assert (done.code, done.out) == (0, expected(folder, ["--top-p and more"], 4)[0] + "\n")
+
+
 def test_json_tells_all_and_can_be_repeated(run: Command, folder: Path) -> None:
     words = ["generate", str(folder), "one", "two", "--max-new-tokens", "8", "--json"]
     lines = [json.loads(line) for line in run(*words).out.splitlines()]
@@ -133,6 +138,7 @@ def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
         (["--top-k", "0"], "--top-k 0 is out of range; it must be at least 1, or none."),
         (["--temperature", "hot"], "--temperature hot is not a number"),
         (["--tempature", "1"], "No such option: --tempature"),
+        (["-5 degrees"], "No such option: -5. A prompt that begins with a dash stands behind -- at the end."),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_read(run: Command, words: list[str], sentence: str) -> None:
