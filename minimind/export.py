@@ -75,6 +75,8 @@ def export_model(
     output = Path(output)
     if format not in FORMATS:
         raise ConfigError(f"--format {format} is not known; choose {', '.join(FORMATS)}.")
+    if dtype not in ("auto", *gguf.DTYPES):
+        raise ConfigError(f"--dtype {dtype} is not known; choose auto, {', '.join(gguf.DTYPES)}.")
     if dtype == "q8_0" and format != "gguf":
         raise ConfigError("--dtype q8_0 is for --format gguf; choose float32, float16 or bfloat16.")
     found = open_model(source, model_config)

@@ -187,6 +187,8 @@ def test_names_that_are_not_known_are_refused(tmp_path):
     save(tmp_path / "a")
     with pytest.raises(ConfigError, match="--format onnx is not known; choose huggingface, minimind, gguf"):
         export_model(tmp_path / "a", tmp_path / "b", "onnx")
+    with pytest.raises(ConfigError, match="--dtype int8 is not known; choose auto, float32, float16"):
+        export_model(tmp_path / "a", tmp_path / "b", dtype="int8")
     with pytest.raises(ConfigError, match="--dtype q8_0 is for --format gguf"):
         export_model(tmp_path / "a", tmp_path / "b", dtype="q8_0")
     with pytest.raises(ConfigError, match="a GGUF file holds its tokenizer, and none is known here"):
