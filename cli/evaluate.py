@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from minimind.evaluation import Evaluation
     from minimind.text_evaluation import Part, TextEvaluation
 
+# Columns that a table needs: numbers, and some room for names.
+_NARROWEST = 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
@@ -164,7 +167,10 @@ def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
         # Not markup: a pattern may have brackets.
         table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_shown(part.evaluation))
     typer.echo()
-    Console().print(table)
+    console = Console()
+    # A narrower terminal breaks the lines; rich would leave the names out.
+    console.width = max(console.width, _NARROWEST)
+    console.print(table)
 
 
 def _shown(value: Evaluation) -> tuple[str, str, str]:

@@ -83,6 +83,17 @@ def test_what_nothing_was_measured_of_has_no_number(
     assert [line.split()[-4:] for line in lines if "none.jsonl" in line] == [["0", "-", "-", "-"]]
 
 
+def test_a_narrow_terminal_loses_no_column(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    words = ["eval", str(folder / "run"), "--data", str(folder / "one.jsonl"), "--text-key", "body"]
+    lines = run(*words, "--cache-dir", str(folder / "cache")).out.splitlines()
+    table = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert table[0] == ["context", "tokens", "loss", "perplexity", "bits/byte"]
+    assert [len(row) for row in table] == [5] * 7
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
