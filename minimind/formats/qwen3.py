@@ -126,7 +126,9 @@ def load_config(folder: Path) -> MiniMindConfig:
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}; {_WHAT_TO_NAME}.") from error
     except ConfigError as error:
-        raise ConfigError([f"{path}: {problem} {_WHAT_TO_NAME}." for problem in error.problems]) from error
+        raise ConfigError(
+            [f"{path}: {problem.rstrip('.')}; {_WHAT_TO_NAME}." for problem in error.problems]
+        ) from error
 
 
 def load_weights(folder: Path, config: MiniMindConfig) -> dict[str, Tensor]:
