@@ -10,7 +10,10 @@ import dataclasses
 import json
 import math
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +197,7 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a .pth file of the original minimind.")
+    _refuse_damage(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
@@ -203,6 +207,18 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     ):
         raise ConfigError(f"{path} holds more than weights; name a pretrain_*.pth, not a resume file.")
     return weights
+
+
+def _refuse_damage(path: Path) -> None:
+    """Hold each part of a file against the CRC-32 that was saved with it; torch does not look at them.
+
+    Raises:
+        ConfigError: naming the first part that differs. A file without sums passes.
+    """
+    with suppress(OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise ConfigError(f"{path} is damaged: {part} has not the sum that was saved; copy it again.")
 
 
 def _reason(error: Exception) -> str:

@@ -171,6 +171,17 @@ def test_untied_weights_are_told_by_their_values():
     assert infer_upstream_config(weights, "x.pth") == config
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    weights = MiniMindForCausalLM(MiniMindConfig(**TINY)).state_dict()
+    torch.save(weights, tmp_path / "x.pth")
+    assert read_upstream_weights(tmp_path / "x.pth").keys() == weights.keys()
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[content.index(weights["model.norm.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x.pth is damaged: x/data/\d+ has not the sum that was saved"):
+        read_upstream_weights(tmp_path / "x.pth")
+
+
 def test_an_older_architecture_is_not_taken_for_this_one():
     weights = MiniMindForCausalLM(MiniMindConfig(**TINY)).state_dict()
     del weights["model.layers.0.self_attn.q_norm.weight"]
