@@ -226,6 +226,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             f'{config_file.name} beside it: {{"eos_token": "..."}}.'
         )
     template = config.get("chat_template")
+    if template is None and file.name == "tokenizer.json":
+        template = _template_beside(file)
     return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad, chat_template=template)
 
 
@@ -239,6 +241,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--tokenizer {file} is not a JSON object. {_FIX}")
     return content
+
+
+def _template_beside(file: Path) -> str | None:
+    """Return the chat template that transformers 5 puts into a file of its own, None where it has not."""
+    template = file.with_name("chat_template.jinja")
+    try:
+        return template.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--tokenizer: cannot read {template} ({error}); save it as UTF-8 text.") from error
 
 
 def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> str | None:

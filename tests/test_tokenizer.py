@@ -150,6 +150,24 @@ def test_saving_keeps_fingerprint_and_chat_template(tmp_path, shared):
     ]
 
 
+def test_a_chat_template_in_a_file_of_its_own_is_passed_on(tmp_path, shared):
+    transformers = pytest.importorskip("transformers")
+    for name in ("tokenizer", "tokenizer_config"):
+        text = (shared / "compat" / f"minimind3_{name}.json").read_text(encoding="utf-8")
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    template = load_tokenizer(tmp_path).chat_template
+    # transformers 5 takes it out of the tokenizer_config.json.
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "five")
+    tokenizer = load_tokenizer(tmp_path / "five")
+    assert tokenizer.chat_template == template
+    tokenizer.save(tmp_path / "ours")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").chat_template == template
+    (tmp_path / "ours" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    (tmp_path / "ours" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"--tokenizer: cannot read .*chat_template.jinja"):
+        load_tokenizer(tmp_path / "ours")
+
+
 # Tokenizers of others
 
 
