@@ -116,6 +116,8 @@ def evaluate(
         found = evaluate_text(model, config, stride=stride, progress=progress)
     if not is_main_process():
         return
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:

@@ -124,7 +124,7 @@ def pretrain(
             config, shape, accelerator, partial(prepare_model, config, shape), progress.note
         )
         plan = plan_batches(config, accelerator.num_processes)
-        model = make_model(config, shape, model_factory)
+        model = make_model(config, shape, model_factory, progress.note)
         # Of a subclass too the shape does not tell what it computes.
         custom = None if type(model) is MiniMindForCausalLM else _describe(model)
         model, optimizer, compiled = prepare_model(config, shape, plan, accelerator, model)

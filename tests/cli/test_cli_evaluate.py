@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minimind.export import export_model
 from minimind.formats.qwen3 import save_model
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -81,6 +82,18 @@ def test_what_nothing_was_measured_of_has_no_number(
     assert ends["loss"] > 0
     lines = run(*words).out.splitlines()
     assert [line.split()[-4:] for line in lines if "none.jsonl" in line] == [["0", "-", "-", "-"]]
+
+
+def test_what_was_assumed_of_the_model_is_said(run: Command, folder: Path) -> None:
+    export_model(folder / "run" / "model", folder / "pth", "minimind")
+    (folder / "pth" / "pretrain_16.config.json").unlink()
+    words = ["eval", str(folder / "pth" / "pretrain_16.pth"), "--data", str(folder / "one.jsonl")]
+    done = run(
+        *words, "--text-key", "body", "--max-seq-len", "48", "--json", "--cache-dir", str(folder / "c")
+    )
+    assert done.code == 0
+    assert done.err.startswith("note: settings from the shapes of the tensors, with rope_theta 1e+06")
+    assert json.loads(done.out)["tokens"] > 0
 
 
 def test_a_narrow_terminal_loses_no_column(
