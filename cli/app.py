@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -108,12 +109,19 @@ def main(words: Sequence[str] | None = None) -> None:
         code = _report(error.problems if isinstance(error, ConfigError) else [str(error)])
     except typer.TyperException as error:
         # Without any word Typer has printed the help and raises an empty message.
-        code = _report([message] if (message := error.format_message()) else [])
-    except Exception:
-        if world_size() == 1:
+        message = error.format_message()
+        if words[:1] == ["generate"] and message.startswith("No such option"):
+            message = f"{message.rstrip('.')}. A prompt that begins with a dash stands behind -- at the end."
+        code = _report([message] if message else [])
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            # Most likely a text in the place of a path.
+            code = _report([f"{str(error.filename)[:40]}... is too long for the name of a file or folder."])
+        elif world_size() == 1:
             raise
-        _print_signed(traceback.format_exc())
-        code = 1
+        else:
+            _print_signed(traceback.format_exc())
+            code = 1
     if code == 130 and is_main_process():
         _report(["interrupted."])
     _leave(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,16 @@ from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
 from minimind.launch_environment import is_main_process
 from minimind.run_folder import RunFolder
-from minimind.settings import Option, read_toml
+from minimind.settings import Option, parse_values, read_toml
 
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
+    from minimind.evaluation import Evaluation
     from minimind.text_evaluation import Part, TextEvaluation
+
+# Columns that a table needs: numbers, and some room for names.
+_NARROWEST = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,8 @@ def evaluate(
         found = evaluate_text(model, config, stride=stride, progress=progress)
     if not is_main_process():
         return
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
@@ -120,7 +127,12 @@ def evaluate(
 def _length_of_the_run(model: str) -> int:
     """Return the length of the rows that a run was trained with, the default where there is no run."""
     file = RunFolder(Path(model)).config
-    values = read_toml(file) if file.is_file() else {}
+    found = read_toml(file).get("max_seq_len") if file.is_file() else None
+    values, problems = parse_values(
+        PretrainConfig, {} if found is None else {"max_seq_len": found}, str(file)
+    )
+    if problems:
+        raise ConfigError(problems)
     return int(values.get("max_seq_len", PretrainConfig.max_seq_len))
 
 
@@ -136,10 +148,8 @@ def _progress() -> Iterator[Any]:
 def _print(found: TextEvaluation) -> None:
     total = found.total
     typer.echo(f"model  {found.model}")
-    typer.echo(
-        f"loss {total.loss:.4f} | perplexity {total.perplexity:.4g} | {total.bits_per_byte:.4f} bits/byte | "
-        f"{total.tokens:,} tokens"
-    )
+    loss, perplexity, bits_per_byte = _shown(total)
+    typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
     rows: list[tuple[str, Part]] = []
     for source in found.sources:
         rows.append((source.name, source))
@@ -156,9 +166,19 @@ def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
     for name in ("tokens", "loss", "perplexity", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, part in rows:
-        value = part.evaluation
-        numbers = f"{value.loss:.4f}", f"{value.perplexity:.4g}", f"{value.bits_per_byte:.4f}"
         # Not markup: a pattern may have brackets.
-        table.add_row(Text(name), f"{value.tokens:,}", *numbers)
+        table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_shown(part.evaluation))
     typer.echo()
-    Console().print(table)
+    console = Console()
+    # A narrower terminal breaks the lines; rich would leave the names out.
+    console.width = max(console.width, _NARROWEST)
+    console.print(table)
+
+
+def _shown(value: Evaluation) -> tuple[str, str, str]:
+    """Return loss, perplexity and bits per byte, a dash for what nothing was measured of."""
+    measured = (value.loss, ".4f"), (value.perplexity, ".4g"), (value.bits_per_byte, ".4f")
+    loss, perplexity, bits_per_byte = (
+        "-" if math.isnan(number) else format(number, digits) for number, digits in measured
+    )
+    return loss, perplexity, bits_per_byte

@@ -138,8 +138,10 @@ def _next_commands(exported: Exported) -> list[str]:
         config = exported.config
         if any(unset_by_commands(config)):
             return []  # a note says what to do
+        tokenizer = f"cp {folder}/tokenizer*.json minimind/model/ && "
         return [
-            f"cp {file} minimind/out/ && cd minimind && python eval_llm.py --weight pretrain --hidden_size "
+            f"cp {file} minimind/out/ && {tokenizer if 'tokenizer.json' in exported.files else ''}"
+            "cd minimind && python eval_llm.py --weight pretrain --hidden_size "
             f"{config.hidden_size} --num_hidden_layers {config.num_hidden_layers}"
             + (" --use_moe 1" if config.use_moe else "")
         ]

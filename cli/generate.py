@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from minimind.errors import ConfigError, UserError
 from minimind.settings import Option
 
 from .options import parse_settings, with_options
@@ -95,8 +97,8 @@ def generate(
 ) -> None:
     """Continue texts with a trained model."""
     options = parse_settings(ctx, GenerateOptions)
-    asks = not prompts and sys.stdin.isatty()
-    texts = prompts or ([] if asks else [sys.stdin.read().removesuffix("\n")])
+    asks = not prompts and sys.stdin is not None and sys.stdin.isatty()
+    texts = [] if asks else [_readable(prompt) for prompt in prompts or [_standard_input()]]
     # Before torch is loaded. Every token has many short parallel parts: threads that spin between them hold
     # each other up, by far, as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -112,7 +114,7 @@ def generate(
     decoder = make_decoder(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
     writer = _Writer(decoder, tokenizer, sampling, options)
     if asks:
-        _ask(writer)
+        _ask(writer, as_json)
     elif as_json:
         writer.print_json(texts)
     elif len(texts) == 1:
@@ -166,7 +168,28 @@ class _Writer:
         return [dataclasses.asdict(text) for text in texts]
 
 
-def _ask(writer: _Writer) -> None:
+def _standard_input() -> str:
+    """Return the text that a pipe or file holds.
+
+    Raises:
+        ConfigError: when there is none, or it is not UTF-8.
+    """
+    if sys.stdin is None:
+        raise ConfigError("there is no standard input; write the prompt after the model.")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the standard input is not {error.encoding.upper()} text; convert it, for example by iconv."
+        ) from error
+
+
+def _readable(prompt: str) -> str:
+    """Return a prompt with U+FFFD for bytes of the command line that are no text."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", prompt)
+
+
+def _ask(writer: _Writer, as_json: bool) -> None:
     """Ask for one prompt after another until the end of the input; Ctrl-C ends a text."""
     typer.echo("Type the beginning of a text; Ctrl-C ends what is being written, Ctrl-D all.", err=True)
     while True:
@@ -176,9 +199,14 @@ def _ask(writer: _Writer) -> None:
             typer.echo(err=True)
             return
         try:
-            writer.print_streaming(prompt)
+            if as_json:
+                writer.print_json([prompt])
+            else:
+                writer.print_streaming(prompt)
         except KeyboardInterrupt:
             continue
+        except UserError as error:  # a prompt that is too long; the next may do
+            typer.echo(f"error: {error}", err=True)
 
 
 @contextmanager

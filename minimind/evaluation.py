@@ -21,8 +21,9 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        loss: mean cross-entropy in nats per target token.
-        bits_per_byte: cross-entropy in bits per byte of text, comparable between tokenizers.
+        loss: mean cross-entropy in nats per target token, NaN where there is none.
+        bits_per_byte: cross-entropy in bits per byte of text, comparable between tokenizers; NaN where the
+            targets are end tokens only, which stand for no text.
         tokens: target tokens counted, over all processes.
     """
 
@@ -34,15 +35,15 @@ class Evaluation:
     def of_sums(cls, nats: float, num_tokens: float, num_bytes: float) -> Evaluation:
         """Return the means of what was summed over targets: cross-entropy, their number, their bytes."""
         return cls(
-            loss=nats / max(num_tokens, 1),
-            bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
+            loss=nats / num_tokens if num_tokens else math.nan,
+            bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
             tokens=round(num_tokens),
         )
 
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from .formats import gguf, qwen3, upstream
 from .model_config import MiniMindConfig
 from .model_source import ModelSource, open_model
 from .new_folder import new_folder
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, check_vocab, load_tokenizer
 
 FORMATS = ("huggingface", "minimind", "gguf")
 
@@ -75,6 +75,8 @@ def export_model(
     output = Path(output)
     if format not in FORMATS:
         raise ConfigError(f"--format {format} is not known; choose {', '.join(FORMATS)}.")
+    if dtype not in ("auto", *gguf.DTYPES):
+        raise ConfigError(f"--dtype {dtype} is not known; choose auto, {', '.join(gguf.DTYPES)}.")
     if dtype == "q8_0" and format != "gguf":
         raise ConfigError("--dtype q8_0 is for --format gguf; choose float32, float16 or bfloat16.")
     found = open_model(source, model_config)
@@ -115,11 +117,7 @@ def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniM
     config = found.config
     if tokenizer is None:
         return config, None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, but the model only {config.vocab_size} rows "
-            "in its embedding; name the one it was trained with by --tokenizer."
-        )
+    check_vocab(tokenizer, config.vocab_size, str(found.path))
     if named is not None:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         config = dataclasses.replace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ConfigError
 
@@ -31,6 +31,24 @@ _MOE_DEFAULTS: Mapping[str, Any] = {
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001,
 }
+
+# Fields by what they hold.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_SIZES_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_WORKED_OUT = ("head_dim", "intermediate_size", "moe_intermediate_size")
+_LARGEST_SIZE = 2**31 - 1
+_NUMBERS = ("rope_theta", "rms_norm_eps", "dropout", "router_aux_loss_coef", "initializer_range")
+_SWITCHES = ("use_moe", "tie_word_embeddings", "norm_topk_prob")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 
@@ -99,7 +117,10 @@ class MiniMindConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.head_dim is None and self.num_attention_heads > 0:
+        # A config may come from a file that anyone has edited.
+        if problems := list(self._of_wrong_kind()):
+            raise ConfigError(problems)
+        if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -117,22 +138,28 @@ class MiniMindConfig:
         if problems := list(self._problems()):
             raise ConfigError(problems)
 
-    def _problems(self) -> Iterator[str]:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "max_position_embeddings",
-            *(("num_experts", "num_experts_per_tok", "moe_intermediate_size") if self.use_moe else ()),
-        ):
+    def _of_wrong_kind(self) -> Iterator[str]:
+        """Yield a sentence for each field that holds something else than it should."""
+        for name in (*_SIZES, *(_SIZES_MOE if self.use_moe else ())):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if value is None and name in _WORKED_OUT:
+                continue
+            if not _is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
                 yield f"{name} {value} is not a size; write a whole number of at least 1."
-                return
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                yield f"{name} {value} is not a number of at least 0; correct it."
+        if self.rope_theta == 0:
+            yield "rope_theta is 0; write a number above 0."
+        for name in _SWITCHES:
+            if (value := getattr(self, name)) not in (None, True, False):
+                yield f"{name} {value} is neither true nor false; write one of them."
+        for name in _TOKENS:
+            if not _is_whole(value := getattr(self, name)):
+                yield f"{name} {value} is not the number of a token; write a whole number."
+
+    def _problems(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
@@ -145,7 +172,7 @@ class MiniMindConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts "
                 f"{self.num_experts}; lower it."
             )
-        if not 0 <= self.dropout < 1:
+        if self.dropout >= 1:
             yield f"dropout {self.dropout} is out of range; it must be at least 0 and below 1."
 
     def num_parameters(self) -> int:
@@ -248,9 +275,12 @@ class MiniMindConfig:
         # Absent keys mean the defaults of transformers' Qwen3Config where those are not ours.
         given.setdefault("head_dim", 128)
         given.setdefault("tie_word_embeddings", False)
-        given["dropout"] = values.get("attention_dropout", 0.0)
-        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-        given["rope_theta"] = float(rope.pop("rope_theta", values.get("rope_theta", 1e4)))
+        given["dropout"] = values.get("attention_dropout") or 0.0
+        rope: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            rope |= _table(key, values.get(key))
+        theta = rope.pop("rope_theta", values.get("rope_theta", 1e4))
+        given["rope_theta"] = float(theta) if _is_number(theta) else theta
         given["rope_scaling"] = rope or None
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = given.pop(name, None)
@@ -261,12 +291,33 @@ class MiniMindConfig:
         return cls(**given)
 
 
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number that tensors can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return _is_number(value) and isinstance(value, int)
+
+
+def _table(key: str, value: Any) -> Mapping[str, Any]:
+    """Return the keys and values of an object in a file, none where there is none.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{key} {value!r} is not a table of keys and values; correct it.")
+    return value or {}
+
+
 def _normal_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return YaRN settings with one spelling of the kind and nothing unset, None for no scaling.
 
     Raises:
         ConfigError: for another kind of scaling, or a number missing.
     """
+    scaling = _table("rope_scaling", scaling)
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind in (None, "default"):
         return None
@@ -276,7 +327,7 @@ def _normal_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
         value = scaling.get(key)
         if value is None and key not in ("factor", "original_max_position_embeddings"):
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if not _is_number(value) or value <= 0:
             raise ConfigError(f"rope_scaling {key} is {value}; YaRN needs a number above 0.")
     # transformers warns of whole numbers here, except for the length.
     known: dict[str, Any] = {"rope_type": "yarn"}

@@ -105,7 +105,7 @@ def load_with_tokenizer(
     found = source.tokenizer() if tokenizer is None else load_tokenizer(tokenizer)
     if found is None:
         raise ConfigError(f"there is no tokenizer.json beside {source.path}; name one by --tokenizer.")
-    check_vocab(found, source.config.vocab_size)
+    check_vocab(found, source.config.vocab_size, str(source.path))
     return source, build_model(source.config, source.weights(), str(source.path)), found
 
 

@@ -29,6 +29,8 @@ def new_folder(path: Path, option: str, *, overwrite: bool = False) -> Iterator[
         UserError: when it cannot be written.
     """
     path = path.resolve()
+    if not path.name:
+        raise ConfigError(f"{option} {path} is no place for a new folder; name one below it.")
     written, replaced = (path.with_name(f".{path.name}.{what}") for what in ("tmp", "replaced"))
     try:
         if replaced.exists() and not path.exists():  # killed between the two renames below

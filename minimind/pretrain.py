@@ -52,7 +52,7 @@ from .ranks import (
 )
 from .run_checkpoints import RunCheckpoints
 from .run_folder import RunFolder
-from .samples import Samples
+from .samples import Samples, check_prompts
 from .schedule import learning_rates
 from .spikes import report_spike
 from .starting_model import ModelFactory, make_model, resolve_shape
@@ -107,6 +107,7 @@ def pretrain(
             progress.note(remark)
         tokenizer = load_tokenizer(config.tokenizer)
         config, shape = resolve_shape(config, tokenizer)
+        check_prompts(config, shape, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         patience = parse_duration(config.dist_timeout)
@@ -135,7 +136,7 @@ def pretrain(
             config, shape, accelerator, partial(prepare_model, config, shape), progress.note
         )
         plan = plan_batches(config, accelerator.num_processes)
-        model = make_model(config, shape, model_factory)
+        model = make_model(config, shape, model_factory, progress.note)
         # Of a subclass too the shape does not tell what it computes.
         custom = None if type(model) is MiniMindForCausalLM else _describe(model)
         model, optimizer, compiled = prepare_model(config, shape, plan, accelerator, model)

@@ -9,15 +9,31 @@ from accelerate import Accelerator
 from torch import nn
 
 from .config import PretrainConfig
+from .errors import ConfigError
 from .formats.qwen3 import build_model
 from .metrics_file import MetricsFile
 from .model_config import MiniMindConfig
 from .run_folder import RunFolder
-from .text_generation import continue_texts
+from .text_generation import continue_texts, encode_prompt
 from .tokenizer import Tokenizer
 from .training_state import gather_weights
 
 SAMPLE_TOKENS = 64
+
+
+def check_prompts(config: PretrainConfig, shape: MiniMindConfig, tokenizer: Tokenizer) -> None:
+    """Refuse, before a run begins, prompts that leave a sample no position to write to.
+
+    Raises:
+        ConfigError: naming the length of the first such prompt.
+    """
+    positions = shape.max_position_embeddings
+    for prompt in config.sample_prompt if config.sample_interval is not None else ():
+        if (length := len(encode_prompt(tokenizer, prompt))) >= positions:
+            raise ConfigError(
+                f"--sample-prompt '{prompt[:20]}...' has {length} tokens, but the model has {positions} "
+                "positions; shorten it."
+            )
 
 
 class Samples:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .errors import ConfigError
 
+# Below this only the most likely token has any chance, and divided logits would soon be infinite.
+_COLD = 1e-20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -64,7 +67,7 @@ def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, uniform: Ten
     """
     if sampling.repetition_penalty != 1 and seen is not None:
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLD:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
     if sampling.top_k is not None:

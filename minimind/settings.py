@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -19,6 +20,7 @@ from typing import Any
 
 from .errors import ConfigError
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 # What fits into the integers of tensors and files.
 LARGEST_INTEGER = 2**63 - 1
 
@@ -159,6 +161,9 @@ def _problem(setting: Setting, value: Any) -> str | None:
     right = isinstance(value, (int, float) if setting.kind is float else setting.kind)
     if not right or (setting.kind is not bool and isinstance(value, bool)):
         return f"{given} is not {_article(setting)}; write {_example(setting)}."
+    if isinstance(value, str) and not value.isascii() and _SURROGATES.search(value):
+        # Bytes of a command line that are no text come as halves of surrogate pairs, which no file takes.
+        return f"{setting.flag} holds bytes that are not UTF-8; write it, or name the file, in UTF-8."
     if setting.kind not in (int, float):
         return None
     option = setting.option
@@ -172,7 +177,9 @@ def _problem(setting: Setting, value: Any) -> str | None:
         or (option.maximum is not None and value > option.maximum)
         or (option.below is not None and value >= option.below)
     )
-    return f"{given} is out of range; it must be {setting.range_text}." if outside else None
+    # Where it is not the default anyway, none is a value like the others.
+    none = ", or none" if setting.optional and setting.default is not None else ""
+    return f"{given} is out of range; it must be {setting.range_text}{none}." if outside else None
 
 
 def parse_values(

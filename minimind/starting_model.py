@@ -40,7 +40,7 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
     if config.from_weight is not None:
         shape = dataclasses.replace(open_model(config.from_weight).config, **of_training)
         _refuse_other_sizes(config, shape)
-        check_vocab(tokenizer, shape.vocab_size)
+        check_vocab(tokenizer, shape.vocab_size, config.from_weight)
     else:
         vocab_size = config.vocab_size if config.vocab_size is not None else tokenizer.vocab_size
         check_vocab(tokenizer, vocab_size)
@@ -68,7 +68,10 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
 
 
 def make_model(
-    config: PretrainConfig, shape: MiniMindConfig, factory: ModelFactory = MiniMindForCausalLM
+    config: PretrainConfig,
+    shape: MiniMindConfig,
+    factory: ModelFactory = MiniMindForCausalLM,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> nn.Module:
     """Return the model with its first weights, in float32 on the CPU: the same in every process.
 
@@ -76,6 +79,7 @@ def make_model(
         config: the seed of new weights, or the folder that holds others.
         shape: every size filled in.
         factory: makes the model; it may use the generator of `torch.manual_seed`, which is seeded.
+        note: gets what was assumed of the model of --from-weight, or passed over there.
 
     Raises:
         UserError: when the model of --from-weight cannot be read.
@@ -92,7 +96,10 @@ def make_model(
             "leave the option out."
         )
     if config.from_weight is not None:
-        stored = build_model(shape, open_model(config.from_weight).weights(), config.from_weight).state_dict()
+        source = open_model(config.from_weight)
+        for sentence in source.notes:
+            note(f"--from-weight: {sentence}")
+        stored = build_model(shape, source.weights(), config.from_weight).state_dict()
         if factory is not MiniMindForCausalLM:
             _refuse_other_weights(config, model, stored)
         model.load_state_dict(stored)

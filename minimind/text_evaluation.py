@@ -58,6 +58,7 @@ class TextEvaluation:
         total: over all targets.
         sources: for each entry of --data.
         contexts: by the number of tokens that stand before the target in its document and row.
+        notes: sentences about what was assumed of the model, or passed over.
     """
 
     model: str
@@ -65,6 +66,7 @@ class TextEvaluation:
     total: Evaluation
     sources: tuple[Part, ...]
     contexts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in the types of JSON; a number that is not finite is None."""
@@ -144,7 +146,8 @@ def evaluate_text(
         )
         shape = sums.shape
         summed = sum_over_processes(torch.from_numpy(sums.reshape(-1)), accelerator)
-    return _report(str(source.path), length, entries, np.array(summed).reshape(shape))
+    found = _report(str(source.path), length, entries, np.array(summed).reshape(shape))
+    return dataclasses.replace(found, notes=source.notes)
 
 
 @torch.inference_mode()

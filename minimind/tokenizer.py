@@ -226,6 +226,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             f'{config_file.name} beside it: {{"eos_token": "..."}}.'
         )
     template = config.get("chat_template")
+    if template is None and file.name == "tokenizer.json":
+        template = _template_beside(file)
     return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad, chat_template=template)
 
 
@@ -241,12 +243,23 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _template_beside(file: Path) -> str | None:
+    """Return the chat template that transformers 5 puts into a file of its own, None where it has not."""
+    template = file.with_name("chat_template.jinja")
+    try:
+        return template.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--tokenizer: cannot read {template} ({error}); save it as UTF-8 text.") from error
+
+
 def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> str | None:
     """Return the token the config names for a role, else the first known name in the vocabulary."""
     named = config.get(role)
     if isinstance(named, dict):
         named = named.get("content")
-    if named is not None and backend.token_to_id(str(named)) is None:
+    if named is not None and (not isinstance(named, str) or backend.token_to_id(named) is None):
         raise ConfigError(
             f"--tokenizer {file}: the vocabulary has no {named!r}, the {role} that {file.stem}_config.json "
             "beside it names. Correct the name there."
@@ -257,9 +270,20 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
     return named
 
 
-def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise ConfigError, naming a size that would do, when the model has too few rows for the tokenizer."""
+def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None = None) -> None:
+    """Raise ConfigError, saying what would do, when the model has too few rows for the tokenizer.
+
+    Args:
+        tokenizer: for the model.
+        model_vocab_size: rows of its embedding.
+        model: where its weights lie; None for one that is still to be made, whose size can be chosen.
+    """
     if tokenizer.vocab_size > model_vocab_size:
+        if model is not None:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, but the embedding of {model} only "
+                f"{model_vocab_size} rows; name the one it was trained with by --tokenizer."
+            )
         raise ConfigError(
             f"--vocab-size {model_vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries. "
             f"Leave the option out, give at least {tokenizer.vocab_size}, or choose another --tokenizer."

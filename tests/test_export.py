@@ -22,7 +22,7 @@ from minimind.errors import CheckpointError, ConfigError, UserError
 from minimind.export import export_model
 from minimind.formats.qwen3 import load_config, load_model, load_weights, save_model
 from minimind.model_config import MiniMindConfig
-from minimind.model_source import open_model
+from minimind.model_source import load_with_tokenizer, open_model
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.tokenizer import PACKAGED
 
@@ -187,12 +187,17 @@ def test_names_that_are_not_known_are_refused(tmp_path):
     save(tmp_path / "a")
     with pytest.raises(ConfigError, match="--format onnx is not known; choose huggingface, minimind, gguf"):
         export_model(tmp_path / "a", tmp_path / "b", "onnx")
+    with pytest.raises(ConfigError, match="--dtype int8 is not known; choose auto, float32, float16"):
+        export_model(tmp_path / "a", tmp_path / "b", dtype="int8")
     with pytest.raises(ConfigError, match="--dtype q8_0 is for --format gguf"):
         export_model(tmp_path / "a", tmp_path / "b", dtype="q8_0")
     with pytest.raises(ConfigError, match="a GGUF file holds its tokenizer, and none is known here"):
         export_model(tmp_path / "a", tmp_path / "b", "gguf")
-    with pytest.raises(ConfigError, match="the tokenizer has 6400 entries, but the model only 40 rows"):
+    too_small = r"the tokenizer has 6400 entries, but the embedding of .*a only 40 rows; name the one it was"
+    with pytest.raises(ConfigError, match=too_small):
         export_model(tmp_path / "a", tmp_path / "b", tokenizer=PACKAGED)
+    with pytest.raises(ConfigError, match=too_small):
+        load_with_tokenizer(tmp_path / "a", str(PACKAGED))
 
 
 def test_a_tokenizer_that_is_named_goes_along_with_its_tokens(tmp_path, shared):

@@ -142,6 +142,18 @@ def test_absent_keys_of_a_mixture_mean_transformers_defaults():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
         ({"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale not supported"),
+        # What a file that someone has edited may hold.
+        ({"hidden_size": "512"}, "hidden_size 512 is not a size"),
+        ({"num_attention_heads": "8", "vocab_size": [1]}, r"vocab_size \[1\] is not a size.*\n.*heads 8 is"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers 1(0)+ is not a size"),
+        ({"rope_theta": "1e6"}, "rope_theta 1e6 is not a number"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not a number"),
+        ({"dropout": "none"}, "dropout none is not a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings false is neither true nor false"),
+        ({"eos_token_id": "</s>"}, "eos_token_id </s> is not the number of a token"),
+        ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' is not a table"),
+        ({"rope_scaling": {**YARN, "factor": float("inf")}}, "rope_scaling factor is inf"),
     ],
 )
 def test_a_shape_that_cannot_be_built_is_refused(values, sentence):
@@ -159,6 +171,8 @@ def test_a_shape_that_cannot_be_built_is_refused(values, sentence):
         ({"intermediate_size": None}, "intermediate_size missing"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers is .0."),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"rope_parameters": "yarn"}, "rope_parameters 'yarn' is not a table"),
+        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta large is not a number"),
     ],
 )
 def test_the_config_of_another_model_is_refused(change, sentence):

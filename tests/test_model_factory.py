@@ -118,6 +118,15 @@ def test_stored_weights_go_into_a_model_with_the_same_names_only(tmp_path: Path)
         make_model(config, SHAPE, lambda shape: Bigram(shape.vocab_size))
 
 
+def test_what_was_assumed_of_stored_weights_is_said(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    torch.save(MiniMindForCausalLM(SHAPE).state_dict(), tmp_path / "weights.pth")
+    notes: list[str] = []
+    make_model(PretrainConfig(from_weight=str(tmp_path / "weights.pth")), SHAPE, note=notes.append)
+    (note,) = notes
+    assert note.startswith("--from-weight: settings from the shapes of the tensors, with rope_theta 1e+06")
+
+
 def test_the_factory_may_draw_from_the_generator_of_the_run() -> None:
     first, second = (make_model(PretrainConfig(seed=7), SHAPE, lambda _: Bigram(32)) for _ in range(2))
     assert torch.equal(first.table.weight, second.table.weight)

@@ -41,6 +41,11 @@ def test_the_current_folder_can_be_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert everything(tmp_path) == {"here": None, "here/config.json": "new"}
 
 
+def test_the_root_of_all_folders_cannot_be_named() -> None:
+    with pytest.raises(ConfigError, match="--output / is no place for a new folder; name one below it"):
+        write(Path("/"), "new")
+
+
 def test_an_interruption_leaves_nothing_and_the_old_model(tmp_path: Path) -> None:
     write(tmp_path / "a", "old")
 

@@ -10,9 +10,12 @@ import pytest
 from tiny_runs import assert_same_end, tiny, write_corpus
 
 from minimind import pretrain
-from minimind.formats.qwen3 import build_model
+from minimind.errors import ConfigError
+from minimind.formats.qwen3 import build_model, save_model
 from minimind.metrics_file import MetricsFile
+from minimind.model_config import MiniMindConfig
 from minimind.model_source import open_model
+from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.samples import SAMPLE_TOKENS
 from minimind.text_generation import continue_texts
 from minimind.tokenizer import load_tokenizer
@@ -76,6 +79,23 @@ def test_without_a_prompt_a_document_is_begun(corpus: Path, tmp_path: Path) -> N
     ((step, prompt, text),) = samples(tmp_path / "run")
     assert (step, prompt) == (4, "")
     assert text
+
+
+def test_a_prompt_beyond_the_positions_is_refused_before_the_run(corpus: Path, tmp_path: Path) -> None:
+    shape = MiniMindConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=48
+    )
+    save_model(MiniMindForCausalLM(shape), tmp_path / "small")
+    config = tiny(
+        corpus,
+        tmp_path / "run",
+        from_weight=str(tmp_path / "small"),
+        sample_interval=1,
+        sample_prompt=("a b " * 40,),
+    )
+    with pytest.raises(ConfigError, match=r"--sample-prompt 'a b a b a b a b a b ...' has \d+ tokens, but"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_trackers_get_the_text(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,14 @@ def test_without_temperature_the_most_likely_token_follows_after_the_penalty():
     assert choose(logits, Sampling(temperature=0, repetition_penalty=1.2), seen, uniform).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [1e-12, 1e-30, 1e-45, 1e-320])
+def test_close_to_no_temperature_the_most_likely_token_follows_too(temperature):
+    logits = torch.tensor([[-2.0, 30.0, 29.0]])
+    for number in (0.0, 1 - 2**-24):
+        chosen = choose(logits, Sampling(temperature=temperature), None, torch.tensor([number]))
+        assert chosen.tolist() == [1]
+
+
 def test_tokens_are_drawn_with_their_probability():
     logits = some_logits(1)[:1].expand(20_000, -1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))

@@ -94,6 +94,11 @@ def test_text_becomes_the_type_of_its_field(name: str, text: object, value: obje
         ("size", "0", "--size 0 is out of range; it must be at least 1."),
         ("size", None, "--size None is not a whole number; write for example 4 or auto."),
         ("title", 7, "--title 7 is not text; write text in quotes."),
+        (
+            "title",
+            "a\udcff",
+            "--title holds bytes that are not UTF-8; write it, or name the file, in UTF-8.",
+        ),
     ],
 )
 def test_a_wrong_value_names_its_option_and_the_fix(name: str, given: object, sentence: str) -> None:

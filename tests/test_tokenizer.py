@@ -150,6 +150,24 @@ def test_saving_keeps_fingerprint_and_chat_template(tmp_path, shared):
     ]
 
 
+def test_a_chat_template_in_a_file_of_its_own_is_passed_on(tmp_path, shared):
+    transformers = pytest.importorskip("transformers")
+    for name in ("tokenizer", "tokenizer_config"):
+        text = (shared / "compat" / f"minimind3_{name}.json").read_text(encoding="utf-8")
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    template = load_tokenizer(tmp_path).chat_template
+    # transformers 5 takes it out of the tokenizer_config.json.
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "five")
+    tokenizer = load_tokenizer(tmp_path / "five")
+    assert tokenizer.chat_template == template
+    tokenizer.save(tmp_path / "ours")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").chat_template == template
+    (tmp_path / "ours" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    (tmp_path / "ours" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"--tokenizer: cannot read .*chat_template.jinja"):
+        load_tokenizer(tmp_path / "ours")
+
+
 # Tokenizers of others
 
 
@@ -249,6 +267,9 @@ def test_a_vocabulary_larger_than_the_model_is_refused():
     check_vocab(SHIPPED, 6400)
     with pytest.raises(ConfigError, match=r"--vocab-size 6399 .* 6400 entries.*at least 6400"):
         check_vocab(SHIPPED, 6399)
+    # The size of a model that is there cannot be chosen.
+    with pytest.raises(ConfigError, match=r"the embedding of out/model only 6399 rows; name .* --tokenizer"):
+        check_vocab(SHIPPED, 6399, "out/model")
 
 
 @pytest.mark.parametrize(
@@ -276,10 +297,12 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_the_fix(tmp_path):
         load_tokenizer(file)
 
 
-def test_a_config_that_names_a_missing_token_is_refused(tmp_path):
-    file = saved(words("<unk>", "</s>"), tmp_path, eos_token="<|done|>")
-    with pytest.raises(ConfigError, match=r"no '<\|done\|>', the eos_token that tokenizer_config.json"):
+@pytest.mark.parametrize("name", ["<|done|>", 5])
+def test_a_config_that_names_a_missing_token_is_refused(tmp_path, name):
+    file = saved(words("<unk>", "</s>", "5"), tmp_path, eos_token=name)
+    with pytest.raises(ConfigError) as refused:
         load_tokenizer(file)
+    assert f"the vocabulary has no {name!r}, the eos_token that tokenizer_config.json" in str(refused.value)
 
 
 # Training

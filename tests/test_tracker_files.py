@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import socket
 import sqlite3
 import struct
@@ -125,6 +126,16 @@ def assert_same(ours: Curves, theirs: Curves, tolerance: float = 0.0) -> None:
         assert [value for _, value in theirs[name]] == pytest.approx(
             expected, rel=tolerance, abs=0, nan_ok=True
         ), name
+
+
+def test_every_number_stands_in_the_docs(finished: Finished) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tracking.md").read_text(encoding="utf-8")
+    keys = [key for row in re.findall(r"^\| (`.*?) \|", page, re.M) for key in re.findall(r"`(\w+)`", row)]
+    assert [
+        name
+        for name in finished.curves()
+        if name not in keys and not (name.startswith("total_") and "total_elapsed" in keys)
+    ] == []
 
 
 # TensorBoard

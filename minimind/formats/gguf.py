@@ -51,7 +51,7 @@ _BLOCK_NAMES = {
     "mlp.gate": "ffn_gate_inp",
 }
 _EXPERT_NAMES = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(\w+)\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight")
 
 
 def save_gguf(
@@ -168,21 +168,22 @@ def gguf_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file under llama.cpp's names.
 
     Args:
-        weights: every parameter by its Hugging Face name, experts in their order.
+        weights: every parameter by its Hugging Face name, in any order: a safetensors file has expert 10
+            before expert 2.
     """
-    stacks: dict[str, list[Tensor]] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in weights.items():
         part = name.removesuffix(".weight")
         if part in _OUTER_NAMES:
             yield f"{_OUTER_NAMES[part]}.weight", tensor
         elif (expert := _EXPERT.fullmatch(name)) is not None:
-            block, projection = expert.groups()
-            stacks.setdefault(f"blk.{block}.{_EXPERT_NAMES[projection]}.weight", []).append(tensor)
+            block, number, projection = expert.groups()
+            stacks.setdefault(f"blk.{block}.{_EXPERT_NAMES[projection]}.weight", {})[int(number)] = tensor
         else:
             _, _, block, inner = part.split(".", 3)  # model.layers.N.
             yield f"blk.{block}.{_BLOCK_NAMES[inner]}.weight", tensor
     for name, experts in stacks.items():
-        yield name, torch.stack(experts)
+        yield name, torch.stack([experts[number] for number in sorted(experts)])
 
 
 def _experts(config: MiniMindConfig) -> dict[str, Any]:

@@ -121,10 +121,14 @@ def load_config(folder: Path) -> MiniMindConfig:
         if not isinstance(values, dict):
             raise ConfigError("the file is not a JSON object.")
         return MiniMindConfig.from_dict(values)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); {_WHAT_TO_NAME}.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}; {_WHAT_TO_NAME}.") from error
     except ConfigError as error:
-        raise ConfigError([f"{path}: {problem} {_WHAT_TO_NAME}." for problem in error.problems]) from error
+        raise ConfigError(
+            [f"{path}: {problem.rstrip('.')}; {_WHAT_TO_NAME}." for problem in error.problems]
+        ) from error
 
 
 def load_weights(folder: Path, config: MiniMindConfig) -> dict[str, Tensor]:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +57,14 @@ def upstream_config(values: Mapping[str, Any]) -> MiniMindConfig:
     else:  # written all the same, and without a meaning
         given = {key: value for key, value in given.items() if key not in _OF_EXPERTS}
     scaling = values.get("rope_scaling") if values.get("inference_rope_scaling", True) else None
-    if scaling:
+    if isinstance(scaling, Mapping) and scaling:
         scaling = {**_YARN_DEFAULTS, **scaling}
-        # The original stretches only where the table is longer than what the model was trained on.
-        positions = given.get("max_position_embeddings", MiniMindConfig.max_position_embeddings)
-        if positions <= scaling["original_max_position_embeddings"]:
-            scaling["factor"] = 1.0
-    return MiniMindConfig(**given, rope_scaling=scaling or None)
+    config = MiniMindConfig(**given, rope_scaling=scaling or None)
+    # The original stretches only where the table is longer than what the model was trained on.
+    stretched = config.rope_scaling
+    if stretched and config.max_position_embeddings <= stretched["original_max_position_embeddings"]:
+        return dataclasses.replace(config, rope_scaling={**stretched, "factor": 1.0})
+    return config
 
 
 def read_upstream_config(path: Path) -> MiniMindConfig:
@@ -74,7 +79,10 @@ def read_upstream_config(path: Path) -> MiniMindConfig:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a JSON object; write the original's settings as key and value.")
-    return upstream_config(values)
+    try:
+        return upstream_config(values)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
 
 
 def upstream_settings(config: MiniMindConfig) -> dict[str, Any]:
@@ -142,21 +150,24 @@ def infer_upstream_config(weights: Mapping[str, Tensor], source: str) -> MiniMin
     try:
         (vocab_size, width), (head_dim,) = embedding.shape, norm.shape
         layers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")}
-    except ValueError as error:
-        raise ConfigError(f"{source} is no state dict of the original minimind: {error}.") from error
-    settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "num_hidden_layers": max(layers) + 1,
-        "num_attention_heads": queries.shape[0] // head_dim,
-        "num_key_value_heads": keys.shape[0] // head_dim,
-        "head_dim": head_dim,
-        "intermediate_size": weights[inner].shape[0],
-        "tie_word_embeddings": _OUTPUT not in weights or torch.equal(weights[_OUTPUT], embedding),
-    }
-    if router in weights:
-        settings |= {"use_moe": True, "num_experts": weights[router].shape[0]}
-    return upstream_config(settings)
+        settings = {
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "num_hidden_layers": max(layers) + 1,
+            "num_attention_heads": queries.shape[0] // head_dim,
+            "num_key_value_heads": keys.shape[0] // head_dim,
+            "head_dim": head_dim,
+            "intermediate_size": weights[inner].shape[0],
+            "tie_word_embeddings": _OUTPUT not in weights or torch.equal(weights[_OUTPUT], embedding),
+        }
+        if router in weights:
+            settings |= {"use_moe": True, "num_experts": weights[router].shape[0]}
+        return upstream_config(settings)
+    except (ValueError, ArithmeticError, IndexError, ConfigError) as error:
+        raise ConfigError(
+            f"{source} is no state dict of the original minimind, or its settings must be named by "
+            f"--model-config: {error}"
+        ) from error
 
 
 def settings_name(weights: str) -> str:
@@ -186,14 +197,45 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a .pth file of the original minimind.")
+    _refuse_damage(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} cannot be read as a state dict: {reason}.") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ConfigError(f"{path} cannot be read as a state dict: {_reason(error)}.") from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in weights.items()
+    ):
         raise ConfigError(f"{path} holds more than weights; name a pretrain_*.pth, not a resume file.")
     return weights
+
+
+def _refuse_damage(path: Path) -> None:
+    """Hold each part of a file against the CRC-32 that was saved with it; torch does not look at them.
+
+    Raises:
+        ConfigError: naming the first part that differs. A file without sums passes.
+    """
+    with suppress(OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise ConfigError(f"{path} is damaged: {part} has not the sum that was saved; copy it again.")
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why torch could not read a file."""
+    text = str(error)
+    if "weights_only" in text or "Weights only" in text:
+        # Torch's own words recommend to load it so that it may run code.
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "torch.save did not write it, or it is damaged"
+        return f"it holds {found[1]}, which is no tensor"
+    return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor with all its numbers, neither sparse nor without any."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def save_upstream(

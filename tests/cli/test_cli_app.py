@@ -48,6 +48,15 @@ def test_an_unknown_command_suggests_the_nearest(run: Command) -> None:
     assert (done.code, done.err) == (2, "error: No such command 'pretrian'. Did you mean 'pretrain'?\n")
 
 
+@pytest.mark.parametrize("words", [["generate", "x"], ["eval", "--data", "x"], ["export", "--output", "x"]])
+def test_a_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]) -> None:
+    done = run(words[0], "Once upon a time " * 20, *words[1:])
+    assert done.code == 2
+    assert done.err == (
+        "error: Once upon a time Once upon a time Once u... is too long for the name of a file or folder.\n"
+    )
+
+
 def test_help_shows_every_option_with_its_default(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minimind.export import export_model
 from minimind.formats.qwen3 import save_model
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -58,6 +59,54 @@ def test_it_prints_the_numbers_as_json_or_for_people(
     assert (short["max_seq_len"], short["tokens"]) == (8, found["tokens"])
 
 
+def test_what_nothing_was_measured_of_has_no_number(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (folder / "none.jsonl").write_text("")
+    (folder / "short.jsonl").write_text('{"text": "a"}\n' * 3)
+    words = ["eval", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    for name in ("none", "short"):
+        words += ["--data", str(folder / f"{name}.jsonl")]
+    found = json.loads(run(*words, "--json").out)
+    empty = dict.fromkeys(("loss", "perplexity", "bits_per_byte"))
+    assert found["sources"][0] == {
+        "data": str(folder / "none.jsonl"),
+        **empty,
+        "tokens": 0,
+        "files": [{"file": str(folder / "none.jsonl"), **empty, "tokens": 0}],
+    }
+    # After "a" comes the end of the document, which is no text.
+    ends = found["contexts"][1]
+    assert (ends["context"], ends["tokens"], ends["bits_per_byte"]) == ("2-3", 3, None)
+    assert ends["loss"] > 0
+    lines = run(*words).out.splitlines()
+    assert [line.split()[-4:] for line in lines if "none.jsonl" in line] == [["0", "-", "-", "-"]]
+
+
+def test_what_was_assumed_of_the_model_is_said(run: Command, folder: Path) -> None:
+    export_model(folder / "run" / "model", folder / "pth", "minimind")
+    (folder / "pth" / "pretrain_16.config.json").unlink()
+    words = ["eval", str(folder / "pth" / "pretrain_16.pth"), "--data", str(folder / "one.jsonl")]
+    done = run(
+        *words, "--text-key", "body", "--max-seq-len", "48", "--json", "--cache-dir", str(folder / "c")
+    )
+    assert done.code == 0
+    assert done.err.startswith("note: settings from the shapes of the tensors, with rope_theta 1e+06")
+    assert json.loads(done.out)["tokens"] > 0
+
+
+def test_a_narrow_terminal_loses_no_column(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    words = ["eval", str(folder / "run"), "--data", str(folder / "one.jsonl"), "--text-key", "body"]
+    lines = run(*words, "--cache-dir", str(folder / "cache")).out.splitlines()
+    table = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert table[0] == ["context", "tokens", "loss", "perplexity", "bits/byte"]
+    assert [len(row) for row in table] == [5] * 7
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -72,3 +121,10 @@ def test_it_prints_the_numbers_as_json_or_for_people(
 def test_mistakes_are_told(run: Command, words: list[str], sentence: str) -> None:
     done = run("eval", "nowhere", *words)
     assert (done.code, done.err.splitlines()[0]) == (2, sentence)
+
+
+def test_a_run_whose_settings_were_edited_into_something_else_is_refused(run: Command, folder: Path) -> None:
+    (folder / "run" / "config.toml").write_text('max_seq_len = "long"\n')
+    done = run("eval", str(folder / "run"), "--data", "x")
+    assert done.code == 2
+    assert done.err.startswith(f"error: {folder / 'run' / 'config.toml'}: --max-seq-len long is not a whole")

@@ -73,7 +73,8 @@ def test_what_was_written_is_said_in_a_few_lines(run: Command, calls: list[Any])
     [
         (
             "pth",
-            "cp new/pretrain_512.pth minimind/out/ && cd minimind && python eval_llm.py --weight pretrain ",
+            "cp new/pretrain_512.pth minimind/out/ && cp new/tokenizer*.json minimind/model/ && "
+            "cd minimind && python eval_llm.py --weight pretrain --hidden_size 512 --num_hidden_layers 8",
         ),
         ("gguf", "llama-completion -m new/m.gguf -p 'Once upon a time'"),
     ],

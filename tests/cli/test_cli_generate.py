@@ -48,6 +48,11 @@ def test_prompts_are_continued(run: Command, folder: Path) -> None:
     assert two.out == "\n\n".join(expected(folder, ["Once upon", "漢字 and"], 4)) + "\n"
 
 
+def test_a_prompt_may_begin_with_a_dash_behind_two_of_them(run: Command, folder: Path) -> None:
+    done = run("generate", str(folder), "--max-new-tokens", "8", "--seed", "4", "--", "--top-p and more")
+    assert (done.code, done.out) == (0, expected(folder, ["--top-p and more"], 4)[0] + "\n")
+
+
 def test_json_tells_all_and_can_be_repeated(run: Command, folder: Path) -> None:
     words = ["generate", str(folder), "one", "two", "--max-new-tokens", "8", "--json"]
     lines = [json.loads(line) for line in run(*words).out.splitlines()]
@@ -64,30 +69,76 @@ def test_the_standard_input_is_a_prompt(run: Command, folder: Path, monkeypatch:
     assert done.out == expected(folder, ["Once upon"], 4)[0] + "\n"
 
 
-def test_in_a_terminal_prompts_are_asked_for(
-    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stdin", "sentence"),
+    [
+        (io.TextIOWrapper(io.BytesIO("漢字".encode("gbk")), "utf-8"), "the standard input is not UTF-8 text"),
+        (None, "there is no standard input; write the prompt after the model."),
+    ],
+)
+def test_a_standard_input_that_is_no_text_is_refused(
+    run: Command, monkeypatch: pytest.MonkeyPatch, stdin: Any, sentence: str
 ) -> None:
-    answers = iter(["one", "two"])
+    monkeypatch.setattr("sys.stdin", stdin)
+    done = run("generate", "nowhere")
+    assert done.code == 2
+    assert done.err.startswith(f"error: {sentence}")
 
-    def ask(question: str) -> str:
-        try:
-            return next(answers)
-        except StopIteration:
-            raise EOFError from None
 
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", ask)
-    done = run("generate", str(folder), "--max-new-tokens", "8", "--seed", "4")
+def test_bytes_of_a_prompt_that_are_no_text_are_replaced(run: Command, folder: Path) -> None:
+    words = ["--max-new-tokens", "2", "--seed", "4"]
+    done = run("generate", str(folder), "a\udcff", *words)
+    assert (done.code, done.out) == (0, run("generate", str(folder), "a\ufffd", *words).out)
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a person with some answers in the place of the terminal."""
+
+    def with_answers(*texts: str) -> None:
+        answers = iter(texts)
+
+        def ask(question: str) -> str:
+            try:
+                return next(answers)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("builtins.input", ask)
+
+    return with_answers
+
+
+def test_in_a_terminal_prompts_are_asked_for(run: Command, folder: Path, answer: Callable[..., None]) -> None:
+    words = ["generate", str(folder), "--max-new-tokens", "8", "--seed", "4"]
+    answer("one", "two")
+    done = run(*words)
     assert done.code == 0
     assert done.out == "".join(expected(folder, [prompt], 4)[0] + "\n" for prompt in ("one", "two"))
+    answer("one", "two")
+    lines = [json.loads(line) for line in run(*words, "--json").out.splitlines()]
+    assert [line["prompt"] + line["text"] for line in lines] == done.out.splitlines()
+
+
+def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
+    run: Command, folder: Path, answer: Callable[..., None]
+) -> None:
+    answer("a b " * 64, "two")
+    done = run("generate", str(folder), "--max-new-tokens", "8", "--seed", "4")
+    assert done.code == 0
+    assert "error: the prompt has " in done.err
+    assert done.out.endswith("\n" + expected(folder, ["two"], 4)[0] + "\n")
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--top-p", "0"], "--top-p 0.0 is out of range; it must be above 0 and at most 1."),
+        (["--top-k", "0"], "--top-k 0 is out of range; it must be at least 1, or none."),
         (["--temperature", "hot"], "--temperature hot is not a number"),
         (["--tempature", "1"], "No such option: --tempature"),
+        (["-5 degrees"], "No such option: -5. A prompt that begins with a dash stands behind -- at the end."),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_read(run: Command, words: list[str], sentence: str) -> None:

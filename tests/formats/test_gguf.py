@@ -16,6 +16,7 @@ from minimind.errors import ConfigError, UserError
 from minimind.formats.expert_names import to_checkpoint_names
 from minimind.formats.gguf import DTYPES, differences, gguf_tensors, metadata, save_gguf
 from minimind.formats.gguf_vocabulary import pre_tokenizer_name, vocabulary
+from minimind.formats.qwen3 import load_config, load_weights, save_model
 from minimind.generation import generate
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -116,6 +117,18 @@ def test_experts_are_stacked_and_their_router_stays_exact(tokenizer, tmp_path):
     assert read["general.architecture"] == "qwen3moe"
     counts = [read[f"qwen3moe.expert_{name}"] for name in ("count", "used_count", "feed_forward_length")]
     assert counts == [4, 2, 32]
+
+
+def test_more_than_ten_experts_keep_their_order_whatever_that_of_the_file(tmp_path):
+    model = build(**{**MOE, "num_experts": 12})
+    save_model(model, tmp_path, dtype=torch.float32)
+    weights = load_weights(tmp_path, load_config(tmp_path))
+    tenth, second = (list(weights).index(f"model.layers.1.mlp.experts.{e}.up_proj.weight") for e in (10, 2))
+    assert tenth < second, "a safetensors file has them in the order of the alphabet"
+    stacks = dict(gguf_tensors(weights))
+    for projection in ("gate", "up", "down"):
+        ours = model.state_dict()[f"model.layers.1.mlp.experts.{projection}_proj"]
+        assert torch.equal(stacks[f"blk.1.ffn_{projection}_exps.weight"], ours)
 
 
 def test_experts_whose_weights_llama_cpp_would_change_are_refused(tokenizer, tmp_path):

@@ -85,6 +85,24 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path):
     assert not ran.exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (torch.nn.Linear(2, 2), "it holds torch.nn.modules.linear.Linear, which is no tensor"),
+        (b"", "EOFError, it is empty or cut off"),
+        (bytes(1000), "torch.save did not write it, or it is damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_explained_without_advice_to_run_it(tmp_path, content, reason):
+    if isinstance(content, bytes):
+        (tmp_path / "x.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ConfigError) as refused:
+        read_upstream_weights(tmp_path / "x.pth")
+    assert str(refused.value) == f"{tmp_path / 'x.pth'} cannot be read as a state dict: {reason}."
+
+
 def test_files_that_are_no_weights_are_explained(tmp_path):
     config = MiniMindConfig(**TINY)
     with pytest.raises(ConfigError, match=r"does not exist; name a \.pth"):
@@ -104,6 +122,13 @@ def test_files_that_are_no_weights_are_explained(tmp_path):
         read_upstream_config(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_upstream_config(tmp_path / "none.json")
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "hidden_size": "16"}))
+    with pytest.raises(ConfigError, match=r"config.json: hidden_size 16 is not a size"):
+        read_upstream_config(tmp_path / "config.json")
+    for odd in ({**weights, 1: torch.ones(2)}, {**weights, "model.norm.weight": torch.ones(16).to_sparse()}):
+        torch.save(odd, tmp_path / "odd.pth")
+        with pytest.raises(ConfigError, match=r"odd.pth holds more than weights"):
+            load_upstream(tmp_path / "odd.pth", config)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +171,27 @@ def test_untied_weights_are_told_by_their_values():
     assert infer_upstream_config(weights, "x.pth") == config
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    weights = MiniMindForCausalLM(MiniMindConfig(**TINY)).state_dict()
+    torch.save(weights, tmp_path / "x.pth")
+    assert read_upstream_weights(tmp_path / "x.pth").keys() == weights.keys()
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[content.index(weights["model.norm.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x.pth is damaged: x/data/\d+ has not the sum that was saved"):
+        read_upstream_weights(tmp_path / "x.pth")
+
+
 def test_an_older_architecture_is_not_taken_for_this_one():
     weights = MiniMindForCausalLM(MiniMindConfig(**TINY)).state_dict()
     del weights["model.layers.0.self_attn.q_norm.weight"]
     with pytest.raises(ConfigError, match=r"x.pth has no .*q_norm.weight: it is of another architecture"):
         infer_upstream_config(weights, "x.pth")
-    with pytest.raises(ConfigError, match=r"x.pth is no state dict"):
-        infer_upstream_config(
-            {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(2, 2)}, "x.pth"
-        )
+    for shape in ((2, 2), (0,), (3,)):
+        with pytest.raises(ConfigError, match=r"x.pth is no state dict"):
+            infer_upstream_config(
+                {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(shape)}, "x.pth"
+            )
 
 
 def test_a_yarn_that_the_original_has_not_is_refused():
