@@ -89,13 +89,13 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Return the last parts of paths, as many of each as tell it from the others."""
     names = []
     for number, path in enumerate(paths):
-        others = [other for at, other in enumerate(paths) if at != number]
+        others = [other for other in paths if other != path]
         parts = 1
         while parts < len(path.parts) and any(
             other.parts[-parts:] == path.parts[-parts:] for other in others
         ):
             parts += 1
-        name = "/".join(path.parts[-parts:])
+        name = str(Path(*path.parts[-parts:]))
         # The same folder twice.
         again = list(paths[:number]).count(path)
         names.append(f"{name} ({again + 1})" if again else name)
