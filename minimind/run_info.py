@@ -24,6 +24,7 @@ from .stored_checkpoint import (
     TRAINER,
     StoredCheckpoint,
     best_checkpoint,
+    folder_bytes,
     open_checkpoint,
 )
 from .weight_header import WeightHeader, read_headers
@@ -56,6 +57,8 @@ def read_info(path: Path) -> Info:
         UserError: when it is none of these, or damaged.
     """
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"there is nothing at {path}; name a run, a checkpoint, a model or a file of weights.")
     if path.is_file():
         return _weights(path)
     if (path / MANIFEST).is_file() and (path / TRAINER).is_file():
@@ -277,8 +280,3 @@ def run_parts(run: RunRecord) -> dict[str, int]:
                 continue
             return {"all": sum(parts.values()), **parts}
     return {}
-
-
-def folder_bytes(path: Path) -> int:
-    """Return the bytes of all files in a folder; 0 where there is none."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

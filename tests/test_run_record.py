@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from minimind.parameter_parts import count_parts
 from minimind.pretrain import pretrain
 from minimind.run_info import Info, read_info
 from minimind.run_record import read_run
+from minimind.stored_checkpoint import folder_bytes
 from minimind.weight_header import read_headers
 
 
@@ -141,6 +143,32 @@ def test_a_checkpoint_tells_its_step_and_how_to_go_on(out: Path) -> None:
     command = dict(info.next)["pretrain"]
     assert f"--resume {checkpoint.path}" in command
     assert f"--output-dir {out}" in command
+
+
+def test_what_a_run_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    """A checkpoint may be rotated away between the listing of its files and their sizes."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    done = threading.Event()
+
+    def rotate() -> None:
+        while not done.is_set():
+            (tmp_path / "step-1" / "inner").mkdir(parents=True)
+            for number in range(20):
+                (tmp_path / "step-1" / f"file-{number}").touch()
+            shutil.rmtree(tmp_path / "step-1")
+
+    thread = threading.Thread(target=rotate)
+    thread.start()
+    try:
+        assert {folder_bytes(tmp_path) for _ in range(2000)} == {5}
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_nothing_at_a_path_is_told_apart_from_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is nothing at .*nowhere; name a run"):
+        read_info(tmp_path / "nowhere")
 
 
 def test_a_damaged_checkpoint_is_not_called_whole(out: Path, tmp_path: Path) -> None:
