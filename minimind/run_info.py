@@ -58,7 +58,9 @@ def read_info(path: Path) -> Info:
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(f"there is nothing at {path}; name a run, a checkpoint, a model or a file of weights.")
+        raise ConfigError(
+            f"there is nothing at {path}; name a run, a checkpoint, a model or a file of weights."
+        )
     if path.is_file():
         return _weights(path)
     if (path / MANIFEST).is_file() and (path / TRAINER).is_file():

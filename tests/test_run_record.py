@@ -167,7 +167,7 @@ def test_what_a_run_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
 
 
 def test_nothing_at_a_path_is_told_apart_from_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is nothing at .*nowhere; name a run"):
+    with pytest.raises(ConfigError, match=r"there is nothing at .*nowhere; name a run"):
         read_info(tmp_path / "nowhere")
 
 
