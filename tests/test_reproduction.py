@@ -174,7 +174,7 @@ def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
         "files differed from the git commit",
         "the device was NVIDIA H100 and is CPU",
         "the tokenizer in the package is not the one",
-        "stopped and resumed",
+        "went on from a checkpoint",
         "--max-time 1h",
     ):
         assert words in text, words
