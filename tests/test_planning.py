@@ -16,6 +16,7 @@ import torch
 import minimind.planning as module
 from minimind.benchmark import BenchmarkResult, TooLargeError
 from minimind.config import PretrainConfig
+from minimind.errors import CheckpointError
 from minimind.planning import plan_run
 from minimind.pretrain import pretrain
 from minimind.run_plan import RunPlan
@@ -94,8 +95,16 @@ def test_the_run_that_follows_is_the_one_that_was_planned(corpus: Path, tmp_path
     assert plan.measured is not None
     assert plan.seconds > 0
     assert sum(plan.parts.values()) == plan.measured.parameters
-    again = plan_run(dataclasses.replace(config, resume="auto"), seconds=0.1, quiet=True)
+    resumed = dataclasses.replace(config, resume="auto")
+    again = plan_run(resumed, seconds=0.1, quiet=True)
     assert (again.first_step, again.total_steps) == (result.steps, result.steps)
+    # What the run would refuse or warn of at its start.
+    with pytest.raises(CheckpointError, match=r"other settings:\n  --seed 42 → 43"):
+        plan_run(dataclasses.replace(resumed, seed=43), seconds=0.1, quiet=True)
+    (checkpoint.path / "trainer.json").unlink()
+    earlier = plan_run(resumed, seconds=0.1, quiet=True)
+    assert 0 < earlier.first_step < result.steps
+    assert any("is passed over" in problem for problem in earlier.problems)
 
 
 def test_a_long_step_is_put_together_from_its_micro_batches(
