@@ -245,26 +245,41 @@ def _disk(
     """Return the bytes that the run will need beyond those it has, and those that are free."""
     folder = RunFolder(Path(config.output_dir))
     kept = config.keep_checkpoints + (1 if data.validation is not None else 0)
+    stay = set() if config.keep_every is None else set(_multiples(config.keep_every, total_steps))
+    go = {*_multiples(config.save_interval, total_steps), total_steps} - stay
     # A checkpoint is whole before an older one goes.
-    at_once = min(kept + 1, math.ceil(total_steps / config.save_interval))
+    at_once = len(stay) + min(kept + 1, len(go))
     there = 0
     if config.resume is not None:
         there = sum(entry.num_bytes for entry in stored_checkpoints(folder.checkpoints))
     needed = max(at_once * checkpoint - there, 0) + _DELIVERED * parameters
-    place = folder.path.absolute()
+    return needed, shutil.disk_usage(_existing(folder.path)).free
+
+
+def _multiples(interval: int, total_steps: int) -> range:
+    return range(interval, total_steps + 1, interval)
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or the nearest one above it that exists."""
+    place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    return needed, shutil.disk_usage(place).free
+    return place
 
 
 def _problems(
     config: PretrainConfig, disk: int, free: int, memory: MemoryEstimate, device_memory: int | None
 ) -> Iterator[str]:
     if disk > free:
+        fewer = "lower --keep-checkpoints" + ("" if config.keep_every is None else ", raise --keep-every")
         yield (
             f"the checkpoints need {size(disk)} and {size(free)} are free in {config.output_dir}; free "
-            "some, lower --keep-checkpoints, or name another --output-dir."
+            f"some, {fewer}, or name another --output-dir."
         )
+    place = _existing(Path(config.output_dir))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        yield f"--output-dir {config.output_dir} cannot be written, for {place} cannot; name another folder."
     if config.resume is None and RunFolder(Path(config.output_dir)).holds_a_run():
         yield (
             f"--output-dir {config.output_dir} already holds a run; go on with it by --resume, or name "

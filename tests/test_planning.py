@@ -178,6 +178,10 @@ def test_what_would_go_wrong_is_told(
     assert plan_run(config, quiet=True).problems == ()
     monkeypatch.setattr(module, "_device_memory", lambda: 10**6)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Disk(free=1000))
+    in_a_file = dataclasses.replace(config, output_dir=str(corpus / "out"), keep_every=1)
+    text = " ".join(plan_run(in_a_file, quiet=True).problems)
+    assert "raise --keep-every" in text
+    assert f"cannot be written, for {corpus} cannot" in text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
     text = " ".join(plan_run(dataclasses.replace(config, max_time="1s"), quiet=True).problems)
@@ -196,6 +200,11 @@ class Disk:
         ({"keep_checkpoints": 2}, 4),  # the best and the one being written besides
         ({"keep_checkpoints": 2, "val_fraction": 0.0}, 3),
         ({"keep_checkpoints": 9, "save_interval": 10}, 2),  # there are no more
+        ({"keep_checkpoints": 1, "keep_every": 5, "save_interval": 10}, 4),  # those of 5, 10, 15, 20 stay
+        (
+            {"keep_checkpoints": 1, "keep_every": 5, "save_interval": 4},
+            7,
+        ),  # besides, two of 4, ... and the best
     ],
 )
 def test_disk_is_counted_for_all_checkpoints_that_lie_there_at_one_time(
