@@ -45,7 +45,7 @@ def decay(
         UserError: for a checkpoint that is not there or not of the stable phase, a folder that holds a run,
             and whatever `pretrain` raises.
     """
-    checkpoint = _checkpoint(RunFolder(run), from_step)
+    checkpoint, others = _checkpoint(RunFolder(run), from_step)
     beside = run.resolve()
     folder = (
         output_dir if output_dir is not None else beside.with_name(f"{beside.name}-decay-{checkpoint.step}")
@@ -57,6 +57,10 @@ def decay(
             f"--output-dir {folder}, or name another folder."
         )
     config = decay_config(checkpoint, tokens, folder, shape=shape, min_lr_ratio=min_lr_ratio)
+    # Before there is a folder of the decay.
+    if is_main_process() and not restarts() and (problem := checkpoint.problem()) is not None:
+        advice = f"give --from-step {_listed(others)}" if others else "it is the only one"
+        raise CheckpointError(f"{problem.removesuffix('.')}: the checkpoint cannot be used; {advice}.")
     return pretrain(config, branch=True)
 
 
@@ -103,8 +107,8 @@ def decay_config(
     )
 
 
-def _checkpoint(run: RunFolder, step: int | None) -> StoredCheckpoint:
-    """Return the checkpoint of a step, the newest where None is given; unverified.
+def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, list[StoredCheckpoint]]:
+    """Return the checkpoint of a step, the newest where None is given, and all others; unverified.
 
     Raises:
         CheckpointError: where there is none.
@@ -113,10 +117,10 @@ def _checkpoint(run: RunFolder, step: int | None) -> StoredCheckpoint:
     if not found:
         raise CheckpointError(f"there is no checkpoint in {run.checkpoints}; name the --output-dir of a run.")
     if step is None:
-        return found[-1]
+        return found[-1], found[:-1]
     for checkpoint in found:
         if checkpoint.step == step:
-            return checkpoint
+            return checkpoint, [other for other in found if other is not checkpoint]
     raise CheckpointError(
         f"--from-step {step} has no checkpoint in {run.checkpoints}; there are those of steps "
         f"{_listed(found)}. Runs keep more with --keep-every."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,17 @@ def test_a_decay_that_was_stopped_goes_on(branched: Branched, tmp_path: Path) ->
 def test_a_folder_that_holds_a_run_is_refused(branched: Branched) -> None:
     with pytest.raises(ConfigError, match="already holds a run; go on with it by minimind-train pretrain"):
         decay(branched.trunk, TOKENS, from_step=FROM)
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_others_and_leaves_no_folder(
+    branched: Branched, tmp_path: Path
+) -> None:
+    shutil.copytree(branched.trunk, tmp_path / "trunk")
+    with (tmp_path / "trunk" / "checkpoints" / folder_name(8) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"step-00000008/model\.safetensors has .*; give --from-step 4"):
+        decay(tmp_path / "trunk", TOKENS, from_step=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
 
 
 # Errors and options, on checkpoints that hold nothing but where they stand
