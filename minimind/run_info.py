@@ -140,10 +140,20 @@ def _run(run: RunRecord) -> Info:
         following.append(("export", f"minimind-train export {folder} --output FOLDER"))
     if checkpoints:
         resume = f"minimind-train pretrain --resume --output-dir {folder}"
-        more = " --epochs N" if run.finished else ""
+        more = f" {_limit(run)} N" if run.finished else ""
         following.insert(0, ("pretrain", resume + more))
     following.append(("reproduce", f"minimind-train reproduce {folder}"))
     return Info("run", values, rows, following)
+
+
+def _limit(run: RunRecord) -> str:
+    """Return the option that ended a finished run, which has to be raised for it to go on."""
+    if run.config.max_steps is not None and run.steps >= run.config.max_steps:
+        return "--max-steps"
+    passes = run.last("epoch")
+    if run.config.max_tokens is not None and passes is not None and passes < run.config.epochs:
+        return "--max-tokens"
+    return "--epochs"
 
 
 def _checkpoint(checkpoint: StoredCheckpoint) -> Info:

@@ -127,6 +127,25 @@ def test_a_run_tells_what_it_was(out: Path) -> None:
     assert names == ["pretrain", "generate", "export", "reproduce"]
 
 
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"epochs": 2}, "--epochs"),
+        ({"epochs": 2, "max_steps": 30}, "--max-steps"),
+        ({"epochs": 2, "max_steps": 41}, "--epochs"),
+        ({"epochs": 2, "max_tokens": 30_000}, "--max-tokens"),
+    ],
+)
+def test_a_finished_run_is_told_to_raise_what_ended_it(
+    tmp_path: Path, options: dict[str, int], flag: str
+) -> None:
+    run = make_run(tmp_path / "a", [4.0, 3.0, 2.0] if flag != "--epochs" else [4.0, 3.0, 2.5, 2.0], **options)
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").touch()
+    (run / "checkpoints" / "step-00000030").mkdir(parents=True)
+    assert dict(read_info(run).next)["pretrain"].endswith(f" {flag} N")
+
+
 def test_fingerprints_of_an_older_run_come_from_its_checkpoint(out: Path, tmp_path: Path) -> None:
     run = read_run(out)
     known = run.fingerprint("training text")
