@@ -25,6 +25,7 @@ from .stored_checkpoint import (
     StoredCheckpoint,
     best_checkpoint,
     folder_bytes,
+    is_checkpoint_name,
     open_checkpoint,
 )
 from .weight_header import WeightHeader, read_headers
@@ -63,7 +64,7 @@ def read_info(path: Path) -> Info:
         )
     if path.is_file():
         return _weights(path)
-    if (path / MANIFEST).is_file() and (path / TRAINER).is_file():
+    if ((path / MANIFEST).is_file() and (path / TRAINER).is_file()) or is_checkpoint_name(path.name):
         return _checkpoint(open_checkpoint(path))
     if RunFolder(path).holds_a_run():
         return _run(read_run(path))
@@ -230,6 +231,14 @@ def _weights(path: Path) -> Info:
     return _described(path, "weights", read_headers([path]), {}, path.stat().st_size)
 
 
+def _readable(path: Path) -> Path | None:
+    """Return what the other commands take in place of weights: a .safetensors tells nothing of its shape."""
+    if path.suffix != ".safetensors":
+        return path
+    known = (path.parent / _CONFIG).is_file() or (path.parent / TRAINER).is_file()
+    return path.parent if known else None
+
+
 def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any], num_bytes: int) -> Info:
     parts = count_parts(header.shapes)
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
@@ -250,11 +259,14 @@ def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any
         ("written", written),
         ("disk", size(num_bytes)),
     ]
-    quoted = shlex.quote(str(path))
-    following = [
-        ("generate", f"minimind-train generate {quoted}"),
-        ("export", f"minimind-train export {quoted} --output FOLDER"),
-    ]
+    readable = _readable(path)
+    quoted = shlex.quote(str(readable))
+    following = []
+    if readable is not None:
+        following = [
+            ("generate", f"minimind-train generate {quoted}"),
+            ("export", f"minimind-train export {quoted} --output FOLDER"),
+        ]
     if kind == "model":
         following.append(("pretrain", f"minimind-train pretrain --from-weight {quoted} --data TEXT"))
     return Info(kind, values, rows, following)

@@ -169,7 +169,11 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _config(path: Path) -> tuple[PretrainConfig, tuple[str, ...]]:
-    values = read_toml(path)
+    try:
+        values = read_toml(path)
+    except ConfigError as error:
+        # Nobody gave the option here.
+        raise ConfigError([problem.removeprefix("--config ") for problem in error.problems]) from error
     parsed, _ = parse_values(PretrainConfig, values)
     unread = tuple(sorted(values.keys() - parsed.keys()))
     try:

@@ -101,6 +101,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint, or what is left of one."""
+    return _NAME.fullmatch(name) is not None
+
+
 def folder_bytes(path: Path) -> int:
     """Return the bytes of all files in a folder; 0 where there is none.
 

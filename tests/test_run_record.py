@@ -88,6 +88,9 @@ def test_a_folder_without_a_run_is_a_mistake_of_the_user(tmp_path: Path) -> None
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="is no run, checkpoint, model folder"):
         read_info(tmp_path)
+    (tmp_path / "config.toml").write_text("{{")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.toml is not valid TOML"):
+        read_run(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +202,15 @@ def test_a_damaged_checkpoint_is_not_called_whole(out: Path, tmp_path: Path) -> 
         file.write(b"\x55")
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         read_info(copy)
+    (copy / "trainer.json").unlink()
+    with pytest.raises(UserError, match=r"trainer\.json is missing|model\.safetensors is damaged"):
+        read_info(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        read_info(copy)
 
 
-def test_a_model_folder_and_its_weights_tell_the_same(out: Path) -> None:
+def test_a_model_folder_and_its_weights_tell_the_same(out: Path, tmp_path: Path) -> None:
     folder = read_info(out / "model")
     weights = read_info(out / "model" / "model.safetensors")
     assert (folder.kind, weights.kind) == ("model", "weights")
@@ -209,6 +218,12 @@ def test_a_model_folder_and_its_weights_tell_the_same(out: Path) -> None:
     assert folder.values["shape"]["hidden_size"] == 32
     assert folder.values["dtypes"] == ["F16"]
     assert dict(folder.next)["pretrain"].startswith("minimind-train pretrain --from-weight")
+    # Other commands do not take the file alone, which has no shape.
+    assert weights.next == [line for line in folder.next if line[0] != "pretrain"]
+    alone = shutil.copy(out / "model" / "model.safetensors", tmp_path)
+    assert read_info(Path(alone)).next == []
+    checkpoint = tiny_runs.last_checkpoint(out).path
+    assert f"generate {checkpoint}" in dict(read_info(checkpoint / "model.safetensors").next)["generate"]
 
 
 def test_a_pth_is_counted_without_running_anything_in_it(tmp_path: Path) -> None:
