@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from made_runs import make_run
+from made_runs import ENVIRONMENT, make_run
 from safetensors.torch import load_file
 
+from minimind.comparison_page import comparison_page
 from minimind.environment_text import device_text
 from minimind.errors import ConfigError, UserError
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.parameter_parts import count_parts
 from minimind.pretrain import pretrain
+from minimind.reproduction import reproduce
+from minimind.run_comparison import compare_runs
 from minimind.run_info import Info, read_info
 from minimind.run_record import read_run
 from minimind.stored_checkpoint import folder_bytes
@@ -54,6 +57,32 @@ def test_what_is_not_finite_or_cut_short_is_left_out(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", [4.0, None, 2.0]))
     assert [point.value for point in run.curve("loss")] == [4.0, 2.0]
     assert (run.steps, run.tokens, run.last("loss")) == (30, 30_000, 2.0)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "9" * 400, '"x"', "[1]"])
+def test_numbers_that_are_none_are_left_out(tmp_path: Path, number: str) -> None:
+    make_run(tmp_path / "a")
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+        for name in ("loss", "tokens", "elapsed", "val_loss", "step"):
+            values = {"step": "40", "loss": "2.0", "tokens": "40000", "elapsed": "80.0", name: number}
+            file.write("{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}\n")
+    info, compared = read_info(tmp_path / "a"), compare_runs([tmp_path / "a"])
+    assert (info.values["steps"], info.values["loss"], info.values["tokens"]) == (40, 2.0, 40_000)
+    comparison_page(compared)
+
+
+@pytest.mark.parametrize("value", [None, 1, "x", [], [1], {}])
+def test_an_environment_of_another_form_is_as_good_as_missing(tmp_path: Path, value: object) -> None:
+    launch = {**ENVIRONMENT["launch"], **dict.fromkeys(("machines", "kind", "precision", "variables"), value)}
+    for number, facts in enumerate(
+        [dict.fromkeys(("packages", "launch", "working_folder", "git", "gpus"), value), {"launch": launch}]
+    ):
+        folder = make_run(tmp_path / str(number))
+        (folder / "environment.json").write_text(json.dumps({**ENVIRONMENT, **facts}))
+        read_info(folder)
+        compare_runs([folder, folder])
+        reproduce(read_run(folder))
 
 
 def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
