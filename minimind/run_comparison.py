@@ -65,14 +65,14 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     runs = tuple(read_run(path) for path in paths)
     texts = [run.fingerprint("training text") for run in runs]
     notes = []
-    if len(set(texts)) > 1:
+    if len(set(texts) - {None}) > 1:
         notes.append(
             "The runs have other texts, so their validation losses and bits per byte compare only where "
             "--val-data is the same."
         )
     elif None in texts:
-        notes.append("The runs did not record their texts; see for yourself that they are the same.")
-    if len({run.fingerprint("tokenizer") for run in runs}) > 1:
+        notes.append("Not all runs recorded their texts; see for yourself that they are the same.")
+    if len({run.fingerprint("tokenizer") for run in runs} - {None}) > 1:
         notes.append("The runs have other tokenizers: compare bits per byte, not losses or tokens.")
     return Comparison(
         names=distinct_names([Path(run.path).resolve() for run in runs]),
