@@ -92,7 +92,9 @@ def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> N
     assert run.unread == ("lr_schedule", "new_thing")
     assert (run.steps, run.tokens, run.finished, run.best(), run.curve("loss")) == (0, None, False, None, [])
     assert run.fingerprint("tokenizer") is None
-    assert read_info(tmp_path).values["parameters"] == {}
+    info = read_info(tmp_path)
+    assert info.values["parameters"] == {}
+    assert row(info, "model") == "8 blocks 96 wide, 8 heads, 2 key/value heads"
     # Options that contradict each other by now.
     (tmp_path / "config.toml").write_text("hidden_size = 97\n")
     assert read_run(tmp_path).config.hidden_size == 97
