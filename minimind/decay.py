@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .config import PretrainConfig
 from .errors import CheckpointError, ConfigError
-from .launch_environment import is_main_process, restarts
+from .launch_environment import is_main_process, restarts, world_size
 from .overview import PretrainResult
 from .pretrain import pretrain
 from .run_folder import RunFolder
@@ -74,10 +74,12 @@ def decay_config(
 ) -> PretrainConfig:
     """Return the options of a decay: those of the run, with a `wsd` schedule that decays from the checkpoint.
 
-    A run that had these options from its start, without `resume`, would take the very same steps.
+    A run that had these options from its start, without `resume`, would take the very same steps. There may be
+    more or fewer processes than the run had; the rows of a step stay.
 
     Raises:
         CheckpointError: when the checkpoint is not of a stable phase.
+        ConfigError: when the processes cannot share the rows of a step equally.
     """
     settings = checkpoint.trainer["settings"]
     state = TrainState(**checkpoint.trainer["state"])
@@ -89,6 +91,8 @@ def decay_config(
     last = state.step + steps
     return dataclasses.replace(
         trunk,
+        batch_size=_micro_batch(int(trunk.batch_size), rows, world_size()),
+        global_batch_size=rows,
         lr_schedule="wsd",
         warmup_steps=warmup_steps(trunk, settings["total_steps"]),
         decay_steps=steps,
@@ -135,6 +139,22 @@ def _config_of(settings: dict[str, Any]) -> PretrainConfig:
         if setting.repeatable and name in values:
             values[name] = tuple(values[name])
     return PretrainConfig(**{**values, "accumulation_steps": None})
+
+
+def _micro_batch(wanted: int, rows: int, num_processes: int) -> int:
+    """Return the largest micro-batch up to the one wanted by which all processes together come to the rows.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    share, rest = divmod(rows, num_processes)
+    if rest:
+        fewer = max(number for number in range(1, num_processes) if rows % number == 0)
+        raise ConfigError(
+            f"a step of the run has {rows} rows, which {num_processes} processes cannot share equally; start "
+            f"the decay with {fewer}."
+        )
+    return max(number for number in range(1, min(wanted, share) + 1) if share % number == 0)
 
 
 def _refuse_unstable(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tiny_runs import STEPS, reports, tiny, write_corpus
 
+from minimind.batch_plan import plan_batches
 from minimind.config import PretrainConfig
 from minimind.decay import decay, decay_config
 from minimind.errors import CheckpointError, ConfigError
@@ -200,6 +201,25 @@ def test_the_length_is_counted_in_whole_steps(tmp_path: Path) -> None:
     # Rows that are padded have fewer real tokens: as many as they had so far.
     padded = checkpoint(tmp_path, 51, lr_schedule="constant", packing=False)
     assert decay_config(padded, 1000, tmp_path).decay_steps == 10
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (2, 4), (4, 2), (8, 1)])
+def test_other_processes_share_the_rows_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, batch_size: int
+) -> None:
+    stable = checkpoint(tmp_path, 50, lr_schedule="constant")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = decay_config(stable, 1000, tmp_path)
+    plan = plan_batches(config, processes)
+    assert (plan.global_batch_size, plan.micro_batch_size) == (8, batch_size)
+
+
+def test_processes_that_cannot_share_a_step_are_told_how_many_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match=r"8 rows, which 6 processes cannot .* the decay with 4"):
+        decay_config(checkpoint(tmp_path, 50, lr_schedule="constant"), 1000, tmp_path)
 
 
 def test_the_decay_may_go_beyond_the_passes_of_the_run(tmp_path: Path) -> None:
