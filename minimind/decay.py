@@ -74,8 +74,8 @@ def decay_config(
 ) -> PretrainConfig:
     """Return the options of a decay: those of the run, with a `wsd` schedule that decays from the checkpoint.
 
-    A run that had these options from its start, without `resume`, would take the very same steps. There may be
-    more or fewer processes than the run had; the rows of a step stay.
+    A run that had these options from its start, without `resume`, would take the very same steps. There may
+    be more or fewer processes than the run had; the rows of a step stay.
 
     Raises:
         CheckpointError: when the checkpoint is not of a stable phase.
