@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from minimind.config import PretrainConfig
+from minimind.settings import settings_of
 
 Command = Callable[..., Any]
 
@@ -129,3 +130,19 @@ def test_the_run_nearest_to_the_original_has_its_values(run: Command, trained: l
     }
     filled = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
     assert {name: getattr(filled, name) for name in expected} == expected
+
+
+def test_the_page_on_migration_tells_our_defaults() -> None:
+    plain = PretrainConfig()
+    plain = dataclasses.replace(plain, learning_rate=plain.peak_learning_rate)
+    by_flag = {setting.flag: getattr(plain, name) for name, setting in settings_of(PretrainConfig).items()}
+    rows = re.findall(
+        r"^\| `--\w+` \| [^|]* \| `(--[\w-]+)[^|]*` \| `(\w[^`]*)`",
+        MIGRATION.read_text(encoding="utf-8"),
+        re.M,
+    )
+    told = {flag: value for flag, value in rows if by_flag.get(flag) is not None and flag != "--use-moe"}
+    assert len(told) > 10
+    for flag, value in told.items():
+        ours = by_flag[flag]
+        assert (float(value) if isinstance(ours, int | float) else value) == ours, flag
