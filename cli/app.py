@@ -45,6 +45,7 @@ app = typer.Typer(
     help="Pretrain small language models.",
     epilog=examples(""),
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 # One line for each command.

@@ -14,6 +14,8 @@ from rich.text import Text
 from minimind.errors import ConfigError
 from minimind.runs.comparison import Row, compare_runs
 
+LONGEST_NAME = 32
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
@@ -53,7 +55,9 @@ def compare(
 def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:
     # As Text, for a name may hold what rich takes for markup.
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    # Whole: an option that is cut off can be looked up nowhere.
+    width = min(max(len(row.name) for row in rows), LONGEST_NAME)
+    table.add_column("", min_width=width, overflow="fold")
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")
     for row in rows:

@@ -131,7 +131,10 @@ def unknown_words(ctx: typer.Context) -> list[str]:
         else:
             # The word after an unknown option is most likely its value.
             if not after_option:
-                problems.append(f"unexpected word '{word}'; values follow an option, such as --data {word}.")
+                example = (
+                    f", such as --data {word}" if "--data" in known else f"; see {ctx.command_path} --help"
+                )
+                problems.append(f"unexpected word '{word}'; values follow an option{example}.")
             after_option = False
     return problems
 

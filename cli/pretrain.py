@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +72,8 @@ def pretrain(
     """Pretrain a language model."""
     if not plan and (as_json or price_per_hour is not None):
         raise ConfigError("--json and --price-per-hour go with --plan; add it.")
+    if price_per_hour is not None and not math.isfinite(price_per_hour):
+        raise ConfigError(f"--price-per-hour {price_per_hour} is no price; write for example 2.50.")
     resolved = read_config(ctx, preset, config)
     if print_config:
         if is_main_process():

@@ -90,10 +90,17 @@ def fitted_to(config: PretrainConfig, num_processes: int) -> PretrainConfig:
     if not isinstance(config.batch_size, int):
         return config
     rows = config.global_batch_size or config.batch_size
-    fitting = [size for size in range(1, config.batch_size + 1) if rows % (size * num_processes) == 0]
-    changed = dataclasses.replace(config, batch_size=max(fitting, default=config.batch_size))
-    plan_batches(changed, num_processes)  # raises where nothing fits
-    return changed
+    share, rest = divmod(rows, num_processes)
+    if rest:
+        fewer = max(number for number in range(1, num_processes) if rows % number == 0)
+        raise ConfigError(
+            f"a step of the run has {rows} rows, which {num_processes} processes cannot share equally; take "
+            f"{fewer}."
+        )
+    most = min(config.batch_size, share)
+    return dataclasses.replace(
+        config, batch_size=max(size for size in range(1, most + 1) if share % size == 0)
+    )
 
 
 def count_steps(

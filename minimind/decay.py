@@ -47,10 +47,10 @@ def decay(
         UserError: for a checkpoint that is not there or not of the stable phase, a folder that holds a run,
             and whatever `pretrain` raises.
     """
-    checkpoint = _checkpoint(RunFolder(run), from_step)
+    checkpoint, others = _checkpoint(RunFolder(run), from_step)
     if from_step is None:
         # The run may be going on, and have a newer one when another process looks.
-        checkpoint = _checkpoint(RunFolder(run), int(first_choice("decay", str(checkpoint.step))))
+        checkpoint, others = _checkpoint(RunFolder(run), int(first_choice("decay", str(checkpoint.step))))
     beside = run.resolve()
     folder = (
         output_dir if output_dir is not None else beside.with_name(f"{beside.name}-decay-{checkpoint.step}")
@@ -62,7 +62,10 @@ def decay(
             f"--output-dir {folder}, or name another folder."
         )
     config = decay_config(checkpoint, tokens, folder, shape=shape, min_lr_ratio=min_lr_ratio)
-    config = fitted_to(config, world_size())
+    # Before there is a folder of the decay.
+    if is_main_process() and not begun_before() and (problem := checkpoint.problem()) is not None:
+        advice = f"give --from-step {_listed(others)}" if others else "it is the only one"
+        raise CheckpointError(f"{problem.removesuffix('.')}: the checkpoint cannot be used; {advice}.")
     return pretrain(config, branch=True)
 
 
@@ -76,10 +79,12 @@ def decay_config(
 ) -> PretrainConfig:
     """Return the options of a decay: those of the run, with a `wsd` schedule that decays from the checkpoint.
 
-    A run that had these options from its start, without `resume`, would take the very same steps.
+    A run that had these options from its start, without `resume`, would take the very same steps. There may
+    be more or fewer processes than the run had; the rows of a step stay.
 
     Raises:
         CheckpointError: when the checkpoint is not of a stable phase.
+        ConfigError: when the processes cannot share the rows of a step equally.
     """
     settings = checkpoint.trainer["settings"]
     state = TrainState(**checkpoint.trainer["state"])
@@ -89,8 +94,9 @@ def decay_config(
     per_step = rows * trunk.max_seq_len if trunk.packing else state.tokens / state.step
     steps = max(math.ceil(tokens / per_step), 1)
     last = state.step + steps
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         trunk,
+        global_batch_size=rows,
         lr_schedule="wsd",
         warmup_steps=warmup_steps(trunk, settings["total_steps"]),
         decay_steps=steps,
@@ -107,10 +113,11 @@ def decay_config(
         output_dir=str(output_dir),
         run_name=None if trunk.run_name is None else f"{trunk.run_name}-decay-{state.step}",
     )
+    return fitted_to(changed, world_size())
 
 
-def _checkpoint(run: RunFolder, step: int | None) -> StoredCheckpoint:
-    """Return the checkpoint of a step, the newest where None is given; unverified.
+def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, list[StoredCheckpoint]]:
+    """Return the checkpoint of a step, the newest where None is given, and all others; unverified.
 
     Raises:
         CheckpointError: where there is none.
@@ -119,10 +126,10 @@ def _checkpoint(run: RunFolder, step: int | None) -> StoredCheckpoint:
     if not found:
         raise CheckpointError(f"there is no checkpoint in {run.checkpoints}; name the --output-dir of a run.")
     if step is None:
-        return found[-1]
+        return found[-1], found[:-1]
     for checkpoint in found:
         if checkpoint.step == step:
-            return checkpoint
+            return checkpoint, [other for other in found if other is not checkpoint]
     raise CheckpointError(
         f"--from-step {step} has no checkpoint in {run.checkpoints}; there are those of steps "
         f"{_listed(found)}. Runs keep more with --keep-every."

@@ -81,17 +81,32 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, without those that a crash, or a run that goes on, cut short."""
+    """Return the lines of a file, without those that a crash, or a run that goes on, cut short.
+
+    A number that is not finite is None, however it is written.
+    """
     if not path.exists():
         return []
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             with suppress(ValueError):
-                line = json.loads(text)
+                line = json.loads(
+                    text, parse_float=_finite, parse_int=_of_this_world, parse_constant=lambda _: None
+                )
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)
     return lines
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def _of_this_world(digits: str) -> int | None:
+    """Return a whole number that a float can hold; no run counts as far as others go."""
+    return int(digits) if len(digits) <= 18 else None
 
 
 def last_with(path: Path, name: str) -> tuple[int, Any] | None:

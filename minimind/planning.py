@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,12 +24,13 @@ from .model_config import MiniMindConfig
 from .modeling.fused import hindrance
 from .modeling.transformer import MiniMindForCausalLM
 from .parameter_parts import count_parts
-from .pretrain import compile_mode, steps_in_all
+from .pretrain import compile_mode, settings_of_run, steps_in_all
 from .progress import Progress
+from .run_checkpoints import refuse_other_settings
 from .run_folder import RunFolder
 from .run_plan import RunPlan
 from .starting_model import resolve_shape
-from .stored_checkpoint import latest_checkpoint, open_checkpoint, stored_checkpoints
+from .stored_checkpoint import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
 from .tokenizer import load_tokenizer
 from .trackers import check_trackers
 from .train import evaluation_interval
@@ -89,7 +90,11 @@ def plan_run(
     )
     total_steps = steps_in_all(config, loader, batches)
     total_tokens = round(total_steps / loader.steps_per_epoch * loader.tokens_per_epoch)
-    first_step = min(_first_step(config), total_steps)
+    damaged: list[str] = []
+    checkpoint_to_resume = _checkpoint(config, damaged.append)
+    if checkpoint_to_resume is not None:
+        refuse_other_settings(checkpoint_to_resume, settings_of_run(config, shape, batches, tokenizer, data))
+    first_step = 0 if checkpoint_to_resume is None else min(checkpoint_to_resume.step, total_steps)
     with torch.device("meta"):
         model = MiniMindForCausalLM(shape)
     measured, too_large = _measure(config, batches, seconds)
@@ -98,7 +103,11 @@ def plan_run(
     step_seconds, micro_batch_seconds = _times(config, shape, batches, measured)
     checkpoint = 4 * shape.num_parameters() + optimizer_bytes(shape, config.optimizer)
     disk, free = _disk(config, data, checkpoint, shape.num_parameters(), total_steps)
-    problems = [*([too_large] if too_large else []), *_problems(config, disk, free, memory, device_memory)]
+    problems = [
+        *damaged,
+        *([too_large] if too_large else []),
+        *_problems(config, disk, free, memory, device_memory),
+    ]
     vocabulary = data.report.vocab_size
     splits = [split for split in (data.train, data.validation) if split is not None]
     plan = RunPlan(
@@ -207,14 +216,13 @@ def _device_memory() -> int | None:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def _first_step(config: PretrainConfig) -> int:
-    """Return the step that the run would go on from; reads the checkpoint as the run would."""
+def _checkpoint(config: PretrainConfig, on_damaged: Callable[[str], None]) -> StoredCheckpoint | None:
+    """Return the checkpoint that the run would go on from, None at a start; reads it as the run would."""
     if config.resume is None:
-        return 0
+        return None
     if config.resume != "auto":
-        return open_checkpoint(Path(config.resume)).step
-    found = latest_checkpoint(RunFolder(Path(config.output_dir)).checkpoints)
-    return 0 if found is None else found.step
+        return open_checkpoint(Path(config.resume), on_damaged)
+    return latest_checkpoint(RunFolder(Path(config.output_dir)).checkpoints, on_damaged)
 
 
 def _evaluation_batches(
@@ -238,26 +246,41 @@ def _disk(
     """Return the bytes that the run will need beyond those it has, and those that are free."""
     folder = RunFolder(Path(config.output_dir))
     kept = config.keep_checkpoints + (1 if data.validation is not None else 0)
+    stay = set() if config.keep_every is None else set(_multiples(config.keep_every, total_steps))
+    go = {*_multiples(config.save_interval, total_steps), total_steps} - stay
     # A checkpoint is whole before an older one goes.
-    at_once = min(kept + 1, math.ceil(total_steps / config.save_interval))
+    at_once = len(stay) + min(kept + 1, len(go))
     there = 0
     if config.resume is not None:
         there = sum(entry.num_bytes for entry in stored_checkpoints(folder.checkpoints))
     needed = max(at_once * checkpoint - there, 0) + _DELIVERED * parameters
-    place = folder.path.absolute()
+    return needed, shutil.disk_usage(_existing(folder.path)).free
+
+
+def _multiples(interval: int, total_steps: int) -> range:
+    return range(interval, total_steps + 1, interval)
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or the nearest one above it that exists."""
+    place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    return needed, shutil.disk_usage(place).free
+    return place
 
 
 def _problems(
     config: PretrainConfig, disk: int, free: int, memory: MemoryEstimate, device_memory: int | None
 ) -> Iterator[str]:
     if disk > free:
+        fewer = "lower --keep-checkpoints" + ("" if config.keep_every is None else ", raise --keep-every")
         yield (
             f"the checkpoints need {size(disk)} and {size(free)} are free in {config.output_dir}; free "
-            "some, lower --keep-checkpoints, or name another --output-dir."
+            f"some, {fewer}, or name another --output-dir."
         )
+    place = _existing(Path(config.output_dir))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        yield f"--output-dir {config.output_dir} cannot be written, for {place} cannot; name another folder."
     if config.resume is None and RunFolder(Path(config.output_dir)).holds_a_run():
         yield (
             f"--output-dir {config.output_dir} already holds a run; go on with it by --resume, or name "

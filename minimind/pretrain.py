@@ -149,7 +149,7 @@ def pretrain(
             on_error=partial(_save_failed, config, progress, stop),
         )
         total_steps = steps_in_all(config, loader, plan)
-        settings = _settings(config, shape, plan, tokenizer, data)
+        settings = settings_of_run(config, shape, plan, tokenizer, data)
         settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
         # For those who read the weights without the run.
         settings["model_config"] = shape.to_dict() if custom is None else None
@@ -412,7 +412,7 @@ def _intervals(config: PretrainConfig, data: PreparedData) -> dict[str, int]:
     return intervals
 
 
-def _settings(
+def settings_of_run(
     config: PretrainConfig, shape: MiniMindConfig, plan: BatchPlan, tokenizer: Tokenizer, data: PreparedData
 ) -> dict[str, Any]:
     """Return everything that decides whether a checkpoint belongs to this run; see `resume.differences`."""

@@ -21,6 +21,19 @@ from .train_state import TrainState
 from .training_state import agree, collect, restore
 
 
+def refuse_other_settings(checkpoint: StoredCheckpoint, settings: dict[str, Any]) -> list[str]:
+    """Return a sentence for each setting that has changed and may; see `resume.differences`.
+
+    Raises:
+        CheckpointError: naming what may not change.
+    """
+    refused, changed = differences(checkpoint.trainer["settings"], settings)
+    if refused:
+        lines = "\n  ".join(refused)
+        raise CheckpointError(f"{checkpoint.path} belongs to a run with other settings:\n  {lines}")
+    return changed
+
+
 @dataclass
 class RunCheckpoints:
     """Connects the parts of a run with the store of its checkpoints. Every process calls every method.
@@ -77,14 +90,10 @@ class RunCheckpoints:
             return TrainState(), -1, {}
 
         def compare() -> frozenset[str]:
-            saved = checkpoint.trainer["settings"]
-            refused, changed = differences(saved, self.settings)
-            if refused:
-                lines = "\n  ".join(refused)
-                raise CheckpointError(f"{checkpoint.path} belongs to a run with other settings:\n  {lines}")
+            changed = refuse_other_settings(checkpoint, self.settings)
             for change in changed if not branch else ():
                 self.progress.warn(change)
-            return changed_group_values(saved, self.settings)
+            return changed_group_values(checkpoint.trainer["settings"], self.settings)
 
         changed = agree(self.accelerator, compare)
         trainer = restore(self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +57,7 @@ class StoredCheckpoint:
     @property
     def num_bytes(self) -> int:
         """Bytes of the files that are there."""
-        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+        return folder_bytes(self.path)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, on the CPU; a tied one stands under its first name only."""
@@ -97,6 +99,24 @@ _FILES = {MODEL, OPTIMIZER, TRAINER}
 def folder_name(step: int) -> str:
     """Return the name of the folder for a step."""
     return f"step-{step:08d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint, or what is left of one."""
+    return _NAME.fullmatch(name) is not None
+
+
+def folder_bytes(path: Path) -> int:
+    """Return the bytes of all files in a folder; 0 where there is none.
+
+    A run may be writing there: what it removes meanwhile does not count.
+    """
+    num_bytes = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                num_bytes += os.stat(os.path.join(folder, name)).st_size
+    return num_bytes
 
 
 def stored_checkpoints(folder: Path) -> list[StoredCheckpoint]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from launching import ACCELERATE, launch
 from tiny_runs import STEPS, reports, tiny, write_corpus
 
+from minimind.batch_plan import plan_batches
 from minimind.config import PretrainConfig
 from minimind.decay import decay, decay_config
 from minimind.errors import CheckpointError, ConfigError
@@ -159,20 +161,15 @@ def test_two_processes_decay_as_one_does(tmp_path: Path) -> None:
         assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
 
 
-def test_the_micro_batch_is_divided_where_more_processes_decay(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_damaged_checkpoint_is_refused_with_the_others_and_leaves_no_folder(
+    branched: Branched, tmp_path: Path
 ) -> None:
-    started: list[PretrainConfig] = []
-    module = importlib.import_module("minimind.decay")
-    monkeypatch.setattr(module, "pretrain", lambda config, branch: started.append(config))
-    checkpoint(tmp_path / "run", 50, lr_schedule="constant")
-    for processes, micro in ((1, 4), (2, 4), (4, 2), (8, 1)):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        decay(tmp_path / "run", 1000)
-        assert (started[-1].batch_size, started[-1].global_batch_size) == (micro, 8)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="--global-batch-size 8 is not a multiple of 12 rows"):
-        decay(tmp_path / "run", 1000)
+    shutil.copytree(branched.trunk, tmp_path / "trunk")
+    with (tmp_path / "trunk" / "checkpoints" / folder_name(8) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"step-00000008/model\.safetensors has .*; give --from-step 4"):
+        decay(tmp_path / "trunk", TOKENS, from_step=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
 
 
 # Errors and options, on checkpoints that hold nothing but where they stand
@@ -229,6 +226,25 @@ def test_the_length_is_counted_in_whole_steps(tmp_path: Path) -> None:
     # Rows that are padded have fewer real tokens: as many as they had so far.
     padded = checkpoint(tmp_path, 51, lr_schedule="constant", packing=False)
     assert decay_config(padded, 1000, tmp_path).decay_steps == 10
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (2, 4), (4, 2), (8, 1)])
+def test_other_processes_share_the_rows_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, batch_size: int
+) -> None:
+    stable = checkpoint(tmp_path, 50, lr_schedule="constant")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = decay_config(stable, 1000, tmp_path)
+    plan = plan_batches(config, processes)
+    assert (plan.global_batch_size, plan.micro_batch_size) == (8, batch_size)
+
+
+def test_processes_that_cannot_share_a_step_are_told_how_many_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match=r"8 rows, which 6 processes cannot .*; take 4\."):
+        decay_config(checkpoint(tmp_path, 50, lr_schedule="constant"), 1000, tmp_path)
 
 
 def test_the_decay_may_go_beyond_the_passes_of_the_run(tmp_path: Path) -> None:

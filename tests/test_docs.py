@@ -13,7 +13,12 @@ import pytest
 from typer.main import get_command
 
 from minimind.config import PretrainConfig
+from minimind.memory_estimate import optimizer_bytes
+from minimind.model_config import MiniMindConfig
+from minimind.presets import preset_config
+from minimind.runs.info import SHAPE
 from minimind.settings import parse_values
+from minimind.wording import size
 from minimind_cli.app import app
 from minimind_cli.options import LENIENT, normalise, typed_values, unknown_words
 
@@ -176,6 +181,16 @@ def test_a_link_leads_somewhere(page: str) -> None:
         if not path.exists() or (anchor and anchor not in anchors(str(path.relative_to(ROOT)))):
             missing.append(target)
     assert missing == []
+
+
+def test_pages_show_the_default_run_as_it_is() -> None:
+    """Its numbers are from real runs, which have to be made again when its options change."""
+    config = preset_config("tiny")
+    shape = MiniMindConfig(**{name: getattr(config, name) for name in SHAPE if name != "vocab_size"})
+    (steps,) = re.findall(r"^steps: +(\d+) of up to", read("docs/quickstart.md"), re.M)
+    plan = read("docs/planning.md")
+    assert re.search(rf"^run: +{steps} steps, .*, {config.epochs} passes,", plan, re.M)
+    assert f"optimizer {size(optimizer_bytes(shape, config.optimizer))}, activations" in plan
 
 
 def linked_pages(page: str) -> list[str]:

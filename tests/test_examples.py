@@ -18,6 +18,7 @@ from safetensors.torch import load_model
 from tiny_runs import write_corpus
 
 import minimind
+from minimind.optim import build_optimizer
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 # A run of two processes and one of a single process take the same steps by it.
@@ -99,10 +100,14 @@ def test_any_module_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     module = example("custom_model")
     torch.manual_seed(minimind.PretrainConfig.seed)
     model = module["RecurrentLM"](6400)
-    fresh = model.output.weight.clone()
+    fresh = model.lm_head.weight.clone()
+    groups = build_optimizer(model, minimind.preset_config("tiny"), "cpu").param_groups
+    (inside,) = (group["param_names"] for group in groups if group["algorithm"] == "muon")
+    assert inside
+    assert all(name.startswith("gru.weight") for name in inside)
     result = module["train"]("recurrent", data=(corpus,), **TINY, log_interval=1)
     load_model(model, result.model_dir / "model.safetensors")
-    assert not torch.equal(model.output.weight, fresh)
+    assert not torch.equal(model.lm_head.weight, fresh)
     losses = losses_of(Path("runs/recurrent"))
     assert len(losses) == 4
     assert losses[-1] < losses[0]

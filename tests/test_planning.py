@@ -16,6 +16,7 @@ import torch
 import minimind.planning as module
 from minimind.benchmark import BenchmarkResult, TooLargeError
 from minimind.config import PretrainConfig
+from minimind.errors import CheckpointError
 from minimind.planning import plan_run
 from minimind.pretrain import pretrain
 from minimind.run_plan import RunPlan
@@ -94,8 +95,16 @@ def test_the_run_that_follows_is_the_one_that_was_planned(corpus: Path, tmp_path
     assert plan.measured is not None
     assert plan.seconds > 0
     assert sum(plan.parts.values()) == plan.measured.parameters
-    again = plan_run(dataclasses.replace(config, resume="auto"), seconds=0.1, quiet=True)
+    resumed = dataclasses.replace(config, resume="auto")
+    again = plan_run(resumed, seconds=0.1, quiet=True)
     assert (again.first_step, again.total_steps) == (result.steps, result.steps)
+    # What the run would refuse or warn of at its start.
+    with pytest.raises(CheckpointError, match=r"other settings:\n  --seed 42 → 43"):
+        plan_run(dataclasses.replace(resumed, seed=43), seconds=0.1, quiet=True)
+    (checkpoint.path / "trainer.json").unlink()
+    earlier = plan_run(resumed, seconds=0.1, quiet=True)
+    assert 0 < earlier.first_step < result.steps
+    assert any("is passed over" in problem for problem in earlier.problems)
 
 
 def test_a_long_step_is_put_together_from_its_micro_batches(
@@ -170,6 +179,10 @@ def test_what_would_go_wrong_is_told(
     assert plan_run(config, quiet=True).problems == ()
     monkeypatch.setattr(module, "_device_memory", lambda: 10**6)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Disk(free=1000))
+    in_a_file = dataclasses.replace(config, output_dir=str(corpus / "out"), keep_every=1)
+    text = " ".join(plan_run(in_a_file, quiet=True).problems)
+    assert "raise --keep-every" in text
+    assert f"cannot be written, for {corpus} cannot" in text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
     text = " ".join(plan_run(dataclasses.replace(config, max_time="1s"), quiet=True).problems)
@@ -188,6 +201,11 @@ class Disk:
         ({"keep_checkpoints": 2}, 4),  # the best and the one being written besides
         ({"keep_checkpoints": 2, "val_fraction": 0.0}, 3),
         ({"keep_checkpoints": 9, "save_interval": 10}, 2),  # there are no more
+        ({"keep_checkpoints": 1, "keep_every": 5, "save_interval": 10}, 4),  # those of 5, 10, 15, 20 stay
+        (
+            {"keep_checkpoints": 1, "keep_every": 5, "save_interval": 4},
+            7,
+        ),  # besides, two of 4, ... and the best
     ],
 )
 def test_disk_is_counted_for_all_checkpoints_that_lie_there_at_one_time(

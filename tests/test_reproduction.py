@@ -151,6 +151,15 @@ def record(folder: Path, config: PretrainConfig, **environment: Any) -> Reproduc
     return reproduce(read_run(folder))
 
 
+def test_the_page_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = preset_config("minimind-3", data=("corpus.jsonl",), batch_size=128, optimizer="adamw")
+    config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
+    found = record(Path("runs/adamw"), config, working_folder=str(tmp_path))
+    page = Path(__file__).parents[1] / "docs" / "comparing-runs.md"
+    assert f"\n{shlex.join(found.words)}\n" in page.read_text(encoding="utf-8")
+
+
 def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
     config = dataclasses.replace(tiny_runs.tiny(corpus, tmp_path / "out"), resume="auto", max_time="1h")
     packages = {**describe_environment("cpu")["packages"], "minimind": "0.0.1", "numpy": "1.0"}
@@ -174,7 +183,7 @@ def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
         "files differed from the git commit",
         "the device was NVIDIA H100 and is CPU",
         "the tokenizer in the package is not the one",
-        "stopped and resumed",
+        "went on from a checkpoint",
         "--max-time 1h",
     ):
         assert words in text, words

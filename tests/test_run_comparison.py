@@ -100,10 +100,16 @@ def test_what_forbids_a_comparison_is_said(tmp_path: Path, changes: Any, words: 
     assert words in " ".join(found.notes)
 
 
+def test_what_was_not_recorded_is_not_called_another(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", environment={"fingerprints": None})
+    (note,) = compare_runs([tmp_path / "a", tmp_path / "b"]).notes
+    assert note.startswith("Not all runs recorded their texts")
+
+
 def test_names_are_as_long_as_they_must_be() -> None:
-    paths = [Path("/runs/x/out"), Path("/runs/y/out"), Path("/other"), Path("/other")]
-    assert distinct_names(paths)[:2] == ("x/out", "y/out")
-    assert len(set(distinct_names(paths))) == 4
+    paths = [Path("/runs/x/out"), Path("/runs/y/out"), Path("/other"), Path("/other"), Path("/out")]
+    assert distinct_names(paths) == ("x/out", "y/out", "other", "other (2)", "/out")
 
 
 def test_a_long_curve_is_thinned_by_means_and_keeps_its_ends() -> None:

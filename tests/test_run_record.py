@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import tiny_runs
 import torch
-from made_runs import make_run
+from made_runs import ENVIRONMENT, make_run
 from safetensors.torch import load_file
 
 from minimind.errors import ConfigError, UserError
@@ -19,9 +20,13 @@ from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.parameter_parts import count_parts
 from minimind.pretrain import pretrain
+from minimind.runs.comparison import compare_runs
+from minimind.runs.comparison_page import comparison_page
 from minimind.runs.environment_text import device_text
 from minimind.runs.info import Info, read_info
 from minimind.runs.record import read_run
+from minimind.runs.reproduction import reproduce
+from minimind.stored_checkpoint import folder_bytes
 from minimind.weight_header import read_headers
 
 
@@ -54,6 +59,32 @@ def test_what_is_not_finite_or_cut_short_is_left_out(tmp_path: Path) -> None:
     assert (run.steps, run.tokens, run.last("loss")) == (30, 30_000, 2.0)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "9" * 400, '"x"', "[1]"])
+def test_numbers_that_are_none_are_left_out(tmp_path: Path, number: str) -> None:
+    make_run(tmp_path / "a")
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+        for name in ("loss", "tokens", "elapsed", "val_loss", "step"):
+            values = {"step": "40", "loss": "2.0", "tokens": "40000", "elapsed": "80.0", name: number}
+            file.write("{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}\n")
+    info, compared = read_info(tmp_path / "a"), compare_runs([tmp_path / "a"])
+    assert (info.values["steps"], info.values["loss"], info.values["tokens"]) == (40, 2.0, 40_000)
+    comparison_page(compared)
+
+
+@pytest.mark.parametrize("value", [None, 1, "x", [], [1], {}])
+def test_an_environment_of_another_form_is_as_good_as_missing(tmp_path: Path, value: object) -> None:
+    launch = {**ENVIRONMENT["launch"], **dict.fromkeys(("machines", "kind", "precision", "variables"), value)}
+    for number, facts in enumerate(
+        [dict.fromkeys(("packages", "launch", "working_folder", "git", "gpus"), value), {"launch": launch}]
+    ):
+        folder = make_run(tmp_path / str(number))
+        (folder / "environment.json").write_text(json.dumps({**ENVIRONMENT, **facts}))
+        read_info(folder)
+        compare_runs([folder, folder])
+        reproduce(read_run(folder))
+
+
 def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('hidden_size = 96\nnew_thing = 3\nlr_schedule = "spiral"\n')
     run = read_run(tmp_path)
@@ -61,7 +92,9 @@ def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> N
     assert run.unread == ("lr_schedule", "new_thing")
     assert (run.steps, run.tokens, run.finished, run.best(), run.curve("loss")) == (0, None, False, None, [])
     assert run.fingerprint("tokenizer") is None
-    assert read_info(tmp_path).values["parameters"] == {}
+    info = read_info(tmp_path)
+    assert info.values["parameters"] == {}
+    assert row(info, "model") == "8 blocks 96 wide, 8 heads, 2 key/value heads"
     # Options that contradict each other by now.
     (tmp_path / "config.toml").write_text("hidden_size = 97\n")
     assert read_run(tmp_path).config.hidden_size == 97
@@ -86,6 +119,9 @@ def test_a_folder_without_a_run_is_a_mistake_of_the_user(tmp_path: Path) -> None
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="is no run, checkpoint, model folder"):
         read_info(tmp_path)
+    (tmp_path / "config.toml").write_text("{{")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.toml is not valid TOML"):
+        read_run(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +161,25 @@ def test_a_run_tells_what_it_was(out: Path) -> None:
     assert names == ["pretrain", "generate", "export", "reproduce"]
 
 
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"epochs": 2}, "--epochs"),
+        ({"epochs": 2, "max_steps": 30}, "--max-steps"),
+        ({"epochs": 2, "max_steps": 41}, "--epochs"),
+        ({"epochs": 2, "max_tokens": 30_000}, "--max-tokens"),
+    ],
+)
+def test_a_finished_run_is_told_to_raise_what_ended_it(
+    tmp_path: Path, options: dict[str, int], flag: str
+) -> None:
+    run = make_run(tmp_path / "a", [4.0, 3.0, 2.0] if flag != "--epochs" else [4.0, 3.0, 2.5, 2.0], **options)
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").touch()
+    (run / "checkpoints" / "step-00000030").mkdir(parents=True)
+    assert dict(read_info(run).next)["pretrain"].endswith(f" {flag} N")
+
+
 def test_fingerprints_of_an_older_run_come_from_its_checkpoint(out: Path, tmp_path: Path) -> None:
     run = read_run(out)
     known = run.fingerprint("training text")
@@ -143,6 +198,32 @@ def test_a_checkpoint_tells_its_step_and_how_to_go_on(out: Path) -> None:
     assert f"--output-dir {out}" in command
 
 
+def test_what_a_run_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    """A checkpoint may be rotated away between the listing of its files and their sizes."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    done = threading.Event()
+
+    def rotate() -> None:
+        while not done.is_set():
+            (tmp_path / "step-1" / "inner").mkdir(parents=True)
+            for number in range(20):
+                (tmp_path / "step-1" / f"file-{number}").touch()
+            shutil.rmtree(tmp_path / "step-1")
+
+    thread = threading.Thread(target=rotate)
+    thread.start()
+    try:
+        assert {folder_bytes(tmp_path) for _ in range(2000)} == {5}
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_nothing_at_a_path_is_told_apart_from_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is nothing at .*nowhere; name a run"):
+        read_info(tmp_path / "nowhere")
+
+
 def test_a_damaged_checkpoint_is_not_called_whole(out: Path, tmp_path: Path) -> None:
     copy = tmp_path / tiny_runs.last_checkpoint(out).path.name
     shutil.copytree(tiny_runs.last_checkpoint(out).path, copy)
@@ -152,9 +233,15 @@ def test_a_damaged_checkpoint_is_not_called_whole(out: Path, tmp_path: Path) -> 
         file.write(b"\x55")
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         read_info(copy)
+    (copy / "trainer.json").unlink()
+    with pytest.raises(UserError, match=r"trainer\.json is missing|model\.safetensors is damaged"):
+        read_info(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        read_info(copy)
 
 
-def test_a_model_folder_and_its_weights_tell_the_same(out: Path) -> None:
+def test_a_model_folder_and_its_weights_tell_the_same(out: Path, tmp_path: Path) -> None:
     folder = read_info(out / "model")
     weights = read_info(out / "model" / "model.safetensors")
     assert (folder.kind, weights.kind) == ("model", "weights")
@@ -162,6 +249,12 @@ def test_a_model_folder_and_its_weights_tell_the_same(out: Path) -> None:
     assert folder.values["shape"]["hidden_size"] == 32
     assert folder.values["dtypes"] == ["F16"]
     assert dict(folder.next)["pretrain"].startswith("minimind-train pretrain --from-weight")
+    # Other commands do not take the file alone, which has no shape.
+    assert weights.next == [line for line in folder.next if line[0] != "pretrain"]
+    alone = shutil.copy(out / "model" / "model.safetensors", tmp_path)
+    assert read_info(Path(alone)).next == []
+    checkpoint = tiny_runs.last_checkpoint(out).path
+    assert f"generate {checkpoint}" in dict(read_info(checkpoint / "model.safetensors").next)["generate"]
 
 
 def test_a_pth_is_counted_without_running_anything_in_it(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from minimind.config import PretrainConfig
 from minimind.errors import CheckpointError, ConfigError
 from minimind.formats.upstream import load_upstream
 from minimind.model_config import MiniMindConfig
+from minimind.settings import settings_of
 from minimind.stored_checkpoint import MODEL, StoredCheckpoint
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +29,18 @@ class Hostile:
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.mkdir, (self.folder,)
+
+
+def test_every_option_that_names_a_path_is_named_to_those_who_take_a_configuration_of_others() -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| `config.toml`"))
+    paths = {
+        name
+        for name, setting in settings_of(PretrainConfig).items()
+        if setting.metavar.strip("[]") in ("PATH", "FOLDER")
+    }
+    assert {"data", "cache_dir"} < paths
+    assert paths <= set(re.findall(r"`(\w+)`", row))
 
 
 def test_a_pickle_among_weights_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ class RecurrentLM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width)
         self.gru = nn.GRU(width, width, num_layers=2, batch_first=True)
-        self.output = nn.Linear(width, vocab_size, bias=False)
+        # The optimizer knows the output matrix by this name: Muon is for those inside of a network.
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
 
     def forward(
         self,
@@ -62,7 +63,7 @@ class RecurrentLM(nn.Module):
         call, so train it with `packing=False`, where both ids are None.
         """
         hidden, _ = self.gru(self.embedding(input_ids))
-        logits = self.output(hidden)
+        logits = self.lm_head(hidden)
         if shift_labels is None:
             return CausalLMOutput(None, logits)
         loss = nn.functional.cross_entropy(

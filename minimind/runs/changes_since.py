@@ -89,8 +89,8 @@ def peculiarities(run: RunRecord) -> Iterator[str]:
     """Yield what about the run itself no command repeats."""
     if run.config.resume is not None:
         yield (
-            "the run was stopped and resumed; the command has the options of its last part and starts from "
-            "the beginning."
+            "the run went on from a checkpoint (--resume); the command has the options of its last part and "
+            "starts from the beginning."
         )
     if run.config.max_time is not None:
         yield f"--max-time {run.config.max_time} ends a run by the clock, so it may end at another step."

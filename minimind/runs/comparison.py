@@ -65,14 +65,14 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     runs = tuple(read_run(path) for path in paths)
     texts = [run.fingerprint("training text") for run in runs]
     notes = []
-    if len(set(texts)) > 1:
+    if len(set(texts) - {None}) > 1:
         notes.append(
             "The runs have other texts, so their validation losses and bits per byte compare only where "
             "--val-data is the same."
         )
     elif None in texts:
-        notes.append("The runs did not record their texts; see for yourself that they are the same.")
-    if len({run.fingerprint("tokenizer") for run in runs}) > 1:
+        notes.append("Not all runs recorded their texts; see for yourself that they are the same.")
+    if len({run.fingerprint("tokenizer") for run in runs} - {None}) > 1:
         notes.append("The runs have other tokenizers: compare bits per byte, not losses or tokens.")
     return Comparison(
         names=distinct_names([Path(run.path).resolve() for run in runs]),
@@ -89,13 +89,13 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Return the last parts of paths, as many of each as tell it from the others."""
     names = []
     for number, path in enumerate(paths):
-        others = [other for at, other in enumerate(paths) if at != number]
+        others = [other for other in paths if other != path]
         parts = 1
         while parts < len(path.parts) and any(
             other.parts[-parts:] == path.parts[-parts:] for other in others
         ):
             parts += 1
-        name = "/".join(path.parts[-parts:])
+        name = str(Path(*path.parts[-parts:]))
         # The same folder twice.
         again = list(paths[:number]).count(path)
         names.append(f"{name} ({again + 1})" if again else name)

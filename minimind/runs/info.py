@@ -21,6 +21,8 @@ from ..stored_checkpoint import (
     TRAINER,
     StoredCheckpoint,
     best_checkpoint,
+    folder_bytes,
+    is_checkpoint_name,
     open_checkpoint,
 )
 from ..weight_header import WeightHeader, read_headers
@@ -56,9 +58,13 @@ def read_info(path: Path) -> Info:
         UserError: when it is none of these, or damaged.
     """
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(
+            f"there is nothing at {path}; name a run, a checkpoint, a model or a file of weights."
+        )
     if path.is_file():
         return _weights(path)
-    if (path / MANIFEST).is_file() and (path / TRAINER).is_file():
+    if ((path / MANIFEST).is_file() and (path / TRAINER).is_file()) or is_checkpoint_name(path.name):
         return _checkpoint(open_checkpoint(path))
     if RunFolder(path).holds_a_run():
         return _run(read_run(path))
@@ -135,10 +141,20 @@ def _run(run: RunRecord) -> Info:
         following.append(("export", f"minimind-train export {folder} --output FOLDER"))
     if checkpoints:
         resume = f"minimind-train pretrain --resume --output-dir {folder}"
-        more = " --epochs N" if run.finished else ""
+        more = f" {_limit(run)} N" if run.finished else ""
         following.insert(0, ("pretrain", resume + more))
     following.append(("reproduce", f"minimind-train reproduce {folder}"))
     return Info("run", values, rows, following)
+
+
+def _limit(run: RunRecord) -> str:
+    """Return the option that ended a finished run, which has to be raised for it to go on."""
+    if run.config.max_steps is not None and run.steps >= run.config.max_steps:
+        return "--max-steps"
+    passes = run.last("epoch")
+    if run.config.max_tokens is not None and passes is not None and passes < run.config.epochs:
+        return "--max-tokens"
+    return "--epochs"
 
 
 def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
@@ -215,6 +231,14 @@ def _weights(path: Path) -> Info:
     return _described(path, "weights", read_headers([path]), {}, path.stat().st_size)
 
 
+def _readable(path: Path) -> Path | None:
+    """Return what the other commands take in place of weights: a .safetensors tells nothing of its shape."""
+    if path.suffix != ".safetensors":
+        return path
+    known = (path.parent / _CONFIG).is_file() or (path.parent / TRAINER).is_file()
+    return path.parent if known else None
+
+
 def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any], num_bytes: int) -> Info:
     parts = count_parts(header.shapes)
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
@@ -235,11 +259,14 @@ def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any
         ("written", written),
         ("disk", size(num_bytes)),
     ]
-    quoted = shlex.quote(str(path))
-    following = [
-        ("generate", f"minimind-train generate {quoted}"),
-        ("export", f"minimind-train export {quoted} --output FOLDER"),
-    ]
+    readable = _readable(path)
+    quoted = shlex.quote(str(readable))
+    following = []
+    if readable is not None:
+        following = [
+            ("generate", f"minimind-train generate {quoted}"),
+            ("export", f"minimind-train export {quoted} --output FOLDER"),
+        ]
     if kind == "model":
         following.append(("pretrain", f"minimind-train pretrain --from-weight {quoted} --data TEXT"))
     return Info(kind, values, rows, following)
@@ -277,8 +304,3 @@ def run_parts(run: RunRecord) -> dict[str, int]:
                 continue
             return {"all": sum(parts.values()), **parts}
     return {}
-
-
-def folder_bytes(path: Path) -> int:
-    """Return the bytes of all files in a folder; 0 where there is none."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

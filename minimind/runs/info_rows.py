@@ -16,18 +16,25 @@ def model_rows(shape: Mapping[str, Any], parts: Mapping[str, int]) -> list[tuple
         if shape.get("use_moe"):
             each, passed = shape["moe_intermediate_size"], shape["num_experts_per_tok"]
             inner = f"{each} in each of {shape['num_experts']} experts ({passed} a token)"
-        described = (
-            f"{shape['num_hidden_layers']} blocks {shape['hidden_size']} wide, "
-            f"{shape['num_attention_heads']} heads of {shape['head_dim']}, {shape['num_key_value_heads']} "
-            f"key/value heads, inner width {inner}, vocabulary {shape['vocab_size']}"
-        )
+        described = [
+            f"{shape['num_hidden_layers']} blocks {shape['hidden_size']} wide",
+            f"{shape['num_attention_heads']} heads" + _known(" of ", shape["head_dim"]),
+            f"{shape['num_key_value_heads']} key/value heads",
+            _known("inner width ", inner),
+            _known("vocabulary ", shape["vocab_size"]),
+        ]
         total = f"{count(parts['all'])} parameters: " if parts else ""
-        rows.append(("model", total + described))
+        rows.append(("model", total + ", ".join(filter(None, described))))
     if parts:
         tied = " (the embedding's)" if not parts["head"] else ""
         listed = [f"{part} {count(number)}" for part, number in parts.items() if part != "all"]
         rows.append(("parameters", ", ".join(listed).replace("head 0", "head 0" + tied)))
     return rows
+
+
+def _known(name: str, value: Any) -> str:
+    """Return a size with its name, nothing where the options leave it to be worked out."""
+    return "" if value is None else f"{name}{value}"
 
 
 def trained_text(steps: int, tokens: Any, passes: float | None) -> str:

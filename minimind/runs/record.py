@@ -24,6 +24,9 @@ from ..stored_checkpoint import StoredCheckpoint, stored_checkpoints
 
 # Numbers that an interval of training steps reports, and those of an evaluation.
 LOSS, BITS = "loss", "val_bits_per_byte"
+# What environment.json holds; anything else under these names is as good as missing.
+_KINDS = {"packages": dict, "launch": dict, "gpus": list, "working_folder": str}
+_LAUNCH_KINDS = {"processes": int, "machines": int, "kind": str, "precision": str, "variables": dict}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class RunRecord:
     def steps(self) -> int:
         """Optimizer steps done, as far as is known."""
         reported = max((line["step"] for line in self.metrics), default=0)
-        return max(reported, int(self.trainer.get("step", 0)))
+        saved = self.trainer.get("step")
+        return max(reported, saved) if isinstance(saved, int) else reported
 
     @property
     def tokens(self) -> int | None:
@@ -169,7 +173,11 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _config(path: Path) -> tuple[PretrainConfig, tuple[str, ...]]:
-    values = read_toml(path)
+    try:
+        values = read_toml(path)
+    except ConfigError as error:
+        # Nobody gave the option here.
+        raise ConfigError([problem.removeprefix("--config ") for problem in error.problems]) from error
     parsed, _ = parse_values(PretrainConfig, values)
     unread = tuple(sorted(values.keys() - parsed.keys()))
     try:
@@ -187,7 +195,15 @@ def _environment(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        return {}
+    known = _of_kinds(values, _KINDS)
+    return known | {"launch": _of_kinds(known["launch"], _LAUNCH_KINDS)} if "launch" in known else known
+
+
+def _of_kinds(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Return what is of the kind that this version reads, and what it does not read."""
+    return {name: value for name, value in values.items() if isinstance(value, kinds.get(name, object))}
 
 
 def _at(marks: list[tuple[float, float, float]], step: int, column: int) -> float | None:

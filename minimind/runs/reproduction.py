@@ -175,7 +175,9 @@ def _is_relative(text: str) -> bool:
 
 def _new_folder(path: Path) -> Path:
     """Return the name of a folder beside the run's where there is nothing yet."""
-    number, target = 2, path.with_name(f"{path.name or 'run'}-again")
+    if path.name in ("", ".."):  # The run is named from within.
+        path = path.resolve()
+    number, target = 2, path.with_name(f"{path.name}-again")
     while target.exists():
         number, target = number + 1, path.with_name(f"{path.name}-again-{number}")
     return target

@@ -32,6 +32,13 @@ def test_help_lists_the_commands(run: Command) -> None:
     assert all(command in done.out for command in ("pretrain", "tokenize", "tokenizer"))
 
 
+@pytest.mark.parametrize("command", ["", "pretrain ", "info ", "tokenizer ", "tokenizer train "])
+def test_the_short_word_for_help_is_understood(run: Command, command: str) -> None:
+    short, long = run(f"{command}-h"), run(f"{command}--help")
+    assert (short.code, short.out) == (0, long.out)
+    assert "Usage" in short.out
+
+
 def test_without_a_command_the_help_appears(run: Command) -> None:
     done = run()
     assert (done.code, done.err) == (2, "")

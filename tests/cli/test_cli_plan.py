@@ -63,6 +63,16 @@ def test_options_of_a_plan_are_refused_without_it(run: Command, trained: list[An
     assert trained == []
 
 
+@pytest.mark.parametrize("price", ["-1", "nan", "inf", "abc"])
+def test_what_is_no_price_is_refused_before_anything_is_measured(
+    run: Command, planned: list[Any], price: str
+) -> None:
+    done = run(*TINY, f"--price-per-hour={price}")
+    assert (done.code, done.out, planned) == (2, "", [])
+    assert "--price-per-hour" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
 @pytest.mark.alone
 @pytest.mark.slow
 def test_two_processes_make_one_plan(tmp_path: Path) -> None:

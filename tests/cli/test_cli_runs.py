@@ -53,6 +53,21 @@ def test_compare_prints_tables_and_takes_names_for_text(run: Command, tmp_path: 
     assert "wrote" not in done.out
 
 
+def test_many_runs_leave_the_names_of_options_whole(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = [
+        make_run(tmp_path / f"run-{number}", data=(f"texts/of/a/long/path/{number}.jsonl",))
+        for number in range(5)
+    ]
+    make_run(tmp_path / "last", data=("texts/of/a/long/path/last.jsonl",), tie_word_embeddings=False)
+    done = run("compare", *map(str, folders), str(tmp_path / "last"))
+    assert done.code == 0, done.err
+    assert "--tie-word-embeddings " in done.out
+    assert "…" not in done.out
+
+
 def test_compare_writes_a_page(run: Command, tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     done = run("compare", str(tmp_path / "a"), "--html", str(tmp_path / "page.html"))
@@ -72,3 +87,13 @@ def test_reproduce_prints_the_command_alone_and_warns_beside_it(run: Command, tm
     assert line.endswith("a-again")
     assert "warning: Python was 3.1.0" in done.err
     assert "warning: the text cannot be read" in done.err
+
+
+def test_a_run_named_from_within_is_repeated_beside_it(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_run(tmp_path / "a"))
+    assert run("reproduce", ".").out.rstrip().endswith(f"--output-dir={tmp_path / 'a-again'}")
+    (tmp_path / "a" / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "a" / "model")
+    assert run("reproduce", "..").out.rstrip().endswith(f"--output-dir={tmp_path / 'a-again'}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from minimind.config import PretrainConfig
+from minimind.settings import settings_of
 
 Command = Callable[..., Any]
 
@@ -107,3 +110,39 @@ def test_the_page_on_migration_has_a_row_for_every_option() -> None:
     assert [flag for flag, _ in rows] == list(OPTIONS)
     for flag, default in rows:
         assert default == ("off" if OPTIONS[flag][0] is None else f"`{OPTIONS[flag][0]}`")
+
+
+def test_the_run_nearest_to_the_original_has_its_values(run: Command, trained: list[PretrainConfig]) -> None:
+    """Defaults of ours may change; the command on the page must then name what they were."""
+    page = MIGRATION.read_text(encoding="utf-8")
+    (command,) = re.findall(r"as it gets:\n\n```bash\nminimind-train (.*?)\n```", page, re.S)
+    assert run(*shlex.split(command.replace("\\\n", ""))).code == 0
+    (config,) = trained
+    ours = {name: value for _, values in OPTIONS.values() for name, value in values.items()}
+    # Where the run is put and what it reads, and what follows the machine.
+    for name in ("output_dir", "data", "project", "tracker", "compile", "mixed_precision"):
+        del ours[name]
+    expected = {
+        **ours,
+        **{"optimizer": "adamw", "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "lr_schedule": "cosine"},
+        **{"warmup_steps": 0, "min_lr_ratio": 0.1, "packing": False, "val_fraction": 0.0, "dropout": 0.0},
+        **{"num_key_value_heads": 4, "intermediate_size": 2432, "learning_rate": 5e-4},
+    }
+    filled = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
+    assert {name: getattr(filled, name) for name in expected} == expected
+
+
+def test_the_page_on_migration_tells_our_defaults() -> None:
+    plain = PretrainConfig()
+    plain = dataclasses.replace(plain, learning_rate=plain.peak_learning_rate)
+    by_flag = {setting.flag: getattr(plain, name) for name, setting in settings_of(PretrainConfig).items()}
+    rows = re.findall(
+        r"^\| `--\w+` \| [^|]* \| `(--[\w-]+)[^|]*` \| `(\w[^`]*)`",
+        MIGRATION.read_text(encoding="utf-8"),
+        re.M,
+    )
+    told = {flag: value for flag, value in rows if by_flag.get(flag) is not None and flag != "--use-moe"}
+    assert len(told) > 10
+    for flag, value in told.items():
+        ours = by_flag[flag]
+        assert (float(value) if isinstance(ours, int | float) else value) == ours, flag
