@@ -101,13 +101,16 @@ def evaluate_text(
 
     Args:
         model: as for `model_source.open_model`.
-        config: what of it concerns the text, its rows, `batch_size`, `tokenizer` and `mixed_precision`.
+        config: what of it concerns the text, its rows, `batch_size`, `tokenizer` and `mixed_precision`, of which
+            `auto` is float32 here: a loss to be compared should not depend on the machine.
         stride: tokens between the rows of one document; None is `max_seq_len`: no context twice.
         progress: called with the rows done and all rows of this process.
 
     Raises:
         UserError: for a model, text or launch that cannot be used.
     """
+    if config.mixed_precision == "auto":
+        config = dataclasses.replace(config, mixed_precision="no")
     check_launch(config)
     entries = read_entries(config.data)
     if any(entry.weight is not None for entry in entries):
