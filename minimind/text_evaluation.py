@@ -101,7 +101,7 @@ def evaluate_text(
 
     Args:
         model: as for `model_source.open_model`.
-        config: what of it concerns the text, its rows, `batch_size`, `tokenizer` and `mixed_precision`, of which
+        config: what of it concerns the text, its rows, `batch_size`, `tokenizer` and `mixed_precision`, whose
             `auto` is float32 here: a loss to be compared should not depend on the machine.
         stride: tokens between the rows of one document; None is `max_seq_len`: no context twice.
         progress: called with the rows done and all rows of this process.
