@@ -113,7 +113,8 @@ def pretrain(
         patience = parse_duration(config.dist_timeout)
         with building_in_turn(cache_folder(config), patience, progress.note):
             if is_main_process():
-                folder.claim(resume=(config.resume is not None and not branch) or begun_before())
+                if folder.claim(resume=(config.resume is not None and not branch) or begun_before()):
+                    closing.callback(folder.remove_if_empty)
                 note_begun()
             # Whichever process comes first builds, and is the one to tell of it.
             builder = progress if is_main_process() else Progress()

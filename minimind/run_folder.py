@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,18 @@ class RunFolder:
         """Whether a run has written here before."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
 
-    def claim(self, *, resume: bool) -> None:
+    def claim(self, *, resume: bool) -> bool:
         """Make the folder, unless it holds another run.
+
+        Returns:
+            Whether it was not there before.
 
         Raises:
             ConfigError: when a run lies there and `resume` is off, or the folder cannot be written.
         """
         try:
             taken = not resume and self.holds_a_run()
+            new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             # Always the same name: should a process be killed right here, the next one removes it.
             probe = self.path / ".write-test"
@@ -85,6 +90,12 @@ class RunFolder:
                 f"--output-dir {self.path} already holds a run; go on with it by --resume, "
                 "or name another folder."
             )
+        return new
+
+    def remove_if_empty(self) -> None:
+        """Take the folder away again where a run failed before it wrote anything."""
+        with suppress(OSError):
+            self.path.rmdir()
 
     def describe(self, config: PretrainConfig, environment: dict[str, Any]) -> None:
         """Write `config.toml` and `environment.json`."""

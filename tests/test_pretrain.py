@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from minimind import CheckpointError, ConfigError, PretrainConfig, load_tokenizer, preset_config, pretrain
+from minimind import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PretrainConfig,
+    load_tokenizer,
+    preset_config,
+    pretrain,
+)
 from minimind.config import PANELS
 from minimind.overview import PretrainResult
 from minimind.progress import Progress
@@ -274,6 +282,18 @@ def test_a_signal_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
     assert result.stopped == "SIGTERM"
     (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("step-*")
     assert checkpoint.name == f"step-{result.steps:08d}"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path: Path, there: bool) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("no JSON\n")
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with pytest.raises(DataError, match="invalid JSON"):
+        pretrain(tiny(corpus, out))
+    assert out.exists() == there
 
 
 def test_a_signal_ends_the_run_while_text_is_tokenized(
