@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from .run_folder import write_text
 
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
 
 class MetricsFile:
     """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
@@ -47,7 +49,9 @@ class MetricsFile:
             kind = "text"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         plain = {name: _plain(value) for name, value in values.items()}
-        line = json.dumps({"step": step, "time": now, "kind": kind, **plain}, allow_nan=False)
+        record = {"step": step, "time": now, "kind": kind, **plain}
+        # Any script as people read it, but for what some programs take for the end of a line.
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False).translate(_LINE_ENDS)
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -73,7 +77,8 @@ class MetricsFile:
             with self._path.open(encoding="utf-8", errors="replace") as old:
                 text = "".join(_lines_up_to(old, keep_to_step))
             write_text(self._path, text)
-        return self._path.open("a", encoding="utf-8", newline="\n")
+        # Half a pair of surrogates becomes an escape, which is JSON as well.
+        return self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -324,6 +324,17 @@ def test_a_line_of_text_has_a_kind_of_its_own(desk):
     assert (line["kind"], line["step"], line["sample"]) == ("text", 10, "once\nupon")
 
 
+def test_text_is_readable_in_any_script_and_stays_on_its_line(desk):
+    text = "从前\u2028有\u0085一座山\udc80"
+    trackers = desk.open()
+    trackers.log_text("sample", text, 10)
+    trackers.close()
+    written = desk.folder.metrics.read_text(encoding="utf-8")
+    assert "从前" in written
+    (line,) = written.splitlines()
+    assert json.loads(line)["sample"] == text
+
+
 def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(FakeRun, "log", lambda self, values, step: release.wait(30))
