@@ -101,7 +101,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not is_main_process():
         _sign_warnings()
     words = normalise(sys.argv[1:] if words is None else words, PretrainConfig)
-    if not is_main_process() and (not words or {"--help", "--version"} & set(words)):
+    if not is_main_process() and (not words or {"--help", "-h", "--version"} & set(words)):
         _leave(0)  # the same text would be printed by every process
     try:
         # Typer returns the code of an Exit, and 130 for Ctrl-C.
