@@ -75,7 +75,7 @@ class BenchmarkResult:
             `MiniMindConfig.flops_per_token`.
         peak_flops: of the devices together by the maker's word, None where it is not known.
         mfu: share of `peak_flops` that the model's arithmetic makes up, None where that is not known.
-        matmul_flops: of a large square product on one device in this precision, measured.
+        matmul_flops: of a large square product in this precision, measured; the mean over devices.
         matmul_share: share of `matmul_flops`, over all devices, that the model's arithmetic makes up.
     """
 
@@ -147,7 +147,8 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
-        matmul = matmul_flops(accelerator.device, accelerator.mixed_precision)
+        # The mean, for all processes have to come to the same size of a step.
+        matmul = _mean(matmul_flops(accelerator.device, accelerator.mixed_precision), accelerator)
         config = settle_batch_size(config, shape, accelerator, partial(prepare_model, config, shape))
         if accelerator.device.type == "cuda":
             # The product's own matrices are larger than a small model.
@@ -292,6 +293,12 @@ def _shortened(config: PretrainConfig, shape: MiniMindConfig, matmul: float) -> 
     return shorter
 
 
+def _mean(value: float, accelerator: Accelerator) -> float:
+    """Return the mean of a number over all processes."""
+    number = torch.tensor([value], dtype=torch.float32, device=accelerator.device)
+    return float(accelerator.reduce(number, reduction="mean"))
+
+
 def _rows(config: PretrainConfig) -> int:
     assert isinstance(config.batch_size, int)
     return config.batch_size
@@ -367,8 +374,7 @@ def _measure(run: Run, seconds: float, *, compiled: bool) -> dict[str, Any]:
         """Take a step and return its time, the same on all processes, so that all go on alike."""
         began = synchronize()
         step()
-        spent = torch.tensor([synchronize() - began], device=device)
-        return max(float(run.accelerator.reduce(spent, reduction="mean")), 1e-4)
+        return max(_mean(synchronize() - began, run.accelerator), 1e-4)
 
     began = synchronize()
     # The first step of a compiled model tells nothing.
@@ -384,7 +390,7 @@ def _measure(run: Run, seconds: float, *, compiled: bool) -> dict[str, Any]:
         began = synchronize()
         for _ in range(steps):
             step()
-        step_seconds = (synchronize() - began) / steps
+        step_seconds = _mean((synchronize() - began) / steps, run.accelerator)
 
     timer = _Timer(device)
     waits = []
