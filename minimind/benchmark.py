@@ -168,9 +168,9 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
             ) from error
         device, processes = accelerator.device, accelerator.num_processes
         length = wanted.max_seq_len
-        work = _micro_batch_flops(wanted, shape) / _micro_batch_flops(config, shape)
+        wanted_work, work = (micro_batch_flops(shape, _rows(c), c.max_seq_len) for c in (wanted, config))
         tokens = plan.global_batch_size * length * _rows(wanted) / _rows(config)
-        speed = tokens / seconds_of_step(measured, work)
+        speed = tokens / seconds_of_step(measured, wanted_work / work)
         achieved = speed * shape.flops_per_token(length)
         peak = peak_flops_of(device)
         return BenchmarkResult(
@@ -207,6 +207,11 @@ def seconds_of_step(measured: Mapping[str, Any], work: float) -> float:
     parts = sum(measured[f"{name}_seconds"] for name in PARTS)
     fixed = measured["step_seconds"] * measured["optimizer_seconds"] / parts
     return work * (measured["step_seconds"] - fixed) + fixed
+
+
+def micro_batch_flops(shape: MiniMindConfig, rows: int, length: int) -> int:
+    """Return the arithmetic of a micro-batch, forward and backward, of full rows."""
+    return rows * length * shape.flops_per_token(length)
 
 
 def with_batch_size(config: PretrainConfig, shape: MiniMindConfig) -> PretrainConfig:
@@ -278,19 +283,19 @@ class _Timer:
 def _shortened(config: PretrainConfig, shape: MiniMindConfig, matmul: float) -> PretrainConfig:
     """Return the configuration with fewer rows, then shorter ones, where a step would take too long."""
 
-    def too_long(changed: PretrainConfig) -> bool:
-        return rounds * _micro_batch_flops(changed, shape) > LONGEST_STEP * 0.5 * matmul
+    def too_long() -> bool:
+        work = (config.accumulation_steps or 1) * micro_batch_flops(shape, rows, length)
+        return work > LONGEST_STEP * 0.5 * matmul
 
-    rounds = config.accumulation_steps or 1
-    shorter = config
-    while _rows(shorter) > 1 and too_long(shorter):
-        # A global batch would only bring the rows back as accumulation.
-        shorter = dataclasses.replace(shorter, batch_size=-(-_rows(shorter) // 2), global_batch_size=None)
-    while shorter.max_seq_len > 64 and too_long(shorter):
-        shorter = dataclasses.replace(
-            shorter, max_seq_len=max(shorter.max_seq_len // 2, 64), global_batch_size=None
-        )
-    return shorter
+    rows, length = _rows(config), config.max_seq_len
+    while rows > 1 and too_long():
+        rows = -(-rows // 2)
+    while length > 64 and too_long():
+        length = max(length // 2, 64)
+    if (rows, length) == (config.batch_size, config.max_seq_len):
+        return config
+    # A global batch would only bring the rows back as accumulation.
+    return dataclasses.replace(config, batch_size=rows, max_seq_len=length, global_batch_size=None)
 
 
 def _mean(value: float, accelerator: Accelerator) -> float:
@@ -302,11 +307,6 @@ def _mean(value: float, accelerator: Accelerator) -> float:
 def _rows(config: PretrainConfig) -> int:
     assert isinstance(config.batch_size, int)
     return config.batch_size
-
-
-def _micro_batch_flops(config: PretrainConfig, shape: MiniMindConfig) -> int:
-    length = config.max_seq_len
-    return _rows(config) * length * shape.flops_per_token(length)
 
 
 def _make_run(
@@ -384,17 +384,18 @@ def _measure(run: Run, seconds: float, *, compiled: bool) -> dict[str, Any]:
         step()
     start_seconds = synchronize() - began
 
-    steps, step_seconds = 0, first
-    if not long:
+    if long:
+        timed = max(round(seconds / first), 1)
+    else:
         steps = max(round(seconds / once()), 2)
         began = synchronize()
         for _ in range(steps):
             step()
         step_seconds = _mean((synchronize() - began) / steps, run.accelerator)
+        timed = max(round(seconds / 2 / step_seconds), 2)
 
     timer = _Timer(device)
     waits = []
-    timed = max(round(seconds / first), 1) if long else max(round(seconds / 2 / step_seconds), 2)
     for _ in range(timed):
         began = time.perf_counter()
         batch = next(batches)

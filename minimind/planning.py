@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 
 from .batch_plan import BatchPlan, plan_batches
-from .benchmark import BenchmarkResult, TooLargeError, benchmark, seconds_of_step, with_batch_size
+from .benchmark import (
+    BenchmarkResult,
+    TooLargeError,
+    benchmark,
+    micro_batch_flops,
+    seconds_of_step,
+    with_batch_size,
+)
 from .config import PretrainConfig
 from .data.loader import Loader
 from .data.prepare import PreparedData, cache_folder, prepare_data
@@ -164,16 +171,11 @@ def _times(
     if measured is None:
         return None, None
     rounds = min(batches.accumulation_steps, _ROUNDS)
-    work, done = (
-        rows * length * shape.flops_per_token(length)
-        for rows, length in (
-            (batches.micro_batch_size, config.max_seq_len),
-            (measured.batch_size, measured.max_seq_len),
-        )
-    )
-    forward = measured.forward_seconds / rounds * work / done
-    backward = measured.backward_seconds / rounds * work / done
-    step = seconds_of_step(dataclasses.asdict(measured), work / done)
+    asked = micro_batch_flops(shape, batches.micro_batch_size, config.max_seq_len)
+    work = asked / micro_batch_flops(shape, measured.batch_size, measured.max_seq_len)
+    forward = measured.forward_seconds / rounds * work
+    backward = measured.backward_seconds / rounds * work
+    step = seconds_of_step(dataclasses.asdict(measured), work)
     return step + (batches.accumulation_steps - rounds) * (forward + backward), forward
 
 
