@@ -25,7 +25,7 @@ from .expert_balance import ExpertBalance
 from .launch import check_launch, close_accelerator, start_accelerator
 from .model_config import MiniMindConfig
 from .optim import set_learning_rate, skip_if_nonfinite
-from .pretrain import prepare_model
+from .pretrain import pass_graph, prepare_model
 from .progress import Progress
 from .run_folder import RunFolder
 from .starting_model import resolve_shape
@@ -254,6 +254,7 @@ class _Timer:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
+        self._added: list[tuple[str, float]] = []
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -262,11 +263,17 @@ class _Timer:
         yield
         self._marks.append((name, began, self._now()))
 
+    def add(self, name: str, seconds: float) -> None:
+        """Note a part that was timed elsewhere."""
+        self._added.append((name, seconds))
+
     def seconds(self) -> dict[str, list[float]]:
         """Wait for the device and return the times of each part."""
         if self._cuda:
             torch.cuda.synchronize()
         times: dict[str, list[float]] = {}
+        for name, spent in self._added:
+            times.setdefault(name, []).append(spent)
         for name, began, ended in self._marks:
             spent = began.elapsed_time(ended) / 1e3 if self._cuda else ended - began
             times.setdefault(name, []).append(spent)
@@ -350,6 +357,7 @@ def _make_run(
         mark_best=lambda state: None,
         stop=StopRequest(),
     )
+    run.graph = pass_graph(run, shape, compiled=compiled)
     return run, compiled
 
 
@@ -421,10 +429,16 @@ def _timed_step(run: Run, batch: StepBatch, timer: _Timer) -> None:
     balance = ExpertBalance(run.accelerator, run.config)
     for micro_batch in batch.micro_batches:
         with run.accelerator.accumulate(run.model):
-            with timer.part("forward"):
-                loss = forward_loss(run.model, micro_batch, balance)
-            with timer.part("backward"):
-                run.accelerator.backward(balance.added_to(loss) * scale)
+            if run.graph is not None and run.graph.captured:
+                for name, spent in zip(
+                    ("forward", "backward"), run.graph.timed(micro_batch, scale), strict=True
+                ):
+                    timer.add(name, spent)
+            else:
+                with timer.part("forward"):
+                    loss = forward_loss(run.model, micro_batch, balance)
+                with timer.part("backward"):
+                    run.accelerator.backward(balance.added_to(loss) * scale)
             if run.accelerator.sync_gradients:
                 with timer.part("optimizer"):
                     skip_if_nonfinite(run.optimizer, clip_gradient(run))

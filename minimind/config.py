@@ -203,6 +203,13 @@ class RunOptions:
         ),
     ] = "auto"
     compile: Annotated[bool | None, Option("Compile the model.", default_text="on a GPU")] = None
+    cuda_graphs: Annotated[
+        bool | None,
+        Option(
+            "Launch the two passes of a micro-batch in one go, which keeps their memory to them.",
+            default_text="on one GPU, where a run takes less than 40% of its memory",
+        ),
+    ] = None
     activation_checkpointing: Annotated[
         bool,
         Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,14 @@ from .auto_batch import settle_batch_size
 from .batch_plan import BatchPlan, count_steps, plan_batches
 from .checkpoint import CheckpointStore
 from .config import AUTO, PretrainConfig
-from .data.loader import Loader, evaluation_batches
+from .data.loader import Loader, MicroBatch, evaluation_batches
 from .data.prepare import PreparedData, cache_folder, prepare_data
 from .data.shards import TokenShards
 from .delivery import deliver_model, deliver_weights, write_sample
 from .environment import describe_environment, describe_launch
 from .errors import CheckpointError, ConfigError
 from .evaluation import evaluate
+from .expert_balance import ExpertBalance
 from .launch import (
     cast_weights_only,
     check_launch,
@@ -39,6 +41,8 @@ from .modeling.fused import hindrance
 from .modeling.transformer import MiniMindForCausalLM
 from .optim import build_optimizer
 from .overview import PretrainResult, banner, summary
+from .pass_graph import PassGraph
+from .pass_graph import hindrance as graph_hindrance
 from .profile_trace import ProfileTrace
 from .progress import Progress
 from .ranks import (
@@ -60,7 +64,7 @@ from .stopping import StopRequest
 from .throughput import Meter, peak_flops_of
 from .tokenizer import Tokenizer, load_tokenizer
 from .trackers import Trackers, check_trackers
-from .train import Run, due, evaluation_interval, report_evaluation, train, validate
+from .train import Run, both_passes, due, evaluation_interval, report_evaluation, train, validate
 from .train_state import TrainState
 from .training_state import agree, reserve_host_memory
 from .turns import building_in_turn
@@ -208,6 +212,7 @@ def pretrain(
             report_spike=partial(report_spike, accelerator, model, loader, tokenizer.decode, folder.spikes),
             go_back=checkpoints.go_back,
         )
+        run.graph = pass_graph(run, shape, compiled=compiled)
         if config.sample_interval is not None:
             run.samples = Samples(
                 config, shape, model, tokenizer, accelerator, folder,
@@ -322,6 +327,41 @@ def prepare_model(
         accumulation_steps=plan.accumulation_steps,
     )
     return prepared_model, prepared_optimizer, compiled
+
+
+def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> PassGraph | None:
+    """Return what runs the micro-batches of a run as a CUDA graph; None where there is to be none.
+
+    Args:
+        run: with its model prepared.
+        shape: of the model.
+        compiled: the model is.
+    """
+    accelerator, config = run.accelerator, run.config
+    if config.cuda_graphs is False:
+        return None
+    precision = accelerator.mixed_precision
+    why_not = graph_hindrance(
+        config,
+        accelerator.device,
+        num_processes=accelerator.num_processes,
+        precision=precision,
+        fused=compiled and not hindrance(precision, shape.head_dim, config.dropout),
+    )
+    if why_not is not None:
+        if config.cuda_graphs:
+            run.progress.note(f"--cuda-graphs has no effect: {why_not}.")
+        return None
+
+    def passes(batch: MicroBatch, scale: float | torch.Tensor, halfway: Callable[[], None]) -> torch.Tensor:
+        return both_passes(run, batch, scale, ExpertBalance(accelerator, config), halfway)
+
+    return PassGraph(
+        passes,
+        [parameter for parameter in run.model.parameters() if parameter.requires_grad],
+        note=run.progress.note,
+        always=bool(config.cuda_graphs),
+    )
 
 
 def compile_mode(config: PretrainConfig, num_processes: int, *, fused: bool) -> Literal["whole", "blocks"]:

@@ -72,6 +72,7 @@ FREE: frozenset[str] = frozenset(
     {
         *("data", "val_fraction", "tokenizer", "text_key", "cache_dir", "bad_lines", "from_weight"),
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
+        "cuda_graphs",
         *("activation_checkpointing", "profile"),
         *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
         "keep_every",

@@ -18,6 +18,7 @@ from .evaluation import Evaluation, evaluate
 from .expert_balance import ExpertBalance, expert_numbers
 from .garbage import garbage_held
 from .optim import set_learning_rate, skip_if_nonfinite
+from .pass_graph import PassGraph
 from .progress import Progress
 from .readback import Readback
 from .samples import Samples
@@ -97,6 +98,7 @@ class Run:
     go_back: Callable[[TrainState], None] | None = None
     stop_after: int | None = None
     samples: Samples | None = None
+    graph: PassGraph | None = None
     after_step: Callable[[], None] | None = None
     readback: Readback[StepRecord] = field(init=False)
     _last_spike: int = field(default=-1, init=False)
@@ -188,9 +190,10 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
     balance = ExpertBalance(accelerator, run.config)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(model):
-            loss = forward_loss(model, micro_batch, balance)
-            accelerator.backward(balance.added_to(loss) * scale)
-            loss_sum += loss.detach()
+            if run.graph is not None:
+                loss_sum += run.graph(micro_batch, scale)
+            else:
+                loss_sum += both_passes(run, micro_batch, scale, balance)
             if accelerator.sync_gradients:
                 # Wishes of single processes ride along, so that all read them at the same step.
                 asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
@@ -225,6 +228,31 @@ def decay_wanted(run: Run, state: TrainState) -> int:
         seconds_per_step=per_step,
     )
     return steps if state.step + steps < run.total_steps else 0
+
+
+def both_passes(
+    run: Run,
+    batch: MicroBatch,
+    scale: float | torch.Tensor,
+    balance: ExpertBalance,
+    halfway: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Run a micro-batch forward and back, which adds to the gradients of the parameters.
+
+    Args:
+        run: its model and accelerator.
+        batch: on the device.
+        scale: what the loss is multiplied by before its gradient is taken.
+        balance: of the step.
+        halfway: called between the passes.
+
+    Returns:
+        The cross-entropy summed over the real targets, a float32 scalar.
+    """
+    loss = forward_loss(run.model, batch, balance)
+    halfway()
+    run.accelerator.backward(balance.added_to(loss) * scale)
+    return loss.detach()
 
 
 def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance | None = None) -> torch.Tensor:

@@ -137,6 +137,7 @@ LAYERS: dict[str, tuple[int, str]] = {
     ),
     "minimind.overview": (2, ""),
     "minimind.spikes": (2, ""),
+    "minimind.pass_graph": (2, ""),
     "minimind.train_state": (2, ""),
     "minimind.run_checkpoints": (2, "progress resume trackers train_state training_state"),
     "minimind.export": (3, ""),
