@@ -106,20 +106,14 @@ def _stacked_placements(like: DTensor) -> list[Placement]:
     return [Shard(cut.dim + 1) if isinstance(cut, Shard) else cut for cut in like.placements]
 
 
-def _kernels_serve(tensors: Iterable[Tensor]) -> bool:
+def _kernels_serve(tensors: list[Tensor]) -> bool:
     """Whether the kernels can be built, and all are whole contiguous float32 tensors on one CUDA GPU."""
-    tensors = list(tensors)
     device = tensors[0].device
     return (
         _BUILDABLE
         and device.type == "cuda"
-        and all(
-            t.dtype == torch.float32
-            and t.is_contiguous()
-            and t.device == device
-            and not isinstance(t, DTensor)
-            for t in tensors
-        )
+        and {type(t) for t in tensors} <= {Tensor, torch.nn.Parameter}
+        and all(t.dtype == torch.float32 and t.device == device and t.is_contiguous() for t in tensors)
     )
 
 
@@ -240,7 +234,7 @@ class Muon(torch.optim.Optimizer):
     def _muon_by_kernels(
         self, group: dict[str, Any], batches: list[list[Tensor]], tensors: list[Tensor]
     ) -> None:
-        """Do the same, reading and writing every number once before and once after the products.
+        """Do as `_muon_plainly`, with one pass over the memory before the products and one after.
 
         Args:
             group: of the parameters.
@@ -252,8 +246,8 @@ class Muon(torch.optim.Optimizer):
         device = tensors[0].device
         found_inf = self.found_inf if self.found_inf is not None else torch.zeros((), device=device)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        # From pinned memory the host does not wait for the copy; PyTorch gives that memory away again only
-        # after it.
+        # From pinned memory the host does not wait for the copy, after which only PyTorch gives that memory
+        # away again.
         table = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         # A gradient may lie anywhere in a bucket of DDP.
         alignment = 4 if any(address % 16 for address in addresses) else 16

@@ -137,6 +137,19 @@ def test_stacked_matrices_are_updated_as_if_each_stood_by_itself(stacks: int) ->
     )
 
 
+def test_a_matrix_without_a_gradient_stands_still_for_that_step() -> None:
+    torch.manual_seed(0)
+    some = [nn.Parameter(torch.randn(5, 8)) for _ in range(3)]
+    optimizer = Muon([{"params": some, "algorithm": "muon"}], lr=0.1)
+    for without in (None, 0, 2, None):
+        before = [p.detach().clone() for p in some]
+        for index, p in enumerate(some):
+            p.grad = None if index == without else torch.randn_like(p)
+        optimizer.step()
+        stood = [torch.equal(p, old) for p, old in zip(some, before, strict=True)]
+        assert stood == [index == without for index in range(3)]
+
+
 def test_a_vector_is_refused_for_muon() -> None:
     with pytest.raises(ValueError, match="matrices"):
         Muon([{"params": [nn.Parameter(torch.ones(3))], "algorithm": "muon"}], lr=0.1)
