@@ -9,6 +9,8 @@ Shapes: n matrices of one shape, R rows, C columns; a parameter of more dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +25,14 @@ _STEPS = 5
 # The root mean square of an AdamW update is about this (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
 
-_Move = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+# Below this a norm counts as it: a zero matrix is divided by it.
+_LEAST_NORM = 1e-12
+
+# The kernels are in `muon_kernels.py`. A build of PyTorch for CPUs does without what takes a second to load.
+_BUILDABLE = torch.backends.cuda.is_built() and find_spec("triton") is not None
+# Numbers that a program of a kernel has at once, 16 in each thread of 8 warps.
+_BLOCK = 4096
+_WARPS = 8
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -39,18 +48,29 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Returns:
         The same shape in the dtype given.
     """
-    a, b, c = _QUINTIC
-    wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices.flatten(0, -3)
-    x = x if wide else x.mT  # the smaller side first: its square is what costs
-    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=_LEAST_NORM)
     if x.is_cuda:
         x, norm = x.bfloat16(), norm.bfloat16()
-    x = x / norm
+    return _iterate(x / norm).to(matrices.dtype).view(matrices.shape)
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """Return the last iterate for (n, R, C) matrices of norm 1 or less, contiguous and in their dtype."""
+    a, b, c = _QUINTIC
+    wide = x.shape[-2] <= x.shape[-1]
     for _ in range(_STEPS):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).to(matrices.dtype).view(matrices.shape)
+        # The square of the smaller side is the one that costs less.
+        square = x @ x.mT if wide else x.mT @ x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        first, second = (polynomial, x) if wide else (x, polynomial)
+        x = torch.baddbmm(x, first, second, beta=a)
+    return x
+
+
+def _scale(shape: torch.Size) -> float:
+    """Return what an orthogonal factor of (..., R, C) is multiplied with."""
+    return _ADAMW_RMS * max(shape[-2:]) ** 0.5
 
 
 def _move(gradients: Tensor, buffers: Tensor, keep: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
@@ -86,6 +106,17 @@ def _stacked_placements(like: DTensor) -> list[Placement]:
     return [Shard(cut.dim + 1) if isinstance(cut, Shard) else cut for cut in like.placements]
 
 
+def _kernels_serve(tensors: list[Tensor]) -> bool:
+    """Whether the kernels can be built, and all are whole contiguous float32 tensors on one CUDA GPU."""
+    device = tensors[0].device
+    return (
+        _BUILDABLE
+        and device.type == "cuda"
+        and {type(t) for t in tensors} <= {Tensor, torch.nn.Parameter}
+        and all(t.dtype == torch.float32 and t.device == device and t.is_contiguous() for t in tensors)
+    )
+
+
 def _local(tensor: Tensor) -> Tensor:
     """Return the shard that this process has of a tensor, the tensor itself where that is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -116,7 +147,7 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
         fused: bool = True,
-        compiled: bool = False,
+        kernels: bool = False,
     ) -> None:
         """Take parameter groups.
 
@@ -127,15 +158,18 @@ class Muon(torch.optim.Optimizer):
             eps: what AdamW adds to the root of the second moment.
             momentum: decay of Muon's momentum.
             fused: run AdamW in one kernel, which CUDA and CPU have; without it `found_inf` is not heard.
-            compiled: compile what Muon does beside products of matrices, which are quick as they are.
+            kernels: what Muon does beside products of matrices may go through the kernels of
+                `muon_kernels.py`, which are compiled at the first step; only where they can be built, and for
+                whole float32 parameters on a CUDA GPU.
 
         Raises:
             ValueError: for a parameter of a `muon` group that is no matrix.
         """
         defaults = {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps, "momentum": momentum}
         super().__init__(params, {**defaults, "algorithm": "adamw", "fused": fused})
-        # For all shapes at once: each graph would keep the first step waiting.
-        self._move: _Move = torch.compile(_move, dynamic=True) if compiled else _move
+        self._kernels = kernels
+        # By index of the group: its parameters with a gradient by id, and those of equal shape together.
+        self._alike: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
         for group in self.param_groups:
             if group["algorithm"] == "muon" and any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices; put other parameters in a group for adamw.")
@@ -147,35 +181,101 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
             if group["algorithm"] == "adamw":
                 self._adamw(group, parameters)
             else:
-                # Equal shapes together: a few large products instead of many small ones.
-                shapes: dict[torch.Size, list[Tensor]] = {}
-                for parameter in parameters:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-                for shape, alike in shapes.items():
-                    self._muon(group, alike, _ADAMW_RMS * max(shape[-2:]) ** 0.5)
+                self._muon(group, self._by_shape(index, parameters))
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor], scale: float) -> None:
+    def _by_shape(self, index: int, parameters: list[Tensor]) -> list[list[Tensor]]:
+        """Put equal shapes together: a few large products instead of many small ones."""
+        ids = [id(p) for p in parameters]
+        known, batches = self._alike.get(index, ([], []))
+        if known != ids:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in parameters:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+            batches = list(shapes.values())
+            self._alike[index] = ids, batches
+        return batches
+
+    def _muon(self, group: dict[str, Any], batches: list[list[Tensor]]) -> None:
+        if self._kernels:
+            parameters = list(chain.from_iterable(batches))
+            gradients = [p.grad for p in parameters]
+            buffers = [self._state(p, "momentum_buffer") for p in parameters]
+            tensors: list[Tensor] = [*gradients, *buffers, *parameters]  # type: ignore[list-item]
+            if _kernels_serve(tensors):
+                self._muon_by_kernels(group, batches, tensors)
+                return
+        keep = torch.ones((), dtype=torch.bool, device=batches[0][0].device)
+        if self.found_inf is not None:
+            keep = self.found_inf == 0
+        for alike in batches:
+            self._muon_plainly(group, alike, keep)
+
+    def _muon_plainly(self, group: dict[str, Any], parameters: list[Tensor], keep: Tensor) -> None:
         first = parameters[0]
         buffers = [_local(self._state(p, "momentum_buffer")) for p in parameters]
         gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
         parameters = [_local(p) for p in parameters]
-        keep = torch.ones((), dtype=torch.bool, device=gradients.device)
-        if self.found_inf is not None:
-            keep = self.found_inf == 0
-        ahead, moved = self._move(gradients, torch.stack(buffers), keep, group["momentum"])
+        ahead, moved = _move(gradients, torch.stack(buffers), keep, group["momentum"])
         directions = _part(orthogonalize(_whole(ahead, first)), first)
         torch._foreach_copy_(buffers, list(moved.unbind()))
         decay = keep.to(moved.dtype) * (group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, 1 - decay)
-        torch._foreach_add_(parameters, list(directions.unbind()), alpha=-group["lr"] * scale)
+        rate = group["lr"] * _scale(first.shape)
+        torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
+
+    def _muon_by_kernels(
+        self, group: dict[str, Any], batches: list[list[Tensor]], tensors: list[Tensor]
+    ) -> None:
+        """Do as `_muon_plainly`, with one pass over the memory before the products and one after.
+
+        Args:
+            group: of the parameters.
+            batches: the parameters, those of equal shape together.
+            tensors: gradients, momenta and parameters, each in that order.
+        """
+        from . import muon_kernels
+
+        device = tensors[0].device
+        found_inf = self.found_inf if self.found_inf is not None else torch.zeros((), device=device)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        # From pinned memory the host does not wait for the copy, after which only PyTorch gives that memory
+        # away again.
+        table = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        # A gradient may lie anywhere in a bucket of DDP.
+        alignment = 4 if any(address % 16 for address in addresses) else 16
+        constants = {"ALIGNMENT": alignment, "BLOCK": _BLOCK, "num_warps": _WARPS}
+        momentum = float(group["momentum"])
+        kept = 1.0 - group["lr"] * group["weight_decay"]
+        first = 0
+        # Triton starts a kernel on the current device.
+        with torch.cuda.device_of(table):
+            for alike in batches:
+                shape = alike[0].shape
+                ahead = torch.empty((len(alike), *shape), dtype=torch.bfloat16, device=device)
+                x = ahead.view(-1, *shape[-2:])
+                size = shape[-2] * shape[-1]
+                blocks = -(-size // _BLOCK)
+                grid = (len(x) * blocks,)
+                place = first, len(tensors) // 3, len(x) // len(alike), size, blocks
+                sums = torch.empty((len(x), blocks), device=device)
+                muon_kernels.move_momenta[grid](
+                    table, found_inf, ahead, sums, *place, momentum, 1.0 - momentum, **constants
+                )
+                norm = sums.sum(-1).sqrt_().clamp_(min=_LEAST_NORM)
+                x /= norm.bfloat16().view(-1, 1, 1)
+                rate = float(group["lr"] * _scale(shape))
+                muon_kernels.move_parameters[grid](
+                    table, found_inf, _iterate(x), *place, float(kept), rate, **constants
+                )
+                first += len(alike)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         fused = group["fused"]

@@ -38,7 +38,7 @@ def build_optimizer(
         model: before Accelerate wraps it, so that names are those of the plain model.
         config: optimizer, learning rate, weight decay and betas.
         device: where the parameters will be when the optimizer steps.
-        compiled: the run uses torch.compile, so the optimizer may.
+        compiled: the run is one that compiles, so the optimizer may compile kernels.
     """
     embeddings = {
         id(parameter)
@@ -74,8 +74,7 @@ def build_optimizer(
         groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "algorithm": "muon"})
         groups.append({"params": routers, "weight_decay": config.weight_decay, "lr_scale": ROUTER_SCALE})
         used = [group for group in groups if group["params"]]
-        compiled = compiled and torch.device(device).type == "cuda"
-        return Muon(used, config.peak_learning_rate, betas=betas, fused=fused, compiled=compiled)
+        return Muon(used, config.peak_learning_rate, betas=betas, fused=fused, kernels=compiled)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.peak_learning_rate,
