@@ -1,9 +1,10 @@
 """minimind against the loop that people write by hand, and against the Trainer of Hugging Face.
 
 All contenders train the same shape of model on the same JSONL files, one after the other on this machine,
-each in a process of its own. What is compared is real tokens per second: targets that are not padding. On a
-CPU that has other work to do, look at those per second of processor time (of the training process, without
-the workers of a DataLoader), and give --threads 1: threads that wait for each other hardly move there.
+each in a process of its own. What is compared is real tokens per second: targets that are not padding and
+belong to the document of the tokens before them. On a CPU that has other work to do, look at those per second
+of processor time (of the training process, without the workers of a DataLoader), and give --threads 1:
+threads that wait for each other hardly move there.
 
     plain     Qwen3ForCausalLM of transformers (minimind's model, if that is not installed), eager; text
               tokenized by the workers of a torch DataLoader in every pass; one document a row, cut and
@@ -168,9 +169,13 @@ def _config(options: argparse.Namespace, **changes: Any) -> PretrainConfig:
 
 
 class Stopwatch:
-    """Counts steps and real targets from the end of warm-up until the time is over."""
+    """Counts steps and real targets from the end of warm-up until the time is over.
+
+    The first token of a document, which full rows have in their midst, is no real target for that before it.
+    """
 
     def __init__(self, seconds: float, device: str) -> None:
+        self._begins = load_tokenizer(None).bos_token_id
         self._seconds, self._device = seconds, device
         self._began = self._cpu_began = 0.0
         self._seen = 0
@@ -184,7 +189,7 @@ class Stopwatch:
             self._wait()
             self._began, self._cpu_began = time.perf_counter(), time.process_time()
         elif self._seen > WARMUP_STEPS:
-            self._targets.append((labels[:, 1:] != IGNORED).sum())
+            self._targets.append(((labels[:, 1:] != IGNORED) & (labels[:, 1:] != self._begins)).sum())
             self._places += labels.numel()
             return time.perf_counter() - self._began >= self._seconds
         return False

@@ -207,7 +207,7 @@ class RunOptions:
         bool | None,
         Option(
             "Launch the two passes of a micro-batch in one go, which keeps their memory to them.",
-            default_text="on one GPU, where a run takes less than 40% of its memory",
+            default_text="on one GPU, where a run takes up to 60% of its memory",
         ),
     ] = None
     activation_checkpointing: Annotated[

@@ -166,7 +166,7 @@ def test_rows_of_another_shape_run_as_they_come(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("memory", "always", "used"), [(0.39, False, True), (0.5, False, False), (0.5, True, True)]
+    ("memory", "always", "used"), [(0.59, False, True), (0.61, False, False), (0.61, True, True)]
 )
 def test_a_run_that_fills_the_gpu_has_no_graph_unless_asked_for(
     monkeypatch: pytest.MonkeyPatch, memory: float, always: bool, used: bool
