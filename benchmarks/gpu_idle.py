@@ -49,7 +49,8 @@ def measure(options: argparse.Namespace, rows: int, folder: Path) -> tuple[float
         *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset, "--profile"),
         *("--batch-size", rows, "--max-seq-len", options.max_seq_len, "--epochs", 1000, "--max-steps", STEPS),
         *("--val-fraction", 0, "--tracker", "none", "--save-interval", 1_000_000, "--log-interval", 10),
-        *("--output-dir", folder / "run", *options.extra),
+        # As a long run would be.
+        *("--compile", "--output-dir", folder / "run", *options.extra),
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:

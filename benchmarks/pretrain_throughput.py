@@ -68,6 +68,8 @@ def measure(preset: str, options: argparse.Namespace, data: str, folder: Path) -
         *("--epochs", 10_000, "--max-steps", steps, "--log-interval"),
         max(steps // (REPORTS_OF_PART * options.parts + WARMUP_REPORTS), 1),
         *("--save-interval", 1_000_000, "--eval-batches", 2, "--tracker", "none"),
+        # What is measured stands for a long run, which compiles.
+        *(["--compile"] if torch.cuda.is_available() else []),
         *("--output-dir", out, "--cache-dir", folder / "cache", *options.extra),
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -202,7 +202,13 @@ class RunOptions:
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
         ),
     ] = "auto"
-    compile: Annotated[bool | None, Option("Compile the model.", default_text="on a GPU")] = None
+    compile: Annotated[
+        bool | None,
+        Option(
+            "Compile the model: a later first step, faster ones.",
+            default_text="on a GPU, but for a short run with CUDA graphs",
+        ),
+    ] = None
     cuda_graphs: Annotated[
         bool | None,
         Option(

@@ -151,8 +151,8 @@ def _cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def wants_compile(config: PretrainConfig, accelerator: Accelerator) -> bool:
-    """Whether to compile: as asked, as the launcher was told, or by default on CUDA.
+def wants_compile(config: PretrainConfig, accelerator: Accelerator, *, pays: bool = True) -> bool:
+    """Whether to compile: as asked, as the launcher was told, or by default on CUDA where it pays.
 
     Accelerate would compile again on top of our own compilation, so its plug-in is switched off.
     """
@@ -161,7 +161,7 @@ def wants_compile(config: PretrainConfig, accelerator: Accelerator) -> bool:
     plugin.backend = DynamoBackend.NO
     if config.compile is not None:
         return config.compile
-    return launcher_wants or accelerator.device.type == "cuda"
+    return launcher_wants or (pays and accelerator.device.type == "cuda")
 
 
 def prepare(

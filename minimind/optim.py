@@ -24,7 +24,7 @@ ROUTER_SCALE = LEARNING_RATES["adamw"] / LEARNING_RATES["muon"]
 
 
 def build_optimizer(
-    model: nn.Module, config: PretrainConfig, device: torch.device | str, *, compiled: bool = False
+    model: nn.Module, config: PretrainConfig, device: torch.device | str, *, kernels: bool = False
 ) -> torch.optim.Optimizer:
     """Return the optimizer of --optimizer over the trainable parameters of `model`, in at most four groups.
 
@@ -38,7 +38,7 @@ def build_optimizer(
         model: before Accelerate wraps it, so that names are those of the plain model.
         config: optimizer, learning rate, weight decay and betas.
         device: where the parameters will be when the optimizer steps.
-        compiled: the run is one that compiles, so the optimizer may compile kernels.
+        kernels: the run is one that builds kernels, so the optimizer may too.
     """
     embeddings = {
         id(parameter)
@@ -74,7 +74,7 @@ def build_optimizer(
         groups.insert(0, {"params": hidden, "weight_decay": config.weight_decay, "algorithm": "muon"})
         groups.append({"params": routers, "weight_decay": config.weight_decay, "lr_scale": ROUTER_SCALE})
         used = [group for group in groups if group["params"]]
-        return Muon(used, config.peak_learning_rate, betas=betas, fused=fused, kernels=compiled)
+        return Muon(used, config.peak_learning_rate, betas=betas, fused=fused, kernels=kernels)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.peak_learning_rate,

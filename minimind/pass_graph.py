@@ -28,7 +28,13 @@ Passes = Callable[[MicroBatch, float | Tensor, Callable[[], None]], Tensor]
 
 
 def hindrance(
-    config: PretrainConfig, device: torch.device, *, num_processes: int, precision: str, fused: bool
+    config: PretrainConfig,
+    device: torch.device,
+    *,
+    num_processes: int,
+    precision: str,
+    fused: bool,
+    compiled: bool,
 ) -> str | None:
     """Return why micro-batches are not captured, None where they are.
 
@@ -37,14 +43,17 @@ def hindrance(
         device: of this process.
         num_processes: that train together; several exchange gradients in the backward pass.
         precision: of the matrix products: `no`, `bf16` or `fp16`.
-        fused: the model is compiled and uses the kernels of `fused_ops`.
+        fused: the model is minimind's own and uses the kernels of `fused_ops`.
+        compiled: the model is; rows without packing then have one length.
     """
     if device.type != "cuda":
         return "CUDA graphs need a CUDA GPU"
     if num_processes > 1:
         return "CUDA graphs serve one process only"
     if precision != "bf16" or not fused:
-        return "CUDA graphs need a compiled model in bf16 with fused kernels"
+        return "CUDA graphs need bf16 and fused kernels"
+    if not (compiled or config.packing):
+        return "CUDA graphs need --packing where the model is not compiled"
     if config.use_moe:
         return "CUDA graphs do not serve experts"
     return None

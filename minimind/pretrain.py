@@ -70,6 +70,12 @@ from .training_state import agree, reserve_host_memory
 from .turns import building_in_turn
 from .wording import count, parse_duration
 
+# Compiling takes 10 to 17 s of a start, and brings 1% where CUDA graphs serve: after so many seconds of
+# training it is ahead.
+SHORT_RUN = 20 * 60.0
+# The share of a GPU's stated peak that training reaches.
+USUAL_MFU = 0.4
+
 
 def pretrain(
     config: PretrainConfig,
@@ -144,7 +150,8 @@ def pretrain(
         model = make_model(config, shape, model_factory, progress.note)
         # Of a subclass too the shape does not tell what it computes.
         custom = None if type(model) is MiniMindForCausalLM else _describe(model)
-        model, optimizer, compiled = prepare_model(config, shape, plan, accelerator, model)
+        length = most_tokens(config, plan, data.train.num_tokens)
+        model, optimizer, compiled = prepare_model(config, shape, plan, accelerator, model, tokens=length)
         loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
@@ -297,24 +304,31 @@ def prepare_model(
     plan: BatchPlan,
     accelerator: Accelerator,
     model: nn.Module | None = None,
+    *,
+    tokens: int | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Return model and optimizer as Accelerate prepared them, and whether the model is compiled.
 
-    Without `model` it is made from the shape.
+    Args:
+        config: of the run.
+        shape: of the model.
+        plan: of its batches.
+        accelerator: of this process.
+        model: bare; made from the shape where there is none.
+        tokens: of the run in all, on which it depends whether compiling pays; None for a long run.
     """
     model = make_model(config, shape) if model is None else model
-    compiled = wants_compile(config, accelerator)
+    pays = tokens is None or compiling_pays(config, shape, accelerator, model, tokens)
+    compiled = wants_compile(config, accelerator, pays=pays)
+    fused = _uses_kernels(config, shape, accelerator, model)
     if isinstance(model, MiniMindForCausalLM):
         model.model.recompute = config.activation_checkpointing
         model.gathered_dtype = cast_weights_only(accelerator)
         if compiled:
-            fused = accelerator.device.type == "cuda" and not hindrance(
-                accelerator.mixed_precision, shape.head_dim, config.dropout
-            )
             model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))
     else:
         compiled = False
-    optimizer = build_optimizer(model, config, accelerator.device, compiled=compiled)
+    optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
     refuse_differences(
         accelerator,
         {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
@@ -340,14 +354,7 @@ def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> PassGraph 
     accelerator, config = run.accelerator, run.config
     if config.cuda_graphs is False:
         return None
-    precision = accelerator.mixed_precision
-    why_not = graph_hindrance(
-        config,
-        accelerator.device,
-        num_processes=accelerator.num_processes,
-        precision=precision,
-        fused=compiled and not hindrance(precision, shape.head_dim, config.dropout),
-    )
+    why_not = _graph_hindrance(config, shape, accelerator, run.model, compiled=compiled)
     if why_not is not None:
         if config.cuda_graphs:
             run.progress.note(f"--cuda-graphs has no effect: {why_not}.")
@@ -361,6 +368,60 @@ def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> PassGraph 
         [parameter for parameter in run.model.parameters() if parameter.requires_grad],
         note=run.progress.note,
         always=bool(config.cuda_graphs),
+    )
+
+
+def most_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
+    """Return the most input tokens that a run can see."""
+    tokens = config.epochs * tokens_per_epoch
+    if config.max_steps is not None:
+        tokens = min(tokens, config.max_steps * plan.global_batch_size * config.max_seq_len)
+    return tokens if config.max_tokens is None else min(tokens, config.max_tokens)
+
+
+def compiling_pays(
+    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator, model: nn.Module, tokens: int
+) -> bool:
+    """Whether a run of so many tokens is over sooner if its model is compiled, which takes a while.
+
+    With kernels of our own in a CUDA graph little is left for inductor to do, and only a long run makes up
+    for the later start. Anywhere else, and on a GPU whose speed is not known, compiling pays.
+    """
+    peak = peak_flops_of(accelerator.device)
+    if peak is None or config.cuda_graphs is False or config.activation_checkpointing:
+        return True
+    if _graph_hindrance(config, shape, accelerator, model, compiled=False) is not None:
+        return True
+    return tokens * shape.flops_per_token(config.max_seq_len) > SHORT_RUN * USUAL_MFU * peak
+
+
+def _graph_hindrance(
+    config: PretrainConfig,
+    shape: MiniMindConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    *,
+    compiled: bool,
+) -> str | None:
+    # What a subclass does beside tensors happens in no graph; that it can be compiled says there is none.
+    known = compiled or type(model) is MiniMindForCausalLM
+    return graph_hindrance(
+        config,
+        accelerator.device,
+        num_processes=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
+        fused=known and _uses_kernels(config, shape, accelerator, model),
+        compiled=compiled,
+    )
+
+
+def _uses_kernels(
+    config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator, model: nn.Module
+) -> bool:
+    return (
+        isinstance(model, MiniMindForCausalLM)
+        and accelerator.device.type == "cuda"
+        and not hindrance(accelerator.mixed_precision, shape.head_dim, config.dropout)
     )
 
 

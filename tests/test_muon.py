@@ -350,7 +350,7 @@ def test_on_a_gpu_the_host_does_not_wait_and_a_skipped_update_changes_nothing() 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     model = tiny().cuda()
-    optimizer = build_optimizer(model, CONFIG, "cuda", compiled=True)
+    optimizer = build_optimizer(model, CONFIG, "cuda", kernels=True)
 
     def gradients(value: float) -> torch.Tensor:
         for p in model.parameters():

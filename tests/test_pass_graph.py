@@ -198,8 +198,14 @@ def test_where_capturing_fails_it_is_said_once_and_the_passes_go_on(monkeypatch:
         ({}, None),
         ({"device": "cpu"}, "CUDA graphs need a CUDA GPU"),
         ({"num_processes": 2}, "CUDA graphs serve one process only"),
-        ({"precision": "fp16"}, "CUDA graphs need a compiled model in bf16 with fused kernels"),
-        ({"fused": False}, "CUDA graphs need a compiled model in bf16 with fused kernels"),
+        ({"precision": "fp16"}, "CUDA graphs need bf16 and fused kernels"),
+        ({"fused": False}, "CUDA graphs need bf16 and fused kernels"),
+        ({"compiled": False}, None),
+        ({"packing": False}, None),
+        (
+            {"compiled": False, "packing": False},
+            "CUDA graphs need --packing where the model is not compiled",
+        ),
         ({"use_moe": True}, "CUDA graphs do not serve experts"),
     ],
 )
@@ -209,9 +215,12 @@ def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | Non
         "num_processes": 1,
         "precision": "bf16",
         "fused": True,
+        "compiled": True,
+        "packing": True,
         "use_moe": False,
     } | change
-    config = dataclasses.replace(PretrainConfig(), use_moe=options.pop("use_moe"))
+    of_config = {name: options.pop(name) for name in ("packing", "use_moe")}
+    config = dataclasses.replace(PretrainConfig(), **of_config)
     device = torch.device(options.pop("device"))
     assert hindrance(config, device, **options) == reason
 
@@ -221,7 +230,8 @@ def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | Non
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumulation: int) -> None:
     losses = {}
-    for name, graphs in (("with", True), ("without", False)):
+    ways = {"with": (True, True), "without": (True, False), "with, not compiled": (False, True)}
+    for name, (compiled, graphs) in ways.items():
         config = PretrainConfig(
             hidden_size=256,
             num_hidden_layers=2,
@@ -233,6 +243,7 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumul
             max_steps=12,
             eval_interval=5,
             log_interval=1,
+            compile=compiled,
             cuda_graphs=graphs,
             output_dir=str(tmp_path / name),
             cache_dir=str(tmp_path / "cache"),
@@ -244,4 +255,5 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumul
             row.get("loss", row.get("val_loss")) for row in rows if "loss" in row or "val_loss" in row
         ]
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-4)
+    assert losses["with, not compiled"] == pytest.approx(losses["without"], rel=1e-3)
     assert len(losses["with"]) >= 12

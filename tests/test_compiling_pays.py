@@ -1,0 +1,117 @@
+"""Whether a run on a GPU compiles its model by default: a short one that has CUDA graphs starts without."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DynamoBackend
+
+import minimind
+from minimind import MiniMindConfig, MiniMindForCausalLM, PretrainConfig
+from minimind.batch_plan import BatchPlan
+from minimind.launch import wants_compile
+from minimind.modeling import fused
+from minimind.pretrain import SHORT_RUN, USUAL_MFU, compiling_pays, most_tokens
+
+SHAPE = MiniMindConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+PEAK = 1e15
+
+
+class Subclass(MiniMindForCausalLM):
+    pass
+
+
+def machine(device: str = "cuda", processes: int = 1, precision: str = "bf16") -> Any:
+    """Only what is asked of an Accelerator, for a GPU that is not here."""
+    plugin = SimpleNamespace(backend=DynamoBackend.NO)
+    return SimpleNamespace(
+        device=torch.device(device),
+        num_processes=processes,
+        mixed_precision=precision,
+        state=SimpleNamespace(dynamo_plugin=plugin),
+    )
+
+
+@pytest.fixture(autouse=True)
+def known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_BUILDABLE", True)
+    module = sys.modules[minimind.pretrain.__module__]
+    monkeypatch.setattr(module, "peak_flops_of", lambda device: PEAK if device.type == "cuda" else None)
+
+
+def pays(tokens: int, accelerator: Any, model: type = MiniMindForCausalLM, **changes: Any) -> bool:
+    config = dataclasses.replace(PretrainConfig(), **changes)
+    return compiling_pays(config, SHAPE, accelerator, model(SHAPE), tokens)
+
+
+def test_only_a_long_run_makes_up_for_the_later_start() -> None:
+    seconds_per_token = SHAPE.flops_per_token(PretrainConfig().max_seq_len) / (USUAL_MFU * PEAK)
+    limit = round(SHORT_RUN / seconds_per_token)
+    assert not pays(limit - 10, machine())
+    assert pays(limit + 10, machine())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cuda_graphs": False},
+        {"activation_checkpointing": True},
+        {"packing": False},
+        {"dropout": 0.1},
+        {"use_moe": True},
+    ],
+)
+def test_without_a_graph_of_the_passes_short_runs_compile_too(change: dict[str, Any]) -> None:
+    assert pays(1000, machine(), **change)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "model"),
+    [
+        (machine("cpu"), MiniMindForCausalLM),
+        (machine(processes=2), MiniMindForCausalLM),
+        (machine(precision="fp16"), MiniMindForCausalLM),
+        (machine(), Subclass),
+    ],
+    ids=["unknown device", "two processes", "fp16", "subclass"],
+)
+def test_where_no_graph_can_be_short_runs_compile_too(accelerator: Any, model: type) -> None:
+    assert pays(1000, accelerator, model)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_the_user_asks_for_counts(asked: bool) -> None:
+    config = dataclasses.replace(PretrainConfig(), compile=asked)
+    assert wants_compile(config, machine(), pays=not asked) == asked
+
+
+def test_what_the_launcher_was_told_counts() -> None:
+    accelerator = machine()
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.INDUCTOR
+    assert wants_compile(PretrainConfig(), accelerator, pays=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "does_pay", "compiled"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_by_default_a_gpu_compiles_where_it_pays(device: str, does_pay: bool, compiled: bool) -> None:
+    assert wants_compile(PretrainConfig(), machine(device), pays=does_pay) == compiled
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [
+        ({"epochs": 3}, 30_000),
+        ({"epochs": 3, "max_steps": 10}, 10 * 4 * 128),
+        ({"epochs": 3, "max_tokens": 777}, 777),
+        ({"epochs": 1, "max_steps": 1000, "max_tokens": 10**9}, 10_000),
+    ],
+)
+def test_the_tightest_limit_tells_how_long_a_run_is(limits: dict[str, Any], tokens: int) -> None:
+    config = dataclasses.replace(PretrainConfig(), max_seq_len=128, **limits)
+    assert most_tokens(config, BatchPlan(2, 2, 1), 10_000) == tokens
