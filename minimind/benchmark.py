@@ -385,9 +385,9 @@ def _measure(run: Run, seconds: float, *, compiled: bool) -> dict[str, Any]:
         return max(_mean(synchronize() - began, run.accelerator), 1e-4)
 
     began = synchronize()
-    # The first step of a compiled model tells nothing.
+    # The first step of a compiled model tells nothing, nor does one on a GPU, for which kernels are built.
     first = once()
-    long = not compiled and first > LONGEST_STEP
+    long = not compiled and device.type != "cuda" and first > LONGEST_STEP
     for _ in range(0 if long else WARMUP_STEPS - 1):
         step()
     start_seconds = synchronize() - began
