@@ -25,7 +25,7 @@ from .expert_balance import ExpertBalance
 from .launch import check_launch, close_accelerator, start_accelerator
 from .model_config import MiniMindConfig
 from .optim import set_learning_rate, skip_if_nonfinite
-from .pretrain import pass_graph, prepare_model
+from .prepared_model import pass_graph, prepare_model
 from .progress import Progress
 from .run_folder import RunFolder
 from .starting_model import resolve_shape

@@ -31,7 +31,8 @@ from .model_config import MiniMindConfig
 from .modeling.fused import hindrance
 from .modeling.transformer import MiniMindForCausalLM
 from .parameter_parts import count_parts
-from .pretrain import compile_mode, settings_of_run, steps_in_all
+from .prepared_model import compile_mode
+from .pretrain import settings_of_run, steps_in_all
 from .progress import Progress
 from .run_checkpoints import refuse_other_settings
 from .run_folder import RunFolder

@@ -16,7 +16,7 @@ from minimind.errors import ConfigError
 from minimind.launch import start_accelerator
 from minimind.model_config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.pretrain import compile_mode, prepare_model
+from minimind.prepared_model import compile_mode, prepare_model
 
 
 @pytest.fixture(autouse=True)

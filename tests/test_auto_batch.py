@@ -22,7 +22,8 @@ from minimind.auto_batch import FILE, climb, recall, remember, settle_batch_size
 from minimind.config import PretrainConfig
 from minimind.errors import ConfigError
 from minimind.launch import start_accelerator
-from minimind.pretrain import prepare_model, pretrain
+from minimind.prepared_model import prepare_model
+from minimind.pretrain import pretrain
 from minimind.resume_check import verify_resume
 from minimind.speed_trial import SpeedTrial
 from minimind.starting_model import resolve_shape

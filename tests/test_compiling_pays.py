@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +10,11 @@ import pytest
 import torch
 from accelerate.utils import DynamoBackend
 
-import minimind
-from minimind import MiniMindConfig, MiniMindForCausalLM, PretrainConfig
+from minimind import MiniMindConfig, MiniMindForCausalLM, PretrainConfig, prepared_model
 from minimind.batch_plan import BatchPlan
 from minimind.launch import wants_compile
 from minimind.modeling import fused
-from minimind.pretrain import SHORT_RUN, USUAL_MFU, compiling_pays, most_tokens
+from minimind.prepared_model import SHORT_RUN, USUAL_MFU, compiling_pays, most_tokens
 
 SHAPE = MiniMindConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
 PEAK = 1e15
@@ -40,8 +38,9 @@ def machine(device: str = "cuda", processes: int = 1, precision: str = "bf16") -
 @pytest.fixture(autouse=True)
 def known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_BUILDABLE", True)
-    module = sys.modules[minimind.pretrain.__module__]
-    monkeypatch.setattr(module, "peak_flops_of", lambda device: PEAK if device.type == "cuda" else None)
+    monkeypatch.setattr(
+        prepared_model, "peak_flops_of", lambda device: PEAK if device.type == "cuda" else None
+    )
 
 
 def pays(tokens: int, accelerator: Any, model: type = MiniMindForCausalLM, **changes: Any) -> bool:
