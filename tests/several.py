@@ -104,12 +104,13 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
     dist.init_process_group("gloo")
     # The package has a function of the same name.
     module = importlib.import_module("minimind.pretrain")
+    preparation = importlib.import_module("minimind.prepared_model")
     training = importlib.import_module("minimind.train")
     module.close_accelerator = stay_joined
     wrapped: list[str] = []
     exchanges: list[int] = []
     reductions: list[int] = []
-    prepare, step, all_reduce = module.prepare, training.train_step, dist.all_reduce
+    prepare, step, all_reduce = preparation.prepare, training.train_step, dist.all_reduce
 
     def noting(*args: Any, **options: Any) -> tuple[Any, Any]:
         prepared = prepare(*args, **options)
@@ -157,7 +158,7 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
         dtypes["products"] = [str(dtype)]
         return wanted(device, dtype, head_dim)
 
-    module.prepare = noting
+    preparation.prepare = noting
     training.train_step = counting_step
     for name in names:
         watched = name == "bf16"
