@@ -3,8 +3,8 @@
     python benchmarks/gpu_idle.py --preset minimind-3 --batch-size 128
     python benchmarks/gpu_idle.py --batch-size 32 -- --no-cuda-graphs
 
-The trace has steps 10 to 14 of a run on the text in Python. Idle is what no kernel and no copy covers of the
-time from the first of them to the last.
+The trace has steps 10 to 14 of a run on the text in Python, and what the GPU still did of the one before.
+Idle is what no kernel and no copy covers of the time from the first of them to the last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         sys.exit("no CUDA GPU here")
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, {datetime.date.today()}; {options.preset}")
-    print(f"{'rows':>6}{'a step':>12}{'idle':>8}", flush=True)
+    print(f"{'rows':>6}{'recorded':>12}{'idle':>8}", flush=True)
     for rows in options.batch_size:
         with tempfile.TemporaryDirectory() as folder:
             span, idle = measure(options, rows, Path(folder))
@@ -44,12 +44,12 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, rows: int, folder: Path) -> tuple[float, float]:
-    """Return the seconds of a recorded step, and the share of them in which the device did nothing."""
+    """Return the seconds that were recorded, and the share of them in which the device did nothing."""
     command = [
         *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset, "--profile"),
         *("--batch-size", rows, "--max-seq-len", options.max_seq_len, "--epochs", 1000, "--max-steps", STEPS),
         *("--val-fraction", 0, "--tracker", "none", "--save-interval", 1_000_000, "--log-interval", 10),
-        # As a long run would be.
+        # What is measured stands for a long run, which compiles.
         *("--compile", "--output-dir", folder / "run", *options.extra),
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -57,11 +57,10 @@ def measure(options: argparse.Namespace, rows: int, folder: Path) -> tuple[float
         sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
     (path,) = (folder / "run" / "profile").iterdir()
     events = json.loads(path.read_text())["traceEvents"]
-    first, last = (int(part) for part in path.name.split(".")[0].split("-")[-2:])
     span, idle = idle_share(
         (event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in CATEGORIES
     )
-    return span / 1e6 / (last - first + 1), idle
+    return span / 1e6, idle
 
 
 def idle_share(intervals: Iterable[tuple[float, float]]) -> tuple[float, float]:

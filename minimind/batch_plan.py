@@ -126,3 +126,11 @@ def count_steps(
         last = math.ceil(rest / tokens_per_step)
         steps = min(steps, epochs * steps_per_epoch + min(last, steps_per_epoch))
     return max(steps, 1)
+
+
+def most_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
+    """Return the most input tokens that a run can see."""
+    tokens = config.epochs * tokens_per_epoch
+    if config.max_steps is not None:
+        tokens = min(tokens, config.max_steps * plan.global_batch_size * config.max_seq_len)
+    return tokens if config.max_tokens is None else min(tokens, config.max_tokens)

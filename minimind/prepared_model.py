@@ -105,14 +105,6 @@ def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> PassGraph 
     )
 
 
-def most_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
-    """Return the most input tokens that a run can see."""
-    tokens = config.epochs * tokens_per_epoch
-    if config.max_steps is not None:
-        tokens = min(tokens, config.max_steps * plan.global_batch_size * config.max_seq_len)
-    return tokens if config.max_tokens is None else min(tokens, config.max_tokens)
-
-
 def compiling_pays(
     config: PretrainConfig, shape: MiniMindConfig, accelerator: Accelerator, model: nn.Module, tokens: int
 ) -> bool:

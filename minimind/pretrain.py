@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .auto_batch import settle_batch_size
-from .batch_plan import BatchPlan, count_steps, plan_batches
+from .batch_plan import BatchPlan, count_steps, most_tokens, plan_batches
 from .checkpoint import CheckpointStore
 from .config import AUTO, PretrainConfig
 from .data.loader import Loader, evaluation_batches
@@ -34,7 +34,7 @@ from .metrics_file import last_with
 from .model_config import MiniMindConfig
 from .modeling.transformer import MiniMindForCausalLM
 from .overview import PretrainResult, banner, summary
-from .prepared_model import most_tokens, pass_graph, prepare_model
+from .prepared_model import pass_graph, prepare_model
 from .profile_trace import ProfileTrace
 from .progress import Progress
 from .ranks import (

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
+from test_pretrain import write_corpus
 
-from minimind import MiniMindConfig, MiniMindForCausalLM, PretrainConfig, prepared_model
-from minimind.batch_plan import BatchPlan
+from minimind import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    PretrainConfig,
+    optim,
+    prepared_model,
+    preset_config,
+    pretrain,
+)
+from minimind.batch_plan import BatchPlan, most_tokens
 from minimind.launch import wants_compile
 from minimind.modeling import fused
-from minimind.prepared_model import SHORT_RUN, USUAL_MFU, compiling_pays, most_tokens
+from minimind.prepared_model import SHORT_RUN, USUAL_MFU, compiling_pays, pass_graph, prepare_model
 
 SHAPE = MiniMindConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
 PEAK = 1e15
@@ -114,3 +124,95 @@ def test_by_default_a_gpu_compiles_where_it_pays(device: str, does_pay: bool, co
 def test_the_tightest_limit_tells_how_long_a_run_is(limits: dict[str, Any], tokens: int) -> None:
     config = dataclasses.replace(PretrainConfig(), max_seq_len=128, **limits)
     assert most_tokens(config, BatchPlan(2, 2, 1), 10_000) == tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "compiled", "captured"),
+    [
+        (MiniMindForCausalLM, True, True),
+        (MiniMindForCausalLM, False, True),
+        (Subclass, True, True),
+        (Subclass, False, False),
+        (torch.nn.Flatten, True, False),
+    ],
+)
+def test_a_model_that_is_not_known_has_a_graph_only_where_it_compiled(
+    model: type, compiled: bool, captured: bool
+) -> None:
+    run: Any = SimpleNamespace(
+        accelerator=machine(),
+        config=PretrainConfig(),
+        model=model(SHAPE) if issubclass(model, MiniMindForCausalLM) else model(),
+        progress=SimpleNamespace(note=pytest.fail),
+    )
+    assert (pass_graph(run, SHAPE, compiled=compiled) is not None) == captured
+
+
+def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_model, "peak_flops_of", lambda device: None)
+    assert pays(1000, machine())
+
+
+def test_without_cuda_graphs_there_is_none() -> None:
+    run: Any = SimpleNamespace(
+        accelerator=machine(), config=PretrainConfig(cuda_graphs=False), model=MiniMindForCausalLM(SHAPE)
+    )
+    assert pass_graph(run, SHAPE, compiled=True) is None
+
+
+@pytest.mark.parametrize(
+    ("compiled", "precision", "kernels"),
+    [(True, "no", True), (False, "bf16", True), (False, "no", False)],
+)
+def test_muon_builds_kernels_where_anything_else_does(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, precision: str, kernels: bool
+) -> None:
+    class ReachedError(Exception):
+        pass
+
+    def muon(*arguments: Any, kernels: bool, **options: Any) -> None:
+        raise ReachedError(kernels)
+
+    monkeypatch.setattr(optim, "Muon", muon)
+    monkeypatch.setattr(prepared_model, "cast_weights_only", lambda accelerator: None)
+    config = PretrainConfig(compile=compiled)
+    with pytest.raises(ReachedError) as reached:
+        prepare_model(
+            config, SHAPE, BatchPlan(2, 1, 1), machine(precision=precision), MiniMindForCausalLM(SHAPE)
+        )
+    assert reached.value.args == (kernels,)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_run_asks_by_its_length_whether_to_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bool
+) -> None:
+    asked: list[int] = []
+    told: list[bool] = []
+
+    def pays_or_not(*arguments: Any) -> bool:
+        asked.append(arguments[-1])
+        return answer
+
+    def told_so(*arguments: Any, pays: bool) -> bool:
+        told.append(pays)
+        return False
+
+    monkeypatch.setattr(prepared_model, "compiling_pays", pays_or_not)
+    monkeypatch.setattr(prepared_model, "wants_compile", told_so)
+    config = preset_config(
+        "tiny",
+        hidden_size=32,
+        num_hidden_layers=1,
+        max_seq_len=64,
+        batch_size=2,
+        max_steps=3,
+        eval_interval=None,
+        val_fraction=0,
+        tracker=("none",),
+        output_dir=str(tmp_path / "run"),
+        data=(str(write_corpus(tmp_path / "corpus.jsonl")),),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    pretrain(config)
+    assert (asked, told) == ([3 * 2 * 64], [answer])
