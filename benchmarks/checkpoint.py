@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from minimind.checkpoint import CheckpointStore
-from minimind.training_state import collect, reserve_host_memory, restore
+from minimind.checkpoint.state_dict import collect, reserve_host_memory, restore
+from minimind.checkpoint.store import CheckpointStore
 
 Result = TypeVar("Result")
 

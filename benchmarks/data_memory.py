@@ -49,7 +49,7 @@ def _measure(what: str, path: Path, tokenizer: str | None, loader_steps: int) ->
 
 
 def _work(path: Path, tokenizer_path: str | None, loader_steps: int, result: Connection) -> None:
-    from minimind.config import PretrainConfig
+    from minimind.config.options import PretrainConfig
     from minimind.data.prepare import prepare_data
     from minimind.tokenizer import load_tokenizer
 
@@ -65,7 +65,7 @@ def _work(path: Path, tokenizer_path: str | None, loader_steps: int, result: Con
 def _load(shards: object, count: int) -> None:
     from itertools import islice
 
-    from minimind.batch_plan import BatchPlan
+    from minimind.data.batch_plan import BatchPlan
     from minimind.data.loader import Loader
 
     plan = BatchPlan(64, 1, 1)

@@ -97,7 +97,7 @@ def _work(
     share: float,
     result: Connection,
 ) -> None:
-    from minimind.batch_plan import BatchPlan
+    from minimind.data.batch_plan import BatchPlan
     from minimind.data.loader import Loader
 
     def peak() -> float:

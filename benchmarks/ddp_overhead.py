@@ -3,7 +3,7 @@
 Three ways to train the same model on the same rows, each in processes of its own, one after another and
 several times over, so that whatever else the machine does falls on all of them:
 
-    alone   one process with all threads: `pretrain`'s step (`minimind.train.train_step`)
+    alone   one process with all threads: `pretrain`'s step (`minimind.training.trainer.train_step`)
     ours    N processes with 1/N of the threads each: the same step, through Accelerate
     bare    N processes likewise: torch and DistributedDataParallel, a loop of a few lines
 
@@ -35,14 +35,14 @@ from pretrain_throughput import write_corpus
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
 from minimind.data.loader import MicroBatch, StepBatch
-from minimind.launch import check_launch, prepare, start_accelerator
-from minimind.model_config import MiniMindConfig
+from minimind.distributed.accelerator import check_launch, prepare, start_accelerator
+from minimind.distributed.shutdown import StopRequest
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.optim import build_optimizer
-from minimind.stopping import StopRequest
-from minimind.train import TrainState, train_step
+from minimind.optim.build import build_optimizer
+from minimind.training.trainer import TrainState, train_step
 
 WARM_UP = 3
 # Reports of a whole run that are not measured: it compiles in the first step.

@@ -25,13 +25,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from minimind.formats.qwen3 import load_model, save_model
-from minimind.generation import generate
-from minimind.model_config import MiniMindConfig
-from minimind.modeling.decoder import Decoder
+from minimind.config.presets import PRESETS
+from minimind.formats.huggingface import load_model, save_model
+from minimind.generation.engine import Decoder
+from minimind.generation.generate import generate
+from minimind.generation.sampling import Sampling
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.presets import PRESETS
-from minimind.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimind.batch_plan import BatchPlan
+from minimind.data.batch_plan import BatchPlan
 from minimind.data.loader import Loader
 from minimind.data.shards import ShardWriter, TokenShards, token_dtype
 

@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.benchmark import BenchmarkResult, benchmark
-from minimind.modeling import fused
+from minimind.config.presets import preset_config
+from minimind.modeling.kernels import dispatch as fused
 from minimind.modeling.moe import MixtureOfExperts
-from minimind.presets import preset_config
+from minimind.planning.benchmark import BenchmarkResult, benchmark
 
 
 def main() -> None:

@@ -31,19 +31,19 @@ import torch
 from pretrain_throughput import write_corpus
 
 from minimind import PretrainConfig
-from minimind.batch_plan import BatchPlan
+from minimind.config.presets import PRESETS, preset_config
+from minimind.config.schema import parse_values
+from minimind.data.batch_plan import BatchPlan
 from minimind.data.loader import Loader, StepBatch, evaluation_batches
 from minimind.data.prepare import prepare_data
-from minimind.evaluation import evaluate
-from minimind.launch import start_accelerator, wants_compile
+from minimind.distributed.accelerator import start_accelerator, wants_compile
+from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.optim import build_optimizer, set_learning_rate
-from minimind.presets import PRESETS, preset_config
+from minimind.optim.build import build_optimizer, set_learning_rate
 from minimind.schedule import learning_rates
-from minimind.settings import parse_values
-from minimind.starting_model import make_model, resolve_shape
 from minimind.tokenizer import load_tokenizer
-from minimind.train import forward_loss
+from minimind.training.build_model import make_model, resolve_shape
+from minimind.training.trainer import forward_loss
 
 RATES = {
     "muon": (2e-3, 4e-3, 8e-3),

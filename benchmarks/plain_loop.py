@@ -39,11 +39,11 @@ from typing import Any
 import torch
 
 from minimind import PretrainConfig, load_tokenizer, pretrain
-from minimind.data.embedded import embedded_documents
+from minimind.config.presets import PRESETS, preset_config
+from minimind.data.builtin_corpus import embedded_documents
 from minimind.data.prepare import prepare_data
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.presets import PRESETS, preset_config
-from minimind.starting_model import resolve_shape
+from minimind.training.build_model import resolve_shape
 
 CONTENDERS = ("plain", "trainer-packed", "packed", "padded", "trainer")
 FULL_ROWS = ("trainer-packed", "packed")

@@ -20,7 +20,7 @@ from statistics import mean
 
 import torch
 
-from minimind.data.embedded import embedded_documents
+from minimind.data.builtin_corpus import embedded_documents
 
 # A part is the mean of so many reports; the first ones are warm-up: compilation, allocator, clocks.
 REPORTS_OF_PART = 8
@@ -99,8 +99,8 @@ def measure(preset: str, options: argparse.Namespace, data: str, folder: Path) -
 
 def steps_for(preset: str, options: argparse.Namespace) -> int:
     """Return about how many steps fill the time, from the size of the model and a speed of 400 TFLOP/s."""
-    from minimind.model_config import MiniMindConfig
-    from minimind.presets import preset_config
+    from minimind.config.presets import preset_config
+    from minimind.modeling.config import MiniMindConfig
 
     config = preset_config(preset)
     shape = MiniMindConfig(

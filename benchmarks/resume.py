@@ -24,8 +24,8 @@ import psutil
 import torch
 from synthetic_text import write_jsonl
 
-from minimind.checkpoint import CheckpointStore, Snapshot
-from minimind.stored_checkpoint import latest_checkpoint
+from minimind.checkpoint.files import latest_checkpoint
+from minimind.checkpoint.store import CheckpointStore, Snapshot
 
 LIMIT = 1.2
 

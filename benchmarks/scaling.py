@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from minimind.benchmark import benchmark
+from minimind.config.presets import PRESETS, preset_config
 from minimind.errors import ConfigError
-from minimind.presets import PRESETS, preset_config
+from minimind.planning.benchmark import benchmark
 
 # A cell is skipped whose memory, in proportion to that of a smaller one, would be more than this share.
 USABLE_MEMORY = 0.95

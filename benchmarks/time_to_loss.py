@@ -31,16 +31,16 @@ from typing import Any
 import torch
 from plain_loop import Documents, hugging_face_model
 
-from minimind.config import PretrainConfig
-from minimind.data.embedded import embedded_documents
+from minimind.config.options import PretrainConfig
+from minimind.config.presets import PRESETS, preset_config
+from minimind.data.builtin_corpus import embedded_documents
 from minimind.data.loader import evaluation_batches
 from minimind.data.prepare import prepare_data
-from minimind.evaluation import evaluate
-from minimind.launch import start_accelerator
+from minimind.distributed.accelerator import start_accelerator
+from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.presets import PRESETS, preset_config
-from minimind.starting_model import resolve_shape
 from minimind.tokenizer import load_tokenizer
+from minimind.training.build_model import resolve_shape
 
 LEARNING_RATE = 5e-4
 WARMUP_STEPS = 5

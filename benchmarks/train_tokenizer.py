@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from minimind.data.embedded import embedded_documents
+from minimind.data.builtin_corpus import embedded_documents
 from minimind.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 HAN = re.compile(r"[\u3400-\u9fff]")

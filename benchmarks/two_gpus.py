@@ -41,7 +41,7 @@ from typing import Any
 import psutil
 import torch
 
-from minimind.data.embedded import embedded_documents
+from minimind.data.builtin_corpus import embedded_documents
 
 PARTS = ("equality", "resume", "killed", "speed", "saves")
 WAYS = ("DDP", "FSDP2")

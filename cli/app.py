@@ -15,9 +15,9 @@ from typing import Annotated, NoReturn
 import typer
 
 import minimind
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, UserError
-from minimind.launch_environment import is_main_process, is_set, rank, world_size
+from minimind.launch_env import is_main_process, is_set, rank, world_size
 
 from . import (
     bench,

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind.config import PANELS, PretrainConfig
-from minimind.launch_environment import is_main_process
-from minimind.presets import PRESETS, SHAPE_OPTIONS, default_preset
+from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset
+from minimind.launch_env import is_main_process
 
+from .config_options import has_gpu
 from .options import completing, parse_config, typed_values, with_options
-from .pretrain import has_gpu
 
 
 @with_options(*PANELS)
@@ -42,7 +42,7 @@ def bench(
     default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
     if default is not None:
         resolved = parse_config(ctx, preset=default)
-    from minimind.benchmark import benchmark
+    from minimind.planning.benchmark import benchmark
 
     result = benchmark(resolved, seconds)
     if not is_main_process():

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from minimind.checkpoint.files import StoredCheckpoint, best_checkpoint, stored_checkpoints
 from minimind.errors import CheckpointError
-from minimind.stored_checkpoint import StoredCheckpoint, best_checkpoint, stored_checkpoints
 
 
 def checkpoints(

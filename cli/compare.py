@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind.errors import ConfigError
-from minimind.runs.comparison import Row, compare_runs
+from minimind.runs.compare import Row, compare_runs
 
 LONGEST_NAME = 32
 
@@ -41,7 +41,7 @@ def compare(
     for note in found.notes:
         console.print(Text(f"note: {note}"))
     if html is not None:
-        from minimind.runs.comparison_page import comparison_page
+        from minimind.runs.compare_html import comparison_page
 
         try:
             html.write_text(comparison_page(found), encoding="utf-8")

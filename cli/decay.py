@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from minimind.config.schema import Option
 from minimind.errors import ConfigError
-from minimind.settings import Option
 
 from .options import parse_settings, with_options
 from .pretrain import STOPPED_EARLY
@@ -61,7 +61,7 @@ def decay(
     options = parse_settings(ctx, DecayOptions)
     if options.tokens is None:
         raise ConfigError("--tokens is missing; say for how many tokens to decay, for example --tokens 1e8.")
-    from minimind.decay import decay as run_decay
+    from minimind.runs.decay import decay as run_decay
 
     result = run_decay(
         run,

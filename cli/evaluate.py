@@ -18,17 +18,17 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
+from minimind.config.schema import Option, parse_values, read_toml
 from minimind.errors import ConfigError
-from minimind.launch_environment import is_main_process
+from minimind.launch_env import is_main_process
 from minimind.run_folder import RunFolder
-from minimind.settings import Option, parse_values, read_toml
 
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.evaluation import Evaluation
-    from minimind.text_evaluation import Part, TextEvaluation
+    from minimind.evaluation.corpus import Part, TextEvaluation
+    from minimind.evaluation.validation import Evaluation
 
 # Columns that a table needs: numbers, and some room for names.
 _NARROWEST = 60
@@ -110,7 +110,7 @@ def evaluate(
     stride = values.pop("stride")
     values["max_seq_len"] = options.max_seq_len or _length_of_the_run(model)
     config = PretrainConfig(**values)
-    from minimind.text_evaluation import evaluate_text
+    from minimind.evaluation.corpus import evaluate_text
 
     with _progress() as progress:
         found = evaluate_text(model, config, stride=stride, progress=progress)

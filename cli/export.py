@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from minimind.config.schema import Option
 from minimind.errors import ConfigError
-from minimind.settings import Option
-from minimind.wording import count, parse_size, size
+from minimind.formatting import count, parse_size, size
 
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.export import Exported
+    from minimind.formats.export import Exported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def export(
         raise ConfigError(
             f"--max-shard-size {options.max_shard_size} is not a size; write for example 5GB or 500MB."
         ) from None
-    from minimind.export import export_model
+    from minimind.formats.export import export_model
 
     exported = export_model(
         source,
@@ -133,7 +133,7 @@ def _next_commands(exported: Exported) -> list[str]:
     if exported.format == "gguf":
         return [f"llama-completion -m {file} -p 'Once upon a time' -n 64 -no-cnv"]
     if exported.format == "minimind":
-        from minimind.formats.upstream import unset_by_commands
+        from minimind.formats.original_minimind import unset_by_commands
 
         config = exported.config
         if any(unset_by_commands(config)):

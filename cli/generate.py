@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from minimind.config.schema import Option
 from minimind.errors import ConfigError, UserError
-from minimind.settings import Option
 
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.modeling.decoder import Decoder
-    from minimind.sampling import Sampling
+    from minimind.generation.engine import Decoder
+    from minimind.generation.sampling import Sampling
     from minimind.tokenizer import Tokenizer
 
 
@@ -102,9 +102,9 @@ def generate(
     # Before torch is loaded. Every token has many short parallel parts: threads that spin between them hold
     # each other up, by far, as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from minimind.model_source import load_with_tokenizer
-    from minimind.sampling import Sampling
-    from minimind.text_generation import make_decoder
+    from minimind.formats.open_model import load_with_tokenizer
+    from minimind.generation.sampling import Sampling
+    from minimind.generation.text import make_decoder
 
     names = {field.name for field in dataclasses.fields(Sampling)}
     sampling = Sampling(**{name: getattr(options, name) for name in names})
@@ -134,7 +134,7 @@ class _Writer:
 
     def print_streaming(self, prompt: str) -> None:
         """Print a prompt and what follows it, as it is written."""
-        from minimind.text_generation import stream_text
+        from minimind.generation.text import stream_text
 
         typer.echo(prompt, nl=False)
         with _whole_line():
@@ -159,7 +159,7 @@ class _Writer:
             typer.echo(json.dumps({**text, "seed": seed + number}, ensure_ascii=False))
 
     def _continue(self, prompts: list[str], seed: int | None) -> list[dict[str, Any]]:
-        from minimind.text_generation import continue_texts
+        from minimind.generation.text import continue_texts
 
         texts = continue_texts(
             self.decoder, self.tokenizer, prompts, self.sampling,

@@ -13,10 +13,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
+from minimind.config.presets import resolve
+from minimind.config.schema import Setting, parse_values, read_toml, settings_of, suggestion
 from minimind.errors import ConfigError
-from minimind.presets import resolve
-from minimind.settings import Setting, parse_values, read_toml, settings_of, suggestion
 
 # Unknown options come back in `ctx.args`, to be reported with all other problems.
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}

@@ -19,7 +19,7 @@ def reproduce(
 ) -> None:
     """Print the command that repeats a run; warnings of what has changed since go to standard error."""
     from minimind.runs.record import read_run
-    from minimind.runs.reproduction import reproduce as find
+    from minimind.runs.reproduce import reproduce as find
 
     found = find(read_run(run), check_data=check_data)
     typer.echo(found.command)

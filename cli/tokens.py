@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minimind.config import DataOptions
+from minimind.config.options import DataOptions
+from minimind.config.schema import Option
 from minimind.errors import ConfigError
-from minimind.settings import Option
 
 from .examples import examples
 from .options import LENIENT, parse_config, parse_settings, with_options
@@ -33,8 +33,8 @@ def tokenize(
     """Tokenize training text ahead of a run, and report on it."""
     resolved = parse_config(ctx, file=config)
     from minimind.data.prepare import prepare_data
-    from minimind.progress import Progress
     from minimind.tokenizer import load_tokenizer
+    from minimind.tracking.console import Progress
 
     progress = Progress(0, enabled=True, stream=sys.stderr)
     try:
@@ -121,8 +121,8 @@ def inspect(
 
 def _texts(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
     """Yield the documents asked for, and show how many bytes of the files are read."""
-    from minimind.data.embedded import embedded_documents
-    from minimind.data.sources import Reading, TextFile, find_files
+    from minimind.data.builtin_corpus import embedded_documents
+    from minimind.data.readers import Reading, TextFile, find_files
 
     if not options.data:
         yield from embedded_documents()

@@ -9,7 +9,7 @@ import os
 
 import typer
 
-from minimind.launch_environment import world_size
+from minimind.launch_env import world_size
 
 from .options import RESUME_NEWEST, hidden_option
 

@@ -8,14 +8,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minimind.config import PANELS
+from minimind.config.options import PANELS
 
 from . import upstream_flags
+from .config_options import ConfigFile, Preset, read_config
 from .options import with_options
-from .pretrain import ConfigFile, Preset, read_config
 
 if TYPE_CHECKING:
-    from minimind.resume_check import ComparedStep, ResumeCheck
+    from minimind.runs.verify_resume import ComparedStep, ResumeCheck
 
 # Rows of the table at either end and on either side of the stop.
 ROWS_SHOWN = 3
@@ -37,7 +37,7 @@ def verify_resume(
     Takes the options of pretrain, works in temporary folders, and exits with 1 where the two differ.
     """
     resolved = read_config(ctx, preset, config)
-    from minimind.resume_check import verify_resume as verify
+    from minimind.runs.verify_resume import verify_resume as verify
 
     check = verify(
         resolved, steps, processes=processes, note=lambda text: typer.echo(f"{text} ...", err=True)

@@ -6,33 +6,32 @@ The public names load on first use, so that `import minimind` costs nothing and 
 from __future__ import annotations
 
 import importlib
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
-    from .config import PretrainConfig
+    from .config.options import PretrainConfig
+    from .config.presets import PRESETS, preset_config
     from .errors import CheckpointError, ConfigError, DataError, UserError
-    from .model_config import MiniMindConfig
+    from .modeling.config import MiniMindConfig
     from .modeling.transformer import MiniMindForCausalLM
-    from .presets import PRESETS, preset_config
-    from .pretrain import pretrain
     from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+    from .training.pretrain import pretrain
 
 _PUBLIC = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
-    "MiniMindConfig": "model_config",
+    "MiniMindConfig": "modeling.config",
     "MiniMindForCausalLM": "modeling.transformer",
-    "PRESETS": "presets",
+    "PRESETS": "config",
     "PretrainConfig": "config",
     "Tokenizer": "tokenizer",
     "UserError": "errors",
     "load_tokenizer": "tokenizer",
-    "preset_config": "presets",
-    "pretrain": "pretrain",
+    "preset_config": "config",
+    "pretrain": "training.pretrain",
     "train_tokenizer": "tokenizer",
 }
 
@@ -53,11 +52,6 @@ __all__ = [
     "train_tokenizer",
 ]
 
-try:
-    __version__ = version("minimind")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
-
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first use (PEP 562)."""
@@ -70,15 +64,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `minimind.pretrain` the function, which importing the module of that name would replace."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _PUBLIC.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

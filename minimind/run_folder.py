@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PANELS, PretrainConfig
+from .config.options import PANELS, PretrainConfig
+from .config.schema import write_toml
 from .errors import ConfigError
-from .settings import write_toml
+from .io.atomic import write_text
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,3 @@ class RunFolder:
         """Write `config.toml` and `environment.json`."""
         write_text(self.config, write_toml(config, PANELS))
         write_text(self.environment, json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

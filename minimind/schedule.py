@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from .config import PretrainConfig
+from .config.options import PretrainConfig
 
 DEFAULT_WARMUP_SHARE = 0.02
 DEFAULT_WARMUP_LIMIT = 1000

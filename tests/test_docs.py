@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from minimind.config import PretrainConfig
-from minimind.memory_estimate import optimizer_bytes
-from minimind.model_config import MiniMindConfig
-from minimind.presets import preset_config
+from minimind.config.options import PretrainConfig
+from minimind.config.presets import preset_config
+from minimind.config.schema import parse_values
+from minimind.formatting import size
+from minimind.modeling.config import MiniMindConfig
+from minimind.planning.memory import optimizer_bytes
 from minimind.runs.info import SHAPE
-from minimind.settings import parse_values
-from minimind.wording import size
 from minimind_cli.app import app
 from minimind_cli.options import LENIENT, normalise, typed_values, unknown_words
 

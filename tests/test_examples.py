@@ -15,10 +15,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_model
-from tiny_runs import write_corpus
 
 import minimind
-from minimind.optim import build_optimizer
+from minimind.optim.build import build_optimizer
+from support.tiny_runs import write_corpus
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 # A run of two processes and one of a single process take the same steps by it.

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from minimind import run_folder
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
+from minimind.config.presets import resolve
+from minimind.config.schema import parse_values, read_toml
 from minimind.errors import ConfigError
-from minimind.presets import resolve
-from minimind.run_folder import RunFolder, write_text
-from minimind.settings import parse_values, read_toml
+from minimind.io.atomic import write_text
+from minimind.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("trace", ["config.toml", "metrics.jsonl", "checkpoints"])

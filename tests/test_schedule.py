@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
 from minimind.schedule import decay_steps_due, learning_rates, lr_factor, stable_phase, warmup_steps
 
 FALLING = ("cosine", "linear", "wsd")
@@ -116,7 +116,7 @@ def test_rates_are_the_peak_times_the_factor():
 
 
 def test_every_schedule_of_the_configuration_exists():
-    from minimind.settings import settings_of
+    from minimind.config.schema import settings_of
 
     for schedule in settings_of(PretrainConfig)["lr_schedule"].choices:
         assert learning_rates(PretrainConfig(lr_schedule=schedule), 100)(50) > 0

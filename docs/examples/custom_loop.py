@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 
 import minimind
-from minimind.batch_plan import BatchPlan
-from minimind.checkpoint import CheckpointStore
+from minimind.checkpoint.state_dict import collect, restore
+from minimind.checkpoint.store import CheckpointStore
+from minimind.data.batch_plan import BatchPlan
 from minimind.data.loader import Loader
 from minimind.data.prepare import prepare_data
-from minimind.training_state import collect, restore
 
 ROW = 64  # tokens
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import minimind
 from minimind.modeling.transformer import CausalLMOutput
-from minimind.overview import PretrainResult
+from minimind.training.summary import PretrainResult
 
 
 class SquaredReLU(nn.Module):

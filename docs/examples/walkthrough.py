@@ -16,7 +16,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from minimind.data.embedded import embedded_documents
+from minimind.data.builtin_corpus import embedded_documents
 
 documents = list(islice(embedded_documents(), 40))
 folder = Path("walkthrough")
@@ -47,7 +47,7 @@ print([tokenizer.decode([id]) for id in ids])
 # documents for validation. The loader lays documents end to end in rows of 64 tokens.
 
 # %%
-from minimind.batch_plan import BatchPlan
+from minimind.data.batch_plan import BatchPlan
 from minimind.data.loader import Loader
 from minimind.data.prepare import prepare_data
 
@@ -96,7 +96,7 @@ print(f"loss {loss_of(batch, targets).item():.2f}, ln(512) = {math.log(512):.2f}
 # %% [markdown]
 # ## Training
 #
-# Forward, backward, step. `minimind.train` does the same with everything that a long run needs around it.
+# Forward, backward, step. `minimind.training.trainer` does the same, with everything a long run needs.
 
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -118,7 +118,7 @@ for step in islice(loader.steps(epoch=0), 60):
 # steps it has learned which pieces are frequent and little more.
 
 # %%
-from minimind.generation import generate
+from minimind.generation.generate import generate
 
 prompt = [tokenizer.bos_token_id, *tokenizer.encode("The")]
 (written,) = generate(model, [prompt], max_new_tokens=60, stop_ids=[tokenizer.eos_token_id])

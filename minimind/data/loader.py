@@ -5,22 +5,30 @@ B rows of a micro-batch, T inputs in a row.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
+from queue import Empty, Full, Queue
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..batch_plan import BatchPlan
+from ..config.options import PretrainConfig
+from .batch_plan import BatchPlan, count_steps
+from .batching import StepRows, step_pieces, step_rows
 from .mixture import MixedOrder
 from .packing import IGNORED, Piece
-from .prefetch import prefetch
 from .sampler import RowOrder
 from .shards import TokenShards
-from .steps import StepRows, step_pieces, step_rows
+
+Item = TypeVar("Item")
+
+_POLL_SECONDS = 0.1
+
 
 _STEPS_AHEAD = 4
 # Trimmed rows are as long as a multiple of this, which arithmetic units like.
@@ -254,3 +262,63 @@ def _hand_over(tensors: _Tensors, copied: torch.cuda.Event) -> None:
     for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(current)
+
+
+def steps_in_all(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
+    """Return the number of optimizer steps of a run."""
+    # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
+    row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
+    return count_steps(
+        config,
+        steps_per_epoch=loader.steps_per_epoch,
+        tokens_per_epoch=loader.tokens_per_epoch,
+        tokens_per_step=plan.global_batch_size * row,
+    )
+
+
+class _End:
+    """Marks the end of the items, and carries the error that ended them."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+def prefetch(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """Yield the items of an iterator, which runs in a thread at most `depth` items ahead.
+
+    What it raises is raised here. Closing this generator, or dropping it, stops the thread.
+    """
+    queue: Queue[Item | _End] = Queue(depth)
+    stop = threading.Event()
+
+    def put(item: Item | _End) -> None:
+        while not stop.is_set():
+            with suppress(Full):
+                queue.put(item, timeout=_POLL_SECONDS)
+                return
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(_End())
+        except BaseException as error:  # The consumer raises it: a silent thread would hang the run.
+            put(_End(error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := queue.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stop.set()
+        while True:
+            try:
+                queue.get_nowait()
+            except Empty:
+                break
+        thread.join()

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import PretrainConfig
+from ..config.options import PretrainConfig
 from ..errors import DataError
 from .cache import find, open_or_build
 from .document_index import read_length_counts
-from .encode import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
-from .entries import Entry, read_entries
 from .mixture import passes_per_epoch
+from .readers import Reading, TextFile, find_files, identify
 from .report import Amount, DataReport, MixtureReport, SourceReport, SplitReport, length_quantiles, row_costs
 from .shards import SplitIndex, TokenShards
-from .sources import Reading, TextFile, find_files, identify
+from .sources import Entry, read_entries
+from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 
 # Part of every fingerprint: a change of what encoding writes makes older caches unused.
 _FORMAT = 2
@@ -64,7 +64,7 @@ class EmbeddedText:
 
     def documents(self, reading: Reading) -> Iterator[str]:
         """Yield its documents; see `sources.TextFile.documents`."""
-        from .embedded import embedded_documents
+        from .builtin_corpus import embedded_documents
 
         for text in embedded_documents():
             if text and not text.isspace():
@@ -212,7 +212,7 @@ def _sources(
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named sources of a run, and what tells whether one of them has changed."""
     if not config.data:
-        from .embedded import embedded_fingerprint
+        from .builtin_corpus import embedded_fingerprint
 
         assignment = Assignment(EmbeddedText(), "train", config.val_fraction)
         return [("embedded text", assignment)], [{"embedded": embedded_fingerprint()}]

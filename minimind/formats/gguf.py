@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..model_config import MiniMindConfig
+from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
-from .gguf_vocabulary import vocabulary
+from .gguf_tokenizer import vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 

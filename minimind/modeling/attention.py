@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ..model_config import MiniMindConfig
-from . import fused
+from .config import MiniMindConfig
 from .documents import Documents
+from .kernels import dispatch as fused
 from .kv_cache import LayerCache
 from .rope import Rotary, rotate
 

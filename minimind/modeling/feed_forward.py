@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model_config import MiniMindConfig
-from . import fused
+from .config import MiniMindConfig
+from .kernels import dispatch as fused
 
 
 class SwiGLU(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model_config import MiniMindConfig
+from .config import MiniMindConfig
 
 
 class LayerCache:

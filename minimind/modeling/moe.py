@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model_config import MiniMindConfig
-from . import fused
+from .config import MiniMindConfig
+from .kernels import dispatch as fused
 
 # Both widths of a matrix must be a multiple of this for torch's kernel (16 bytes of bf16).
 _ALIGNMENT = 8

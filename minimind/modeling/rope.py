@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model_config import MiniMindConfig
+from .config import MiniMindConfig
 
 
 def rope_frequencies(

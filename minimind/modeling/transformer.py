@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
-from ..model_config import MiniMindConfig
-from . import fused
 from .attention import (
     SMALLEST_FLEX_HEAD,
     Attention,
@@ -26,8 +24,10 @@ from .attention import (
     document_block_mask,
     document_mask,
 )
+from .config import MiniMindConfig
 from .documents import Documents, documents
 from .feed_forward import SwiGLU
+from .kernels import dispatch as fused
 from .kv_cache import KVCache, LayerCache
 from .loss import IGNORED, linear_cross_entropy
 from .moe import MixtureOfExperts

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
-from ..model_config import MiniMindConfig
-from ..parameter_parts import count_parts
-from ..run_folder import RunFolder
-from ..stored_checkpoint import (
+from ..checkpoint.files import (
     MANIFEST,
     MODEL,
     TRAINER,
@@ -25,10 +21,22 @@ from ..stored_checkpoint import (
     is_checkpoint_name,
     open_checkpoint,
 )
-from ..weight_header import WeightHeader, read_headers
-from ..wording import count, size
-from .environment_text import device_text, launch_text, versions_text
-from .info_rows import fingerprint_rows, loss_text, model_rows, time_text, trained_text
+from ..errors import CheckpointError, ConfigError
+from ..formats.weight_header import WeightHeader, read_headers
+from ..formatting import count, size
+from ..modeling.config import MiniMindConfig
+from ..modeling.parameter_count import count_parts
+from ..run_folder import RunFolder
+from .info_text import (
+    device_text,
+    fingerprint_rows,
+    launch_text,
+    loss_text,
+    model_rows,
+    time_text,
+    trained_text,
+    versions_text,
+)
 from .record import RunRecord, read_run
 
 _CONFIG = "config.json"

@@ -15,12 +15,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ..config import PretrainConfig
+from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
+from ..config.options import PretrainConfig
+from ..config.schema import parse_values, read_toml
 from ..errors import ConfigError, UserError
-from ..metrics_file import read_metrics
 from ..run_folder import RunFolder
-from ..settings import parse_values, read_toml
-from ..stored_checkpoint import StoredCheckpoint, stored_checkpoints
+from ..tracking.metrics_file import read_metrics
 
 # Numbers that an interval of training steps reports, and those of an evaluation.
 LOSS, BITS = "loss", "val_bits_per_byte"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
 from minimind_cli.app import main
 
 
@@ -63,12 +63,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
         configs.append(config)
         return SimpleNamespace(stopped=None)
 
-    monkeypatch.setitem(sys.modules, "minimind.pretrain", SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "minimind.training.pretrain", SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
     return configs
 
 
 @pytest.fixture(params=[False, True], ids=["no gpu", "gpu"])
 def has_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Pretend that there is a GPU, or none."""
-    monkeypatch.setattr("minimind_cli.pretrain.has_gpu", lambda: request.param)
+    monkeypatch.setattr("minimind_cli.config_options.has_gpu", lambda: request.param)
     return request.param

@@ -11,9 +11,9 @@ import pytest
 import typer
 
 import minimind
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
+from minimind.config.schema import settings_of
 from minimind.errors import ConfigError, TrainingError
-from minimind.settings import settings_of
 from minimind_cli.app import SHARED, app
 
 Command = Callable[..., Any]
@@ -97,7 +97,7 @@ def test_one_process_speaks_for_all(
     lines: list[str],
     rank: str | None,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "minimind.pretrain", fail_with(error))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "minimind.training.pretrain", fail_with(error))  # type: ignore[arg-type]
     monkeypatch.setattr("minimind_cli.app.SECONDS_TO_SPEAK", 0)
     if rank is None:
         monkeypatch.delenv("RANK", raising=False)
@@ -144,6 +144,6 @@ def test_options_are_printed_by_one_process(run: Command, monkeypatch: pytest.Mo
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from minimind_cli.app import main
 
-    monkeypatch.setitem(sys.modules, "minimind.pretrain", fail_with(ZeroDivisionError()))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "minimind.training.pretrain", fail_with(ZeroDivisionError()))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         main(["pretrain", "--preset", "tiny"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minimind.presets import PRESETS
+from minimind.config.presets import PRESETS
 
 Command = Callable[..., Any]
 
@@ -50,7 +50,7 @@ def test_without_a_gpu_and_a_size_it_is_the_tiny_preset(
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minimind.benchmark.benchmark", benchmark)
+    monkeypatch.setattr("minimind.planning.benchmark.benchmark", benchmark)
     run("bench", "--learning-rate", "0.1")
     run("bench", "--preset", "minimind-3")
     assert [config.hidden_size for config in seen] == [

@@ -22,7 +22,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         calls.append((args, options))
         return SimpleNamespace(stopped=None)
 
-    monkeypatch.setitem(sys.modules, "minimind.decay", SimpleNamespace(decay=decay))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "minimind.runs.decay", SimpleNamespace(decay=decay))  # type: ignore[arg-type]
     return calls
 
 

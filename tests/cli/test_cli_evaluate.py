@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from minimind.export import export_model
-from minimind.formats.qwen3 import save_model
-from minimind.model_config import MiniMindConfig
+from minimind.formats.export import export_model
+from minimind.formats.huggingface import save_model
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.tokenizer import load_tokenizer
 

@@ -15,8 +15,8 @@ Command = Callable[..., Any]
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Put a recorder in place of the export."""
-    import minimind.export
-    from minimind.model_config import MiniMindConfig
+    import minimind.formats.export
+    from minimind.modeling.config import MiniMindConfig
 
     made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[s
             notes=("something to know.",),
         )
 
-    monkeypatch.setattr(minimind.export, "export_model", export_model)
+    monkeypatch.setattr(minimind.formats.export, "export_model", export_model)
     return made
 
 

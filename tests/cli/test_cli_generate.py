@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from minimind.formats.qwen3 import load_model, save_model
-from minimind.model_config import MiniMindConfig
+from minimind.formats.huggingface import load_model, save_model
+from minimind.generation.text import continue_texts
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.text_generation import continue_texts
 from minimind.tokenizer import load_tokenizer
 
 Command = Callable[..., Any]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from minimind.presets import PRESETS
+from minimind.config.presets import PRESETS
 from minimind_cli.app import app
 from minimind_cli.examples import EXAMPLES, examples
 

@@ -34,7 +34,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
             to_dict=lambda: {"parameters": 1},
         )
 
-    monkeypatch.setitem(sys.modules, "minimind.planning", SimpleNamespace(plan_run=plan_run))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "minimind.planning.plan", SimpleNamespace(plan_run=plan_run))  # type: ignore[arg-type]
     return calls
 
 
@@ -77,10 +77,10 @@ def test_what_is_no_price_is_refused_before_anything_is_measured(
 @pytest.mark.slow
 def test_two_processes_make_one_plan(tmp_path: Path) -> None:
     # Processes never take the same time; here one believes to take three times as long.
-    code = """import os, sys, time, types, minimind.benchmark
+    code = """import os, sys, time, types, minimind.planning.benchmark
 from minimind_cli.app import main
 if os.environ["RANK"] == "1":
-    minimind.benchmark.time = types.SimpleNamespace(perf_counter=lambda: 3 * time.perf_counter())
+    minimind.planning.benchmark.time = types.SimpleNamespace(perf_counter=lambda: 3 * time.perf_counter())
 main(sys.argv[1:])"""
     words = [*TINY, "--json", "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.config import PANELS, PretrainConfig
+from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.presets import PRESETS, resolve
+from minimind.config.schema import settings_of, write_toml
 from minimind.errors import ConfigError
-from minimind.presets import PRESETS, resolve
 from minimind.run_folder import RunFolder
-from minimind.settings import settings_of, write_toml
 
 Command = Callable[..., Any]
 SHAPED = "--hidden-size 512"
@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_the_options_it_began_with(
 def test_who_names_a_size_is_not_asked_for_a_gpu(
     run: Command, trained: list[PretrainConfig], size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minimind_cli.pretrain.has_gpu", lambda: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr("minimind_cli.config_options.has_gpu", lambda: pytest.fail("asked for a GPU"))
     (tmp_path / "run.toml").write_text("epochs = 2\n")
     words = size.split() + ([str(tmp_path / "run.toml")] if size == "--config" else [])
     assert run("pretrain", *words).code == 0

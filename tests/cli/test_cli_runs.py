@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import make_run
+
+from support.made_runs import make_run
 
 Command = Callable[..., Any]
 

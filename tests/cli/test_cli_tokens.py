@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("minimind.tokenizer")
 pytest.importorskip("minimind.data.prepare")
-pytest.importorskip("minimind.progress")
+pytest.importorskip("minimind.tracking.console")
 
 from minimind.tokenizer import load_tokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from minimind.config import PretrainConfig
-from minimind.resume_check import ComparedStep, ResumeCheck
+from minimind.config.options import PretrainConfig
+from minimind.runs.verify_resume import ComparedStep, ResumeCheck
 
 Command = Callable[..., Any]
 
@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         options["note"]("training")
         return calls[0]
 
-    monkeypatch.setattr("minimind.resume_check.verify_resume", verify)
+    monkeypatch.setattr("minimind.runs.verify_resume.verify_resume", verify)
     return calls
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from minimind.config import PretrainConfig
-from minimind.settings import settings_of
+from minimind.config.options import PretrainConfig
+from minimind.config.schema import settings_of
 
 Command = Callable[..., Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from made_text import ByteTokenizer, write_shards
 
 from minimind.data.shards import TokenShards
+from support.made_text import ByteTokenizer, write_shards
 
 
 @pytest.fixture

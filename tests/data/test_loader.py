@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.batch_plan import BatchPlan
-from minimind.data.loader import Loader, evaluation_batches
-from minimind.data.prefetch import prefetch
+from minimind.data.batch_plan import BatchPlan
+from minimind.data.loader import Loader, evaluation_batches, prefetch
 
 
 @pytest.fixture(scope="module")

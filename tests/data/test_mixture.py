@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.batch_plan import BatchPlan
+from minimind.data.batch_plan import BatchPlan
+from minimind.data.batching import step_rows
 from minimind.data.loader import Loader
 from minimind.data.mixture import MixedOrder, passes_per_epoch
-from minimind.data.steps import step_rows
 
 PAD = 999_999
 ONE_PROCESS = BatchPlan(4, 1, 1)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_text import ByteTokenizer, write_jsonl
 
-from minimind.config import PretrainConfig
+from minimind.config.options import PretrainConfig
 from minimind.data import cache, prepare
-from minimind.data.encode import content_hash
 from minimind.data.prepare import default_cache_dir, prepare_data
 from minimind.data.report import DataReport
+from minimind.data.tokenization import content_hash
 from minimind.errors import DataError
+from support.made_text import ByteTokenizer, write_jsonl
 
 TEXTS = [f"document number {i} " + "word " * (i % 17) for i in range(300)]
 
@@ -279,7 +279,7 @@ def test_a_cache_that_is_no_folder_names_the_cache_option(tmp_path, corpus, toke
 
 
 def test_without_data_the_embedded_text_is_used(tmp_path, tokenizer, monkeypatch):
-    embedded = types.ModuleType("minimind.data.embedded")
+    embedded = types.ModuleType("minimind.data.builtin_corpus")
     embedded.embedded_documents = lambda: iter(["some embedded text", " ", "and more of it, for a row"])
     embedded.embedded_fingerprint = lambda: "first"
     monkeypatch.setitem(sys.modules, embedded.__name__, embedded)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.batch_plan import BatchPlan
+from minimind.data.batch_plan import BatchPlan
+from minimind.data.batching import step_rows
 from minimind.data.document_index import BLOCK_TOKENS, IndexWriter, Part, read_blocks, read_parts
 from minimind.data.loader import Loader
 from minimind.data.mixture import MixedOrder
 from minimind.data.sampler import RowOrder
 from minimind.data.shards import OPEN_SHARDS
-from minimind.data.steps import step_rows
 
 LENGTH = 1000  # tokens of every document of the large corpus
 DOCUMENTS = 100_000_000

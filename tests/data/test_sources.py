@@ -1,173 +1,135 @@
-"""Files become documents, and what cannot be read is told with file and line."""
+"""What --data names: paths, and weights after a colon."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import sys
-from pathlib import Path
+import re
 
 import pytest
 
-from minimind.data import sources
-from minimind.data.sources import Reading, TextFile, find_files, identify
+from minimind.config.options import PretrainConfig
+from minimind.data.prepare import prepare_data
+from minimind.data.sources import read_entries, split_weight
 from minimind.errors import DataError
+from support.made_text import write_jsonl
 
 
-def read(path: Path, reading: Reading | None = None, **values) -> list[str]:
-    return list(TextFile(path, "--data", **values).documents(reading or Reading()))
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """Two files in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return [
+        write_jsonl(tmp_path / name, [f"text {i} of {name}" for i in range(40)])
+        for name in ("a.jsonl", "b.jsonl")
+    ]
 
 
-def jsonl(path: Path, *lines: bytes | str) -> Path:
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
-    return path
+def test_weights_are_normalised_and_paths_keep_their_order(two):
+    entries = read_entries(["a.jsonl:3", "*b.jsonl:1"])
+    assert [entry.weight for entry in entries] == [0.75, 0.25]
+    assert [list(entry.files) for entry in entries] == [[two[0]], [two[1]]]
+    assert [entry.pattern for entry in entries] == ["a.jsonl", "*b.jsonl"]
 
 
-def test_jsonl_and_gzip_give_the_same_documents(tmp_path):
-    texts = ["one", "zwei\nlines", "三", "\U0001f600"]
-    plain = jsonl(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
-    packed = tmp_path / "a.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert read(plain) == read(packed) == texts
+def test_without_weights_the_first_entry_that_names_a_file_has_it(two):
+    entries = read_entries(["b.jsonl", "*.jsonl"])
+    assert [entry.weight for entry in entries] == [None, None]
+    assert [list(entry.files) for entry in entries] == [[two[1]], [two[0]]]
 
 
-def test_another_field_and_a_byte_order_mark(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"body": "one"}', "", '{"body": "two"}')
-    assert read(path, text_key="body") == ["one", "two"]
-
-
-def test_white_space_is_dropped_and_counted(tmp_path):
-    reading = Reading()
-    path = jsonl(tmp_path / "a.jsonl", '{"text": " \\n\\u3000"}', '{"text": ""}', '{"text": "x"}')
-    assert read(path, reading) == ["x"]
-    assert reading.empty == 2
-
-
-BAD_LINES = {
-    b'{"text": "cut': "invalid JSON",
-    b"[1, 2]": "not a JSON object",
-    b'{"title": "x"}': "no 'text' field",
-    b'{"text": null}': "the text is not a string",
-    b'{"text": "\xff\xfe"}': "broken UTF-8",
-    b'{"text": "\\ud800"}': "half of a surrogate pair",
-    b"[" * 100_000: "invalid JSON",
-}
-
-
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=BAD_LINES.values())
-def test_a_bad_line_stops_with_file_line_and_fix(tmp_path, line, reason):
-    path = jsonl(tmp_path / "a.jsonl", '{"text": "good"}', line)
-    with pytest.raises(DataError, match=rf"a\.jsonl:2: {reason}.*--bad-lines skip"):
-        read(path)
-
-
-def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path):
-    reading = Reading()
-    path = jsonl(tmp_path / "a.jsonl", '{"text": "good"}', *BAD_LINES, '{"text": "after"}')
-    assert read(path, reading, bad_lines="skip") == ["good", "after"]
-    assert reading.bad_lines.total() == len(BAD_LINES)
-    assert reading.bad_lines["invalid JSON"] == 2
-
-
-def test_gzip_that_ends_early_is_told_and_keeps_what_came_before(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    lines = b"".join(json.dumps({"text": f"document {i * 7919}"}).encode() + b"\n" for i in range(2000))
-    path.write_bytes(gzip.compress(lines)[:-2000])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: the gzip data ends early"):
-        read(path)
-    reading = Reading()
-    assert read(path, reading, bad_lines="skip")[:2] == ["document 0", "document 7919"]
-    assert reading.bad_lines == {"the gzip data ends early": 1}
-
-
-def test_a_file_that_is_no_gzip_is_told(tmp_path):
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: damaged gzip data"):
-        read(jsonl(tmp_path / "a.jsonl.gz", '{"text": "x"}'))
-
-
-def test_a_small_text_file_is_one_document(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufefffirst\n\nsecond ä\n".encode())
-    assert read(path) == ["first\n\nsecond ä\n"]
-
-
-@pytest.mark.parametrize("newlines", [True, False])
-def test_a_large_text_file_is_cut_without_losing_a_character(tmp_path, monkeypatch, newlines):
-    monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 1000)
-    text = "".join(f"line {i} 三é\U0001f600" + ("\n" if newlines else "-") for i in range(400))
-    path = tmp_path / "a.txt"
-    path.write_text(text, encoding="utf-8")
-    pieces = read(path)
-    assert "".join(pieces) == text
-    assert all(len(piece.encode()) <= 2000 for piece in pieces)
-    assert len(pieces) > 5
-    assert all(piece.endswith("\n") for piece in pieces) == newlines
-
-
-def test_a_broken_line_of_a_text_file_is_told_by_number(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\ntwo\nthr\xff\xffee\nfour\n")
-    with pytest.raises(DataError, match=r"a\.txt:3: broken UTF-8"):
-        read(path)
-    assert read(path, bad_lines="skip") == ["one\ntwo\nfour\n"]
-    path.write_bytes("unfinished ä".encode()[:-1])
-    with pytest.raises(DataError, match=r"a\.txt:1: broken UTF-8"):
-        read(path)
-
-
-def test_parquet_rows(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["one", None, "zwei"], "n": [1, 2, 3]}), path)
-    with pytest.raises(DataError, match=r"a\.parquet:2: the text is not a string"):
-        read(path)
-    assert read(path, bad_lines="skip") == ["one", "zwei"]
-    with pytest.raises(DataError, match=r"no column 'body'; set --text-key to one of text, n"):
-        read(path, text_key="body")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"a\.parquet is not a sound parquet file"):
-        read(path)
-
-
-def test_parquet_without_its_package_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    path = tmp_path / "a.parquet"
-    path.touch()
-    with pytest.raises(DataError, match=r"pip install 'minimind\[parquet\]'"):
-        read(path)
-
-
-def test_folders_and_globs_are_sorted_and_files_come_once(tmp_path):
-    for name in ("b.jsonl", "sub/a.txt", "c.jsonl.gz", "README.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    expected = [tmp_path / name for name in ("b.jsonl", "c.jsonl.gz", "sub/a.txt")]
-    assert find_files([str(tmp_path)], "--data") == expected
-    assert find_files([str(tmp_path / "**" / "*")], "--data") == expected
-    assert find_files([str(tmp_path / "sub"), str(tmp_path)], "--data") == [expected[2], *expected[:2]]
+@pytest.mark.parametrize("name", ["part:2", "1:0.5", "a:b:nan"])
+def test_a_path_that_exists_as_written_has_no_weight(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert split_weight(str(folder)) == (str(folder), None)
+    assert split_weight(f"{folder}:0.5") == (str(folder), 0.5)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"),
+    ("value", "expected"),
     [
-        ("missing.jsonl", r"--val-data .*missing\.jsonl does not exist; give"),
-        ("*.jsonl", r"--val-data .*\*\.jsonl matches no file that can be read; use one of \.jsonl"),
-        ("a.csv", r"--val-data .*a\.csv has a suffix that is not read; use one of \.jsonl"),
-        ("", r"--val-data .* holds no file that can be read"),
+        (r"C:\text\a.jsonl", (r"C:\text\a.jsonl", None)),
+        (r"C:\text\a.jsonl:0.5", (r"C:\text\a.jsonl", 0.5)),
+        ("C:/text:2/a.jsonl", ("C:/text:2/a.jsonl", None)),
+        ("s:/12", ("s:/12", None)),
+        ("missing.jsonl:half", ("missing.jsonl:half", None)),
+        ("b/*.parquet:1e-3", ("b/*.parquet", 0.001)),
+        (":0.5", (":0.5", None)),
+        ("a.jsonl", ("a.jsonl", None)),
     ],
 )
-def test_paths_that_lead_nowhere_name_the_option(tmp_path, pattern, message):
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(DataError, match=message):
-        find_files([str(tmp_path / pattern)], "--val-data")
+def test_only_a_number_after_the_last_colon_is_a_weight(value, expected):
+    assert split_weight(value) == expected
 
 
-def test_a_file_that_cannot_be_opened_is_named_with_its_option(tmp_path):
-    # A folder where the file was is an error for every user, also one who may read everything.
-    path = tmp_path / "a.jsonl"
-    path.mkdir()
-    for use in (lambda: identify(path, "--data"), lambda: read(path)):
-        with pytest.raises(DataError, match=r"--data: .*a\.jsonl cannot be read \(Is a directory\)"):
-            use()
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-0.0", "1e308"])
+def test_a_weight_that_is_no_share_is_refused(two, weight):
+    with pytest.raises(
+        DataError, match=rf"--data a\.jsonl:{re.escape(weight)}: a weight must be a number above 0"
+    ):
+        read_entries([f"a.jsonl:{weight}", "b.jsonl:1"])
+
+
+def test_a_weight_that_is_no_number_is_told(two):
+    with pytest.raises(DataError, match=r"--data a\.jsonl:0,7: '0,7' is not a weight; .* a\.jsonl:0\.5"):
+        read_entries(["a.jsonl:0,7"])
+
+
+def test_weights_for_some_entries_only_are_refused_with_the_fix(two):
+    with pytest.raises(
+        DataError, match=r"--data b\.jsonl:1 has a weight and --data a\.jsonl has none; .* a\.jsonl:0\.5"
+    ):
+        read_entries(["a.jsonl", "b.jsonl:1"])
+
+
+def test_a_file_in_two_entries_with_weights_is_refused(two):
+    with pytest.raises(DataError, match=r"--data a\.jsonl:1 and --data \*\.jsonl:2 both name .*a\.jsonl"):
+        read_entries(["a.jsonl:1", "*.jsonl:2"])
+
+
+def config_for(tmp_path, *data, **values):
+    values = {"max_seq_len": 16, "val_fraction": 0.0, "cache_dir": str(tmp_path / "cache")} | values
+    return PretrainConfig(data=data, **values)
+
+
+def test_entries_are_told_apart_and_their_weights_are_no_part_of_the_cache(two, tmp_path, tokenizer):
+    write_jsonl(tmp_path / "c.jsonl", ["one more"])
+    mixed = prepare_data(config_for(tmp_path, "[ac].jsonl:3", "b.jsonl:1"), tokenizer)
+    assert mixed.weights == (0.75, 0.25)
+    assert mixed.built
+    assert [part.num_documents for part in mixed.train.parts] == [41, 40]
+    assert sum(part.num_tokens for part in mixed.train.parts) == mixed.train.num_tokens
+    assert mixed.train.parts[1].first_document == 41
+    other = prepare_data(config_for(tmp_path, "[ac].jsonl:1", "b.jsonl:1"), tokenizer)
+    plain = prepare_data(config_for(tmp_path, "[ac].jsonl", "b.jsonl"), tokenizer)
+    assert not other.built
+    assert not plain.built
+    assert plain.weights == ()
+    assert plain.report.mixture == ()
+    assert mixed.fingerprint == other.fingerprint == plain.fingerprint
+    assert (mixed.mixture, plain.mixture) == ("75% of 41 documents, 25% of 40 documents", "none")
+    assert other.mixture == "50% of 41 documents, 50% of 40 documents"
+
+
+def test_the_report_tells_the_epochs_of_each_entry(two, tmp_path, tokenizer):
+    report = prepare_data(config_for(tmp_path, "a.jsonl:3", "b.jsonl:1"), tokenizer).report
+    first, second = report.mixture
+    assert (first.name, first.weight) == ("a.jsonl", 0.75)
+    # Both files are equally long.
+    assert (first.passes, second.passes) == (pytest.approx(1.5, rel=0.02), pytest.approx(0.5, rel=0.02))
+    assert "mixture     a.jsonl: 75.0% of the tokens; an epoch is 1.5 epochs of it" in report.lines()
+
+
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_an_entry_with_a_weight_and_no_text_is_refused(two, tmp_path, tokenizer, empty_first):
+    write_jsonl(tmp_path / "empty.jsonl", ["  "])
+    values = ["a.jsonl:1", "empty.jsonl:1"]
+    with pytest.raises(DataError, match=r"--data empty\.jsonl has a weight but holds no text for training"):
+        prepare_data(config_for(tmp_path, *(values[::-1] if empty_first else values)), tokenizer)
+
+
+def test_held_out_documents_are_no_part_of_an_entry(two, tmp_path, tokenizer):
+    data = prepare_data(config_for(tmp_path, "a.jsonl:3", "b.jsonl:1", val_fraction=0.3), tokenizer)
+    documents = [part.num_documents for part in data.train.parts]
+    assert [source.train.documents for source in data.report.sources] == documents
+    assert [source.train.tokens for source in data.report.sources] == [p.num_tokens for p in data.train.parts]
+    assert sum(documents) < 80

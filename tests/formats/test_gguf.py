@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from minimind.errors import ConfigError, UserError
-from minimind.formats.expert_names import to_checkpoint_names
 from minimind.formats.gguf import DTYPES, differences, gguf_tensors, metadata, save_gguf
-from minimind.formats.gguf_vocabulary import pre_tokenizer_name, vocabulary
-from minimind.formats.qwen3 import load_config, load_weights, save_model
-from minimind.generation import generate
-from minimind.model_config import MiniMindConfig
+from minimind.formats.gguf_tokenizer import pre_tokenizer_name, vocabulary
+from minimind.formats.huggingface import load_config, load_weights, save_model, to_checkpoint_names
+from minimind.generation.generate import generate
+from minimind.generation.sampling import Sampling
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.sampling import Sampling
 from minimind.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 gguf = pytest.importorskip("gguf")

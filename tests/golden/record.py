@@ -61,7 +61,7 @@ MOE = {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_interme
 
 
 def train(name: str, **options: Any) -> Path:
-    """Run `minimind.pretrain` with the base options and these; return the output folder."""
+    """Run `minimind.training.pretrain` with the base options and these; return the output folder."""
     import minimind
 
     stop_after = options.pop("stop_after", None)

@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from minimind.modeling.attention import (
-    RMSNorm,
-    attend,
-    cached_mask,
-    document_block_mask,
-    document_mask,
-)
+from minimind.modeling.attention import RMSNorm, attend, cached_mask, document_block_mask, document_mask
 
 
 def heads(length: int, *, query_heads: int = 4, kv_heads: int = 2, width: int = 16, keys: int | None = None):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.model_config import MiniMindConfig
 from minimind.modeling import moe
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.kv_cache import KVCache
 from minimind.modeling.moe import MixtureOfExperts, balance_loss, looped_linear
 from minimind.modeling.transformer import MiniMindForCausalLM

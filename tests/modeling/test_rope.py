@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minimind.model_config import MiniMindConfig
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.rope import RotaryTable, rope_frequencies, rotate
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048}

@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from safetensors.torch import load_file
 
-from minimind.formats.upstream import load_upstream, read_upstream_config
-from minimind.model_config import MiniMindConfig
+from minimind.formats.original_minimind import load_upstream, read_upstream_config
 from minimind.modeling.attention import document_mask
+from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.kv_cache import KVCache
 from minimind.modeling.transformer import CausalLMOutput, MiniMindForCausalLM
 

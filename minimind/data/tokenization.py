@@ -1,0 +1,263 @@
+"""Documents to token shards: read, tokenize on all cores, write, and count what the report needs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .readers import Reading
+from .shards import ShardWriter, SplitIndex, token_dtype
+
+SPLITS = ("train", "validation")
+# Large enough to keep all threads of the tokenizer busy, small enough for few megabytes in flight.
+_BATCH_BYTES = 1 << 19
+_BATCH_DOCUMENTS = 4096
+
+
+class DocumentTokenizer(Protocol):
+    """What is needed of a tokenizer here; `minimind.tokenizer.Tokenizer` has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Begins a document, where there is such a token."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends a document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this tokenizer from any other."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, without those that begin and end a document."""
+
+
+class DocumentSource(Protocol):
+    """Anything that yields documents; `sources.TextFile` does."""
+
+    def documents(self, reading: Reading) -> Iterator[str]:
+        """Yield documents and count in `reading` what is left out."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which split the documents of a source belong to.
+
+    Attributes:
+        source: the documents.
+        split: `train` or `validation`.
+        held_out: share of a training source's documents, chosen by content, that goes to validation.
+        part: the entry of --data that the source belongs to; the entries come in order.
+    """
+
+    source: DocumentSource
+    split: str
+    held_out: float = 0.0
+    part: int = 0
+
+
+@dataclass
+class Encoded:
+    """What encoding left behind.
+
+    Attributes:
+        splits: how to open each split, also one without documents.
+        counts: (sources, splits, 3) int64: documents, bytes of text, tokens.
+        readings: what was met in each source.
+        token_counts: (V,) int64, how often each id occurs in the training split.
+        duplicates: documents of each split that equal an earlier one of the same split.
+        shared: validation documents that are also in the training split.
+        fingerprints: of each split's documents and their order, wherever they were read from.
+    """
+
+    splits: dict[str, SplitIndex]
+    counts: NDArray[np.int64]
+    readings: list[Reading]
+    token_counts: NDArray[np.int64]
+    duplicates: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Documents on their way through; arrays have one entry for each."""
+
+    texts: list[str]
+    source: NDArray[np.int32]
+    hashes: NDArray[np.uint64]
+    text_bytes: NDArray[np.int64]
+    done_bytes: int
+    part: int
+
+
+@dataclass(frozen=True)
+class _Ids:
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+
+def content_hash(data: bytes) -> int:
+    """Return 64 bits that depend on the text alone; the same in every version and on every machine."""
+    digest = hashlib.blake2b(data, digest_size=8, key=b"minimind document")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def encode(
+    assignments: Sequence[Assignment],
+    tokenizer: DocumentTokenizer,
+    folder: Path,
+    progress: Callable[[int], None] | None = None,
+) -> Encoded:
+    """Tokenize all sources into `folder`, each document as [bos] ids [eos].
+
+    Reading, tokenizing and writing overlap: while one thread turns Python lists into arrays, another has the
+    tokenizer's own threads at work. Documents keep the order of the sources.
+
+    Args:
+        assignments: the sources and their splits.
+        tokenizer: its `encode_batch` must release the interpreter lock to be fast.
+        folder: an existing folder.
+        progress: called with the bytes read so far.
+
+    Raises:
+        DataError: for a source that cannot be read.
+        OSError: when `folder` cannot be written.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    readings = [Reading() for _ in assignments]
+    encoded = Encoded(
+        splits={},
+        counts=np.zeros((len(assignments), len(SPLITS), 3), np.int64),
+        readings=readings,
+        token_counts=np.zeros(tokenizer.vocab_size, np.int64),
+    )
+    held_out = np.array([assignment.held_out for assignment in assignments])
+    all_validation = np.array([assignment.split == "validation" for assignment in assignments])
+    with ExitStack() as stack:
+        writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.abandon)
+        hashes = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
+        contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
+        for batch, ids in _tokenized(_batches(assignments, readings), tokenizer, dtype):
+            validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
+            _count(encoded, batch, ids, validation)
+            for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
+                kept = ids.tokens if chosen.all() else ids.tokens[np.repeat(chosen, ids.lengths)]
+                writers[split].append(kept, ids.lengths[chosen], batch.part)
+                hashes[split].write(batch.hashes[chosen].data)
+                contents[split].update(batch.hashes[chosen].data)
+                if split == "train":
+                    encoded.token_counts += np.bincount(kept, minlength=tokenizer.vocab_size)
+            if progress is not None:
+                progress(batch.done_bytes)
+        encoded.splits = {split: writer.close() for split, writer in writers.items()}
+        encoded.fingerprints = {split: content.hexdigest() for split, content in contents.items()}
+        _count_duplicates(encoded, hashes)
+    if progress is not None:
+        progress(sum(reading.done_bytes for reading in readings))
+    return encoded
+
+
+def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iterator[_Batch]:
+    """Yield documents of all sources in batches of about half a megabyte, of one entry each."""
+    texts: list[str] = []
+    columns: tuple[list[int], list[int], list[int]] = ([], [], [])
+    size = 0
+
+    def batch() -> _Batch:
+        source, hashes, text_bytes = columns
+        done = sum(reading.done_bytes for reading in readings)
+        return _Batch(
+            texts,
+            np.array(source, np.int32),
+            np.array(hashes, np.uint64),
+            np.array(text_bytes, np.int64),
+            done,
+            part,
+        )
+
+    part = 0
+    for number, assignment in enumerate(assignments):
+        if texts and assignment.part != part:
+            yield batch()
+            texts, columns, size = [], ([], [], []), 0
+        part = assignment.part
+        for text in assignment.source.documents(readings[number]):
+            data = text.encode()
+            texts.append(text)
+            for column, value in zip(columns, (number, content_hash(data), len(data)), strict=True):
+                column.append(value)
+            size += len(data)
+            if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
+                yield batch()
+                texts, columns, size = [], ([], [], []), 0
+    if texts:
+        yield batch()
+
+
+def _tokenized(
+    batches: Iterator[_Batch], tokenizer: DocumentTokenizer, dtype: np.dtype[Any]
+) -> Iterator[tuple[_Batch, _Ids]]:
+    """Yield each batch with its ids, in order, while the next ones are being tokenized."""
+    workers = max(2, min(8, os.cpu_count() or 2))
+    pending: deque[tuple[_Batch, Future[_Ids]]] = deque()
+    with ThreadPoolExecutor(workers, "tokenize") as pool:
+        try:
+            for batch in batches:
+                pending.append((batch, pool.submit(_encode_batch, tokenizer, batch.texts, dtype)))
+                if len(pending) > workers + 2:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _encode_batch(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
+    ids = tokenizer.encode_batch(texts)
+    bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    eos = (tokenizer.eos_token_id,)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(bos) + 1
+    parts = chain.from_iterable(chain.from_iterable((bos, document, eos) for document in ids))
+    return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
+
+
+def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bool_]) -> None:
+    values = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
+    np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), values)
+
+
+def _count_duplicates(encoded: Encoded, files: Mapping[str, IO[bytes]]) -> None:
+    """Count equal documents by their hashes: the one place whose memory grows, by 9 bytes a document."""
+    hashes = {}
+    for split, file in files.items():
+        file.seek(0)
+        hashes[split] = np.fromfile(file, np.uint64)
+        hashes[split].sort()
+        encoded.duplicates[split] = int(np.count_nonzero(hashes[split][1:] == hashes[split][:-1]))
+    train, validation = hashes["train"], hashes["validation"]
+    if len(train) and len(validation):
+        at = np.minimum(np.searchsorted(train, validation), len(train) - 1)
+        encoded.shared = int(np.count_nonzero(train[at] == validation))

@@ -1,0 +1,88 @@
+"""Consistency checks across ranks."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from ..config.options import PretrainConfig
+from ..config.schema import settings_of
+from ..errors import RankError
+from ..version import __version__
+
+# What machines may have in different places; what they find there is compared by its content.
+_OF_THE_MACHINE = frozenset(
+    {
+        "data",
+        "val_data",
+        "cache_dir",
+        "tokenizer",
+        "from_weight",
+        "output_dir",
+        "run_name",
+        "tracker",
+        "project",
+    }
+)
+
+
+def refuse_differences(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+    """Compare something that must be the same in all processes; every process must call this.
+
+    Args:
+        accelerator: joins the processes.
+        facts: values by the name under which a difference is reported.
+
+    Raises:
+        RankError: on every process, naming the rank and both values.
+    """
+    if accelerator.num_processes == 1:
+        return
+    everyone: list[dict[str, Any]] = gather_object([dict(facts)])
+    first = everyone[0]
+    problems = [
+        f"rank {rank} has {name} {theirs.get(name)} where rank 0 has {first.get(name)}"
+        for rank, theirs in enumerate(everyone)
+        for name in first.keys() | theirs.keys()
+        if theirs.get(name) != first.get(name)
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise RankError(f"the processes are not alike: {shown}. Give all of them the same.")
+
+
+def facts_of(
+    accelerator: Accelerator, config: PretrainConfig, fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what must be the same in all processes: options, versions, launch, and what the run reads."""
+    options = {
+        settings_of(PretrainConfig)[name].flag: value
+        for name, value in asdict(config).items()
+        if name not in _OF_THE_MACHINE
+    }
+    versions = {
+        "minimind": __version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: version(name) for name in ("torch", "accelerate", "numpy")},
+    }
+    # Each machine has its own configuration of Accelerate, and chooses a precision by its own device.
+    launch = {"precision": accelerator.mixed_precision, "FSDP2": "on" if accelerator.is_fsdp2 else "off"}
+    if accelerator.is_fsdp2:
+        divided = ("FSDP_", "PARALLELISM_CONFIG_")
+        launch |= {name: value for name, value in os.environ.items() if name.startswith(divided)}
+    return {**options, **versions, **launch, **fingerprints}
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return a short text that tells the weights of a model on this process from any others."""
+    parts = [int(torch.hash_tensor(tensor.detach()).item()) for tensor in model.parameters()]
+    return f"{hash(tuple(parts)) & 0xFFFFFFFFFFFF:012x}"

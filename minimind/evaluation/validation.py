@@ -1,0 +1,93 @@
+"""Loss on held-out text, exact over all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.loader import MicroBatch
+from ..distributed.collectives import _any_process, sum_over_processes
+
+# Batches between two looks at whether to stop: with several processes each look is a message.
+STOP_CHECK_INTERVAL = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        loss: mean cross-entropy in nats per target token, NaN where there is none.
+        bits_per_byte: cross-entropy in bits per byte of text, comparable between tokenizers; NaN where the
+            targets are end tokens only, which stand for no text.
+        tokens: target tokens counted, over all processes.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+    @classmethod
+    def of_sums(cls, nats: float, num_tokens: float, num_bytes: float) -> Evaluation:
+        """Return the means of what was summed over targets: cross-entropy, their number, their bytes."""
+        return cls(
+            loss=nats / num_tokens if num_tokens else math.nan,
+            bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
+            tokens=round(num_tokens),
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[MicroBatch],
+    bytes_per_token: torch.Tensor,
+    accelerator: Accelerator,
+    *,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Measure the loss of `model` on `batches`; every process must call it with equally many batches.
+
+    Args:
+        model: the prepared model; its training mode is put back.
+        batches: this process's share of the rows.
+        bytes_per_token: (V,) bytes of text that each token id stands for, on the model's device.
+        accelerator: sums the counts over the processes.
+        asked_to_stop: whether this process wishes to stop.
+
+    Returns:
+        The result, or None when some process wished to stop and all left off together.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[torch.Tensor] = []
+    try:
+        for number, batch in enumerate(batches):
+            if number % STOP_CHECK_INTERVAL == 0 and _any_process(asked_to_stop(), accelerator):
+                return None
+            loss_sum = model(
+                input_ids=batch.input_ids,
+                shift_labels=batch.shift_labels,
+                document_ids=batch.document_ids,
+                position_ids=batch.position_ids,
+                num_items_in_batch=1,
+            ).loss
+            real = batch.shift_labels >= 0
+            text_bytes = torch.where(real, bytes_per_token[batch.shift_labels.clamp(min=0)], 0).sum()
+            sums.append(torch.stack((loss_sum.float(), real.sum().float(), text_bytes.float())))
+    finally:
+        model.train(was_training)
+    # Float64 on the host: a float32 sum of counts loses single tokens beyond 2^24.
+    local = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
+    nats, num_tokens, num_bytes = sum_over_processes(local, accelerator)
+    return Evaluation.of_sums(nats, num_tokens, num_bytes)

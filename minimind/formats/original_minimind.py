@@ -1,0 +1,275 @@
+"""Weights of the original minimind: a `.pth` with the half-precision state dict, and its config keys.
+
+https://github.com/jingyaogong/minimind names parameters as Hugging Face does, so only the config differs. A
+`.pth` is a pickle, which can run code when it is read; here it is only ever read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UserError
+from ..modeling.config import MiniMindConfig
+from ..modeling.transformer import MiniMindForCausalLM
+from .huggingface import build_model, round_to
+
+# What the original takes where its YaRN settings leave a number out; transformers would work others out.
+_YARN_DEFAULTS: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 16,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": 1.0,
+}
+# What the original's commands cannot set: all its models have these, whatever their size.
+_UNSET = {"vocab_size": 6400, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+          "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True}  # fmt: skip
+_UNSET_MOE = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
+_OF_EXPERTS = {*_UNSET_MOE, "moe_intermediate_size", "router_aux_loss_coef"}
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def upstream_config(values: Mapping[str, Any]) -> MiniMindConfig:
+    """Translate the settings of the original's `MiniMindConfig`.
+
+    Raises:
+        ConfigError: for a shape that cannot be built.
+    """
+    shared = {field.name for field in dataclasses.fields(MiniMindConfig)} - {"rope_scaling"}
+    given = {key: value for key, value in values.items() if key in shared and value is not None}
+    if given.get("use_moe"):
+        # Also for one expert a token, whose weight is then always 1.
+        given.setdefault("norm_topk_prob", True)
+        given.setdefault("router_aux_loss_coef", 5e-4)
+    else:  # written all the same, and without a meaning
+        given = {key: value for key, value in given.items() if key not in _OF_EXPERTS}
+    scaling = values.get("rope_scaling") if values.get("inference_rope_scaling", True) else None
+    if isinstance(scaling, Mapping) and scaling:
+        scaling = {**_YARN_DEFAULTS, **scaling}
+    config = MiniMindConfig(**given, rope_scaling=scaling or None)
+    # The original stretches only where the table is longer than what the model was trained on.
+    stretched = config.rope_scaling
+    if stretched and config.max_position_embeddings <= stretched["original_max_position_embeddings"]:
+        return dataclasses.replace(config, rope_scaling={**stretched, "factor": 1.0})
+    return config
+
+
+def read_upstream_config(path: Path) -> MiniMindConfig:
+    """Read the settings of the original from a JSON file.
+
+    Raises:
+        ConfigError: when the file is missing, not a JSON object, or a shape that cannot be built.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object; write the original's settings as key and value.")
+    try:
+        return upstream_config(values)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
+
+
+def upstream_settings(config: MiniMindConfig) -> dict[str, Any]:
+    """Return a config in the settings of the original, as its `MiniMindConfig(**settings)` takes them.
+
+    Raises:
+        ConfigError: for another YaRN than the one that the original has built in.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    scaling = values.pop("rope_scaling")
+    # A factor of 1 stretches nothing; that is how a YaRN that does not act yet is read.
+    acts = scaling is not None and (scaling["factor"] != 1 or scaling.get("attention_factor", 1) != 1)
+    known = {"truncate": True, **_YARN_DEFAULTS}
+    short = config.max_position_embeddings <= _YARN_DEFAULTS["original_max_position_embeddings"]
+    if acts and (short or {"truncate": True, **scaling} != known):
+        raise ConfigError(
+            "the original minimind knows one YaRN only (factor 16 beyond 2048 positions, attention_factor "
+            f"1), and this model has {dict(scaling)}; choose another --format."
+        )
+    return {
+        **{name: value for name, value in values.items() if value is not None},
+        "inference_rope_scaling": acts,
+        "rope_scaling": {**_YARN_DEFAULTS, "type": "yarn"} if acts else None,
+    }
+
+
+def unset_by_commands(config: MiniMindConfig) -> Iterator[str]:
+    """Yield `name value` for each setting that the original's commands would build otherwise.
+
+    They choose `hidden_size` and `num_hidden_layers`; `head_dim` and `intermediate_size` follow from these.
+    """
+    width = config.hidden_size
+    built = {
+        **_UNSET,
+        "head_dim": width // _UNSET["num_attention_heads"],
+        "intermediate_size": math.ceil(width * math.pi / 64) * 64,
+    }
+    if config.use_moe:
+        built |= {**_UNSET_MOE, "moe_intermediate_size": built["intermediate_size"]}
+    for name, value in built.items():
+        if (ours := getattr(config, name)) != value:
+            yield f"{name} {ours} (not {value})"
+
+
+def infer_upstream_config(weights: Mapping[str, Tensor], source: str) -> MiniMindConfig:
+    """Work out the shape of a state dict, with the original's constants where tensors do not show them.
+
+    These are the positions, the base of the rotary embedding, the epsilon of norms and the experts that a
+    token passes, which none of the original's commands can change.
+
+    Raises:
+        ConfigError: when the tensors are not those of such a model.
+    """
+    block = "model.layers.0.self_attn."
+    needed = (_EMBEDDING, *(f"{block}{name}.weight" for name in ("q_norm", "q_proj", "k_proj")))
+    router = "model.layers.0.mlp.gate.weight"
+    inner = f"model.layers.0.mlp.{'experts.0.' if router in weights else ''}gate_proj.weight"
+    for name in (*needed, inner):
+        if name not in weights:
+            raise ConfigError(
+                f"{source} has no {name}: it is of another architecture, such as an older minimind, which "
+                "cannot be read."
+            )
+    embedding, norm, queries, keys = (weights[name] for name in needed)
+    try:
+        (vocab_size, width), (head_dim,) = embedding.shape, norm.shape
+        layers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")}
+        settings = {
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "num_hidden_layers": max(layers) + 1,
+            "num_attention_heads": queries.shape[0] // head_dim,
+            "num_key_value_heads": keys.shape[0] // head_dim,
+            "head_dim": head_dim,
+            "intermediate_size": weights[inner].shape[0],
+            "tie_word_embeddings": _OUTPUT not in weights or torch.equal(weights[_OUTPUT], embedding),
+        }
+        if router in weights:
+            settings |= {"use_moe": True, "num_experts": weights[router].shape[0]}
+        return upstream_config(settings)
+    except (ValueError, ArithmeticError, IndexError, ConfigError) as error:
+        raise ConfigError(
+            f"{source} is no state dict of the original minimind, or its settings must be named by "
+            f"--model-config: {error}"
+        ) from error
+
+
+def settings_name(weights: str) -> str:
+    """Return the name of the settings that lie beside a `.pth`, such as `pretrain_512.config.json`."""
+    return f"{weights.removesuffix('.pth')}.config.json"
+
+
+def load_upstream(path: Path, config: MiniMindConfig) -> MiniMindForCausalLM:
+    """Read the original's `.pth` into a float32 model on the CPU. No code in the file is run.
+
+    Args:
+        path: a state dict saved by its trainer, such as `pretrain_512.pth`.
+        config: from `upstream_config`; the file does not hold its own shape.
+
+    Raises:
+        ConfigError: when the file cannot be read or does not fit the config.
+    """
+    return build_model(config, read_upstream_weights(path), str(path))
+
+
+def read_upstream_weights(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a `.pth` on the CPU, as it is stored. No code in the file is run.
+
+    Raises:
+        ConfigError: when the file cannot be read, or is no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; name a .pth file of the original minimind.")
+    _refuse_damage(path)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
+        raise ConfigError(f"{path} cannot be read as a state dict: {_reason(error)}.") from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in weights.items()
+    ):
+        raise ConfigError(f"{path} holds more than weights; name a pretrain_*.pth, not a resume file.")
+    return weights
+
+
+def _refuse_damage(path: Path) -> None:
+    """Hold each part of a file against the CRC-32 that was saved with it; torch does not look at them.
+
+    Raises:
+        ConfigError: naming the first part that differs. A file without sums passes.
+    """
+    with suppress(OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise ConfigError(f"{path} is damaged: {part} has not the sum that was saved; copy it again.")
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why torch could not read a file."""
+    text = str(error)
+    if "weights_only" in text or "Weights only" in text:
+        # Torch's own words recommend to load it so that it may run code.
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "torch.save did not write it, or it is damaged"
+        return f"it holds {found[1]}, which is no tensor"
+    return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor with all its numbers, neither sparse nor without any."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+
+
+def save_upstream(
+    weights: Mapping[str, Tensor],
+    config: MiniMindConfig,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write weights as the original's trainer does, and their settings beside.
+
+    Args:
+        weights: every parameter by its Hugging Face name; a tied output matrix may be left out.
+        config: the shape.
+        folder: must exist.
+        dtype: what the weights are rounded to; the original writes float16.
+
+    Returns:
+        The `.pth`, under the name that the original's commands look for: `pretrain_{hidden_size}.pth`, or
+        `pretrain_{hidden_size}_moe.pth`.
+
+    Raises:
+        ConfigError: when the original cannot express the shape.
+        UserError: when weights are too large for the dtype, or the folder cannot be written.
+    """
+    settings = upstream_settings(config)
+    rounded = {name: round_to(name, tensor, dtype) for name, tensor in weights.items()}
+    if config.tie_word_embeddings:
+        # Both names, since the original loads with strict=True, but one storage.
+        rounded[_OUTPUT] = rounded[_EMBEDDING]
+    path = folder / f"pretrain_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
+    try:
+        torch.save(rounded, path)
+        text = json.dumps(settings, indent=1) + "\n"
+        (folder / settings_name(path.name)).write_text(text, encoding="utf-8")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the model could not be written to {folder}: {error}.") from error
+    return path

@@ -1,0 +1,115 @@
+"""Which token comes next: pure functions of logits.
+
+Each does what the logits processor of that name does in Hugging Face transformers, ties included, and they
+are applied in the same order. Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+# Below this only the most likely token has any chance, and divided logits would soon be infinite.
+_COLD = 1e-20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token, whatever the next three say.
+        top_k: draw among so many of the most likely tokens; None draws among all.
+        top_p: draw among the fewest most likely tokens whose probabilities reach this sum.
+        min_p: draw among tokens at least this share as likely as the most likely one.
+        repetition_penalty: makes tokens that stand in the text already less likely where above 1.
+
+    Raises:
+        ConfigError: for values out of range; all of them are listed.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ConfigError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        if not 0 <= self.temperature < float("inf"):
+            yield f"--temperature {self.temperature} is out of range; it must be at least 0."
+        if self.top_k is not None and self.top_k < 1:
+            yield f"--top-k {self.top_k} is out of range; it must be at least 1, or none."
+        if not 0 < self.top_p <= 1:
+            yield f"--top-p {self.top_p} is out of range; it must be above 0 and at most 1."
+        if not 0 <= self.min_p <= 1:
+            yield f"--min-p {self.min_p} is out of range; it must be at least 0 and at most 1."
+        if not 0 < self.repetition_penalty < float("inf"):
+            yield f"--repetition-penalty {self.repetition_penalty} is out of range; it must be above 0."
+
+
+def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, uniform: Tensor) -> Tensor:
+    """Return the next token of each row, (B,) int64.
+
+    Args:
+        logits: (B, V) float32.
+        sampling: how.
+        seen: (B, V) bool, tokens that stand in the text already; looked at for the repetition penalty only.
+        uniform: (B,) numbers in [0, 1) that decide the draws.
+    """
+    if sampling.repetition_penalty != 1 and seen is not None:
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature < _COLD:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return draw(logits, uniform)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of seen tokens by `penalty` and multiply negative ones (Keskar et al. 2019)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Set all but the `k` largest logits, and those equal to the last of them, to -∞."""
+    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < smallest, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Set the logits of the least likely tokens that together reach no more than 1 - p to -∞."""
+    ascending, order = logits.sort(dim=-1)
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    drop[..., -1] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Set the logits of tokens less likely than `p` times the most likely one to -∞."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Return the token of each row in whose share of [0, 1) its number lies, (B,) int64."""
+    probabilities = logits.softmax(-1)
+    sums = probabilities.cumsum(-1)
+    token = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    token = token.clamp(max=logits.shape[-1] - 1)
+    # Sums in float32 may end on a token that cannot be drawn.
+    possible = probabilities.gather(-1, token) > 0
+    return torch.where(possible, token, probabilities.argmax(-1, keepdim=True))[:, 0]

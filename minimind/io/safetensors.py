@@ -1,0 +1,51 @@
+"""Write safetensors files tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .atomic import write_file
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Write the safetensors format: length of the header, header in JSON, then the bytes end to end.
+
+    Written here rather than by the library, which holds the interpreter's lock meanwhile and so would stop
+    training, and which hides the number of an operating system's error.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    # Wide types first, so that every tensor is aligned to its own width.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in ordered:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    data = (tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy() for name in ordered)
+    return write_file(file, [struct.pack("<Q", len(encoded)), encoded, *data])

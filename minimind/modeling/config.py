@@ -1,0 +1,341 @@
+"""The shape of a model, readable without torch.
+
+Field names and meanings are those of Hugging Face's `Qwen3Config`, or `Qwen3MoeConfig` for a mixture of
+experts, so that a saved model needs no translation. See `formats/qwen3.py` for the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from ..errors import ConfigError
+
+# Keys of a Qwen3 config.json that this model has one answer to. Another value means another model.
+_FIXED: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
+
+# Likewise of a Qwen3-MoE config.json: every block has experts.
+_FIXED_MOE: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+# Fields of the mixture of experts, and what transformers' Qwen3MoeConfig takes where a file has no such key.
+_MOE_DEFAULTS: Mapping[str, Any] = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+# Fields by what they hold.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_SIZES_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_WORKED_OUT = ("head_dim", "intermediate_size", "moe_intermediate_size")
+_LARGEST_SIZE = 2**31 - 1
+_NUMBERS = ("rope_theta", "rms_norm_eps", "dropout", "router_aux_loss_coef", "initializer_range")
+_SWITCHES = ("use_moe", "tie_word_embeddings", "norm_topk_prob")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniMindConfig:
+    """Shape and constants of a decoder-only transformer.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: transformer blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads, each shared by a group of query heads.
+        head_dim: width of one head; None makes it hidden_size / num_attention_heads.
+        intermediate_size: inner width of SwiGLU; None makes it 8/3 of the hidden size, rounded up to a
+            multiple of 64, which gives three matrices the parameters of a plain layer's two of width 4.
+        max_position_embeddings: longest sequence the rotary table covers.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, or YaRN in the keys of Hugging Face (`rope_type`, `factor`,
+            `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `attention_factor`, `truncate`).
+        rms_norm_eps: added to the mean square in every norm.
+        use_moe: every block chooses among experts, each a SwiGLU layer, instead of having one SwiGLU layer.
+        num_experts: experts in a block.
+        num_experts_per_tok: experts that a token passes.
+        moe_intermediate_size: inner width of an expert; None makes it `intermediate_size`. It plays no part
+            without `use_moe`, as the other fields of experts.
+        norm_topk_prob: scale the router's weights of a token's experts to a sum of 1; None does so for more
+            than one. The weight of a single expert would always be 1, and its router learn nothing from the
+            language loss.
+        router_aux_loss_coef: factor of the loss that balances the experts' loads in training.
+        dropout: probability on attention weights and on what attention and SwiGLU add to the stream.
+        tie_word_embeddings: embedding and output are one matrix.
+        initializer_range: standard deviation of new weights.
+        bos_token_id: token that begins a document.
+        eos_token_id: token that ends one.
+        pad_token_id: filler, never a target.
+
+    Raises:
+        ConfigError: for a shape that cannot be built; all problems are listed.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    # None only until __post_init__ has run; typed so that readers need no check.
+    head_dim: int = None  # type: ignore[assignment]
+    intermediate_size: int = None  # type: ignore[assignment]
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rope_scaling: Mapping[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    use_moe: bool = False
+    num_experts: int = 4
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool | None = None
+    router_aux_loss_coef: float = 0.01
+    dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        # A config may come from a file that anyone has edited.
+        if problems := list(self._of_wrong_kind()):
+            raise ConfigError(problems)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; change one of them or set head_dim."
+                )
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", -(-self.hidden_size * 8 // (3 * 64)) * 64)
+        if self.use_moe and self.moe_intermediate_size is None:
+            object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
+        if self.use_moe and self.norm_topk_prob is None:
+            object.__setattr__(self, "norm_topk_prob", self.num_experts_per_tok > 1)
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", _normal_rope_scaling(self.rope_scaling))
+        if problems := list(self._problems()):
+            raise ConfigError(problems)
+
+    def _of_wrong_kind(self) -> Iterator[str]:
+        """Yield a sentence for each field that holds something else than it should."""
+        for name in (*_SIZES, *(_SIZES_MOE if self.use_moe else ())):
+            value = getattr(self, name)
+            if value is None and name in _WORKED_OUT:
+                continue
+            if not _is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
+                yield f"{name} {value} is not a size; write a whole number of at least 1."
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                yield f"{name} {value} is not a number of at least 0; correct it."
+        if self.rope_theta == 0:
+            yield "rope_theta is 0; write a number above 0."
+        for name in _SWITCHES:
+            if (value := getattr(self, name)) not in (None, True, False):
+                yield f"{name} {value} is neither true nor false; write one of them."
+        for name in _TOKENS:
+            if not _is_whole(value := getattr(self, name)):
+                yield f"{name} {value} is not the number of a token; write a whole number."
+
+    def _problems(self) -> Iterator[str]:
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; choose a divisor."
+            )
+        if self.head_dim % 2:
+            yield f"head_dim {self.head_dim} is odd, but rotary positions turn pairs; make it even."
+        if self.use_moe and self.num_experts_per_tok > self.num_experts:
+            yield (
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts "
+                f"{self.num_experts}; lower it."
+            )
+        if self.dropout >= 1:
+            yield f"dropout {self.dropout} is out of range; it must be at least 0 and below 1."
+
+    def num_parameters(self) -> int:
+        """Return the exact number of parameters, a tied matrix counted once."""
+        return self._count_parameters(self.num_experts)
+
+    def num_active_parameters(self) -> int:
+        """Return the number of parameters that one token passes: all but the experts not chosen for it."""
+        return self._count_parameters(self.num_experts_per_tok)
+
+    def _count_parameters(self, experts: int) -> int:
+        """Return the number of parameters with so many experts in a block."""
+        c, heads, kv_heads, d = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
+        attention = 2 * c * heads * d + 2 * c * kv_heads * d + 2 * d
+        feed_forward = 3 * c * self.intermediate_size
+        if self.use_moe:
+            assert self.moe_intermediate_size is not None
+            feed_forward = c * self.num_experts + experts * 3 * c * self.moe_intermediate_size
+        block = attention + feed_forward + 2 * c
+        embeddings = self.vocab_size * c * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * block + c
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the floating-point operations that training spends on one token.
+
+        6N + 6·L·H·D·T, after appendix B of PaLM (Chowdhery et al. 2022): each weight is multiplied and added
+        once forward and twice backward. N holds the vocabulary once, as the output matrix; looking up an
+        embedding costs nothing. Of the experts N holds those that a token passes. PaLM's 12·L·H·D·T for
+        attention is halved, since a causal query sees half of the keys on average. The document mask saves
+        more than that, and recomputation is not counted: neither may flatter the utilisation.
+
+        Args:
+            seq_len: T, tokens in a row.
+        """
+        weights = self.num_active_parameters()
+        if not self.tie_word_embeddings:
+            weights -= self.vocab_size * self.hidden_size
+        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
+        return 6 * weights + 6 * attention
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as the keys of a Qwen3 or Qwen3-MoE `config.json`.
+
+        transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`.
+        """
+        values = dataclasses.asdict(self)
+        del values["dropout"], values["use_moe"]
+        for name in _MOE_DEFAULTS if not self.use_moe else ():
+            del values[name]
+        scaling = dict(self.rope_scaling) if self.rope_scaling is not None else {"rope_type": "default"}
+        return {
+            "architectures": ["Qwen3MoeForCausalLM" if self.use_moe else "Qwen3ForCausalLM"],
+            "model_type": "qwen3_moe" if self.use_moe else "qwen3",
+            **values,
+            "rope_scaling": scaling if self.rope_scaling is not None else None,
+            "rope_parameters": {**scaling, "rope_theta": self.rope_theta},
+            "attention_dropout": self.dropout,
+            **_FIXED,
+            **(_FIXED_MOE if self.use_moe else {}),
+            "use_cache": True,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MiniMindConfig:
+        """Read a Qwen3 or Qwen3-MoE `config.json`, written by transformers 4 or 5 or by `to_dict`.
+
+        Raises:
+            ConfigError: when it describes a model that this is not, or misses its shape.
+        """
+        kind = values.get("model_type")
+        if kind not in ("qwen3", "qwen3_moe"):
+            raise ConfigError(f"model_type is {kind!r}, but only 'qwen3' and 'qwen3_moe' can be read.")
+        use_moe = kind == "qwen3_moe"
+        for key, ours in {**_FIXED, **(_FIXED_MOE if use_moe else {})}.items():
+            if values.get(key) not in (None, ours):
+                raise ConfigError(f"{key} is {values[key]!r}, but this model has {ours!r} only.")
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = {name: values[name] for name in names - _MOE_DEFAULTS.keys() if name in values}
+        given["use_moe"] = use_moe
+        if use_moe:
+            given |= {name: values.get(name, default) for name, default in _MOE_DEFAULTS.items()}
+            # What transformers 5 writes in place of `num_experts`.
+            given["num_experts"] = values.get("num_local_experts", given["num_experts"])
+            given.setdefault("head_dim", None)
+            # Without a dense block nothing reads it.
+            given.setdefault("intermediate_size", given["moe_intermediate_size"])
+        missing = [
+            name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                              "num_key_value_heads", "intermediate_size") if given.get(name) is None
+        ]  # fmt: skip
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)} missing; take the config.json that belongs to the weights."
+            )
+        # Absent keys mean the defaults of transformers' Qwen3Config where those are not ours.
+        given.setdefault("head_dim", 128)
+        given.setdefault("tie_word_embeddings", False)
+        given["dropout"] = values.get("attention_dropout") or 0.0
+        rope: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            rope |= _table(key, values.get(key))
+        theta = rope.pop("rope_theta", values.get("rope_theta", 1e4))
+        given["rope_theta"] = float(theta) if _is_number(theta) else theta
+        given["rope_scaling"] = rope or None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = given.pop(name, None)
+            # A list of end tokens begins with the main one.
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                given[name] = token
+        return cls(**given)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number that tensors can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return _is_number(value) and isinstance(value, int)
+
+
+def _table(key: str, value: Any) -> Mapping[str, Any]:
+    """Return the keys and values of an object in a file, none where there is none.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{key} {value!r} is not a table of keys and values; correct it.")
+    return value or {}
+
+
+def _normal_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return YaRN settings with one spelling of the kind and nothing unset, None for no scaling.
+
+    Raises:
+        ConfigError: for another kind of scaling, or a number missing.
+    """
+    scaling = _table("rope_scaling", scaling)
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in (None, "default"):
+        return None
+    if kind != "yarn":
+        raise ConfigError(f"rope_scaling of type {kind!r} is not supported; use 'yarn' or none.")
+    for key in _YARN_NUMBERS:
+        value = scaling.get(key)
+        if value is None and key not in ("factor", "original_max_position_embeddings"):
+            continue
+        if not _is_number(value) or value <= 0:
+            raise ConfigError(f"rope_scaling {key} is {value}; YaRN needs a number above 0.")
+    # transformers warns of whole numbers here, except for the length.
+    known: dict[str, Any] = {"rope_type": "yarn"}
+    known |= {key: float(scaling[key]) for key in _YARN_NUMBERS if scaling.get(key) is not None}
+    known["original_max_position_embeddings"] = int(known["original_max_position_embeddings"])
+    if scaling.get("truncate") is not None:
+        known["truncate"] = bool(scaling["truncate"])
+    unread = {key for key in ("mscale", "mscale_all_dim") if scaling.get(key)}
+    if unread:
+        raise ConfigError(f"rope_scaling {' and '.join(sorted(unread))} not supported; set attention_factor.")
+    return known

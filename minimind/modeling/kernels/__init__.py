@@ -1,0 +1,1 @@
+"""Triton kernels for training in bf16 on CUDA GPUs."""

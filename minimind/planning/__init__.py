@@ -1,0 +1,1 @@
+"""Estimates of what a run takes, and measurements of its speed."""

@@ -1,0 +1,150 @@
+"""What a run ran on, for the record: versions, hardware, source revision and command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil  # a dependency of Accelerate
+import torch
+from accelerate import Accelerator
+
+from ..config.options import PretrainConfig
+from ..config.schema import settings_of
+from ..version import __version__
+
+PACKAGES = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensorboard")
+_SECRET_WORDS = {
+    "key",
+    "apikey",
+    "token",
+    "secret",
+    "password",
+    "passwd",
+    "credential",
+    "credentials",
+    "auth",
+}
+HIDDEN = "***"
+
+
+def describe_environment(device: torch.device | str) -> dict[str, Any]:
+    """Return a description of machine and software that JSON can hold; nothing in it ever fails a run.
+
+    Args:
+        device: the one that this process trains on.
+    """
+    device = torch.device(device)
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": hide_secrets(sys.argv),
+        "working_folder": _working_folder(),
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {"minimind": __version__} | {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "device": str(device),
+        **_accelerators(),
+    }
+
+
+def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, Any]:
+    """Return how the processes of a run were started, as far as the launcher told.
+
+    Args:
+        accelerator: of this run.
+        compiled: the model is.
+    """
+    kind = "one process" if accelerator.num_processes == 1 else "DDP"
+    return {
+        "processes": accelerator.num_processes,
+        "machines": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        "kind": "FSDP2" if accelerator.is_fsdp2 else kind,
+        "on_cpu": accelerator.device.type == "cpu",
+        "precision": accelerator.mixed_precision,
+        "compiled": compiled,
+        # How FSDP divides the model; nothing else of the environment is anyone's business.
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("FSDP_", "PARALLELISM_CONFIG_"))
+        },
+    }
+
+
+def hide_secrets(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without the values that look like keys, tokens or passwords.
+
+    A value is hidden after an option such as `--api-key` (or in `--api-key=...`, `WANDB_API_KEY=...`) that
+    is not one of this program's own, and between `//` and `@` in an address.
+    """
+    shown: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if hide_next and not argument.startswith("-"):
+            shown.append(HIDDEN)
+            hide_next = False
+            continue
+        secret = _is_secret(name)
+        hide_next = secret and not equals and argument.startswith("-")
+        text = f"{name}={HIDDEN}" if secret and equals else argument
+        shown.append(re.sub(r"(://)[^/@\s]+@", rf"\1{HIDDEN}@", text))
+    return shown
+
+
+def _is_secret(option: str) -> bool:
+    name = option.lstrip("-").replace("-", "_").lower()
+    return name not in settings_of(PretrainConfig) and not _SECRET_WORDS.isdisjoint(name.split("_"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"cuda": None, "gpus": []}
+    return {
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Return the commit of the working directory and whether files differ from it; None outside of git."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "changed": None if changed is None else bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,147 @@
+"""A run in a few lines: what it is, said at its start, and what came of it, said at its end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..config.options import PretrainConfig
+from ..data.batch_plan import BatchPlan
+from ..data.prepare import PreparedData
+from ..formatting import count, duration
+from ..modeling.config import MiniMindConfig
+from ..modeling.kernels.dispatch import hindrance
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run has to show.
+
+    Attributes:
+        model_dir: folder that Hugging Face transformers loads; not written by a run that was stopped early.
+        steps: optimizer steps done.
+        tokens: real input tokens trained.
+        loss: mean training loss of the last report, in nats per token.
+        val_loss: last validation loss, None without validation text.
+        bits_per_byte: last validation bits per byte, None without validation text.
+        tokens_per_second: speed after warm-up.
+        seconds: wall time of the whole call.
+        sample: a short text written by the model, empty on all processes but the main one.
+        stopped: why the run ended early (`SIGTERM`, `SIGINT`, `--max-time`), None where it did not.
+    """
+
+    model_dir: Path
+    steps: int
+    tokens: int
+    loss: float
+    val_loss: float | None
+    bits_per_byte: float | None
+    tokens_per_second: float
+    seconds: float
+    sample: str
+    stopped: str | None
+
+
+def banner(
+    config: PretrainConfig,
+    shape: MiniMindConfig,
+    plan: BatchPlan,
+    data: PreparedData,
+    accelerator: Accelerator,
+    compiled: bool,
+    total_steps: int,
+    epochs: float,
+    custom_model: str | None = None,
+) -> list[tuple[str, str]]:
+    """Return what a run is, in rows of a key and a value.
+
+    `epochs` is how many the steps make; `custom_model` describes a model that the shape does not.
+    """
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    kernels = ""
+    if device.type == "cuda" and custom_model is None:
+        hindered = hindrance(accelerator.mixed_precision, shape.head_dim, config.dropout)
+        kernels = f", no fused attention: {hindered}" if hindered else ", fused kernels"
+    tokens = plan.global_batch_size * config.max_seq_len
+    validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
+    active = f" ({count(shape.num_active_parameters())} active)" if shape.use_moe else ""
+    experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} a token" if shape.use_moe else ""
+    return [
+        (
+            "model",
+            custom_model
+            or f"{count(shape.num_parameters())} parameters{active}: {shape.num_hidden_layers} blocks "
+            f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, "
+            f"{shape.num_key_value_heads} key/value heads{experts}",
+        ),
+        (
+            "data",
+            f"{count(data.train.num_tokens)} tokens in {data.train.num_documents:,} documents{validation}",
+        ),
+        *(
+            (
+                "mixture",
+                f"{entry.name}: {entry.weight:.1%} of the tokens, {entry.passes * epochs:.3g} of its epochs",
+            )
+            for entry in data.report.mixture
+        ),
+        (
+            "steps",
+            f"{total_steps:,} of up to {count(tokens)} tokens (micro-batch {plan.micro_batch_size} x "
+            f"accumulation {plan.accumulation_steps} x processes {plan.num_processes}, rows of "
+            f"{config.max_seq_len})",
+        ),
+        (
+            "device",
+            f"{name} x {accelerator.num_processes}, {precision}, "
+            f"{'' if compiled else 'not '}compiled{kernels}",
+        ),
+        ("folder", config.output_dir),
+    ]
+
+
+def summary(
+    result: PretrainResult,
+    totals: dict[str, float],
+    bottleneck: str,
+    skipped_steps: int,
+    rewinds: int = 0,
+) -> list[tuple[str, str]]:
+    """Return what came of a run, in rows of a key and a value."""
+    if result.stopped is not None:
+        end = f"stopped by {result.stopped} after step {result.steps:,}; go on with --resume"
+        rows = [("end", end)]
+    else:
+        rows = [("model", str(result.model_dir))]
+    loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "not measured"
+    if result.val_loss is not None:
+        loss += f", validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)"
+    parts = [
+        f"{name.replace('_', ' ')} {duration(totals[name])}"
+        for name in ("training", "first_steps", "data", "evaluation", "saving", "compile")
+        if totals.get(name, 0.0) >= 0.5
+    ]
+    rows += [
+        ("loss", loss),
+        ("trained", f"{result.steps:,} steps, {count(result.tokens)} tokens"),
+        ("speed", f"{count(result.tokens_per_second)} tokens/s"),
+        ("time", f"{duration(result.seconds)}" + (f": {', '.join(parts)}" if parts else "")),
+        ("bottleneck", bottleneck),
+    ]
+    if skipped_steps:
+        rows.append(
+            ("skipped", f"{skipped_steps:,} updates, for a loss or gradient that was not finite or jumped")
+        )
+    if rewinds:
+        rows.append(
+            ("rewound", f"{rewinds} times, leaving rows out; see {result.model_dir.parent / 'spikes'}")
+        )
+    if result.sample:
+        rows.append(("sample", " ".join(result.sample.split())))
+    return rows

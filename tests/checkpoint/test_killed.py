@@ -1,0 +1,79 @@
+"""Runs that end as runs end in practice: killed at any moment, or with a disk that takes no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind import pretrain
+from minimind.checkpoint.files import latest_checkpoint, stored_checkpoints
+from support.tiny_runs import STEPS, assert_same_end, tiny, write_corpus
+
+TESTS = Path(__file__).parents[1]
+KILLS = 48
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # One thread each: a process with threads cannot fork safely, and results do not depend on the machine.
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = {**os.environ, **single, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(TESTS / "support" / name), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """Weights, moments, reports and delivered model equal those of a run that nobody killed."""
+    done = run_script("killed_runs.py", tmp_path, KILLS, 1)
+    logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    happened = json.loads(done.stdout)
+    assert happened["kills"] >= KILLS
+    assert happened["during a save"] >= 5
+    assert happened["during a removal"] >= 1
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
+@pytest.mark.parametrize(
+    ("kind", "advice"), [("too large", "ulimit -f"), ("forbidden", "allow writing there")]
+)
+def test_a_disk_that_refuses_does_not_end_a_run(tmp_path: Path, kind: str, advice: str) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    straight = tiny(corpus, tmp_path / "straight")
+    pretrain(straight)
+    # Saves fall due after steps 4, 8, 12 and 16; the disk refuses those of 8 and 12.
+    done = run_script("failing_disk.py", tmp_path, kind, 13)
+    assert done.returncode == 0, done.stderr
+    checkpoints = tmp_path / "run" / "checkpoints"
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert [f"step {step} was not saved" in line for step, line in zip((8, 12, 13), warnings, strict=True)]
+    assert all(advice in line and "Earlier checkpoints are untouched" in line for line in warnings)
+    (left,) = stored_checkpoints(checkpoints)
+    assert (left.step, left.problem()) == (4, None)
+    assert not list(checkpoints.glob(".step-*"))
+    # The state of step 4 is good: going on from it, the disk working again, ends as if nothing had been.
+    checkpoints.chmod(0o755)
+    pretrain(dataclasses.replace(straight, output_dir=str(tmp_path / "run"), resume="auto"))
+    assert_same_end(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
+def test_a_disk_that_takes_files_again_gets_the_next_checkpoint(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus.jsonl")
+    done = run_script("failing_disk.py", tmp_path, "too large", STEPS)
+    assert done.returncode == 0, done.stderr
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.step == STEPS

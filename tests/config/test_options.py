@@ -1,0 +1,90 @@
+"""The options of a run: defaults, conflicts, and the page that documents them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.reference_page import PAGE, render
+from minimind.config.schema import settings_of
+from minimind.errors import ConfigError
+
+
+def problems_of(**values: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        PretrainConfig(**values)  # type: ignore[arg-type]
+    return caught.value.problems
+
+
+def test_the_defaults_are_valid() -> None:
+    assert PretrainConfig().hidden_size == 512
+
+
+def test_panels_hold_every_option_once_and_in_order() -> None:
+    names = [name for panel in PANELS for name in settings_of(panel)]
+    assert names == list(settings_of(PretrainConfig))
+
+
+def test_no_two_options_share_a_flag() -> None:
+    settings = settings_of(PretrainConfig).values()
+    flags = [flag for setting in settings for flag in (setting.flag, *setting.option.aliases)]
+    assert len(flags) == len(set(flags))
+
+
+def test_every_help_is_a_sentence() -> None:
+    for setting in settings_of(PretrainConfig).values():
+        assert setting.option.help[0].isupper(), setting.name
+        assert setting.option.help.endswith("."), setting.name
+
+
+def test_all_values_out_of_range_are_listed() -> None:
+    assert problems_of(epochs=0, learning_rate=-1.0, tracker=("wandb", "paper")) == [
+        "--epochs 0 is out of range; it must be at least 1.",
+        "--learning-rate -1.0 is out of range; it must be above 0.",
+        "--tracker paper is not known; choose tensorboard, wandb, swanlab or none.",
+    ]
+
+
+def test_all_conflicts_are_listed() -> None:
+    problems = problems_of(
+        num_attention_heads=6,
+        num_key_value_heads=4,
+        accumulation_steps=2,
+        global_batch_size=64,
+        val_data=("v.txt",),
+        tracker=("none", "wandb"),
+    )
+    assert problems == [
+        "--num-key-value-heads 4 does not divide --num-attention-heads 6; use one of 1, 2, 3, 6.",
+        "--hidden-size 512 is not a multiple of --num-attention-heads 6; "
+        "change one of them or set --head-dim.",
+        "--accumulation-steps and --global-batch-size both set the size of a step; give only one of them.",
+        "--val-data needs --data: name the training text too.",
+        "--tracker none cannot go with another tracker; leave one of them out.",
+    ]
+
+
+def test_options_of_experts_belong_to_experts_and_to_each_other() -> None:
+    assert problems_of(num_experts=8, moe_intermediate_size=64) == [
+        "--num-experts 8 is of experts only; give --use-moe too.",
+        "--moe-intermediate-size 64 is of experts only; give --use-moe too.",
+    ]
+    assert problems_of(use_moe=True, num_experts_per_tok=5) == [
+        "--num-experts-per-tok 5 is more than --num-experts 4; lower it."
+    ]
+
+
+@pytest.mark.parametrize("values", [{"head_dim": 63}, {"hidden_size": 72, "num_attention_heads": 8}])
+def test_a_head_of_odd_width_is_refused(values: dict[str, int]) -> None:
+    assert problems_of(**values) == [
+        "the width of one head must be even for rotary positions; set --head-dim to an even number."
+    ]
+
+
+def test_the_page_in_docs_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / PAGE
+    assert page.read_text(encoding="utf-8") == render(), (
+        "write it again by: python -m minimind.config.reference_page"
+    )

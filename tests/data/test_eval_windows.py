@@ -1,0 +1,80 @@
+"""Windows of an evaluation: every target once, with the context that it is promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind.data.eval_windows import document_windows, packed_windows, window_rows
+from minimind.data.loader import evaluation_batches
+from minimind.data.packing import IGNORED
+from support.made_text import write_shards
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    length=st.integers(2, 17),
+    stride=st.integers(1, 17),
+    packing=st.booleans(),
+    processes=st.integers(1, 3),
+)
+def test_every_token_that_follows_another_is_a_target_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    length: int,
+    stride: int,
+    packing: bool,
+    processes: int,
+) -> None:
+    stride = min(stride, length)
+    shards = write_shards(tmp_path_factory.mktemp("shards"), lengths, shard_tokens=50)
+    whole = packed_windows(shards, length) if packing else document_windows(shards, length, stride)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    met = []
+    for process in range(processes):
+        windows = whole.share(process, processes)
+        for first in range(0, len(windows), 3):
+            rows = window_rows(shards, windows, slice(first, first + 3), pad_token_id=60_000)
+            assert rows.input_ids.shape[1] <= length
+            for row, place in zip(*np.nonzero(rows.labels != IGNORED), strict=True):
+                token, before = int(rows.labels[row, place]), int(rows.input_ids[row, place])
+                assert token == before + 1
+                document = int(np.searchsorted(ends, token, side="right"))
+                assert rows.documents[row, place] == document
+                context = int(rows.position_ids[row, place]) + 1
+                assert token - context >= starts[document]
+                if not packing:
+                    assert context >= min(token - starts[document], length - stride)
+                # What it may attend to is of its document and reaches back to position 0.
+                same = np.arange(rows.input_ids.shape[1]) <= place
+                if rows.document_ids is not None:
+                    same &= rows.document_ids[row] == rows.document_ids[row, place]
+                assert rows.input_ids[row, same].tolist() == list(range(token - context, token))
+                met.append(token)
+    assert sorted(met) == [t for s, e in zip(starts, ends, strict=True) for t in range(s + 1, e)]
+
+
+def test_packed_windows_are_the_rows_of_a_validation(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [30, 5, 1, 44, 2, 18, 60, 7])
+    rows = window_rows(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
+    batches = evaluation_batches(
+        shards, seq_len=16, packing=True, batch_size=20, process_index=0, num_processes=1, device="cpu"
+    )
+    (batch,) = batches
+    count = len(rows.labels)
+    assert torch.equal(torch.from_numpy(rows.labels), batch.shift_labels[:count])
+    assert (batch.shift_labels[count:] == IGNORED).all()
+    real = torch.from_numpy(rows.labels) != IGNORED
+    for ours, theirs in (
+        (rows.input_ids, batch.input_ids),
+        (rows.document_ids, batch.document_ids),
+        (rows.position_ids, batch.position_ids),
+    ):
+        assert torch.equal(torch.from_numpy(ours)[real], theirs[:count][real])

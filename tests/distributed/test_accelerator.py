@@ -1,0 +1,224 @@
+"""Launches that Accelerate would carry out otherwise than asked are refused, with the command that works."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from minimind.config.options import PretrainConfig
+from minimind.distributed.accelerator import check_launch, choose_precision, prepare, start_accelerator
+from minimind.distributed.launch_checks import launch_problems
+from minimind.errors import ConfigError
+from minimind.launch_env import is_main_process, is_set, restarts, world_size
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+TWO |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+FSDP2 = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP = {
+    **FSDP2,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_TP_SIZE": "1",
+}
+
+
+def problems(env: dict[str, str], devices: int = 0, **options: Any) -> list[str]:
+    return list(launch_problems(PretrainConfig(**options), devices, env))
+
+
+@pytest.mark.parametrize(
+    ("env", "devices"),
+    [
+        ({}, 0),
+        ({}, 8),
+        (LAUNCHED, 0),
+        (TWO, 0),
+        (TWO, 2),
+        (FSDP2, 2),
+        (HSDP, 2),
+        ({**TWO, "ACCELERATE_USE_CPU": "true"}, 1),
+        ({"WORLD_SIZE": "1"}, 2),
+        ({"MASTER_ADDR": "node0"}, 2),  # as a script of a cluster may export it
+        ({"SLURM_STEP_NUM_TASKS": "2", **TWO}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 2),
+        ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, 2),
+    ],
+)
+def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> None:
+    assert problems(env, devices) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "devices", "answer"),
+    [
+        (
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
+            0,
+            "this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
+        ),
+        (
+            # Alone it meets nobody, at no port.
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "True"},
+            4,
+            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 1, "^srun started 4 processes that do not know of each other"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 0, "^mpirun started 2 processes"),
+        (TWO, 1, "2 processes were launched on this machine, which has 1 GPU;"),
+        ({**TWO, "MASTER_PORT": "0"}, 2, "--standalone"),
+        # As scripts of clusters export them.
+        ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, 0, "MASTER_ADDR is not"),
+        ({"WORLD_SIZE": "2"}, 4, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set.*unset WORLD_SIZE"),
+        ({**FSDP2, "FSDP_VERSION": "1"}, 2, "FSDP version 1; add --fsdp_version 2"),
+        (
+            FSDP2,
+            0,
+            "none is in use.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
+        ),
+        ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
+        (
+            {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
+            2,
+            "^DeepSpeed is not supported; FSDP2.*: accelerate launch --use_fsdp --fsdp_version 2 "
+            "--num_processes 2 -m minimind_cli pretrain",
+        ),
+        (
+            {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
+            0,
+            "^DeepSpeed is not supported; train with DDP: accelerate launch --multi_gpu --num_processes 2",
+        ),
+        ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "^Megatron-LM is not supported"),
+        ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, r"^tensor parallelism \(tp_size 2\).*dp_shard_size"),
+        ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
+        ({**HSDP, "PARALLELISM_CONFIG_SP_SIZE": "2"}, 2, "^sequence parallelism"),
+        ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 2, "give --accumulation-steps 4"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, 2, "STEPS=x of the launcher is not what"),
+        ({"ACCELERATE_USE_CPU": ""}, 0, "^ACCELERATE_USE_CPU= is neither true nor false"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, 2, "^ACCELERATE_USE_CPU=maybe is neither"),
+    ],
+)
+def test_a_launch_that_would_go_wrong_is_answered(env: dict[str, str], devices: int, answer: str) -> None:
+    (problem,) = problems(env, devices)
+    assert re.search(answer, problem), problem
+
+
+def test_accumulation_told_twice_alike_is_fine() -> None:
+    env = {**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    assert problems(env, 2, accumulation_steps=4) == []
+
+
+@pytest.fixture
+def _launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    # Registered, so that what check_launch sets is taken back.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.usefixtures("_launched")
+def test_several_processes_without_a_gpu_are_led_to_the_cpu() -> None:
+    remark = check_launch(PretrainConfig())
+    assert remark == "no GPU here: 2 processes train together on CPUs."
+    assert is_set("ACCELERATE_USE_CPU")
+    assert check_launch(PretrainConfig()) is None
+    assert (world_size(), restarts(), is_main_process()) == (2, 0, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize(
+    ("threads", "launched", "idle"), [(1, True, True), (8, True, False), (1, False, False)]
+)
+def test_cores_that_a_launcher_left_idle_are_told(
+    monkeypatch: pytest.MonkeyPatch, threads: int, launched: bool, idle: bool
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    told = "1 of 8 cores are used, for launchers give each process one thread; put OMP_NUM_THREADS=8 before"
+    assert (told in (check_launch(PretrainConfig()) or "")) == idle
+
+
+def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError) as caught:
+        check_launch(PretrainConfig())
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize(
+    ("units", "width", "options", "precision"),
+    [
+        ({"_is_amx_tile_supported": True}, 512, {}, "bf16"),
+        ({"_is_avx512_bf16_supported": True}, 512, {}, "bf16"),
+        ({"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": False}, 512, {}, "no"),
+        ({}, 512, {}, "no"),  # a torch that cannot tell
+        ({"_is_amx_tile_supported": True}, 128, {}, "no"),
+        ({"_is_amx_tile_supported": True}, 512, {"mixed_precision": "no"}, "no"),
+        ({}, 128, {"mixed_precision": "bf16"}, "bf16"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_by_itself_only_where_it_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+    units: dict[str, bool],
+    width: int,
+    options: dict[str, Any],
+    precision: str,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    for name, there in units.items():
+        monkeypatch.setattr(torch.cpu, name, lambda there=there: there, raising=False)
+    assert choose_precision(PretrainConfig(hidden_size=width, **options)) == precision
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp16"])
+def test_a_precision_that_the_device_has_not_is_refused_early(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(ConfigError, match=precision):
+        check_launch(PretrainConfig())
+
+
+class Tied(nn.Module):
+    def __init__(self, tie: bool) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        if tie:
+            self.outer.weight = self.inner.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.outer
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_embeddings_that_came_apart_are_noticed(tie: bool) -> None:
+    try:
+        accelerator = start_accelerator(PretrainConfig())
+        model = Tied(tie)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        if tie:
+            prepare(accelerator, model, optimizer, tied=True, accumulation_steps=3)
+            assert accelerator.gradient_accumulation_steps == 3
+        else:
+            with pytest.raises(ConfigError, match="cpu_ram_efficient_loading false"):
+                prepare(accelerator, model, optimizer, tied=True, accumulation_steps=3)
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()

@@ -1,0 +1,297 @@
+"""Processes that fail, die, hang or lose their network end together, say which one it was, and go on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minimind.checkpoint.files import stored_checkpoints
+from support.cycle_corpus import write_corpus
+from support.launching import (
+    ACCELERATE,
+    FEW_STEPS,
+    PATIENCE,
+    command,
+    launch,
+    launched,
+    pid_of,
+    rank_of,
+    rows,
+    torchrun,
+    wait_for,
+    wait_for_step,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", documents=120)
+
+
+@pytest.mark.parametrize(
+    ("code", "difference"),
+    [
+        (
+            "sys.argv += ['--learning-rate', str((rank + 1) / 1000)]",
+            r"rank 1 has --learning-rate 0\.002 where rank 0 has 0\.001\.",
+        ),
+        (
+            "sys.argv[sys.argv.index('--data') + 1] += ['', '.other.jsonl'][rank]",
+            r"rank 1 has training text \w+ where rank 0 has \w+\.",
+        ),
+        (
+            "os.environ['ACCELERATE_MIXED_PRECISION'] = ['no', 'bf16'][rank]",
+            r"rank 1 has precision bf16 where rank 0 has no\.",
+        ),
+        (
+            "os.environ['ACCELERATE_DYNAMO_BACKEND'] = ['no', 'inductor'][rank]",
+            r"rank 1 has compilation on where rank 0 has off\.",
+        ),
+    ],
+    ids=["options", "text", "precision", "compilation"],
+)
+def test_processes_that_are_not_alike_are_named_with_both_values(
+    corpus: Path, tmp_path: Path, code: str, difference: str
+) -> None:
+    corpus.with_name("corpus.jsonl.other.jsonl").write_text(corpus.read_text().replace("cat", "dog"))
+    done, text = launch(torchrun(code, corpus, tmp_path / "out", *FEW_STEPS), tmp_path)
+    assert done != 0
+    assert re.search("error: the processes are not alike: " + difference, text)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_process_that_fails_ends_the_others_and_is_named_by_them(corpus: Path, tmp_path: Path) -> None:
+    code = """
+import minimind.training.trainer
+forward, calls = minimind.training.trainer.forward_loss, []
+def fail(*args):
+    calls.append(1)
+    if rank == 1 and len(calls) == 4: raise ValueError("a fault in the fourth step")
+    return forward(*args)
+minimind.training.trainer.forward_loss = fail"""
+    done, text = launch(torchrun(code, corpus, tmp_path / "out"), tmp_path)
+    assert done != 0
+    assert "rank 1: ValueError: a fault in the fourth step" in text
+    assert (
+        "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 went on no further." in text
+    )
+
+
+def test_a_process_that_hangs_ends_the_others_in_time_and_is_named(corpus: Path, tmp_path: Path) -> None:
+    code = """
+import signal, time, minimind.training.trainer
+forward, calls = minimind.training.trainer.forward_loss, []
+def hang(*args):
+    calls.append(1)
+    if rank == 1 and len(calls) == 4:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1000)
+    return forward(*args)
+minimind.training.trainer.forward_loss = hang"""
+    words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "4s")
+    with launched(words, tmp_path) as process:
+        wait_for_step(tmp_path / "out", 3)
+        hanging = time.monotonic()
+        text, _ = process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - hanging < 25
+    assert process.returncode != 0
+    assert "error: rank 1 no longer answers: it was killed, hangs, or its machine cannot be reached;" in text
+
+
+def test_a_process_that_is_stuck_when_another_dies_ends_and_names_it(corpus: Path, tmp_path: Path) -> None:
+    """As over NCCL, whose operations neither return nor raise when a process is missing from them."""
+    code = """
+import threading, minimind.distributed.heartbeat, minimind.training.trainer
+minimind.distributed.heartbeat.Watch.HURRY_SECONDS = 3.0
+forward, calls = minimind.training.trainer.forward_loss, []
+def stick(*args):
+    calls.append(1)
+    if rank == 0 and len(calls) == 4: threading.Event().wait()
+    return forward(*args)
+minimind.training.trainer.forward_loss = stick"""
+    with launched(torchrun(code, corpus, tmp_path / "out"), tmp_path) as process:
+        wait_for_step(tmp_path / "out", 3)
+        os.kill(pid_of(process.pid, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        text, _ = process.communicate(timeout=PATIENCE)
+    # The launcher itself would have ended it after 30 seconds, without a word.
+    assert time.monotonic() - killed < 25
+    assert process.returncode != 0
+    assert "error: rank 1 no longer answers: it was killed, hangs, or its machine cannot be reached;" in text
+
+
+APART = """
+os.environ["GROUP_WORLD_SIZE"] = "2"
+minimind.data.cache.fcntl = None  # locks that hold on one machine only
+"""
+
+
+@pytest.mark.parametrize(
+    ("machines", "cache", "builders"),
+    [
+        ("time.sleep([5, 0][rank])  # rank 1 comes first", "cache", "1"),
+        (APART, "cache", "0"),
+        (APART, "cache-{rank}", "0 and 1"),
+    ],
+    ids=["one machine", "machines that share a folder", "machines apart"],
+)
+def test_a_build_may_take_longer_than_processes_wait_for_each_other(
+    corpus: Path, tmp_path: Path, machines: str, cache: str, builders: str
+) -> None:
+    code = f"""
+import importlib, time, minimind.data.cache
+module = importlib.import_module("minimind.data.prepare")
+encode = module.encode
+def slow(*args):
+    print(f"rank {{rank}} builds", flush=True)
+    time.sleep([0, 12][{"rank" if builders == "0 and 1" else "1"}])
+    return encode(*args)
+module.encode = slow
+sys.argv += ["--cache-dir", f"{tmp_path / cache}"]
+{machines}"""
+    words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "6s", *FEW_STEPS)
+    done, text = launch(words, tmp_path)
+    assert done == 0, text
+    built = [rank for rank in "01" if f"rank {rank} builds" in text]
+    assert " and ".join(built) == builders
+    # Who builds tells of it.
+    assert text.count("data: training ") == len(built)
+
+
+def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = torchrun("", corpus, out, "--save-interval", 4, "--dist-timeout", "30s", restarts=2)
+    with launched(words, tmp_path) as process:
+        for victim in (1, 0):
+            started = max((row["step"] for row in rows(out)), default=0)
+            pid = pid_of(process.pid, victim)
+            wait_for_step(out, started + 9)
+            saved = stored_checkpoints(out / "checkpoints")[-1].step
+            os.kill(pid, signal.SIGKILL)
+            # Rows after the checkpoint are written again: wait for the new processes to take over.
+            wait_for(lambda pid=pid, victim=victim: pid_of(process.pid, victim) != pid)
+            wait_for(lambda saved=saved: stored_checkpoints(out / "checkpoints")[-1].step > saved)
+        os.kill(pid_of(process.pid, 0), signal.SIGTERM)
+        text, _ = process.communicate(timeout=PATIENCE)
+    assert "restart 1 by the launcher: going on as with --resume." in text
+    assert "restart 2 by the launcher: going on as with --resume." in text
+    assert text.count("going on from step") == 2
+    assert text.count("stopped by SIGTERM") == 1
+    steps = [row["step"] for row in rows(out) if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_processes_that_were_refused_and_started_anew_leave_another_run_alone(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, _ = launch(torchrun("", corpus, out, *FEW_STEPS), tmp_path)
+    assert code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # A wish for more steps, which --resume would fulfil.
+    code, text = launch(torchrun("", corpus, out, "--max-steps", 4, restarts=1), tmp_path)
+    assert code != 0
+    assert text.count(f"error: --output-dir {out} already holds a run; go on with it by --resume") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+# --- two machines -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a cable."""
+    names = (f"mm{os.getpid()}a", f"mm{os.getpid()}b")
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces are not allowed here")
+    try:
+        ends = ["ip", "link", "add", cable(0), "netns", names[0], "type", "veth"]
+        subprocess.run([*ends, "peer", "name", cable(1), "netns", names[1]], check=True)
+        for number, name in enumerate(names):
+            for words in (
+                ["addr", "add", f"10.77.0.{number + 1}/24", "dev", cable(number)],
+                ["link", "set", "lo", "up"],
+                ["link", "set", cable(number), "up"],
+            ):
+                subprocess.run(["ip", "-n", name, *words], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def cable(number: int) -> str:
+    """The name of the cable's end in a machine."""
+    return f"mm{os.getpid() % 10**8}{'ab'[number]}"
+
+
+def on_machine(machines: tuple[str, str], number: int, words: list[object]) -> list[object]:
+    enter = ["ip", "netns", "exec", machines[number], "env", f"GLOO_SOCKET_IFNAME={cable(number)}"]
+    place = f"--num_machines 2 --num_processes 2 --machine_rank {number} --main_process_ip 10.77.0.1"
+    options = [*f"--multi_gpu {place} --main_process_port 29511".split(), "-m", "minimind_cli"]
+    return [*enter, *ACCELERATE, *options, *words]
+
+
+def test_two_machines_train_together_fail_together_and_go_on(
+    corpus: Path, tmp_path: Path, machines: tuple[str, str]
+) -> None:
+    out = tmp_path / "out"
+    words = command(corpus, out, "--save-interval", 4, "--dist-timeout", "20s")
+    with (
+        launched(on_machine(machines, 1, words), tmp_path) as second,
+        launched(on_machine(machines, 0, words), tmp_path) as first,
+    ):
+        wait_for_step(out, 9)
+        os.kill(pid_of(second.pid, 1), signal.SIGKILL)
+        text, _ = first.communicate(timeout=PATIENCE)
+        second.communicate(timeout=PATIENCE)
+    assert first.returncode != 0
+    assert second.returncode != 0
+    assert "device: CPU x 2" in text
+    assert "error: rank 1 no longer answers" in text
+    saved = stored_checkpoints(out / "checkpoints")[-1].step
+    more = [*words, "--resume", "--max-steps", saved + 3]
+    with (
+        launched(on_machine(machines, 1, more), tmp_path) as second,
+        launched(on_machine(machines, 0, more), tmp_path) as first,
+    ):
+        text, _ = first.communicate(timeout=PATIENCE)
+        second.communicate(timeout=PATIENCE)
+    assert (first.returncode, second.returncode) == (0, 0), text
+    assert f"going on from step {saved}" in text
+    steps = [row["step"] for row in rows(out) if "loss" in row]
+    assert steps == list(range(1, saved + 4))
+
+
+def test_machines_that_lose_the_network_both_end_in_time_and_name_each_other(
+    corpus: Path, tmp_path: Path, machines: tuple[str, str]
+) -> None:
+    out = tmp_path / "out"
+    words = command(corpus, out, "--dist-timeout", "10s")
+    with (
+        launched(on_machine(machines, 1, words), tmp_path) as second,
+        launched(on_machine(machines, 0, words), tmp_path) as first,
+    ):
+        wait_for_step(out, 5)
+        ranks = [pid_of(launcher.pid, rank) for rank, launcher in enumerate((first, second))]
+        subprocess.run(["ip", "-n", machines[1], "link", "set", cable(1), "down"], check=True)
+        cut = time.monotonic()
+        wait_for(lambda: rank_of(ranks[0]) is None and rank_of(ranks[1]) is None)
+        assert time.monotonic() - cut < 30
+        for launcher in (second, first):
+            launcher.terminate()  # which looks for its partner for minutes
+        texts = [launcher.communicate(timeout=PATIENCE)[0] for launcher in (first, second)]
+    for text, other in zip(texts, (1, 0), strict=True):
+        assert f"error: rank {other} no longer answers: it was killed, hangs, or its machine" in text

@@ -1,0 +1,74 @@
+"""Signals and the time limit are noted, and a second signal leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from minimind.distributed.shutdown import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), number)
+        assert stop.reason == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_leaves_at_once_with_the_shell_s_code() -> None:
+    script = (
+        "import os, signal, time\n"
+        "from minimind.distributed.shutdown import StopRequest\n"
+        "with StopRequest():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('noted', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=15)
+    assert (done.stdout, done.returncode) == ("noted\n", 128 + signal.SIGTERM)
+
+
+def test_an_echo_from_the_launcher_is_not_a_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    now = [0.0]
+    with StopRequest(clock=lambda: now[0]):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == []
+        now[0] = 10.0
+        os.kill(os.getpid(), signal.SIGINT)
+    assert left == [128 + signal.SIGINT]
+
+
+def test_the_time_limit_counts_from_the_start_given() -> None:
+    now = [100.0]
+    stop = StopRequest(60, started=90.0, clock=lambda: now[0])
+    assert stop.reason is None
+    assert stop.seconds_left() == 50.0
+    now[0] = 150.0
+    assert stop.reason == "--max-time"
+
+
+def test_outside_the_main_thread_the_handlers_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.reason))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, None)]

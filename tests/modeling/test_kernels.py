@@ -1,0 +1,89 @@
+"""The fused kernels: their numbers, and when they are used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.modeling.documents import documents
+from minimind.modeling.kernels import dispatch as fused
+from support import fused_cases
+
+# bf16 rounds by up to 1/256; an error of this size has been made by rounding alone.
+ROUNDING = 0.01
+# Gradients of the norms of heads are sums over few tokens of numbers rounded more than once: in bf16 plain
+# PyTorch is off by up to 0.013 in the narrowest case.
+SUMS_OF_ROUNDED = 0.02
+# Both kinds run everything: sum and norm, norm, swiglu, and three or four numbers of each other case.
+FEWEST = 20
+
+
+def test_interpreted_kernels_agree_with_float64() -> None:
+    if find_spec("triton") is None:
+        pytest.skip("needs the package triton")
+    program = Path(fused_cases.__file__)
+    done = subprocess.run(
+        [sys.executable, program, "--interpret"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) > FEWEST
+    assert {name: error for name, error in errors.items() if not error < ROUNDING} == {}
+    exact = [error for name, error in errors.items() if name.startswith("attention")]
+    assert max(exact) < 1e-5  # float32 throughout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_kernels_on_a_gpu_agree_with_float64() -> None:
+    errors = fused_cases.all_cases("cuda")
+    assert len(errors) > FEWEST
+    of_norms = {name for name in errors if name.startswith("attention") and name[-1] in "12"}
+    limits = {name: SUMS_OF_ROUNDED if name in of_norms else ROUNDING for name in errors}
+    assert {name: error for name, error in errors.items() if not error < limits[name]} == {}
+
+
+def test_documents_are_runs_of_equal_ids() -> None:
+    ids = torch.tensor([[0, 0, 0, 1, 2, 2], [5, 5, 5, 5, 5, 5]], dtype=torch.int32)
+    found = documents(ids, 2, 6, torch.device("cpu"))
+    assert found.starts.tolist() == [[0, 0, 0, 3, 4, 4], [0] * 6]
+    assert found.ends.tolist() == [[3, 3, 3, 4, 6, 6], [6] * 6]
+    whole = documents(None, 2, 6, torch.device("cpu"))
+    assert (whole.starts == 0).all()
+    assert (whole.ends == 6).all()
+
+
+def test_a_cpu_computes_by_plain_pytorch() -> None:
+    x, weight = torch.randn(2, 4), torch.randn(4, 4)
+    assert not fused.wanted(x, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused.compute_dtype(x, weight) == torch.bfloat16
+        assert not fused.wanted(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("built", "precision", "head_dim", "dropout", "words"),
+    [
+        (True, "bf16", 96, 0.0, None),
+        (False, "bf16", 96, 0.0, "the package triton is missing"),
+        (True, "fp16", 96, 0.0, "they need bf16"),
+        (True, "bf16", 256, 0.0, "they need heads of 16 to 128"),
+        (True, "bf16", 96, 0.1, "they have no dropout"),
+    ],
+)
+def test_a_run_can_say_why_it_has_no_fused_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    built: bool,
+    precision: str,
+    head_dim: int,
+    dropout: float,
+    words: str | None,
+) -> None:
+    monkeypatch.setattr(fused, "_BUILDABLE", built)
+    assert fused.hindrance(precision, head_dim, dropout) == words

@@ -1,0 +1,244 @@
+"""A plan against the run that it tells of: sizes, steps and disk must be those that then come."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minimind.planning.plan as module
+from minimind.config.options import PretrainConfig
+from minimind.errors import CheckpointError
+from minimind.planning.benchmark import BenchmarkResult, TooLargeError
+from minimind.planning.plan import plan_run
+from minimind.planning.plan_report import RunPlan
+from minimind.training.pretrain import pretrain
+from support import tiny_runs, topologies
+
+RESULT = BenchmarkResult(
+    device="CPU",
+    processes=1,
+    precision="no",
+    compiled=False,
+    optimizer="adamw",
+    parameters=1,
+    batch_size=4,
+    max_seq_len=32,
+    reduced=False,
+    steps=2,
+    step_seconds=1.0,
+    tokens_per_second=1.0,
+    data_seconds=0.0,
+    forward_seconds=0.4,
+    backward_seconds=0.4,
+    optimizer_seconds=0.2,
+    start_seconds=7.0,
+    memory_gb=1.5,
+    flops_per_token=1,
+    peak_flops=None,
+    mfu=None,
+    matmul_flops=1.0,
+    matmul_share=0.1,
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    topologies.forget_accelerator()
+    yield
+    topologies.forget_accelerator()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return tiny_runs.write_corpus(tmp_path / "corpus.jsonl")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
+    """Put a made-up measurement in place of the real one; the list holds what was to be measured."""
+    configs: list[PretrainConfig] = []
+
+    def benchmark(config: PretrainConfig, seconds: float) -> BenchmarkResult:
+        configs.append(config)
+        return RESULT
+
+    monkeypatch.setattr(module, "benchmark", benchmark)
+    return configs
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_the_run_that_follows_is_the_one_that_was_planned(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out", keep_checkpoints=20)
+    plan = plan_run(config, seconds=0.1, quiet=True)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "cache").exists()
+    result = pretrain(config)
+    assert (plan.total_steps, plan.total_tokens) == (result.steps, result.tokens)
+    checkpoint = tiny_runs.last_checkpoint(tmp_path / "out")
+    # The files also hold their headers and the names of the tensors.
+    tensors = sum(
+        (checkpoint.path / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")
+    )
+    assert plan.checkpoint_bytes <= tensors <= plan.checkpoint_bytes * 1.2
+    assert checkpoint.trainer["settings"]["data_fingerprint"] == plan.data.fingerprint
+    assert plan.measured is not None
+    assert plan.seconds > 0
+    assert sum(plan.parts.values()) == plan.measured.parameters
+    resumed = dataclasses.replace(config, resume="auto")
+    again = plan_run(resumed, seconds=0.1, quiet=True)
+    assert (again.first_step, again.total_steps) == (result.steps, result.steps)
+    # What the run would refuse or warn of at its start.
+    with pytest.raises(CheckpointError, match=r"other settings:\n  --seed 42 → 43"):
+        plan_run(dataclasses.replace(resumed, seed=43), seconds=0.1, quiet=True)
+    (checkpoint.path / "trainer.json").unlink()
+    earlier = plan_run(resumed, seconds=0.1, quiet=True)
+    assert 0 < earlier.first_step < result.steps
+    assert any("is passed over" in problem for problem in earlier.problems)
+
+
+def test_a_long_step_is_put_together_from_its_micro_batches(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig]
+) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out", accumulation_steps=5, epochs=40)
+    plan = plan_run(config, quiet=True)
+    assert (asked[0].accumulation_steps, asked[0].global_batch_size) == (2, None)
+    # Two of the five micro-batches take 0.8 s forward and backward and are in the second that was measured.
+    assert plan.step_seconds == pytest.approx(1.0 + 3 * 0.4)
+    by_global = dataclasses.replace(config, accumulation_steps=None, global_batch_size=20)
+    assert plan_run(by_global, quiet=True).step_seconds == plan.step_seconds
+
+
+def test_time_and_cost_count_the_start_the_steps_and_the_evaluations(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig]
+) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out", eval_batches=1)
+    plan = plan_run(config, price_per_hour=3600.0, quiet=True)
+    evaluations = -(-plan.total_steps // 5)
+    assert plan.evaluation_seconds == pytest.approx(0.2 * evaluations)
+    assert plan.seconds == pytest.approx(7.0 + plan.total_steps * 1.0 + 0.2 * evaluations)
+    assert plan.cost == pytest.approx(plan.seconds)
+    assert "cost" in dict(plan.rows())
+    assert "cost" not in dict(plan_run(config, quiet=True).rows())
+
+
+def test_a_step_measured_smaller_is_scaled_by_its_arithmetic_but_for_the_optimizer(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller = dataclasses.replace(RESULT, batch_size=1, reduced=True)
+    monkeypatch.setattr(module, "benchmark", lambda config, seconds: smaller)
+    monkeypatch.setattr(module, "_device_memory", lambda: 8 * 10**9)
+    plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), quiet=True)
+    # A second, of which the optimizer took 0.2, for a quarter of the rows.
+    assert plan.step_seconds == pytest.approx(4 * 0.8 + 0.2)
+    assert plan.measured_memory is None
+    assert "scaled up" in dict(plan.rows())["speed"]
+
+
+def test_a_step_that_does_not_fit_leaves_a_plan_without_times(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: PretrainConfig, seconds: float) -> BenchmarkResult:
+        raise TooLargeError("--batch-size 4 does not fit; lower it.")
+
+    monkeypatch.setattr(module, "benchmark", fails)
+    plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), price_per_hour=1.0, quiet=True)
+    assert (plan.seconds, plan.cost, plan.step_seconds) == (None, None, None)
+    assert plan.problems[0].startswith("--batch-size 4 does not fit")
+    assert "not measured" in dict(plan.rows())["time"]
+    json.dumps(plan.to_dict())
+
+
+@pytest.mark.parametrize("place", ["_make_run", "_measure"])
+def test_memory_that_runs_out_is_told_apart_from_other_mistakes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(f"minimind.planning.benchmark.{place}", fails)
+    plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), seconds=0.1, quiet=True)
+    assert plan.measured is None
+    assert "does not fit into the memory of the GPU" in plan.problems[0]
+
+
+def test_what_would_go_wrong_is_told(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out")
+    assert plan_run(config, quiet=True).problems == ()
+    monkeypatch.setattr(module, "_device_memory", lambda: 10**6)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Disk(free=1000))
+    in_a_file = dataclasses.replace(config, output_dir=str(corpus / "out"), keep_every=1)
+    text = " ".join(plan_run(in_a_file, quiet=True).problems)
+    assert "raise --keep-every" in text
+    assert f"cannot be written, for {corpus} cannot" in text
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    text = " ".join(plan_run(dataclasses.replace(config, max_time="1s"), quiet=True).problems)
+    for words in ("--keep-checkpoints", "already holds a run", "of the GPU's", "--max-time 1s ends the run"):
+        assert words in text
+
+
+@dataclasses.dataclass
+class Disk:
+    free: int
+
+
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ({"keep_checkpoints": 2}, 4),  # the best and the one being written besides
+        ({"keep_checkpoints": 2, "val_fraction": 0.0}, 3),
+        ({"keep_checkpoints": 9, "save_interval": 10}, 2),  # there are no more
+        ({"keep_checkpoints": 1, "keep_every": 5, "save_interval": 10}, 4),  # those of 5, 10, 15, 20 stay
+        (
+            {"keep_checkpoints": 1, "keep_every": 5, "save_interval": 4},
+            7,
+        ),  # besides, two of 4, ... and the best
+    ],
+)
+def test_disk_is_counted_for_all_checkpoints_that_lie_there_at_one_time(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig], changes: dict[str, Any], checkpoints: int
+) -> None:
+    plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out", **changes), quiet=True)
+    assert plan.disk_bytes == checkpoints * plan.checkpoint_bytes + 2 * plan.parameters
+
+
+def test_the_launcher_decides_how_many_share_the_work(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out")
+    alone = plan_run(config, quiet=True)
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    shared = plan_run(config, quiet=True)
+    assert shared.batches.global_batch_size == 2 * alone.batches.global_batch_size
+    assert shared.total_steps == pytest.approx(alone.total_steps / 2, abs=1)
+    assert module._shards(2) == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert module._shards(2) == 2
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
+    assert module._shards(8) == 4
+
+
+def test_json_and_lines_tell_the_same(corpus: Path, tmp_path: Path, asked: list[PretrainConfig]) -> None:
+    plan: RunPlan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), quiet=True)
+    values = json.loads(json.dumps(plan.to_dict()))
+    rows = dict(plan.rows())
+    assert f"{values['total_steps']:,} steps" in rows["run"]
+    assert values["parameters"]["all"] == plan.parameters
+    assert values["memory_bytes"]["peak"] == plan.memory.peak
+    assert "tokenized now" in rows["cache"]
+    assert "found" in dict(plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), quiet=True).rows())["cache"]

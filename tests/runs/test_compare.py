@@ -1,0 +1,293 @@
+"""Runs side by side: equal tokens, differences, and the page, opened in a browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.errors import ConfigError
+from minimind.runs.compare import Comparison, at_tokens, compare_runs, distinct_names
+from minimind.runs.compare_html import CHARTS, MOST_POINTS, comparison_page, thinned
+from minimind.runs.record import Point
+from support.made_runs import make_run
+
+# A folder's name may be anything but a slash; so may be what a run recorded.
+HOSTILE = "<img src=x onerror=alert(1)> & \"q' [bold]x"
+HOSTILE_TEXT = "</script><script>document.title='taken'</script><img src=//evil.example/x>"
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    make_run(tmp_path / "a", learning_rate=5e-4)
+    make_run(
+        tmp_path / HOSTILE,
+        [3.8, 2.9, 2.2],
+        {0: 2.0, 20: 1.2, 30: 0.9},
+        seconds_a_step=3.0,
+        tokens_a_step=2000,
+        environment={
+            "packages": {"minimind": "0.1.0", "torch": "2.12.0", HOSTILE_TEXT: HOSTILE_TEXT},
+            "git": {"commit": "b" * 40, "changed": True},
+        },
+        learning_rate=1e-3,
+        data=(HOSTILE_TEXT,),
+        run_name=HOSTILE_TEXT,
+    )
+    return compare_runs([tmp_path / "a", tmp_path / HOSTILE])
+
+
+def rows(table: Any) -> dict[str, tuple[str, ...]]:
+    return {row.name: row.values for row in table}
+
+
+def test_only_what_differs_is_listed(comparison: Comparison) -> None:
+    options = rows(comparison.options)
+    assert set(options) == {"--learning-rate", "--data"}
+    assert options["--learning-rate"] == ("0.0005", "0.001")
+    surroundings = rows(comparison.surroundings)
+    assert set(surroundings) == {"torch", "git commit", HOSTILE_TEXT}
+    assert surroundings["torch"] == ("2.13.0", "2.12.0")
+    assert surroundings["git commit"] == ("aaaaaaaaaaaa", "bbbbbbbbbbbb with changes")
+    assert surroundings[HOSTILE_TEXT][0] == "–"
+
+
+def test_bits_per_byte_are_compared_at_the_same_tokens(comparison: Comparison) -> None:
+    # The first run ends at 30k tokens; the second is then halfway from step 0 to 20, and so on.
+    table = rows(comparison.equal_tokens)
+    assert list(table) == ["3.00k", "7.50k", "15.0k", "22.5k", "30.0k"]
+    assert table["30.0k"] == ("1.0000", f"{2.0 + 30 / 40 * (1.2 - 2.0):.4f}")
+    assert table["3.00k"] == (f"{2.0 - 0.3 * 0.5:.4f}", f"{2.0 - 3 / 40 * 0.8:.4f}")
+
+
+def test_a_value_outside_of_all_reports_is_not_made_up() -> None:
+    curve = [Point(1, 10.0, None, 5.0), Point(2, 20.0, None, 3.0)]
+    assert at_tokens(curve, 15) == 4.0
+    assert (at_tokens(curve, 9), at_tokens(curve, 21)) == (None, None)
+
+
+def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", bits={})
+    make_run(tmp_path / "b")
+    found = compare_runs([tmp_path / "a", tmp_path / "b"])
+    assert found.equal_tokens == ()
+    assert rows(found.outcome)["best bits/byte"] == ("–", "1.0000")
+    assert "Not all runs have evaluations" in comparison_page(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training text": "x" * 32}, "other texts"),
+        ({"tokenizer": "x" * 64}, "other tokenizers"),
+        (None, ""),
+    ],
+)
+def test_what_forbids_a_comparison_is_said(tmp_path: Path, changes: Any, words: str) -> None:
+    make_run(tmp_path / "a")
+    fingerprints = {"training text": "d" * 32, "tokenizer": "e" * 64, "mixture": "none", **(changes or {})}
+    make_run(tmp_path / "b", environment={"fingerprints": fingerprints})
+    found = compare_runs([tmp_path / "a", tmp_path / "b"])
+    assert bool(found.notes) == bool(words)
+    assert words in " ".join(found.notes)
+
+
+def test_what_was_not_recorded_is_not_called_another(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", environment={"fingerprints": None})
+    (note,) = compare_runs([tmp_path / "a", tmp_path / "b"]).notes
+    assert note.startswith("Not all runs recorded their texts")
+
+
+def test_names_are_as_long_as_they_must_be() -> None:
+    paths = [Path("/runs/x/out"), Path("/runs/y/out"), Path("/other"), Path("/other"), Path("/out")]
+    assert distinct_names(paths) == ("x/out", "y/out", "other", "other (2)", "/out")
+
+
+def test_a_long_curve_is_thinned_by_means_and_keeps_its_ends() -> None:
+    points = [Point(step, float(step), None, float(step)) for step in range(10_001)]
+    fewer = thinned(points)
+    assert len(fewer) == MOST_POINTS
+    assert (fewer[0], fewer[-1]) == (points[0], points[-1])
+    assert all(abs(point.value - point.step) <= 0.5 for point in fewer)
+    assert thinned(points[:5]) == points[:5]
+
+
+class Parsed(HTMLParser):
+    """Collects elements, and checks that they are closed as they were opened."""
+
+    VOID = frozenset({"meta", "input", "br", "link", "img", "line"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_nothing_of_the_runs_becomes_markup(comparison: Comparison) -> None:
+    page = comparison_page(comparison)
+    parsed = Parsed(page)
+    assert parsed.all("img") == []
+    assert len(parsed.all("script")) == 2
+    assert "<" not in parsed.scripts[0], "nothing may end the element or begin a comment"
+    data = json.loads(parsed.scripts[0])
+    assert data["runs"] == ["a", HOSTILE]
+    assert "onerror=alert(1)&gt;" in page
+
+
+def test_the_page_asks_for_nothing_from_anywhere(comparison: Comparison) -> None:
+    page = comparison_page(comparison)
+    parsed = Parsed(page)
+    for tag, attributes in parsed.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base"), tag
+        assert not {"src", "srcset", "action", "background", "style"} & attributes.keys(), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    without_data = re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.DOTALL)
+    addresses = set(re.findall(r"https?://[^\s\"'&<)]+", without_data))
+    assert addresses <= {"http://www.w3.org/2000/svg"}  # a name, never loaded
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|WebSocket|import\(", without_data)
+    policy = next(a["content"] for a in parsed.all("meta") if "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+
+
+def test_tables_and_controls_have_names(comparison: Comparison) -> None:
+    parsed = Parsed(comparison_page(comparison))
+    tables, captions = parsed.all("table"), parsed.all("caption")
+    assert len(tables) == len(captions) == 4
+    assert {heading["scope"] for heading in parsed.all("th")} == {"col", "row"}
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in parsed.elements:
+        assert (attributes.get("aria-labelledby") or ids[0]) in ids
+    scrolled = [a for a in parsed.all("div") if a.get("class") == "scroll"]
+    assert all(a["tabindex"] == "0" and a["role"] == "region" for a in scrolled)
+    assert parsed.all("html")[0]["lang"] == "en"
+    assert next(tag for tag, _ in parsed.elements if tag in ("h1", "h2", "h3")) == "h1"
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two colours as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_stand_out_from_the_ground(comparison: Comparison, scheme: int) -> None:
+    blocks = re.findall(r":root \{(.*?)\}", comparison_page(comparison), flags=re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[scheme]))
+    for ground in ("ground", "panel"):
+        for text in ("ink", "faint", "accent"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        for curve in range(8):
+            assert contrast(colours[f"c{curve}"], colours[ground]) >= 3, (curve, ground)
+    assert contrast(colours["ink"], colours["note"]) >= 4.5
+
+
+def open_in_chromium(page: Path, *what: str) -> str:
+    """Open a page without a network and return what the browser prints."""
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *(f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1200,900", *what, page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # What the page itself complains of, such as a script that fails or that its policy forbids.
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_a_browser_draws_every_curve(comparison: Comparison, tmp_path: Path) -> None:
+    folder = tmp_path / "browser"
+    folder.mkdir()
+    page = comparison_page(comparison)
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    dom = open_in_chromium(folder / "page.html", "--dump-dom")
+    charts = re.findall(r"<figure id=\"chart-(\w+)\">(.*?)</figure>", dom, flags=re.DOTALL)
+    assert [name for name, _ in charts] == [chart.name for chart in CHARTS]
+    for name, figure in charts:
+        drawn = re.findall(r'<path class="line c(\d) d\d" d="(M[^"]+)"', figure)
+        assert [number for number, _ in drawn] == ["0", "1"], name
+        assert all(path.count("L") == 2 and "NaN" not in path for _, path in drawn), (name, drawn)
+        assert 'role="img"' in figure
+        assert "ends at" in figure
+    assert "by optimizer steps: a ends at 2.5000" in dom
+    assert "<title>a, &lt;img" in dom
+    assert "alert(1)&gt; &amp;" in dom
+
+    # What a visitor chooses is read from the form, here as if it had been sent so.
+    by_time = page.replace('value="0" checked> Steps', 'value="0"> Steps').replace(
+        'value="2"> Training', 'value="2" checked> Training'
+    )
+    (folder / "page.html").write_text(by_time.replace('name="run" value="1" checked', 'name="run" value="1"'))
+    picture = folder / "page.png"
+    dom = open_in_chromium(folder / "page.html", "--dump-dom", f"--screenshot={picture}")
+    assert "Training loss by training time: a ends at 2.5000. Arrow" in dom
+    assert len(re.findall(r'<path class="line', dom)) == len(CHARTS)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_makes_a_page_too(tmp_path: Path) -> None:
+    page = comparison_page(compare_runs([make_run(tmp_path / "only")]))
+    assert "<h1>One run</h1>" in page
+    assert "All runs have the same options" in page
+
+
+def test_a_run_without_numbers_makes_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    found = compare_runs([tmp_path / "new", make_run(tmp_path / "a")])
+    Parsed(comparison_page(found))
+    assert rows(found.outcome)["training loss"] == ("–", "2.5000")
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        compare_runs([make_run(tmp_path / "a"), tmp_path / "nowhere"])

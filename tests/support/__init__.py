@@ -1,0 +1,1 @@
+"""Code that several tests share: made runs and data, launches, failing disks."""

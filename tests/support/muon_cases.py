@@ -1,0 +1,107 @@
+"""Muon by its kernels against Muon by plain PyTorch: a program that prints how far they are apart.
+
+With --interpret the kernels run on the CPU in Triton's interpreter, which must be chosen before Triton is
+loaded; hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from minimind.optim import muon
+
+# Wide, tall, square, a stack, and one that is smaller than a block. Only the first fills whole blocks; it and
+# the stack have matrices of a multiple of 16 numbers, whose memory may be moved in larger pieces.
+SHAPES = {
+    "cpu": [(32, 64), (95, 33), (51, 51), (3, 48, 24), (1, 7)],
+    "cuda": [(256, 768), (769, 255), (515, 515), (8, 336, 128), (1, 7)],
+}
+STEPS = 3
+
+
+def parameters(device: str, offset: int) -> list[nn.Parameter]:
+    """Two of each shape; with an offset they do not lie at multiples of 16 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for shape in SHAPES[device] * 2:
+        memory = torch.empty(offset + math.prod(shape), device=device)
+        weight = memory[offset:].view(shape)
+        found.append(nn.Parameter(weight.copy_(torch.randn(shape, generator=generator))))
+    return found
+
+
+def give_gradients(parameters: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+
+
+def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tensor]], list[Tensor], bool]:
+    """Take some steps; return their updates, the momenta, and whether a skipped step left all as it was."""
+    taken = parameters(device, offset)
+    optimizer = muon.Muon(
+        [{"params": taken, "algorithm": "muon", "weight_decay": 0.1}], lr=0.05, kernels=kernels
+    )
+    if kernels:
+        optimizer._muon_plainly = None  # which must not stand in for them
+    updates = []
+    for step in range(STEPS):
+        before = [p.detach().clone() for p in taken]
+        give_gradients(taken, 1 + step)
+        optimizer.found_inf = torch.zeros((), device=device)
+        optimizer.step()
+        updates.append([p.detach() - old for p, old in zip(taken, before, strict=True)])
+    momenta = [optimizer.state[p]["momentum_buffer"] for p in taken]
+    before = [t.detach().clone() for t in (*taken, *momenta)]
+    for p in taken:
+        p.grad.fill_(math.nan)
+    optimizer.found_inf = torch.ones((), device=device)
+    optimizer.step()
+    return updates, momenta, same(before, [*taken, *momenta])
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def errors(case: str, ours: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+    found = {}
+    for index, (our, want) in enumerate(zip(ours, wanted, strict=True)):
+        name = f"{case}, {tuple(our.shape)} at {index}"
+        found[name] = float((our.double() - want.double()).norm() / want.double().norm())
+    return found
+
+
+def all_cases(device: str) -> dict[str, dict[str, float]]:
+    """Return relative errors of `updates` and `momenta` by case, and which `properties` hold."""
+    plain, plain_momenta, _ = run(device, kernels=False)
+    found: dict[str, dict[str, float]] = {"updates": {}, "momenta": {}, "properties": {}}
+    for offset in (0, 1):
+        updates, momenta, stayed = run(device, kernels=True, offset=offset)
+        case = f"from an offset of {offset}"
+        found["momenta"] |= errors(case, momenta, plain_momenta)
+        for step in range(STEPS):
+            found["updates"] |= errors(f"{case}, step {step}", updates[step], plain[step])
+        again = run(device, kernels=True, offset=offset)[0]
+        found["properties"] |= {
+            f"{case} a skipped step changes nothing": stayed,
+            f"{case} the same steps give the same": all(map(same, updates, again)),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    device = "cuda"
+    if "--interpret" in sys.argv:
+        os.environ["TRITON_INTERPRET"] = "1"
+        device = "cpu"
+        # So that small matrices have several blocks.
+        muon._BLOCK = 256
+        muon._kernels_serve = lambda tensors: True
+    print(json.dumps(all_cases(device)))

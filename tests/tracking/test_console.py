@@ -1,0 +1,258 @@
+"""What a person sees, in a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import time
+
+import pytest
+
+from minimind.formatting import count, duration
+from minimind.tracking.console import Progress
+
+REPORT = {
+    "loss": 3.21,
+    "learning_rate": 5e-4,
+    "tokens_per_second": 123_456.0,
+    "mfu": 0.41,
+    "memory_gb": 5.2,
+    "eta_seconds": 192.0,
+    "grad_norm": 1.0,
+}
+LINE = "step 100/2000 | loss 3.2100 | lr 5.0e-04 | 123k tok/s | mfu 41% | 5.2 GB | eta 3m12s"
+EVALUATION = {"val_loss": 3.1, "val_perplexity": 22.2, "val_bits_per_byte": 1.25, "val_tokens": 5}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal; `text` is what was written without control sequences."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "\n", self.getvalue())
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def test_a_terminal_that_wants_no_colours_gets_none(terminal, monkeypatch):
+    Progress(10, stream=terminal).warn("look")
+    assert "\x1b[33m" in terminal.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    Progress(10, stream=plain).warn("look")
+    assert plain.getvalue() == "warning: look\n"
+
+
+def test_pipe_gets_a_plain_line_for_each_report():
+    out = io.StringIO()
+    progress = Progress(2000, stream=out)
+    progress.step(100, REPORT)
+    progress.evaluation(100, EVALUATION)
+    progress.warn("step 7: the gradient is not finite")
+    progress.note("the model is in out/model")
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        LINE,
+        "step 100/2000 | val loss 3.1000 | perplexity 22.2 | 1.2500 bits/byte",
+        "warning: step 7: the gradient is not finite",
+        "the model is in out/model",
+    ]
+
+
+def test_what_is_not_known_is_left_out():
+    out = io.StringIO()
+    Progress(2000, stream=out).step(1, {"loss": float("nan"), "memory_gb": 1.0})
+    assert out.getvalue() == "step 1/2000 | loss nan | 1.0 GB\n"
+
+
+def test_banner_and_summary_are_aligned():
+    out = io.StringIO()
+    progress = Progress(10, stream=out)
+    progress.banner([("model", "26M parameters"), ("learning rate", "5e-4")])
+    progress.summary([("loss", "3.2")])
+    assert out.getvalue().splitlines() == [
+        "model:         26M parameters",
+        "learning rate: 5e-4",
+        "",
+        "loss: 3.2",
+    ]
+
+
+def test_terminal_shows_one_line_that_is_redrawn_and_taken_away(terminal):
+    progress = Progress(2000, stream=terminal)
+    progress.step(100, REPORT)
+    progress.evaluation(100, EVALUATION)
+    progress.step(200, REPORT | {"loss": 3.0})
+    progress.summary([("loss", "3.0")])
+    lines = [line for line in terminal.text().splitlines() if "step" in line or line.startswith("loss")]
+    assert any(line.endswith(LINE) for line in lines)
+    assert any("step 200/2000 | loss 3.0000" in line for line in lines)
+    # The evaluation and the summary stay; what was drawn last under them was erased.
+    assert "step 100/2000 | val loss 3.1000 | perplexity 22.2 | 1.2500 bits/byte" in lines
+    assert terminal.getvalue().endswith("\x1b[2K\nloss: 3.0\n")
+
+
+def test_bar_is_there_before_the_first_report(terminal):
+    progress = Progress(stream=terminal)
+    progress.start(2000, step=50)
+    progress.close()
+    assert "step 50/2000" in terminal.text()
+
+
+def test_time_left_runs_down_between_reports(terminal):
+    progress = Progress(2000, stream=terminal)
+    progress.step(100, REPORT)
+    time.sleep(1.6)
+    progress.close()
+    assert "eta 3m12s" in terminal.text()
+    assert "eta 3m10s" in terminal.text() or "eta 3m11s" in terminal.text()
+
+
+def test_narrow_terminal_keeps_step_loss_and_time_left(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "75")
+    progress = Progress(2000, stream=terminal)
+    progress.step(100, REPORT)
+    progress.close()
+    assert "step 100/2000 | loss 3.2100 | 123k tok/s | eta 3m12s" in terminal.text()
+
+
+def test_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    Progress(2000, stream=terminal).step(100, REPORT)
+    assert terminal.getvalue() == LINE + "\n"
+
+
+def test_text_in_brackets_is_not_taken_for_markup(terminal):
+    Progress(10, stream=terminal).warn("use 'minimind[wandb]'")
+    assert "use 'minimind[wandb]'" in terminal.text()
+
+
+def test_data_preparation_in_a_pipe_is_reported_seldom_and_at_its_end():
+    out = io.StringIO()
+    progress = Progress(stream=out)
+    for done in range(0, 4_000_000_001, 40_000_000):
+        progress.data_build(done, 4_000_000_000)
+    first, last = out.getvalue().splitlines()
+    assert first.startswith("preparing data: 0B of 4.00GB")
+    assert last == "preparing data: 4.00GB of 4.00GB (100%)"
+
+
+def test_the_end_of_data_preparation_is_told_once():
+    """What was read last is still being tokenized while no more is read."""
+    out = io.StringIO()
+    progress = Progress(stream=out)
+    for done in (10, 99, 100, 100, 100):
+        progress.data_build(done, 100)
+    assert out.getvalue().splitlines() == [
+        "preparing data: 10B of 100B (10%)",
+        "preparing data: 100B of 100B (100%)",
+    ]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_data_of_unknown_size_is_told_in_one_line_without_numbers(terminal, is_terminal):
+    out = terminal if is_terminal else io.StringIO()
+    progress = Progress(stream=out)
+    for _ in range(5):
+        progress.data_build(0, 0)
+    assert out.getvalue() == "preparing data\n"
+
+
+def test_data_preparation_in_a_terminal_gives_way_to_training(terminal):
+    progress = Progress(2000, stream=terminal)
+    progress.data_build(1_000_000, 4_000_000)
+    progress.data_build(4_000_000, 4_000_000)
+    progress.step(100, REPORT)
+    progress.close()
+    assert "preparing data: 1.00MB of 4.00MB" in terminal.text()
+    assert LINE in terminal.text()
+
+
+def use(progress: Progress) -> None:
+    progress.banner([("model", "small")])
+    progress.data_build(1, 2)
+    progress.data_build(2, 2)
+    progress.step(1, REPORT)
+    progress.evaluation(1, EVALUATION)
+    progress.warn("w")
+    progress.note("n")
+    progress.summary([("loss", "1")])
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_other_processes_write_nothing(terminal, is_terminal):
+    out = terminal if is_terminal else io.StringIO()
+    use(Progress(10, enabled=False, stream=out))
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_closed_output_does_not_stop_a_run(terminal, is_terminal):
+    out = terminal if is_terminal else io.StringIO()
+    progress = Progress(10, stream=out)
+    progress.step(1, REPORT)
+    out.close()
+    use(progress)
+    use(Progress(10, stream=out))
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_reader_that_goes_away_does_not_stop_a_run(terminal, is_terminal):
+    class Gone(Terminal):
+        def isatty(self) -> bool:
+            return is_terminal
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    use(Progress(10, stream=Gone()))
+
+
+def test_process_without_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    use(Progress(10))
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_output_in_ascii_replaces_what_it_cannot_show(terminal, is_terminal):
+    class Ascii(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    raw = io.BytesIO()
+    progress = Progress(10, stream=Ascii(raw, encoding="ascii"))
+    progress.note("naïve 模型")
+    use(progress)
+    assert b"na?ve ??" in raw.getvalue()
+    assert b"loss: 1" in raw.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"), (950, "950"), (999.6, "1.00k"), (12_345, "12.3k"), (123_456, "123k"), (999_999, "1.00M"),
+        (26_000_000, "26.0M"), (1_250_000_000, "1.25G"), (3e12, "3.00T"),
+    ],
+)  # fmt: skip
+def test_counts_read_well(number, text):
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (192, "3m12s"), (7500, "2h05m"), (100_800, "1d04h"),
+        (float("inf"), "?"), (float("nan"), "?"),
+    ],
+)  # fmt: skip
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,75 @@
+"""The record of what a run ran on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+from minimind.tracking.environment import describe_environment, hide_secrets
+
+
+def git(*arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    return subprocess.run(
+        ["git", *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_description_is_json_and_names_versions_and_hardware(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minimind-train", "pretrain", "--api-key", "s3cret"])
+    described = json.loads(json.dumps(describe_environment("cpu")))
+    assert described["packages"]["torch"] == torch.__version__
+    assert {"minimind", "accelerate", "tokenizers"} <= set(described["packages"])
+    assert described["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert described["device"] == "cpu"
+    assert described["cpu_count"] >= 1
+    assert described["memory_gb"] > 0.1
+    assert len(described["gpus"]) == torch.cuda.device_count()
+    assert described["command"] == ["minimind-train", "pretrain", "--api-key", "***"]
+    started = datetime.fromisoformat(described["started"])
+    assert abs((datetime.now(UTC) - started).total_seconds()) < 60
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_git_revision_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    (tmp_path / "a.txt").write_text("a")
+    git("add", "a.txt")
+    git("commit", "-qm", "a")
+    assert describe_environment("cpu")["git"] == {"commit": git("rev-parse", "HEAD"), "changed": False}
+    (tmp_path / "a.txt").write_text("b")
+    assert describe_environment("cpu")["git"]["changed"] is True
+
+
+def test_outside_of_git_or_without_git_there_is_no_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert describe_environment("cpu")["git"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_environment("cpu")["git"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--api-key", "abc", "--seed", "1"], ["--api-key", "***", "--seed", "1"]),
+        (["--wandb_token=abc"], ["--wandb_token=***"]),
+        (["WANDB_API_KEY=abc", "x"], ["WANDB_API_KEY=***", "x"]),
+        (["--password", "--seed", "1"], ["--password", "--seed", "1"]),
+        (["--data", "https://me:abc@host/x.txt"], ["--data", "https://***@host/x.txt"]),
+    ],
+)
+def test_secrets_are_hidden(given, shown):
+    assert hide_secrets(given) == shown
+
+
+def test_options_of_the_program_are_shown():
+    command = ["--max-tokens", "1e9", "--text-key=body", "--tokenizer", "t", "--num-key-value-heads", "2"]
+    assert hide_secrets(command) == command

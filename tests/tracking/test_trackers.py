@@ -1,0 +1,359 @@
+"""What reaches metrics.jsonl and the trackers, and that none of them can hold up a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minimind.config.options import PretrainConfig
+from minimind.errors import ConfigError
+from minimind.run_folder import RunFolder
+from minimind.tracking.trackers import Trackers, check_trackers, hyper_parameters
+
+
+class FakeRun:
+    """Records what WandB's or SwanLab's run object is asked to do."""
+
+    def __init__(self, options: dict) -> None:
+        self.options = options
+        self.id = options.get("id", "fresh-id")
+        self.logged: list[tuple[int, dict]] = []
+        self.finished_by: threading.Thread | None = None
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished_by = threading.current_thread()
+
+
+class FakePackage(types.ModuleType):
+    """Stands in for the packages `wandb` and `swanlab`; test_tracker_files.py has the real ones."""
+
+    Settings = dict
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.runs: list[FakeRun] = []
+        self.config = self
+        self.hyper_parameters: dict = {}
+
+    def init(self, **options) -> FakeRun:
+        self.runs.append(FakeRun(options))
+        return self.runs[-1]
+
+    def update(self, values: dict, allow_val_change: bool = True) -> None:
+        self.hyper_parameters.update(values)
+
+    def __setitem__(self, key: str, value: str) -> None:
+        self.hyper_parameters[key] = value
+
+
+@pytest.fixture(params=["wandb", "swanlab"])
+def package(request, monkeypatch) -> FakePackage:
+    fake = FakePackage(request.param)
+    monkeypatch.setitem(sys.modules, request.param, fake)
+    return fake
+
+
+class Desk:
+    """Opens trackers in a folder and keeps the warnings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = RunFolder(folder)
+        self.warnings: list[str] = []
+        self.process = Accelerator(cpu=True)
+
+    def open(self, *tracker: str, state=None, start_step: int = 0, **options) -> Trackers:
+        config = PretrainConfig(tracker=tracker or ("none",), **options)
+        return Trackers(
+            config, self.folder, self.process, state, start_step=start_step, warn=self.warnings.append
+        )
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
+
+
+@pytest.fixture
+def desk(tmp_path) -> Desk:
+    (tmp_path / "my-run").mkdir()
+    return Desk(tmp_path / "my-run")
+
+
+def test_metrics_file_has_a_json_object_for_each_report(desk):
+    trackers = desk.open()
+    trackers.log({"loss": 3.5, "tokens": 100, "grad_norm": math.nan, "mfu": math.inf}, 10)
+    trackers.log({"val_loss": 3.25}, 10)
+    trackers.close()
+    train, evaluation = desk.lines()
+    assert train.pop("time").endswith("+00:00")
+    assert train == {
+        "step": 10, "kind": "train", "loss": 3.5, "tokens": 100, "grad_norm": None, "mfu": None,
+    }  # fmt: skip
+    assert evaluation["kind"] == "evaluation"
+    assert evaluation["val_loss"] == 3.25
+    assert desk.warnings == []
+
+
+def test_resume_cuts_what_was_logged_beyond_the_checkpoint(desk):
+    trackers = desk.open()
+    for step in (10, 20, 30):
+        trackers.log({"loss": float(step)}, step)
+    trackers.close()
+    with desk.folder.metrics.open("a") as file:
+        file.write('{"step": 40, "los')  # killed while writing
+    trackers = desk.open(start_step=20)
+    trackers.log({"loss": 31.0}, 30)
+    trackers.close()
+    assert [(line["step"], line["loss"]) for line in desk.lines()] == [(10, 10.0), (20, 20.0), (30, 31.0)]
+
+
+def test_torn_line_inside_the_kept_part_does_no_harm(desk):
+    desk.folder.metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2\nnull\n\n{"step": 3, "loss": 1.0}')
+    trackers = desk.open(start_step=5)
+    trackers.log({"loss": 0.5}, 6)
+    trackers.close()
+    assert [line["step"] for line in desk.lines()] == [1, 3, 6]
+
+
+def test_run_that_starts_over_keeps_no_line(desk):
+    desk.folder.metrics.write_text('{"step": 0, "val_loss": 2.0}\n{"step": 1, "loss": 2.0}\n')
+    trackers = desk.open(start_step=0)
+    trackers.close()
+    assert desk.lines() == []
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_events_lie_in_the_run_folder_and_a_resume_leaves_one_curve(desk):
+    trackers = desk.open("tensorboard")
+    for step in (10, 20, 30):
+        trackers.log({"loss": float(step)}, step)
+    trackers.close()
+    trackers = desk.open("tensorboard", start_step=20)
+    trackers.log({"loss": 31.0}, 30)
+    trackers.close()
+    assert desk.warnings == []
+    folder = desk.folder.path / "tensorboard"
+    assert scalars(folder, "loss") == [(10, 10.0), (20, 20.0), (30, 31.0)]
+    # TensorBoard takes a folder inside for one more run.
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+def test_run_that_starts_over_leaves_one_curve_in_tensorboard(desk):
+    for loss in (1.0, 2.0):
+        trackers = desk.open("tensorboard")
+        trackers.log({"loss": loss}, 0)
+        trackers.log({"loss": loss}, 10)
+        trackers.close()
+    assert scalars(desk.folder.path / "tensorboard", "loss") == [(0, 2.0), (10, 2.0)]
+
+
+def test_a_step_taken_back_leaves_one_curve_in_tensorboard(desk):
+    trackers = desk.open("tensorboard")
+    for step in (10, 20, 30):
+        trackers.log({"loss": float(step)}, step)
+    trackers.go_back(10)
+    trackers.log({"loss": 21.0}, 20)
+    trackers.close()
+    assert desk.warnings == []
+    assert scalars(desk.folder.path / "tensorboard", "loss") == [(10, 10.0), (20, 21.0)]
+
+
+def test_hyper_parameters_have_types_that_tensorboard_takes():
+    values = hyper_parameters(PretrainConfig(data=("a.txt", "b.txt"), learning_rate=5e-4))
+    assert values["data"] == "a.txt, b.txt"
+    assert values["val_data"] == "none"
+    assert values["max_steps"] == "none"
+    assert values["learning_rate"] == 5e-4
+    assert all(isinstance(value, (bool, int, float, str)) for value in values.values())
+
+
+def test_wandb_and_swanlab_get_name_hyper_parameters_and_values(desk, package):
+    trackers = desk.open(package.__name__, project="letters", learning_rate=0.25)
+    trackers.log({"loss": 1.5}, 10)
+    assert trackers.state() == {package.__name__: "fresh-id"}
+    trackers.close()
+    (run,) = package.runs
+    name_key = {"wandb": "name", "swanlab": "experiment_name"}[package.__name__]
+    assert run.options["project"] == "letters"
+    assert run.options[name_key] == "my-run"
+    assert "resume" not in run.options
+    assert package.hyper_parameters["learning_rate"] == 0.25
+    assert package.hyper_parameters["max_tokens"] == "none"
+    assert run.logged == [(10, {"loss": 1.5})]
+    # SwanLab's own finish refuses any other thread.
+    assert (run.finished_by is threading.main_thread()) is (package.__name__ == "swanlab")
+    assert run.finished_by is not None
+    assert desk.warnings == []
+
+
+def test_resume_goes_on_in_the_same_wandb_or_swanlab_run(desk, package):
+    trackers = desk.open(package.__name__, state={package.__name__: "old-id"}, start_step=50)
+    trackers.close()
+    (run,) = package.runs
+    assert run.options["id"] == "old-id"
+    assert run.options["resume"] == "allow"
+    assert trackers.state() == {package.__name__: "old-id"}
+
+
+def test_missing_packages_are_refused_together_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "swanlab", None)
+    with pytest.raises(ConfigError) as caught:
+        check_trackers(PretrainConfig(tracker=("tensorboard", "wandb", "swanlab")))
+    assert caught.value.problems == [
+        "--tracker wandb needs a package that is not installed; pip install 'minimind[wandb]'",
+        "--tracker swanlab needs a package that is not installed; pip install 'minimind[swanlab]'",
+    ]
+
+
+def test_swanlab_without_its_dashboard_cannot_be_local(monkeypatch):
+    monkeypatch.setitem(sys.modules, "swanlab", types.ModuleType("swanlab"))
+    monkeypatch.setitem(sys.modules, "swanboard", None)
+    monkeypatch.setenv("SWANLAB_MODE", "local")
+    with pytest.raises(ConfigError, match=r"pip install 'swanlab\[dashboard\]'"):
+        check_trackers(PretrainConfig(tracker=("swanlab",)))
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    check_trackers(PretrainConfig(tracker=("swanlab",)))
+
+
+def test_installed_packages_and_none_are_accepted(package):
+    check_trackers(PretrainConfig(tracker=("tensorboard", package.__name__)))
+    check_trackers(PretrainConfig(tracker=("none",)))
+
+
+def test_tracker_that_cannot_start_is_reported_and_training_goes_on(desk, package, monkeypatch):
+    def refuse(**options):
+        raise ConnectionError("no network\nsecond line")
+
+    monkeypatch.setattr(package, "init", refuse)
+    trackers = desk.open(package.__name__)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.close()
+    assert desk.warnings == [
+        f"tracker {package.__name__} could not be started (ConnectionError: no network); "
+        "training goes on without it."
+    ]
+    assert len(desk.lines()) == 1
+
+
+def test_tracker_that_fails_is_reported_once_and_the_others_go_on(desk, package, monkeypatch):
+    def refuse(self, values, step):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(FakeRun, "log", refuse)
+    trackers = desk.open("tensorboard", package.__name__)
+    for step in (1, 2, 3):
+        trackers.log({"loss": 1.0}, step)
+    trackers.close()
+    assert len(desk.warnings) == 1
+    assert "failed and gets no more values (ConnectionError: gone)" in desk.warnings[0]
+    assert len(desk.lines()) == 3
+    assert len(scalars(desk.folder.path / "tensorboard", "loss")) == 3
+
+
+def test_no_step_waits_for_a_tracker_that_hangs_and_the_file_is_whole_all_the_same(
+    desk, package, monkeypatch
+):
+    release = threading.Event()
+    monkeypatch.setattr(FakeRun, "log", lambda self, values, step: release.wait(30))
+    trackers = desk.open(package.__name__)
+    began = time.perf_counter()
+    for step in range(1, 101):
+        trackers.log({"loss": 1.0}, step)
+    trackers.close(timeout=0.2)
+    assert time.perf_counter() - began < 5
+    assert [line["step"] for line in desk.lines()] == list(range(1, 101))
+    assert desk.warnings == ["the trackers were still busy after 0.2 s; their last values may be missing."]
+    trackers.close()
+    release.set()
+
+
+def test_full_disk_is_reported_once(desk, monkeypatch):
+    trackers = desk.open()
+
+    def refuse(values, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trackers._file, "write", refuse)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.log({"loss": 1.0}, 2)
+    trackers.close()
+    assert len(desk.warnings) == 1
+    assert "metrics.jsonl cannot be written any more" in desk.warnings[0]
+
+
+def test_only_the_main_process_writes(desk, package):
+    desk.process = types.SimpleNamespace(is_main_process=False)
+    trackers = desk.open(package.__name__, state={package.__name__: "id"})
+    trackers.log({"loss": 1.0}, 1)
+    trackers.close()
+    assert package.runs == []
+    assert not desk.folder.metrics.exists()
+    assert trackers.state() == {package.__name__: "id"}
+
+
+def test_text_goes_to_the_file_alone(desk, package):
+    trackers = desk.open(package.__name__)
+    trackers.log({"loss": 1.5, "digest": "a1b2"}, 10)
+    trackers.close()
+    assert desk.lines()[0]["digest"] == "a1b2"
+    assert package.runs[0].logged == [(10, {"loss": 1.5})]
+    assert desk.warnings == []
+
+
+def test_a_line_of_text_has_a_kind_of_its_own(desk):
+    trackers = desk.open()
+    trackers.log_text("sample", "once\nupon", 10)
+    trackers.close()
+    (line,) = desk.lines()
+    assert (line["kind"], line["step"], line["sample"]) == ("text", 10, "once\nupon")
+
+
+def test_text_is_readable_in_any_script_and_stays_on_its_line(desk):
+    text = "从前\u2028有\u0085一座山\udc80"
+    trackers = desk.open()
+    trackers.log_text("sample", text, 10)
+    trackers.close()
+    written = desk.folder.metrics.read_text(encoding="utf-8")
+    assert "从前" in written
+    (line,) = written.splitlines()
+    assert json.loads(line)["sample"] == text
+
+
+def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(FakeRun, "log", lambda self, values, step: release.wait(30))
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(desk.lines()))
+    trackers = desk.open(package.__name__)
+    for step in range(1, 51):
+        trackers.log({"loss": 1.0}, step)
+    trackers.settle()
+    assert [line["step"] for line in synced[-1]] == list(range(1, 51))
+    release.set()
+    trackers.close()
+    trackers.settle()
+
+
+def test_values_are_those_of_the_moment_of_logging(desk):
+    trackers = desk.open()
+    values = {"loss": 1.0}
+    trackers.log(values, 1)
+    values["loss"] = 2.0
+    trackers.close()
+    assert desk.lines()[0]["loss"] == 1.0

@@ -1,0 +1,259 @@
+"""Passes as a CUDA graph: the same gradients and losses, accumulation, other shapes, where it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minimind.config.options import PretrainConfig
+from minimind.data.loader import MicroBatch
+from minimind.training.cuda_graph import WARMUP, PassGraph, hindrance
+from minimind.training.pretrain import pretrain
+
+
+class RecordedGraph:
+    """Stands for torch.cuda.CUDAGraph on a CPU: computes again what was captured, into the same tensors."""
+
+    def __init__(self) -> None:
+        self.compute: Callable[[], None] = lambda: None
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.compute()
+
+
+class Model:
+    """Two parameters, a summed loss of the rows, and what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, memory: float = 0.1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [
+            nn.Parameter(torch.rand(5, 3, generator=generator)),
+            nn.Parameter(torch.rand(3, generator=generator)),
+            nn.Parameter(torch.rand(2, generator=generator)),  # has no part in the loss
+        ]
+        self.eager = 0
+        self.fails = False
+        self.notes: list[str] = []
+        self.recorded: list[RecordedGraph] = []
+        properties = SimpleNamespace(total_memory=1000)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000 * memory)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda: None))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+        monkeypatch.setattr(torch.cuda, "graph", self.captures)
+        self._last: tuple[MicroBatch, Any, Tensor] | None = None
+
+    def passes(self, batch: MicroBatch, scale: float | Tensor, halfway: Callable[[], None]) -> Tensor:
+        self.eager += 1
+        weight, bias, _ = self.parameters
+        loss = ((weight[batch.input_ids] + bias) ** 2 * batch.shift_labels[..., None]).sum()
+        halfway()
+        (loss * scale).backward()
+        self._last = batch, scale, loss.detach()
+        return loss.detach()
+
+    @contextmanager
+    def captures(self, graph: RecordedGraph, capture_error_mode: str) -> Iterator[None]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        yield
+        assert self._last is not None
+        batch, scale, loss = self._last
+        used = self.parameters[:2]
+        own = [p.grad for p in used]
+
+        def compute() -> None:
+            kept = [p.grad for p in used]
+            for p in used:
+                p.grad = None
+            loss.copy_(self.passes(batch, scale, lambda: None))
+            for p, mine, before in zip(used, own, kept, strict=True):
+                assert mine is not None
+                assert p.grad is not None
+                mine.copy_(p.grad)
+                p.grad = before
+            self.eager -= 1
+
+        graph.compute = compute
+        self.recorded.append(graph)
+
+    def graph(self, **options: Any) -> PassGraph:
+        return PassGraph(self.passes, self.parameters, note=self.notes.append, **options)
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """Return copies, and leave none, as an optimizer does."""
+        found = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        return found
+
+
+def batch(seed: int, rows: int = 2) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = (torch.randint(0, 5, (rows, 4), generator=generator) for _ in range(2))
+    return MicroBatch(ids, labels, None, None)
+
+
+def by_hand(model: Model, seeds: list[int], scale: float) -> tuple[list[float], list[Tensor | None]]:
+    losses = [float(model.passes(batch(seed), scale, lambda: None)) for seed in seeds]
+    return losses, model.take_gradients()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_losses_and_gradients_are_those_of_the_passes_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    model = Model(monkeypatch)
+    graph = model.graph()
+    for step in range(4):
+        seeds = [10 * step + number for number in range(accumulation)]
+        scale = 0.5 + step
+        expected, gradients = by_hand(model, seeds, scale)
+        # Added up as a step does it: the next call may write over what this one returned.
+        losses = [float(graph(batch(seed), scale)) for seed in seeds]
+        assert losses == expected
+        for found, wanted in zip(model.take_gradients(), gradients, strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert model.recorded[0].replays == 4 * accumulation - WARMUP
+
+
+def test_the_graph_begins_behind_the_warm_up_and_its_capture_adds_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model(monkeypatch)
+    graph = model.graph()
+    for number in range(WARMUP):
+        graph(batch(number), 1.0)
+        assert not graph.captured
+    graph(batch(WARMUP), 1.0)
+    assert graph.captured
+    found = model.take_gradients()
+    _, wanted = by_hand(model, list(range(WARMUP + 1)), 1.0)
+    assert found[2] is None
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_of_another_shape_run_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch)
+    graph = model.graph()
+    for number in range(WARMUP + 1):
+        graph(batch(number), 1.0)
+    model.take_gradients()
+    replays, eager = model.recorded[0].replays, model.eager
+    other = batch(7, rows=3)
+    graph(other, 1.0)
+    assert (model.recorded[0].replays, model.eager) == (replays, eager + 1)
+    # And go together with those of the graph in one step.
+    graph(batch(8), 1.0)
+    found = model.take_gradients()
+    model.passes(other, 1.0, lambda: None)
+    model.passes(batch(8), 1.0, lambda: None)
+    for a, b in zip(found[:2], model.take_gradients()[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("memory", "always", "used"), [(0.59, False, True), (0.61, False, False), (0.61, True, True)]
+)
+def test_a_run_that_fills_the_gpu_has_no_graph_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, memory: float, always: bool, used: bool
+) -> None:
+    model = Model(monkeypatch, memory=memory)
+    graph = model.graph(always=always)
+    for number in range(WARMUP + 2):
+        graph(batch(number), 1.0)
+    assert graph.captured == used
+    assert model.notes == []
+
+
+def test_where_capturing_fails_it_is_said_once_and_the_passes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch)
+    model.fails = True
+    graph = model.graph()
+    for number in range(WARMUP + 3):
+        graph(batch(number), 1.0)
+    assert model.notes == ["CUDA graphs are not used: operation not permitted when stream is capturing"]
+    found = model.take_gradients()
+    _, wanted = by_hand(model, list(range(WARMUP + 3)), 1.0)
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"device": "cpu"}, "CUDA graphs need a CUDA GPU"),
+        ({"num_processes": 2}, "CUDA graphs serve one process only"),
+        ({"precision": "fp16"}, "CUDA graphs need bf16 and fused kernels"),
+        ({"fused": False}, "CUDA graphs need bf16 and fused kernels"),
+        ({"compiled": False}, None),
+        ({"packing": False}, None),
+        (
+            {"compiled": False, "packing": False},
+            "CUDA graphs need --packing where the model is not compiled",
+        ),
+        ({"use_moe": True}, "CUDA graphs do not serve experts"),
+    ],
+)
+def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | None) -> None:
+    options = {
+        "device": "cuda",
+        "num_processes": 1,
+        "precision": "bf16",
+        "fused": True,
+        "compiled": True,
+        "packing": True,
+        "use_moe": False,
+    } | change
+    of_config = {name: options.pop(name) for name in ("packing", "use_moe")}
+    config = dataclasses.replace(PretrainConfig(), **of_config)
+    device = torch.device(options.pop("device"))
+    assert hindrance(config, device, **options) == reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumulation: int) -> None:
+    losses = {}
+    ways = {"with": (True, True), "without": (True, False), "with, not compiled": (False, True)}
+    for name, (compiled, graphs) in ways.items():
+        config = PretrainConfig(
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_seq_len=128,
+            batch_size=4,
+            accumulation_steps=accumulation,
+            max_steps=12,
+            eval_interval=5,
+            log_interval=1,
+            compile=compiled,
+            cuda_graphs=graphs,
+            output_dir=str(tmp_path / name),
+            cache_dir=str(tmp_path / "cache"),
+            tracker=("none",),
+        )
+        pretrain(config)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [
+            row.get("loss", row.get("val_loss")) for row in rows if "loss" in row or "val_loss" in row
+        ]
+    assert losses["with"] == pytest.approx(losses["without"], rel=1e-4)
+    assert losses["with, not compiled"] == pytest.approx(losses["without"], rel=1e-3)
+    assert len(losses["with"]) >= 12

@@ -1,0 +1,95 @@
+"""The collector of cyclic garbage while it is held back, and after."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minimind.training.trainer as module
+from minimind.training.garbage_collection import garbage_held
+from minimind.training.pretrain import pretrain
+from support.tiny_runs import tiny, write_corpus
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def a_cycle() -> weakref.ref[Cycle]:
+    return weakref.ref(Cycle())
+
+
+@pytest.fixture(autouse=True)
+def _collector_on() -> Iterator[None]:
+    gc.enable()
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_garbage_stays_until_it_is_asked_for() -> None:
+    with garbage_held() as collect:
+        cycle = a_cycle()
+        # Many times what makes the collector run by itself.
+        objects = [[number] for number in range(100_000)]
+        assert cycle() is not None
+        collect()
+        assert cycle() is None
+    assert len(objects) == 100_000
+
+
+def test_what_was_there_before_is_not_looked_at() -> None:
+    before = Cycle()
+    with garbage_held():
+        assert not any(one is before for one in gc.get_objects())
+    assert any(one is before for one in gc.get_objects())
+
+
+def test_the_collector_is_put_back_after_an_error() -> None:
+    def fail() -> None:
+        with garbage_held():
+            assert not gc.isenabled()
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    with garbage_held():
+        pass
+    assert not gc.isenabled()
+
+
+def test_objects_that_others_froze_stay_frozen() -> None:
+    gc.freeze()
+    with garbage_held():
+        pass
+    assert gc.get_freeze_count() > 0
+
+
+def test_a_run_trains_without_the_collector_and_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    seen: list[bool] = []
+    train_step = module.train_step
+
+    def watched(*args: Any) -> Any:
+        seen.append(gc.isenabled())
+        return train_step(*args)
+
+    monkeypatch.setattr(module, "train_step", watched)
+    pretrain(tiny(write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "out", max_steps=2))
+    assert seen == [False, False]
+    assert gc.isenabled()

@@ -1,0 +1,348 @@
+"""A whole run from text to a model folder, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import threading
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PretrainConfig,
+    load_tokenizer,
+    preset_config,
+    pretrain,
+)
+from minimind.config.options import PANELS
+from minimind.config.schema import parse_values, read_toml, write_toml
+from minimind.tracking.console import Progress
+from minimind.training.summary import PretrainResult
+from support.cycle_corpus import WORDS, write_corpus
+
+# Seconds that a busy machine may add to the end of a timed run, and steps may be slower when it decays.
+SLACK = 10.0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def tiny(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
+    return dataclasses.replace(
+        PretrainConfig(
+            data=(str(corpus),),
+            cache_dir=str(corpus.parent / "cache"),
+            output_dir=str(out),
+            val_fraction=0.1,
+            max_seq_len=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            batch_size=4,
+            epochs=3,
+            learning_rate=1e-2,
+            log_interval=5,
+            save_interval=10,
+            compile=False,
+        ),
+        **changes,
+    )
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretrainResult]:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, pretrain(tiny(corpus, out))
+
+
+def test_the_loss_falls_and_the_result_says_so(finished: tuple[Path, PretrainResult]) -> None:
+    out, result = finished
+    evaluations = [row["val_bits_per_byte"] for row in metrics(out) if "val_bits_per_byte" in row]
+    assert evaluations[-1] < 0.7 * evaluations[0]
+    assert result.val_loss is not None
+    assert result.bits_per_byte == pytest.approx(evaluations[-1])
+    assert math.log(6400) * 0.9 < metrics(out)[0]["val_loss"] < math.log(6400) * 1.15
+    assert result.steps > 0
+    assert result.tokens > 0
+    assert isinstance(result.sample, str)
+
+
+def test_a_run_leaves_what_is_promised(finished: tuple[Path, PretrainResult]) -> None:
+    out, result = finished
+    assert result.model_dir == out / "model"
+    for name in ("config.toml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"):
+        assert (out / name).exists(), name
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        assert (out / "model" / name).is_file(), name
+    assert (out / "model" / "tokenizer_config.json").is_file()
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert list((out / "tensorboard").rglob("events.*"))
+
+
+def test_the_written_configuration_reads_back(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
+    out, _ = finished
+    text = (out / "config.toml").read_text()
+    tomllib.loads(text)
+    values, problems = parse_values(PretrainConfig, read_toml(out / "config.toml"), "config.toml")
+    assert problems == []
+    assert write_toml(PretrainConfig(**values), PANELS) == text
+    assert values["data"] == (str(corpus),)
+
+
+def test_transformers_loads_the_model_and_gives_our_logits(finished: tuple[Path, PretrainResult]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from minimind.formats.huggingface import load_model
+
+    out, _ = finished
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    ours = load_model(out / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    text = "the cat sat on a mat, 猫坐在垫子上。"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    assert ids[0].tolist() == load_tokenizer(None).encode(text)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_delivered_model_has_the_validation_loss_that_was_reported(
+    finished: tuple[Path, PretrainResult],
+) -> None:
+    """The last update is in the delivered model; half precision costs little."""
+    from minimind.formats.huggingface import load_model
+
+    out, result = finished
+    model = load_model(out / "model").eval()
+    tokenizer = load_tokenizer(None)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(" ".join(WORDS * 2))]
+    with torch.no_grad():
+        loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert result.val_loss is not None
+    assert loss < result.val_loss + 1.0
+
+
+def test_an_existing_run_is_not_overwritten(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ConfigError, match=r"--output-dir .* already holds a run.*--resume"):
+        pretrain(tiny(corpus, out))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_the_same_seed_gives_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    def losses(name: str, seed: int) -> list[float]:
+        pretrain(tiny(corpus, tmp_path / name, seed=seed, max_steps=8, dropout=0.1, log_interval=2))
+        return [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
+
+    assert losses("a", 1) == losses("b", 1)
+    assert losses("c", 2) != losses("d", 1)
+
+
+def test_training_starts_from_the_weights_of_a_model_folder(
+    finished: tuple[Path, PretrainResult], corpus: Path, tmp_path: Path
+) -> None:
+    _, result = finished
+    pretrain(tiny(corpus, tmp_path / "more", from_weight=str(result.model_dir), max_steps=2))
+    first = next(row for row in metrics(tmp_path / "more") if "val_loss" in row)
+    assert result.val_loss is not None
+    assert first["val_loss"] == pytest.approx(result.val_loss, abs=0.3)
+
+
+def test_a_model_folder_of_another_shape_is_refused_with_both_shapes(
+    finished: tuple[Path, PretrainResult], corpus: Path, tmp_path: Path
+) -> None:
+    _, result = finished
+    with pytest.raises(ConfigError, match=r"--num-hidden-layers 3.*2"):
+        pretrain(tiny(corpus, tmp_path / "other", from_weight=str(result.model_dir), num_hidden_layers=3))
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_padded_rows_train_too(corpus: Path, tmp_path: Path) -> None:
+    result = pretrain(tiny(corpus, tmp_path / "padded", packing=False, max_steps=20))
+    assert result.steps == 20
+    evaluations = [row["val_loss"] for row in metrics(tmp_path / "padded") if "val_loss" in row]
+    assert evaluations[-1] < evaluations[0] - 0.5
+
+
+@pytest.mark.slow
+def test_two_weighted_sources_train_and_resume_as_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (write_corpus(tmp_path / f"{name}.jsonl", 20) for name in ("first", "second"))
+    weighted = tiny(
+        first,
+        tmp_path / "whole",
+        data=(f"{first}:0.6", f"{second}:0.4"),
+        epochs=2,
+        lr_schedule="constant",
+        warmup_steps=0,
+        log_interval=1,
+        save_interval=100,
+    )
+    result = pretrain(weighted)
+    said = capsys.readouterr().out
+    assert f"mixture: {first}: 60.0% of the tokens, 2.4" in said
+    assert f"mixture: {second}: 40.0% of the tokens, 1.6" in said
+
+    def losses(out: Path) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in metrics(out) if "loss" in row}
+
+    # Stopped in the middle of the first epoch, and of the passes of both entries.
+    out = tmp_path / "parts"
+    pretrain(dataclasses.replace(weighted, output_dir=str(out), max_steps=result.steps // 2 - 3))
+    again = dataclasses.replace(weighted, output_dir=str(out), resume="auto")
+    with pytest.raises(CheckpointError, match=r"data mixture 60% of \d+ doc.* → 50% of .* same weights"):
+        pretrain(dataclasses.replace(again, data=(f"{first}:0.5", f"{second}:0.5")))
+    with pytest.raises(CheckpointError, match=r"data mixture 60% .* → none"):
+        pretrain(dataclasses.replace(again, data=(str(first), str(second))))
+    # The same shares in other numbers are the same mixture.
+    pretrain(dataclasses.replace(again, data=(f"{first}:3", f"{second}:2")))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert len(losses(out)) == result.steps
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"), [({"max_steps": 3}, 3), ({"max_tokens": 4 * 64 * 5, "epochs": 50}, 5)]
+)
+def test_a_run_stops_at_its_limit(corpus: Path, tmp_path: Path, limits: dict[str, int], steps: int) -> None:
+    assert pretrain(tiny(corpus, tmp_path / "short", **limits)).steps == steps
+
+
+def test_a_wsd_run_finishes_within_its_time(corpus: Path, tmp_path: Path) -> None:
+    """Without the limit it would go on for hours; with it the learning rate still falls to its minimum."""
+    out = tmp_path / "timed"
+    started = time.monotonic()
+    result = pretrain(
+        tiny(
+            corpus,
+            out,
+            epochs=100_000,
+            lr_schedule="wsd",
+            max_time="20s",
+            warmup_steps=10,
+            log_interval=1,
+            eval_batches=1,
+        )
+    )
+    assert time.monotonic() - started < 20 + SLACK
+    assert result.stopped is None
+    rates = [row["learning_rate"] for row in metrics(out) if "learning_rate" in row]
+    assert rates[-1] == pytest.approx(0.1 * max(rates))
+    decaying = sum(rate < max(rates) for rate in rates[len(rates) // 2 :])
+    assert 0.05 < decaying / len(rates) < 0.3
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_a_run_out_of_time_is_saved_and_goes_on(corpus: Path, tmp_path: Path) -> None:
+    config = tiny(corpus, tmp_path / "cut", epochs=100_000, max_time="6s", save_interval=10_000)
+    result = pretrain(config)
+    assert result.stopped == "--max-time"
+    assert result.steps > 0
+    assert not (tmp_path / "cut" / "model").exists()
+    limit = result.steps + 3
+    more = pretrain(dataclasses.replace(config, max_time=None, max_steps=limit, resume="auto"))
+    assert (more.steps, more.stopped) == (limit, None)
+
+
+def test_a_signal_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
+    timer = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    result = pretrain(tiny(corpus, tmp_path / "cut", epochs=100_000, save_interval=10_000))
+    timer.join()
+    assert result.stopped == "SIGTERM"
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("step-*")
+    assert checkpoint.name == f"step-{result.steps:08d}"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path: Path, there: bool) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("no JSON\n")
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with pytest.raises(DataError, match="invalid JSON"):
+        pretrain(tiny(corpus, out))
+    assert out.exists() == there
+
+
+def test_a_signal_ends_the_run_while_text_is_tokenized(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "data_build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(corpus, tmp_path / "out", cache_dir=str(tmp_path / "cache")))
+    # Nothing of a build that was not finished, beside its lock.
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("choice", "finishes"), [("continue", True), ("stop", False)])
+def test_a_full_disk_ends_the_run_only_if_asked_to(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, finishes: bool
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "here")
+
+    monkeypatch.setattr("minimind.checkpoint.store.write_tensors", full)
+    config = tiny(corpus, tmp_path / "full", max_steps=30, save_interval=5, on_save_error=choice)
+    if finishes:
+        assert pretrain(config).steps == 30
+    else:
+        with pytest.raises(CheckpointError, match="was not saved"):
+            pretrain(config)
+    assert (tmp_path / "full" / "model").exists() == finishes
+    assert not list((tmp_path / "full" / "checkpoints").glob("*"))
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(corpus: Path, tmp_path: Path) -> None:
+    config = tiny(
+        corpus, tmp_path / "timed", epochs=100_000, lr_schedule="wsd", warmup_steps=10, log_interval=1
+    )
+    first = pretrain(config, stop_after=100)
+    started = time.monotonic()
+    result = pretrain(dataclasses.replace(config, max_time="25s", resume="auto"))
+    assert time.monotonic() - started < 25 + SLACK
+    assert result.stopped is None
+    assert result.steps > first.steps
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "timed") if "learning_rate" in row]
+    assert len(rates) == result.steps
+    assert rates[-1] == pytest.approx(0.1 * max(rates))
+    # The decay is about a fifth of all steps, those before the resume included.
+    assert 0.05 < sum(rate < max(rates) for rate in rates[100:]) / len(rates) < 0.3
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `minimind-train pretrain` without arguments where there is no GPU, but one pass instead of two."""
+    monkeypatch.chdir(tmp_path)
+    result = pretrain(preset_config("tiny", epochs=1, cache_dir=str(tmp_path / "cache")))
+    evaluations = [
+        row["val_bits_per_byte"] for row in metrics(tmp_path / "out") if "val_bits_per_byte" in row
+    ]
+    assert evaluations[-1] < 0.52 * evaluations[0]
+    assert result.sample
