@@ -91,7 +91,7 @@ def generate(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", metavar="", help="Print a JSON object a line for each prompt.")
+        bool, typer.Option("--json", help="Print a JSON object a line for each prompt.")
     ] = False,
     **_: Any,
 ) -> None:

@@ -26,12 +26,13 @@ STOPPED_EARLY = 75
 
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
 
+DEFAULT_PRESET_NOTE = "[default: tiny without a GPU, if nothing sets the size]"
+
 Preset = Annotated[
     str | None,
     typer.Option(
-        help=f"Defaults for a size of model: {_PRESETS}.",
+        help=f"Defaults for a size of model: {_PRESETS}. {DEFAULT_PRESET_NOTE}",
         metavar="NAME",
-        show_default="tiny without a GPU, if nothing sets the size",
         autocompletion=completing(*PRESETS),
     ),
 ]
@@ -50,23 +51,24 @@ def pretrain(
     config: ConfigFile = None,
     print_config: Annotated[
         bool,
-        typer.Option(
-            "--print-config", metavar="", help="Print the resulting options as TOML for --config, and stop."
-        ),
+        typer.Option("--print-config", help="Print the resulting options as TOML for --config, and stop."),
     ] = False,
     plan: Annotated[
         bool,
         typer.Option(
             "--plan",
-            metavar="",
             help="Measure a few steps, print what the run will take in memory, time and disk, and stop.",
         ),
     ] = False,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(help="With --plan: price of all machines, to print what the run will cost.", min=0.0),
+        typer.Option(
+            help="With --plan: price of all machines, to print what the run will cost.",
+            metavar="NUMBER",
+            min=0.0,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="With --plan: print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON.")] = False,
     **_: Any,
 ) -> None:
     """Pretrain a language model."""

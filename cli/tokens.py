@@ -15,11 +15,10 @@ from minimind.errors import ConfigError
 from minimind.settings import Option
 
 from .examples import examples
+from .help import HelpCommand, HelpGroup
 from .options import LENIENT, parse_config, parse_settings, with_options
 
-app = typer.Typer(
-    help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"), no_args_is_help=True
-)
+app = typer.Typer(cls=HelpGroup, help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"))
 
 
 @with_options(DataOptions)
@@ -68,7 +67,7 @@ class TokenizerOptions:
     ] = "error"
 
 
-@app.command(context_settings=LENIENT, epilog=examples("tokenizer train"))
+@app.command(cls=HelpCommand, context_settings=LENIENT, epilog=examples("tokenizer train"))
 @with_options(TokenizerOptions)
 def train(ctx: typer.Context, **_: Any) -> None:
     """Learn a tokenizer from text and save it in the format of Hugging Face."""
@@ -95,12 +94,15 @@ def train(ctx: typer.Context, **_: Any) -> None:
     typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
 
 
-@app.command(epilog=examples("tokenizer inspect"))
+@app.command(cls=HelpCommand, epilog=examples("tokenizer inspect"))
 def inspect(
     path: Annotated[
-        str | None, typer.Argument(help="A tokenizer.json or its folder; by default the one in the package.")
+        str | None,
+        typer.Argument(
+            help="A tokenizer.json or its folder; by default the one in the package.", metavar="[PATH]"
+        ),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.")] = None,
+    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.", metavar="TEXT")] = None,
 ) -> None:
     """Show what a tokenizer is made of, and what it makes of a text."""
     from minimind.tokenizer import load_tokenizer

@@ -24,9 +24,9 @@ ROWS_SHOWN = 3
 @with_options(*PANELS, hidden=upstream_flags.HIDDEN)
 def verify_resume(
     ctx: typer.Context,
-    steps: Annotated[int, typer.Option(help="Optimizer steps to train.")] = 20,
+    steps: Annotated[int, typer.Option(help="Optimizer steps to train.", metavar="INTEGER")] = 20,
     processes: Annotated[
-        int, typer.Option(help="Processes that the second half runs on, on this machine.")
+        int, typer.Option(help="Processes that the second half runs on, on this machine.", metavar="INTEGER")
     ] = 1,
     preset: Preset = None,
     config: ConfigFile = None,

@@ -34,10 +34,12 @@ class DataOptions:
             aliases=("--data-path",),
             metavar="PATH",
             default_text="text embedded in Python",
+            common=True,
         ),
     ] = ()
     val_data: Annotated[
-        tuple[str, ...], Option("Validation text, in the same formats as --data. Repeatable.", metavar="PATH")
+        tuple[str, ...],
+        Option("Validation text, in the same formats as --data. Repeatable.", metavar="PATH", common=True),
     ] = ()
     val_fraction: Annotated[
         float,
@@ -53,10 +55,11 @@ class DataOptions:
             "A tokenizer.json, or a folder that holds one.",
             metavar="PATH",
             default_text="the one in the package",
+            common=True,
         ),
     ] = None
     text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
-    max_seq_len: Annotated[int, Option("Tokens in one row.", minimum=2)] = 512
+    max_seq_len: Annotated[int, Option("Tokens in one row.", minimum=2, common=True)] = 512
     packing: Annotated[
         bool,
         Option("Lay documents end to end in full rows; off: one document a row, truncated and padded."),
@@ -74,9 +77,9 @@ class DataOptions:
 class ModelOptions:
     """Model"""
 
-    hidden_size: Annotated[int, Option("Width of the model.", minimum=1)] = 512
-    num_hidden_layers: Annotated[int, Option("Transformer blocks.", minimum=1)] = 8
-    num_attention_heads: Annotated[int, Option("Query heads.", minimum=1)] = 8
+    hidden_size: Annotated[int, Option("Width of the model.", minimum=1, common=True)] = 512
+    num_hidden_layers: Annotated[int, Option("Transformer blocks.", minimum=1, common=True)] = 8
+    num_attention_heads: Annotated[int, Option("Query heads.", minimum=1, common=True)] = 8
     num_key_value_heads: Annotated[
         int, Option("Key and value heads, shared by groups of query heads.", minimum=1)
     ] = 2
@@ -93,7 +96,7 @@ class ModelOptions:
         ),
     ] = None
     use_moe: Annotated[
-        bool, Option("Give every block a mixture of experts in place of one SwiGLU layer.")
+        bool, Option("Give every block a mixture of experts in place of one SwiGLU layer.", common=True)
     ] = False
     num_experts: Annotated[int, Option("Experts in a block.", minimum=1)] = 4
     num_experts_per_tok: Annotated[int, Option("Experts that each token passes.", minimum=1)] = 1
@@ -117,6 +120,7 @@ class ModelOptions:
             "Start from the weights of this model folder, run, checkpoint or .pth of the original minimind.",
             metavar="PATH",
             default_text="random weights",
+            common=True,
         ),
     ] = None
 
@@ -125,12 +129,20 @@ class ModelOptions:
 class OptimizationOptions:
     """Optimization"""
 
-    epochs: Annotated[int, Option("Passes over the training text.", minimum=1)] = 1
-    max_steps: Annotated[int | None, Option("Stop after this many optimizer steps.", minimum=1)] = None
-    max_tokens: Annotated[int | None, Option("Stop after this many training tokens.", minimum=1)] = None
+    epochs: Annotated[int, Option("Passes over the training text.", minimum=1, common=True)] = 1
+    max_steps: Annotated[
+        int | None, Option("Stop after this many optimizer steps.", minimum=1, common=True)
+    ] = None
+    max_tokens: Annotated[
+        int | None, Option("Stop after this many training tokens.", minimum=1, common=True)
+    ] = None
     batch_size: Annotated[
         int | Literal["auto"],
-        Option("Rows in one micro-batch of one process; auto takes the fastest, measured.", minimum=1),
+        Option(
+            "Rows in one micro-batch of one process; auto takes the fastest, measured.",
+            minimum=1,
+            common=True,
+        ),
     ] = DEFAULT_BATCH_SIZE
     accumulation_steps: Annotated[
         int | None,
@@ -144,6 +156,7 @@ class OptimizationOptions:
             "Rows in one optimizer step over all processes; sets --accumulation-steps.",
             minimum=1,
             default_text="batch size x accumulation x processes",
+            common=True,
         ),
     ] = None
     optimizer: Annotated[
@@ -156,11 +169,12 @@ class OptimizationOptions:
             "Peak learning rate.",
             above=0.0,
             default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+            common=True,
         ),
     ] = None
     lr_schedule: Annotated[
         Literal["cosine", "linear", "wsd", "constant"],
-        Option("How the learning rate falls after warm-up; wsd is warm-up, stable, decay."),
+        Option("How the learning rate falls after warm-up; wsd is warm-up, stable, decay.", common=True),
     ] = "cosine"
     warmup_steps: Annotated[
         int | None,
@@ -186,7 +200,9 @@ class OptimizationOptions:
     beta1: Annotated[float, Option("AdamW decay of the first moment.", minimum=0.0, below=1.0)] = 0.9
     beta2: Annotated[float, Option("AdamW decay of the second moment.", minimum=0.0, below=1.0)] = 0.95
     grad_clip: Annotated[float, Option("Largest norm of the gradient; 0 does not clip.", minimum=0.0)] = 1.0
-    seed: Annotated[int, Option("Seed of weights, order and dropout.", minimum=0, maximum=2**32 - 1)] = 42
+    seed: Annotated[
+        int, Option("Seed of weights, order and dropout.", minimum=0, maximum=2**32 - 1, common=True)
+    ] = 42
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +216,7 @@ class RunOptions:
             "has it.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
+            common=True,
         ),
     ] = "auto"
     compile: Annotated[
@@ -225,10 +242,10 @@ class RunOptions:
     profile: Annotated[
         bool, Option("Record steps 10 to 14 in the folder profile of the output folder, for ui.perfetto.dev.")
     ] = False
-    log_interval: Annotated[int, Option("Steps between two reports.", minimum=1)] = 100
+    log_interval: Annotated[int, Option("Steps between two reports.", minimum=1, common=True)] = 100
     eval_interval: Annotated[
         int | None,
-        Option("Steps between two evaluations.", minimum=1, default_text="the save interval"),
+        Option("Steps between two evaluations.", minimum=1, default_text="the save interval", common=True),
     ] = None
     eval_batches: Annotated[
         int | None, Option("Stop an evaluation after this many batches.", minimum=1, default_text="all")
@@ -245,7 +262,7 @@ class RunOptions:
             default_text="the beginning of a document",
         ),
     ] = ()
-    save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1)] = 1000
+    save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1, common=True)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],
         Option(
@@ -261,14 +278,15 @@ class RunOptions:
         int | None,
         Option("Also save every so many steps, and never remove these checkpoints.", minimum=1),
     ] = None
-    output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER")] = (
-        "out"
-    )
+    output_dir: Annotated[
+        str, Option("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER", common=True)
+    ] = "out"
     resume: Annotated[
         str | None,
         Option(
             "Go on from the newest valid checkpoint in the output folder (auto), or from the one named.",
             metavar="[PATH]",
+            common=True,
         ),
     ] = None
     on_save_error: Annotated[
@@ -280,6 +298,7 @@ class RunOptions:
         Option(
             "Stop after this time, such as 3h30m, with the state saved; the wsd schedule finishes by then.",
             metavar="TIME",
+            common=True,
         ),
     ] = None
     dist_timeout: Annotated[
@@ -288,7 +307,7 @@ class RunOptions:
     ] = "10m"
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
-        Option("Where metrics go besides metrics.jsonl. Repeatable."),
+        Option("Where metrics go besides metrics.jsonl. Repeatable.", common=True),
     ] = ("tensorboard",)
     project: Annotated[
         str, Option("Project name shown by WandB and SwanLab.", aliases=("--wandb-project",))

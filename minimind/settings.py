@@ -39,6 +39,7 @@ class Option:
         default_text: shown as the default where the default is worked out later.
         metavar: what stands for the value in `--help`, where the type says too little.
         synonyms: pairs of another spelling of a value and the value.
+        common: `--help` shows the option; the others are shown by `--help-all`.
     """
 
     help: str
@@ -50,6 +51,7 @@ class Option:
     default_text: str | None = None
     metavar: str | None = None
     synonyms: tuple[tuple[str, str], ...] = ()
+    common: bool = False
 
 
 @dataclass(frozen=True)
