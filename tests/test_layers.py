@@ -154,13 +154,14 @@ LAYERS: dict[str, tuple[int, str]] = {
     "minimind.run_plan": (4, "benchmark"),
     "minimind.planning": (4, "auto_batch benchmark pretrain run_plan"),
     "minimind_cli": (5, ""),
-    "minimind_cli.options": (5, ""),
+    "minimind_cli.help": (5, ""),
+    "minimind_cli.options": (5, "minimind_cli.help"),
     "minimind_cli.examples": (5, ""),
     "minimind_cli.upstream_flags": (5, "minimind_cli.options"),
     "minimind_cli.pretrain": (5, "minimind_cli.options minimind_cli.upstream_flags"),
     "minimind_cli.bench": (5, "minimind_cli.options minimind_cli.pretrain"),
     "minimind_cli.decay": (5, "minimind_cli.options minimind_cli.pretrain"),
-    "minimind_cli.tokens": (5, "minimind_cli.examples minimind_cli.options"),
+    "minimind_cli.tokens": (5, "minimind_cli.examples minimind_cli.help minimind_cli.options"),
     "minimind_cli.checkpoints": (5, "minimind_cli.options"),
     "minimind_cli.export": (5, "minimind_cli.options"),
     "minimind_cli.info": (5, ""),
@@ -176,7 +177,7 @@ LAYERS: dict[str, tuple[int, str]] = {
         5,
         "minimind_cli.options minimind_cli.bench minimind_cli.pretrain minimind_cli.tokens "
         "minimind_cli.checkpoints minimind_cli.compare minimind_cli.decay minimind_cli.evaluate "
-        "minimind_cli.examples minimind_cli.export minimind_cli.generate minimind_cli.info "
+        "minimind_cli.examples minimind_cli.export minimind_cli.generate minimind_cli.help minimind_cli.info "
         "minimind_cli.reproduce minimind_cli.verify_resume",
     ),
     "minimind_cli.__main__": (5, "minimind_cli.app"),
