@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from minimind.checkpoint.state_dict import collect, reserve_host_memory, restore
+from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict, reserve_host_memory
 from minimind.checkpoint.store import CheckpointStore
 
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ def measure(folder: Path, repeats: int, device: str) -> list[tuple[str, float]]:
     blocked: list[float] = []
     written: list[float] = []
     for step in range(1, repeats + 1):
-        seconds, snapshot = timed(partial(collect, accelerator, model, optimizer, {"step": step}))
+        seconds, snapshot = timed(partial(gather_state_dict, accelerator, model, optimizer, {"step": step}))
         assert snapshot is not None
         returned, _ = timed(partial(store.save, snapshot))
         num_bytes = snapshot.num_bytes
@@ -81,7 +81,7 @@ def measure(folder: Path, repeats: int, device: str) -> list[tuple[str, float]]:
         written.append(returned + finished)
         gc.collect()
     verified, checkpoint = timed(store.latest)
-    loaded, _ = timed(lambda: restore(accelerator, model, optimizer, checkpoint))
+    loaded, _ = timed(lambda: load_state_dict(accelerator, model, optimizer, checkpoint))
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, {num_bytes / 1e6:.0f} MB of state")
     return [
         ("host memory set aside, once", reserved),

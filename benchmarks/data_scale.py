@@ -124,7 +124,7 @@ def _work(
         weights=weights,
     )
     opened = time.perf_counter() - start
-    steps = loader.steps(0, int(loader.rows_per_epoch * share) // ROWS * ROWS)
+    steps = loader.steps(0, int(loader.sequences_per_epoch * share) // ROWS * ROWS)
     first = timed(lambda: next(steps))
     memory = peak() - before
     rest = timed(lambda: [next(steps) for _ in range(2000)])

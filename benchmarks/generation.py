@@ -27,7 +27,7 @@ import torch
 
 from minimind.config.presets import PRESETS
 from minimind.formats.huggingface import load_model, save_model
-from minimind.generation.engine import Decoder
+from minimind.generation.engine import InferenceEngine
 from minimind.generation.generate import generate
 from minimind.generation.sampling import Sampling
 from minimind.modeling.config import MiniMindConfig
@@ -76,7 +76,7 @@ def main() -> None:
         ours = load_model(Path(folder)).to(options.device, dtype).eval()
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(options.device).eval()
     began = time.perf_counter()
-    decoder = Decoder(ours, compiled=compiled)
+    decoder = InferenceEngine(ours, compiled=compiled)
     packing = time.perf_counter() - began
     rng = torch.Generator().manual_seed(0)
     size = (options.batch, options.prompt_tokens)

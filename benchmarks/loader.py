@@ -56,7 +56,7 @@ def main() -> None:
                 if args.device.startswith("cuda"):
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-                places = loader.rows_per_epoch * seq_len / seconds / 1e6
+                places = loader.sequences_per_epoch * seq_len / seconds / 1e6
                 print(
                     f"{'packed' if packing else 'padded':>7}  {seq_len:>6}  "
                     f"{loader.tokens_per_epoch / seconds / 1e6:>12.1f} M  {places:>11.1f} M  {first:>8.2f} s"

@@ -42,7 +42,7 @@ from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim.build import build_optimizer, set_learning_rate
 from minimind.schedule import learning_rates
 from minimind.tokenizer import load_tokenizer
-from minimind.training.build_model import make_model, resolve_shape
+from minimind.training.build_model import build_model, resolve_model_config
 from minimind.training.trainer import forward_loss
 
 RATES = {
@@ -123,19 +123,19 @@ class Bench:
             batch_size=options.batch_size,
             **sizes,
         )
-        self.config, shape = resolve_shape(config, tokenizer)
+        self.config, shape = resolve_model_config(config, tokenizer)
         text = prepare_data(self.config, tokenizer)
         assert text.validation is not None
         if device == "cpu":
             os.environ["ACCELERATE_USE_CPU"] = "true"
         self.accelerator = start_accelerator(self.config)
         device_type = self.accelerator.device
-        self.bare: MiniMindForCausalLM = make_model(self.config, shape)
+        self.bare: MiniMindForCausalLM = build_model(self.config, shape)
         self.compiled = wants_compile(self.config, self.accelerator)
         if self.compiled:
             self.bare.compile_for_training("whole")
         self.start = {name: value.clone() for name, value in self.bare.state_dict().items()}
-        self.model = self.accelerator.prepare_model(self.bare)
+        self.model = self.accelerator.compile_and_wrap(self.bare)
         self.loader = Loader(
             text.train,
             seq_len=self.config.max_seq_len,
@@ -208,7 +208,7 @@ class Bench:
         while True:
             for batch in self.loader.steps(epoch):
                 # The last one of a pass is short: its rows without targets would weigh as much as the others.
-                if batch.num_rows == self.config.batch_size:
+                if batch.num_sequences == self.config.batch_size:
                     yield batch
             epoch += 1
 

@@ -43,7 +43,7 @@ from minimind.config.presets import PRESETS, preset_config
 from minimind.data.builtin_corpus import embedded_documents
 from minimind.data.prepare import prepare_data
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.training.build_model import resolve_shape
+from minimind.training.build_model import resolve_model_config
 
 CONTENDERS = ("plain", "trainer-packed", "packed", "padded", "trainer")
 FULL_ROWS = ("trainer-packed", "packed")
@@ -254,7 +254,7 @@ class FullRows(torch.utils.data.Dataset):
 
 def hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
     """Return Qwen3ForCausalLM in the shape asked for, or minimind's model without transformers."""
-    _, shape = resolve_shape(config, load_tokenizer(None))
+    _, shape = resolve_model_config(config, load_tokenizer(None))
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:

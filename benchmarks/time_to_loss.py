@@ -40,7 +40,7 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.tokenizer import load_tokenizer
-from minimind.training.build_model import resolve_shape
+from minimind.training.build_model import resolve_model_config
 
 LEARNING_RATE = 5e-4
 WARMUP_STEPS = 5
@@ -183,7 +183,7 @@ def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 def measure(options: argparse.Namespace, folder: Path, weights: dict[str, torch.Tensor]) -> float:
     """Return the validation bits per byte of weights with Hugging Face's names, as `pretrain` has them."""
     tokenizer = load_tokenizer(None)
-    config, shape = resolve_shape(_data(options, folder), tokenizer)
+    config, shape = resolve_model_config(_data(options, folder), tokenizer)
     accelerator = start_accelerator(config)
     model = MiniMindForCausalLM(shape)
     model.load_state_dict(weights)
@@ -200,7 +200,7 @@ def measure(options: argparse.Namespace, folder: Path, weights: dict[str, torch.
         num_processes=1,
         device=accelerator.device,
     )
-    prepared = accelerator.prepare_model(model)
+    prepared = accelerator.compile_and_wrap(model)
     result = evaluate(prepared, batches, table.to(accelerator.device), accelerator)
     assert result is not None
     return result.bits_per_byte

@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, NoReturn
 
 import typer
@@ -34,6 +35,7 @@ from . import (
     verify_resume,
 )
 from .examples import examples
+from .help import HelpCommand, HelpGroup
 from .options import LENIENT, normalise
 
 # A launcher ends all processes when the first one fails: the others wait for the one that speaks.
@@ -42,25 +44,26 @@ SECONDS_TO_SPEAK = 4.0
 SHARED = frozenset({"pretrain", "decay", "bench", "eval"})
 
 app = typer.Typer(
+    cls=HelpGroup,
     help="Pretrain small language models.",
     epilog=examples(""),
-    no_args_is_help=True,
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 # One line for each command.
-app.command(context_settings=LENIENT, epilog=examples("pretrain"))(pretrain.pretrain)
-app.command(context_settings=LENIENT, epilog=examples("decay"))(decay.decay)
-app.command(context_settings=LENIENT, epilog=examples("bench"))(bench.bench)
-app.command(context_settings=LENIENT, epilog=examples("tokenize"))(tokens.tokenize)
-app.command(epilog=examples("checkpoints"))(checkpoints.checkpoints)
-app.command(epilog=examples("info"))(info.info)
-app.command(epilog=examples("compare"))(compare.compare)
-app.command(epilog=examples("reproduce"))(reproduce.reproduce)
-app.command(context_settings=LENIENT, epilog=examples("verify-resume"))(verify_resume.verify_resume)
-app.command(context_settings=LENIENT, epilog=examples("export"))(export.export)
-app.command(epilog=examples("generate"))(generate.generate)
-app.command("eval", context_settings=LENIENT, epilog=examples("eval"))(evaluate.evaluate)
+_command = partial(app.command, cls=HelpCommand)
+_command(context_settings=LENIENT, epilog=examples("pretrain"))(pretrain.pretrain)
+_command(context_settings=LENIENT, epilog=examples("decay"))(decay.decay)
+_command(context_settings=LENIENT, epilog=examples("bench"))(bench.bench)
+_command(context_settings=LENIENT, epilog=examples("tokenize"))(tokens.tokenize)
+_command(epilog=examples("checkpoints"))(checkpoints.checkpoints)
+_command(epilog=examples("info"))(info.info)
+_command(epilog=examples("compare"))(compare.compare)
+_command(epilog=examples("reproduce"))(reproduce.reproduce)
+_command(context_settings=LENIENT, epilog=examples("verify-resume"))(verify_resume.verify_resume)
+_command(context_settings=LENIENT, epilog=examples("export"))(export.export)
+_command(epilog=examples("generate"))(generate.generate)
+_command("eval", context_settings=LENIENT, epilog=examples("eval"))(evaluate.evaluate)
 app.add_typer(tokens.app, name="tokenizer")
 
 
@@ -75,9 +78,7 @@ def _options(
     ctx: typer.Context,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", metavar="", callback=_print_version, is_eager=True, help="Show the version and stop."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop."),
     ] = False,
 ) -> None:
     """Pretrain small language models."""
@@ -101,7 +102,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not is_main_process():
         _sign_warnings()
     words = normalise(sys.argv[1:] if words is None else words, PretrainConfig)
-    if not is_main_process() and (not words or {"--help", "-h", "--version"} & set(words)):
+    if not is_main_process() and (not words or {"--help", "--help-all", "-h", "--version"} & set(words)):
         _leave(0)  # the same text would be printed by every process
     try:
         # Typer returns the code of an Exit, and 130 for Ctrl-C.
@@ -109,11 +110,10 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         code = _report(error.problems if isinstance(error, ConfigError) else [str(error)])
     except typer.TyperException as error:
-        # Without any word Typer has printed the help and raises an empty message.
         message = error.format_message()
         if words[:1] == ["generate"] and message.startswith("No such option"):
             message = f"{message.rstrip('.')}. A prompt that begins with a dash stands behind -- at the end."
-        code = _report([message] if message else [])
+        code = _report([message])
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             # Most likely a text in the place of a path.

@@ -8,23 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset
 from minimind.launch_env import is_main_process
 
-from .config_options import has_gpu
+from .config_options import DEFAULT_PRESET_NOTE, has_gpu
 from .options import completing, parse_config, typed_values, with_options
 
 
-@with_options(*PANELS)
+@with_options(*CONFIG_SECTIONS)
 def bench(
     ctx: typer.Context,
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"Defaults for a size of model: {', '.join(PRESETS)}.",
+            help=f"Defaults for a size of model: {', '.join(PRESETS)}. {DEFAULT_PRESET_NOTE}",
             metavar="NAME",
-            show_default="tiny without a GPU, if nothing sets the size",
             autocompletion=completing(*PRESETS),
         ),
     ] = None,
@@ -32,8 +31,8 @@ def bench(
         str | None,
         typer.Option(help="A TOML file of options, such as the config.toml of a run.", metavar="PATH"),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="How long to measure.", min=0.1)] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long to measure.", metavar="NUMBER", min=0.1)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,
 ) -> None:
     """Measure training speed on made-up tokens, with the options of pretrain; nothing is written."""

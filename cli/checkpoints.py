@@ -16,9 +16,7 @@ from minimind.errors import CheckpointError
 
 def checkpoints(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a run, or its checkpoints folder.")],
-    verify: Annotated[
-        bool, typer.Option(metavar="", help="Read all files and compare their checksums.")
-    ] = True,
+    verify: Annotated[bool, typer.Option(help="Read all files and compare their checksums.")] = True,
 ) -> None:
     """List the checkpoints of a run: step, tokens, loss, size, and whether each can be loaded."""
     inner = run_folder / "checkpoints"

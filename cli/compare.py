@@ -41,10 +41,10 @@ def compare(
     for note in found.notes:
         console.print(Text(f"note: {note}"))
     if html is not None:
-        from minimind.runs.compare_html import comparison_page
+        from minimind.runs.compare_html import comparison_html
 
         try:
-            html.write_text(comparison_page(found), encoding="utf-8")
+            html.write_text(comparison_html(found), encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"--html {html} cannot be written ({error.strerror}); name another file."

@@ -18,13 +18,13 @@ from . import upstream_flags
 from .options import completing, parse_config, typed_values
 
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
+DEFAULT_PRESET_NOTE = "[default: tiny without a GPU, if nothing sets the size]"
 
 Preset = Annotated[
     str | None,
     typer.Option(
-        help=f"Defaults for a size of model: {_PRESETS}.",
+        help=f"Defaults for a size of model: {_PRESETS}. {DEFAULT_PRESET_NOTE}",
         metavar="NAME",
-        show_default="tiny without a GPU, if nothing sets the size",
         autocompletion=completing(*PRESETS),
     ),
 ]

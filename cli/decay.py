@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minimind.config.schema import Option
+from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 
 from .options import parse_settings, with_options
@@ -21,19 +21,21 @@ class DecayOptions:
 
     tokens: Annotated[
         int | None,
-        Option("Tokens to decay over, such as 1e8; rounded up to steps.", minimum=1, default_text="required"),
+        FieldInfo(
+            "Tokens to decay over, such as 1e8; rounded up to steps.", minimum=1, default_text="required"
+        ),
     ] = None
     from_step: Annotated[
         int | None,
-        Option("Steps done at the checkpoint to start from.", minimum=1, default_text="the newest"),
+        FieldInfo("Steps done at the checkpoint to start from.", minimum=1, default_text="the newest"),
     ] = None
     decay_shape: Annotated[
         Literal["linear", "sqrt"],
-        Option("How the learning rate falls: a straight line, or 1 - sqrt of the way."),
+        FieldInfo("How the learning rate falls: a straight line, or 1 - sqrt of the way."),
     ] = "linear"
     min_lr_ratio: Annotated[
         float | None,
-        Option(
+        FieldInfo(
             "Final learning rate as a share of the peak.",
             minimum=0.0,
             maximum=1.0,
@@ -42,7 +44,7 @@ class DecayOptions:
     ] = None
     output_dir: Annotated[
         str | None,
-        Option("Folder of the decay.", metavar="FOLDER", default_text="beside the run: RUN-decay-STEP"),
+        FieldInfo("Folder of the decay.", metavar="FOLDER", default_text="beside the run: RUN-decay-STEP"),
     ] = None
 
 

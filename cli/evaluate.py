@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind.config.options import PretrainConfig
-from minimind.config.schema import Option, parse_values, read_toml
+from minimind.config.schema import FieldInfo, parse_values, read_toml
 from minimind.errors import ConfigError
 from minimind.launch_env import is_main_process
 from minimind.run_folder import RunFolder
@@ -40,7 +40,7 @@ class EvaluationOptions:
 
     data: Annotated[
         tuple[str, ...],
-        Option(
+        FieldInfo(
             "Text: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
             metavar="PATH",
@@ -49,7 +49,7 @@ class EvaluationOptions:
     ] = ()
     tokenizer: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "A tokenizer.json, or a folder that holds one.",
             metavar="PATH",
             default_text="the one that belongs to the model",
@@ -57,38 +57,40 @@ class EvaluationOptions:
     ] = None
     max_seq_len: Annotated[
         int | None,
-        Option("Tokens in one row.", minimum=2, default_text="that of the run, else 512"),
+        FieldInfo("Tokens in one row.", minimum=2, default_text="that of the run, else 512"),
     ] = None
     packing: Annotated[
         bool,
-        Option(
+        FieldInfo(
             "Lay documents end to end as in training; off: each document begins a row, and none is cut off."
         ),
     ] = True
     stride: Annotated[
         int | None,
-        Option(
+        FieldInfo(
             "Without packing: tokens between two rows of a long document; what they share is context only.",
             minimum=1,
             default_text="the row, so that they share nothing",
         ),
     ] = None
-    batch_size: Annotated[int, Option("Rows that one process computes at once.", minimum=1)] = 8
+    batch_size: Annotated[int, FieldInfo("Rows that one process computes at once.", minimum=1)] = 8
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
-        Option(
+        FieldInfo(
             "Precision of the matrix products; auto takes bf16 where the GPU has it.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
         ),
     ] = "no"
-    text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
+    text_key: Annotated[str, FieldInfo("Field of a JSONL object or parquet row that holds the text.")] = (
+        "text"
+    )
     bad_lines: Annotated[
-        Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
+        Literal["error", "skip"], FieldInfo("Stop at a line that cannot be read, or count it and go on.")
     ] = "error"
     cache_dir: Annotated[
         str | None,
-        Option("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
+        FieldInfo("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
     ] = None
 
 
@@ -99,7 +101,7 @@ def evaluate(
         str,
         typer.Argument(help="Folder of a run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on text."""

@@ -86,6 +86,5 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 
 def examples(command: str) -> str:
-    """Return the end of the help of a command, named without the program."""
-    # Typer strips the indentation that all lines but the first have in common: hence the empty one.
-    return "\n".join(["", "Examples:", *("  " + line for line in EXAMPLES[command])])
+    """Return the examples of a command, named without the program, one a line."""
+    return "\n".join(EXAMPLES[command])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from minimind.config.schema import Option
+from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 from minimind.formatting import count, parse_size, size
 
@@ -24,7 +24,7 @@ class ExportOptions:
 
     format: Annotated[
         Literal["huggingface", "minimind", "gguf"],
-        Option(
+        FieldInfo(
             "Qwen3 in safetensors for transformers, vLLM and others; the .pth of the original minimind; or "
             "one file for llama.cpp and Ollama.",
             synonyms=(("hf", "huggingface"), ("pth", "minimind")),
@@ -32,13 +32,13 @@ class ExportOptions:
     ] = "huggingface"
     output: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "New folder for the model.", aliases=("--output-dir",), metavar="FOLDER", default_text="required"
         ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16", "q8_0"],
-        Option(
+        FieldInfo(
             "Precision of the weights; auto keeps that of the source for huggingface, and is float16 for the "
             "others. q8_0, 8 bits, is for gguf.",
             synonyms=(
@@ -48,11 +48,12 @@ class ExportOptions:
         ),
     ] = "auto"
     max_shard_size: Annotated[
-        str, Option("Largest safetensors file; more weights become several, with an index.", metavar="SIZE")
+        str,
+        FieldInfo("Largest safetensors file; more weights become several, with an index.", metavar="SIZE"),
     ] = "5GB"
     model_config: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "Settings of a .pth, a JSON file in the original's names.",
             metavar="PATH",
             default_text="NAME.config.json beside NAME.pth, else from the tensors",
@@ -60,13 +61,13 @@ class ExportOptions:
     ] = None
     tokenizer: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "A tokenizer.json, or a folder that holds one.",
             metavar="PATH",
             default_text="the one that belongs to the model",
         ),
     ] = None
-    overwrite: Annotated[bool, Option("Replace a model that lies in the output folder.")] = False
+    overwrite: Annotated[bool, FieldInfo("Replace a model that lies in the output folder.")] = False
 
 
 @with_options(ExportOptions)

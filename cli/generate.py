@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from minimind.config.schema import Option
+from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError, UserError
 
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.generation.engine import Decoder
+    from minimind.generation.engine import InferenceEngine
     from minimind.generation.sampling import Sampling
     from minimind.tokenizer import Tokenizer
 
@@ -30,27 +30,28 @@ if TYPE_CHECKING:
 class GenerateOptions:
     """Generation"""
 
-    max_new_tokens: Annotated[int, Option("Tokens to write at most.", minimum=1)] = 256
+    max_new_tokens: Annotated[int, FieldInfo("Tokens to write at most.", minimum=1)] = 256
     temperature: Annotated[
-        float, Option("Divides the logits; 0 takes the most likely token.", minimum=0.0)
+        float, FieldInfo("Divides the logits; 0 takes the most likely token.", minimum=0.0)
     ] = 0.8
     top_k: Annotated[
-        int | None, Option("Draw among so many of the most likely tokens; none draws among all.", minimum=1)
+        int | None,
+        FieldInfo("Draw among so many of the most likely tokens; none draws among all.", minimum=1),
     ] = 50
     top_p: Annotated[
         float,
-        Option("Draw among the most likely tokens that reach this probability.", above=0.0, maximum=1.0),
+        FieldInfo("Draw among the most likely tokens that reach this probability.", above=0.0, maximum=1.0),
     ] = 1.0
     min_p: Annotated[
         float,
-        Option("Draw among tokens at least this share as likely as the best.", minimum=0.0, maximum=1.0),
+        FieldInfo("Draw among tokens at least this share as likely as the best.", minimum=0.0, maximum=1.0),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Option("Above 1: makes tokens that were there before less likely.", above=0.0)
+        float, FieldInfo("Above 1: makes tokens that were there before less likely.", above=0.0)
     ] = 1.0
     seed: Annotated[
         int | None,
-        Option(
+        FieldInfo(
             "Seed of the draws; the second prompt has the next one.",
             minimum=0,
             maximum=2**32 - 1,
@@ -59,20 +60,21 @@ class GenerateOptions:
     ] = None
     tokenizer: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "A tokenizer.json, or a folder that holds one.",
             metavar="PATH",
             default_text="the one that belongs to the model",
         ),
     ] = None
     device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"], Option("Where to compute; auto takes a GPU if there is one.")
+        Literal["auto", "cpu", "cuda", "mps"],
+        FieldInfo("Where to compute; auto takes a GPU if there is one."),
     ] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        Option("Precision.", synonyms=(("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))),
+        FieldInfo("Precision.", synonyms=(("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))),
     ] = "float32"
-    compile: Annotated[bool, Option("Compile the step: for long texts on a GPU.")] = False
+    compile: Annotated[bool, FieldInfo("Compile the step: for long texts on a GPU.")] = False
 
 
 @with_options(GenerateOptions)
@@ -91,7 +93,7 @@ def generate(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", metavar="", help="Print a JSON object a line for each prompt.")
+        bool, typer.Option("--json", help="Print a JSON object a line for each prompt.")
     ] = False,
     **_: Any,
 ) -> None:
@@ -127,7 +129,7 @@ def generate(
 class _Writer:
     """Writes and prints continuations."""
 
-    decoder: Decoder
+    decoder: InferenceEngine
     tokenizer: Tokenizer
     sampling: Sampling
     options: GenerateOptions

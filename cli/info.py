@@ -17,7 +17,7 @@ def info(
         Path,
         typer.Argument(help="Folder of a run, a checkpoint, a model folder, a .safetensors or a .pth."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what a run, a checkpoint or a model is, and how to go on with it."""
     found = read_info(path)

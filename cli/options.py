@@ -15,8 +15,10 @@ import typer
 
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
-from minimind.config.schema import Setting, parse_values, read_toml, settings_of, suggestion
+from minimind.config.schema import ConfigField, parse_values, read_toml, schema_of, suggestion
 from minimind.errors import ConfigError
+
+from .help import show_all_options
 
 # Unknown options come back in `ctx.args`, to be reported with all other problems.
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -24,6 +26,22 @@ LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
 RESUME_NEWEST = "auto"
 
 _SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
+
+_HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            callback=show_all_options,
+            expose_value=False,
+            is_eager=True,
+            help="Show every option and exit.",
+        ),
+    ],
+)
 
 T = TypeVar("T")
 
@@ -33,42 +51,49 @@ def with_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each setting of the panels, in place of its `**values`.
 
+    If some settings are marked as common, `--help` shows only these and `--help-all` shows all.
+
     Args:
         panels: settings dataclasses; the docstring of each heads its part of `--help`.
         hidden: further parameters, which `--help` does not show.
     """
 
+    settings = [setting for panel in panels for setting in schema_of(panel).values()]
+    marked = any(setting.option.common for setting in settings)
+    less_common = frozenset(setting.name for setting in settings if marked and not setting.option.common)
+
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [
             *(parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD),
-            *(_parameter(setting, panel) for panel in panels for setting in settings_of(panel).values()),
+            *(_parameter(setting, panel) for panel in panels for setting in schema_of(panel).values()),
             *hidden,
         ]
+        if less_common:
+            parameters.append(_HELP_ALL)
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.less_common = less_common  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-def _parameter(setting: Setting, panel: type) -> inspect.Parameter:
-    """Return the Typer option of one setting: real defaults as they are, worked-out ones in words."""
+def _parameter(setting: ConfigField, panel: type) -> inspect.Parameter:
+    """Return the Typer option of one setting."""
     kind: Any = bool if setting.kind is bool else str
-    metavar = "" if setting.kind is bool else setting.metavar
     names = [setting.flag, *setting.option.aliases]
     if setting.kind is bool:
         names[0] += "/--no-" + setting.flag.removeprefix("--")
-    known = setting.default not in (None, ())
-    default: Any = None
-    if known:
-        default = setting.default if kind is bool else setting.default_text
+    default = setting.default
     if setting.repeatable:
         kind, default = list[str], list(setting.default) or None
+    elif default is not None and kind is str:
+        default = setting.default_text
     option = typer.Option(
         *names,
-        help=setting.option.help,
-        metavar=metavar,
-        show_default=True if known else setting.default_text,
+        help=setting.option.help + _default_note(setting),
+        metavar=setting.metavar,
+        show_default=False,
         rich_help_panel=panel.__doc__,
         autocompletion=completing(*setting.choices) if setting.choices else None,
     )
@@ -78,6 +103,14 @@ def _parameter(setting: Setting, panel: type) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind | None, option],
     )
+
+
+def _default_note(setting: ConfigField) -> str:
+    """Return the default as it follows the help, empty where there is none."""
+    text = setting.default_text
+    if isinstance(setting.default, bool):
+        text = setting.flag if setting.default else "--no-" + setting.flag.removeprefix("--")
+    return {"none": "", "required": " [required]"}.get(text, f" [default: {text}]")
 
 
 def completing(*values: str) -> Callable[[str], list[str]]:
@@ -102,10 +135,8 @@ def typed_values(ctx: typer.Context, cls: type) -> dict[str, Any]:
 
     The word `none` unsets what a preset or a file has set.
     """
-    typed = {
-        name: ctx.params[name] for name in settings_of(cls) if name in ctx.params and _is_typed(ctx, name)
-    }
-    for name, setting in settings_of(cls).items():
+    typed = {name: ctx.params[name] for name in schema_of(cls) if name in ctx.params and _is_typed(ctx, name)}
+    for name, setting in schema_of(cls).items():
         if setting.optional and typed.get(name) == "none":
             typed[name] = None
     return typed
@@ -195,7 +226,7 @@ def normalise(words: Sequence[str], cls: type) -> list[str]:
     followed by its value: `--batch_size 8 --resume --packing false` becomes
     `--batch-size 8 --resume=auto --no-packing`.
     """
-    switches = {setting.flag for setting in settings_of(cls).values() if setting.kind is bool}
+    switches = {setting.flag for setting in schema_of(cls).values() if setting.kind is bool}
     return list(_normalised(list(words), switches))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.schema import write_toml
 from minimind.errors import ConfigError
 from minimind.launch_env import is_main_process
@@ -21,30 +21,31 @@ from .options import with_options
 STOPPED_EARLY = 75
 
 
-@with_options(*PANELS, hidden=upstream_flags.HIDDEN)
+@with_options(*CONFIG_SECTIONS, hidden=upstream_flags.HIDDEN)
 def pretrain(
     ctx: typer.Context,
     preset: Preset = None,
     config: ConfigFile = None,
     print_config: Annotated[
         bool,
-        typer.Option(
-            "--print-config", metavar="", help="Print the resulting options as TOML for --config, and stop."
-        ),
+        typer.Option("--print-config", help="Print the resulting options as TOML for --config, and stop."),
     ] = False,
     plan: Annotated[
         bool,
         typer.Option(
             "--plan",
-            metavar="",
             help="Measure a few steps, print what the run will take in memory, time and disk, and stop.",
         ),
     ] = False,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(help="With --plan: price of all machines, to print what the run will cost.", min=0.0),
+        typer.Option(
+            help="With --plan: price of all machines, to print what the run will cost.",
+            metavar="NUMBER",
+            min=0.0,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="With --plan: print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON.")] = False,
     **_: Any,
 ) -> None:
     """Pretrain a language model."""
@@ -55,7 +56,7 @@ def pretrain(
     resolved = read_config(ctx, preset, config)
     if print_config:
         if is_main_process():
-            typer.echo(write_toml(resolved, PANELS), nl=False)
+            typer.echo(write_toml(resolved, CONFIG_SECTIONS), nl=False)
         return
     if plan:
         _print_plan(resolved, price_per_hour, as_json)

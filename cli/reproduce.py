@@ -12,9 +12,7 @@ def reproduce(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     check_data: Annotated[
         bool,
-        typer.Option(
-            "--check-data", metavar="", help="Tokenize text that is not in the cache, to compare its content."
-        ),
+        typer.Option("--check-data", help="Tokenize text that is not in the cache, to compare its content."),
     ] = False,
 ) -> None:
     """Print the command that repeats a run; warnings of what has changed since go to standard error."""

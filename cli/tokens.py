@@ -10,19 +10,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minimind.config.options import DataOptions
-from minimind.config.schema import Option
+from minimind.config.options import DataConfig
+from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 
 from .examples import examples
+from .help import HelpCommand, HelpGroup
 from .options import LENIENT, parse_config, parse_settings, with_options
 
-app = typer.Typer(
-    help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"), no_args_is_help=True
-)
+app = typer.Typer(cls=HelpGroup, help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"))
 
 
-@with_options(DataOptions)
+@with_options(DataConfig)
 def tokenize(
     ctx: typer.Context,
     config: Annotated[
@@ -51,24 +50,26 @@ def tokenize(
 class TokenizerOptions:
     """Tokenizer"""
 
-    output_dir: Annotated[str, Option("Folder for the tokenizer.", metavar="FOLDER")] = "tokenizer"
-    vocab_size: Annotated[int, Option("Entries, special tokens among them.", minimum=1)] = 6400
+    output_dir: Annotated[str, FieldInfo("Folder for the tokenizer.", metavar="FOLDER")] = "tokenizer"
+    vocab_size: Annotated[int, FieldInfo("Entries, special tokens among them.", minimum=1)] = 6400
     data: Annotated[
         tuple[str, ...],
-        Option(
+        FieldInfo(
             "Text to learn from: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
             metavar="PATH",
             default_text="text embedded in Python",
         ),
     ] = ()
-    text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
+    text_key: Annotated[str, FieldInfo("Field of a JSONL object or parquet row that holds the text.")] = (
+        "text"
+    )
     bad_lines: Annotated[
-        Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
+        Literal["error", "skip"], FieldInfo("Stop at a line that cannot be read, or count it and go on.")
     ] = "error"
 
 
-@app.command(context_settings=LENIENT, epilog=examples("tokenizer train"))
+@app.command(cls=HelpCommand, context_settings=LENIENT, epilog=examples("tokenizer train"))
 @with_options(TokenizerOptions)
 def train(ctx: typer.Context, **_: Any) -> None:
     """Learn a tokenizer from text and save it in the format of Hugging Face."""
@@ -95,12 +96,15 @@ def train(ctx: typer.Context, **_: Any) -> None:
     typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
 
 
-@app.command(epilog=examples("tokenizer inspect"))
+@app.command(cls=HelpCommand, epilog=examples("tokenizer inspect"))
 def inspect(
     path: Annotated[
-        str | None, typer.Argument(help="A tokenizer.json or its folder; by default the one in the package.")
+        str | None,
+        typer.Argument(
+            help="A tokenizer.json or its folder; by default the one in the package.", metavar="[PATH]"
+        ),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.")] = None,
+    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.", metavar="TEXT")] = None,
 ) -> None:
     """Show what a tokenizer is made of, and what it makes of a text."""
     from minimind.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minimind.config.options import PANELS
+from minimind.config.options import CONFIG_SECTIONS
 
 from . import upstream_flags
 from .config_options import ConfigFile, Preset, read_config
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 3
 
 
-@with_options(*PANELS, hidden=upstream_flags.HIDDEN)
+@with_options(*CONFIG_SECTIONS, hidden=upstream_flags.HIDDEN)
 def verify_resume(
     ctx: typer.Context,
-    steps: Annotated[int, typer.Option(help="Optimizer steps to train.")] = 20,
+    steps: Annotated[int, typer.Option(help="Optimizer steps to train.", metavar="INTEGER")] = 20,
     processes: Annotated[
-        int, typer.Option(help="Processes that the second half runs on, on this machine.")
+        int, typer.Option(help="Processes that the second half runs on, on this machine.", metavar="INTEGER")
     ] = 1,
     preset: Preset = None,
     config: ConfigFile = None,

@@ -74,7 +74,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def train_parts(values: Mapping[str, Any]) -> list[str]:
+def format_train_metrics(values: Mapping[str, Any]) -> list[str]:
     """Return the parts of a training report, leaving out what is not known (yet)."""
     forms = {
         "loss": lambda v: f"loss {v:.4f}",
@@ -87,7 +87,7 @@ def train_parts(values: Mapping[str, Any]) -> list[str]:
     return [form(values[name]) for name, form in forms.items() if name in values]
 
 
-def evaluation_parts(values: Mapping[str, Any]) -> list[str]:
+def format_evaluation_metrics(values: Mapping[str, Any]) -> list[str]:
     """Return the parts of an evaluation report."""
     forms = {
         "val_loss": lambda v: f"val loss {v:.4f}",

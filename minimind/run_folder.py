@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config.options import PANELS, PretrainConfig
+from .config.options import CONFIG_SECTIONS, PretrainConfig
 from .config.schema import write_toml
 from .errors import ConfigError
 from .io.atomic import write_text
@@ -99,5 +99,5 @@ class RunFolder:
 
     def describe(self, config: PretrainConfig, environment: dict[str, Any]) -> None:
         """Write `config.toml` and `environment.json`."""
-        write_text(self.config, write_toml(config, PANELS))
+        write_text(self.config, write_toml(config, CONFIG_SECTIONS))
         write_text(self.environment, json.dumps(environment, indent=2, ensure_ascii=False) + "\n")

@@ -100,7 +100,7 @@ def parse(words: list[str]) -> list[str]:
         # Options of the program itself end it.
         known = {"--help", *(flag for param in command.params for flag in param.opts)}
         return [] if words[0] in known else [f"no option {words[0]}"]
-    if "--help" in words:
+    if {"--help", "--help-all"} & set(words):
         return []
     try:
         context = command.make_context(command.name, list(words))

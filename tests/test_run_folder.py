@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from minimind import run_folder
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
 from minimind.config.schema import parse_values, read_toml
 from minimind.errors import ConfigError
+from minimind.io import atomic
 from minimind.io.atomic import write_text
 from minimind.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ def test_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.os, "replace", crash)
+        patch.setattr(atomic.os, "replace", crash)
         with pytest.raises(OSError, match="No space left"):
             write_text(path, "new")
     assert path.read_text() == "old"

@@ -116,13 +116,13 @@ def test_rates_are_the_peak_times_the_factor():
 
 
 def test_every_schedule_of_the_configuration_exists():
-    from minimind.config.schema import settings_of
+    from minimind.config.schema import schema_of
 
-    for schedule in settings_of(PretrainConfig)["lr_schedule"].choices:
+    for schedule in schema_of(PretrainConfig)["lr_schedule"].choices:
         assert learning_rates(PretrainConfig(lr_schedule=schedule), 100)(50) > 0
     with pytest.raises(ValueError, match="unknown schedule"):
         lr_factor(0, total_steps=1, warmup_steps=0, schedule="step", min_lr_ratio=0, decay_ratio=1)
-    for shape in settings_of(PretrainConfig)["decay_shape"].choices:
+    for shape in schema_of(PretrainConfig)["decay_shape"].choices:
         assert learning_rates(PretrainConfig(lr_schedule="wsd", decay_shape=shape), 100)(99) > 0
     run = {"total_steps": 1, "warmup_steps": 0, "min_lr_ratio": 0, "decay_ratio": 1}
     with pytest.raises(ValueError, match="unknown shape"):

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 import minimind
-from minimind.checkpoint.state_dict import collect, restore
+from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict
 from minimind.checkpoint.store import CheckpointStore
 from minimind.data.batch_plan import BatchPlan
 from minimind.data.loader import Loader
@@ -54,7 +54,7 @@ def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> 
     store = CheckpointStore(folder, keep=2, on_error=print)
     checkpoint = store.latest(on_damaged=print)
     if checkpoint is not None:
-        place = restore(accelerator, model, optimizer, checkpoint)["place"]
+        place = load_state_dict(accelerator, model, optimizer, checkpoint)["place"]
 
     while place["step"] < steps:
         for batch in loader.steps(place["epoch"], place["row"]):
@@ -75,8 +75,8 @@ def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> 
             optimizer.zero_grad()
 
             place["step"] += 1
-            place["row"] += batch.num_rows
-            if place["row"] == loader.rows_per_epoch:
+            place["row"] += batch.num_sequences
+            if place["row"] == loader.sequences_per_epoch:
                 place["epoch"], place["row"] = place["epoch"] + 1, 0
             if place["step"] % 10 == 0:
                 print(f"step {place['step']}: loss {loss.item():.4f}")
@@ -84,7 +84,9 @@ def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> 
             if done or place["step"] % save_every == 0:
                 extra = {"step": place["step"], "place": place}
                 store.settle()  # wait for the last save: its memory is used again
-                store.save(collect(accelerator, model, optimizer, extra))  # written in the background
+                store.save(
+                    gather_state_dict(accelerator, model, optimizer, extra)
+                )  # written in the background
             if done:
                 break
     store.wait()  # raises if the last save failed

@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..distributed.collectives import agree
+from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import CheckpointError
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
 from .compatibility import changed_group_values, differences
 from .files import StoredCheckpoint
-from .state_dict import collect, restore
+from .state_dict import gather_state_dict, load_state_dict
 from .store import CheckpointStore
 from .train_state import TrainState
 
@@ -82,7 +82,7 @@ class RunCheckpoints:
             checkpoint = self.store.open(Path(wanted))
             return checkpoint, checkpoint.path.parent.resolve() == self.store.folder.resolve()
 
-        checkpoint, is_own = agree(self.accelerator, find)
+        checkpoint, is_own = run_on_main_and_broadcast(self.accelerator, find)
         if checkpoint is None:
             if wanted is not None:
                 self.progress.note(
@@ -96,8 +96,10 @@ class RunCheckpoints:
                 self.progress.warn(change)
             return changed_group_values(checkpoint.trainer["settings"], self.settings)
 
-        changed = agree(self.accelerator, compare)
-        trainer = restore(self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed)
+        changed = run_on_main_and_broadcast(self.accelerator, compare)
+        trainer = load_state_dict(
+            self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
+        )
         state = self._take_up(trainer)
         self.progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
         charts = {} if branch and not is_own else trainer["trackers"]
@@ -113,8 +115,10 @@ class RunCheckpoints:
                 raise CheckpointError(f"there is no whole checkpoint in {self.store.folder} to go back to.")
             return checkpoint, changed_group_values(checkpoint.trainer["settings"], self.settings)
 
-        checkpoint, changed = agree(self.accelerator, find)
-        trainer = restore(self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed)
+        checkpoint, changed = run_on_main_and_broadcast(self.accelerator, find)
+        trainer = load_state_dict(
+            self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
+        )
         saved = self._take_up(trainer)
         for part in dataclasses.fields(TrainState):
             setattr(state, part.name, getattr(saved, part.name))
@@ -129,7 +133,7 @@ class RunCheckpoints:
             "settings": self.settings,
             "trackers": self.trackers.state(),
         }
-        snapshot = collect(self.accelerator, self.model, self.optimizer, extra)
+        snapshot = gather_state_dict(self.accelerator, self.model, self.optimizer, extra)
         if snapshot is not None:
             # A run that goes on from here does not repeat the reports up to here: they must survive too.
             self.store.save(snapshot, first=self.trackers.settle)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed.collectives import agree
+from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import CheckpointError
 from ..version import __version__
 from .files import StoredCheckpoint
@@ -26,7 +26,7 @@ from .store import Snapshot
 _RESERVED = ("param_groups", "scaler", "tied", "versions")
 
 
-def collect(
+def gather_state_dict(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]
 ) -> Snapshot | None:
     """Copy the state to the host. Every process must call this, between two optimizer steps.
@@ -69,9 +69,9 @@ def collect(
 
 
 def reserve_host_memory(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Pin the memory of `collect` ahead, which would otherwise make the first save on a GPU slow.
+    """Pin the memory of `gather_state_dict` ahead, which would otherwise make the first save on a GPU slow.
 
-    The memory goes back to the allocator of torch, which hands it to `collect` each time.
+    The memory goes back to the allocator of torch, which hands it to `gather_state_dict` each time.
     """
     if accelerator.device.type != "cuda" or not accelerator.is_main_process:
         return
@@ -94,7 +94,7 @@ def gather_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torc
     return copies
 
 
-def restore(
+def load_state_dict(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -106,8 +106,8 @@ def restore(
 
     Args:
         accelerator: the one that prepared model and optimizer.
-        model: as `collect` takes it; any topology.
-        optimizer: as `collect` takes it.
+        model: as `gather_state_dict` takes it; any topology.
+        optimizer: as `gather_state_dict` takes it.
         checkpoint: what to load; looked at on the main process only.
         keep_group_values: values of parameter groups, such as `weight_decay`, that stay as the optimizer has
             them because they were changed on purpose.
@@ -132,7 +132,7 @@ def restore(
         _refuse_misfit(checkpoint, trainer, weights, moments, local, tied, core, names)
         return trainer, {key: (tensor.shape, tensor.dtype) for key, tensor in moments.items()}
 
-    trainer, layout = agree(accelerator, read)
+    trainer, layout = run_on_main_and_broadcast(accelerator, read)
     with torch.no_grad():
         for name, target in local.items():
             _fill(accelerator, target, weights.get(name))

@@ -282,17 +282,17 @@ class CheckpointStore:
     def _rotate(self) -> None:
         current = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
         best = self.best()
-        spared = {entry.path.name for entry in current[-self.keep :]}
+        kept = {entry.path.name for entry in current[-self.keep :]}
         if best is not None:
-            spared.add(folder_name(best[0]))
+            kept.add(folder_name(best[0]))
         if self.keep_every is not None:
-            spared |= {entry.path.name for entry in current if entry.step % self.keep_every == 0}
+            kept |= {entry.path.name for entry in current if entry.step % self.keep_every == 0}
         for entry in self.entries():
-            if entry.path.name not in spared:
-                doomed = entry.path.with_name(f".{entry.path.name}.deleted-{os.getpid()}")
+            if entry.path.name not in kept:
+                expired = entry.path.with_name(f".{entry.path.name}.deleted-{os.getpid()}")
                 # Renamed first, so that a half-deleted folder never looks like a checkpoint.
-                entry.path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                entry.path.rename(expired)
+                shutil.rmtree(expired, ignore_errors=True)
 
     def _mark_best(self, step: int, val_loss: float) -> None:
         name = folder_name(step)

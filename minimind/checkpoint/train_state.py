@@ -51,22 +51,22 @@ class TrainState:
     stopping: bool = False
     ending: tuple[int, int] | None = None
 
-    def advance(self, batch: StepBatch, rows_per_epoch: int) -> None:
+    def advance(self, batch: StepBatch, sequences_per_epoch: int) -> None:
         """Count one optimizer step."""
         self.step += 1
         self.tokens += batch.num_tokens
         self.digest = chained_digest(self.digest, batch.digest)
-        self.pass_over(batch, rows_per_epoch)
+        self.pass_over(batch, sequences_per_epoch)
 
-    def pass_over(self, batch: StepBatch, rows_per_epoch: int) -> None:
+    def pass_over(self, batch: StepBatch, sequences_per_epoch: int) -> None:
         """Move past the rows of a step."""
-        self.epoch, self.row = batch.epoch, self.row + batch.num_rows
-        if self.row >= rows_per_epoch:
+        self.epoch, self.row = batch.epoch, self.row + batch.num_sequences
+        if self.row >= sequences_per_epoch:
             self.epoch, self.row = self.epoch + 1, 0
 
     def leaves_out(self, batch: StepBatch) -> bool:
         """Whether the step at the cursor has rows that a rewind has taken out."""
-        end = self.row + batch.num_rows
+        end = self.row + batch.num_sequences
         return any(
             epoch == batch.epoch and row < end and self.row < row + count
             for epoch, row, count in self.left_out

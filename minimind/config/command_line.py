@@ -7,7 +7,7 @@ from typing import Any
 
 from .options import PretrainConfig
 from .presets import PRESETS, SHAPE_OPTIONS, resolve
-from .schema import Setting, settings_of
+from .schema import ConfigField, schema_of
 
 # Of one run only: a repetition has a folder of its own and begins at the beginning.
 _OF_ONE_RUN = ("output_dir", "resume")
@@ -20,7 +20,7 @@ def option_words(config: PretrainConfig) -> list[str]:
 
 def _words_from(config: PretrainConfig, preset: str | None) -> list[str]:
     """Return the words with a preset, or none, as their base."""
-    settings = settings_of(PretrainConfig)
+    settings = schema_of(PretrainConfig)
     given: set[str] = set()
     # An option may change the default of another, so that one look need not be enough.
     while True:
@@ -43,7 +43,7 @@ def _words_from(config: PretrainConfig, preset: str | None) -> list[str]:
     return words
 
 
-def _spelled(setting: Setting, value: Any) -> Iterator[str]:
+def _spelled(setting: ConfigField, value: Any) -> Iterator[str]:
     if setting.kind is bool and value is not None:
         yield setting.flag if value else "--no-" + setting.flag.removeprefix("--")
         return

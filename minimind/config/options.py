@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from ..formatting import parse_duration
-from .schema import Option, range_problems
+from .schema import FieldInfo, range_problems
 
 # Peak learning rate where neither the user nor a preset gives one; what suits one optimizer does not suit
 # the other.
@@ -23,25 +23,27 @@ DEFAULT_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataConfig:
     """Data"""
 
     data: Annotated[
         tuple[str, ...],
-        Option(
+        FieldInfo(
             "Training text: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable; PATH:0.7 "
             "gives an entry that share of the training tokens.",
             aliases=("--data-path",),
             metavar="PATH",
             default_text="text embedded in Python",
+            common=True,
         ),
     ] = ()
     val_data: Annotated[
-        tuple[str, ...], Option("Validation text, in the same formats as --data. Repeatable.", metavar="PATH")
+        tuple[str, ...],
+        FieldInfo("Validation text, in the same formats as --data. Repeatable.", metavar="PATH", common=True),
     ] = ()
     val_fraction: Annotated[
         float,
-        Option(
+        FieldInfo(
             "Share of documents held out for validation, chosen by content; unused with --val-data.",
             minimum=0.0,
             below=1.0,
@@ -49,258 +51,282 @@ class DataOptions:
     ] = 0.01
     tokenizer: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "A tokenizer.json, or a folder that holds one.",
             metavar="PATH",
             default_text="the one in the package",
+            common=True,
         ),
     ] = None
-    text_key: Annotated[str, Option("Field of a JSONL object or parquet row that holds the text.")] = "text"
-    max_seq_len: Annotated[int, Option("Tokens in one row.", minimum=2)] = 512
+    text_key: Annotated[str, FieldInfo("Field of a JSONL object or parquet row that holds the text.")] = (
+        "text"
+    )
+    max_seq_len: Annotated[int, FieldInfo("Tokens in one row.", minimum=2, common=True)] = 512
     packing: Annotated[
         bool,
-        Option("Lay documents end to end in full rows; off: one document a row, truncated and padded."),
+        FieldInfo("Lay documents end to end in full rows; off: one document a row, truncated and padded."),
     ] = True
     cache_dir: Annotated[
         str | None,
-        Option("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
+        FieldInfo("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
     ] = None
     bad_lines: Annotated[
-        Literal["error", "skip"], Option("Stop at a line that cannot be read, or count it and go on.")
+        Literal["error", "skip"], FieldInfo("Stop at a line that cannot be read, or count it and go on.")
     ] = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelConfig:
     """Model"""
 
-    hidden_size: Annotated[int, Option("Width of the model.", minimum=1)] = 512
-    num_hidden_layers: Annotated[int, Option("Transformer blocks.", minimum=1)] = 8
-    num_attention_heads: Annotated[int, Option("Query heads.", minimum=1)] = 8
+    hidden_size: Annotated[int, FieldInfo("Width of the model.", minimum=1, common=True)] = 512
+    num_hidden_layers: Annotated[int, FieldInfo("Transformer blocks.", minimum=1, common=True)] = 8
+    num_attention_heads: Annotated[int, FieldInfo("Query heads.", minimum=1, common=True)] = 8
     num_key_value_heads: Annotated[
-        int, Option("Key and value heads, shared by groups of query heads.", minimum=1)
+        int, FieldInfo("Key and value heads, shared by groups of query heads.", minimum=1)
     ] = 2
     head_dim: Annotated[
         int | None,
-        Option("Width of one head.", minimum=2, default_text="hidden size / attention heads"),
+        FieldInfo("Width of one head.", minimum=2, default_text="hidden size / attention heads"),
     ] = None
     intermediate_size: Annotated[
         int | None,
-        Option(
+        FieldInfo(
             "Width of the SwiGLU layer.",
             minimum=1,
             default_text="8/3 of the hidden size, up to a multiple of 64",
         ),
     ] = None
     use_moe: Annotated[
-        bool, Option("Give every block a mixture of experts in place of one SwiGLU layer.")
+        bool, FieldInfo("Give every block a mixture of experts in place of one SwiGLU layer.", common=True)
     ] = False
-    num_experts: Annotated[int, Option("Experts in a block.", minimum=1)] = 4
-    num_experts_per_tok: Annotated[int, Option("Experts that each token passes.", minimum=1)] = 1
+    num_experts: Annotated[int, FieldInfo("Experts in a block.", minimum=1)] = 4
+    num_experts_per_tok: Annotated[int, FieldInfo("Experts that each token passes.", minimum=1)] = 1
     moe_intermediate_size: Annotated[
         int | None,
-        Option("Width of one expert.", minimum=1, default_text="the intermediate size"),
+        FieldInfo("Width of one expert.", minimum=1, default_text="the intermediate size"),
     ] = None
     router_aux_loss_coef: Annotated[
-        float, Option("Weight of the loss that keeps the experts equally busy.", minimum=0.0)
+        float, FieldInfo("Weight of the loss that keeps the experts equally busy.", minimum=0.0)
     ] = 0.01
     vocab_size: Annotated[
         int | None,
-        Option("Rows of the embedding.", minimum=1, default_text="the tokenizer's"),
+        FieldInfo("Rows of the embedding.", minimum=1, default_text="the tokenizer's"),
     ] = None
-    dropout: Annotated[float, Option("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
-    rope_theta: Annotated[float, Option("Base of the rotary position embedding.", above=0.0)] = 1e6
-    tie_word_embeddings: Annotated[bool, Option("Use one matrix for the embedding and the output.")] = True
+    dropout: Annotated[float, FieldInfo("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
+    rope_theta: Annotated[float, FieldInfo("Base of the rotary position embedding.", above=0.0)] = 1e6
+    tie_word_embeddings: Annotated[bool, FieldInfo("Use one matrix for the embedding and the output.")] = True
     from_weight: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "Start from the weights of this model folder, run, checkpoint or .pth of the original minimind.",
             metavar="PATH",
             default_text="random weights",
+            common=True,
         ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizationOptions:
+class OptimizationConfig:
     """Optimization"""
 
-    epochs: Annotated[int, Option("Passes over the training text.", minimum=1)] = 1
-    max_steps: Annotated[int | None, Option("Stop after this many optimizer steps.", minimum=1)] = None
-    max_tokens: Annotated[int | None, Option("Stop after this many training tokens.", minimum=1)] = None
+    epochs: Annotated[int, FieldInfo("Passes over the training text.", minimum=1, common=True)] = 1
+    max_steps: Annotated[
+        int | None, FieldInfo("Stop after this many optimizer steps.", minimum=1, common=True)
+    ] = None
+    max_tokens: Annotated[
+        int | None, FieldInfo("Stop after this many training tokens.", minimum=1, common=True)
+    ] = None
     batch_size: Annotated[
         int | Literal["auto"],
-        Option("Rows in one micro-batch of one process; auto takes the fastest, measured.", minimum=1),
+        FieldInfo(
+            "Rows in one micro-batch of one process; auto takes the fastest, measured.",
+            minimum=1,
+            common=True,
+        ),
     ] = DEFAULT_BATCH_SIZE
     accumulation_steps: Annotated[
         int | None,
-        Option(
+        FieldInfo(
             "Micro-batches in one optimizer step.", minimum=1, default_text="1, or from --global-batch-size"
         ),
     ] = None
     global_batch_size: Annotated[
         int | None,
-        Option(
+        FieldInfo(
             "Rows in one optimizer step over all processes; sets --accumulation-steps.",
             minimum=1,
             default_text="batch size x accumulation x processes",
+            common=True,
         ),
     ] = None
     optimizer: Annotated[
         Literal["muon", "adamw"],
-        Option("What updates the matrices inside the blocks; all else is always updated by AdamW."),
+        FieldInfo("What updates the matrices inside the blocks; all else is always updated by AdamW."),
     ] = "muon"
     learning_rate: Annotated[
         float | None,
-        Option(
+        FieldInfo(
             "Peak learning rate.",
             above=0.0,
             default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+            common=True,
         ),
     ] = None
     lr_schedule: Annotated[
         Literal["cosine", "linear", "wsd", "constant"],
-        Option("How the learning rate falls after warm-up; wsd is warm-up, stable, decay."),
+        FieldInfo("How the learning rate falls after warm-up; wsd is warm-up, stable, decay.", common=True),
     ] = "cosine"
     warmup_steps: Annotated[
         int | None,
-        Option("Steps of linear warm-up.", minimum=0, default_text="2% of the steps, at most 1000"),
+        FieldInfo("Steps of linear warm-up.", minimum=0, default_text="2% of the steps, at most 1000"),
     ] = None
     min_lr_ratio: Annotated[
-        float, Option("Final learning rate as a share of the peak.", minimum=0.0, maximum=1.0)
+        float, FieldInfo("Final learning rate as a share of the peak.", minimum=0.0, maximum=1.0)
     ] = 0.1
     decay_ratio: Annotated[
-        float, Option("Share of the steps that wsd spends decaying.", above=0.0, maximum=1.0)
+        float, FieldInfo("Share of the steps that wsd spends decaying.", above=0.0, maximum=1.0)
     ] = 0.2
     decay_steps: Annotated[
         int | None,
-        Option("Steps that wsd spends decaying.", minimum=1, default_text="from --decay-ratio"),
+        FieldInfo("Steps that wsd spends decaying.", minimum=1, default_text="from --decay-ratio"),
     ] = None
     decay_shape: Annotated[
         Literal["sqrt", "linear"],
-        Option("How wsd decays: 1 - sqrt of the way through the decay, or a straight line."),
+        FieldInfo("How wsd decays: 1 - sqrt of the way through the decay, or a straight line."),
     ] = "sqrt"
     weight_decay: Annotated[
-        float, Option("Weight decay on matrices; norms and embeddings have none.", minimum=0.0)
+        float, FieldInfo("Weight decay on matrices; norms and embeddings have none.", minimum=0.0)
     ] = 0.1
-    beta1: Annotated[float, Option("AdamW decay of the first moment.", minimum=0.0, below=1.0)] = 0.9
-    beta2: Annotated[float, Option("AdamW decay of the second moment.", minimum=0.0, below=1.0)] = 0.95
-    grad_clip: Annotated[float, Option("Largest norm of the gradient; 0 does not clip.", minimum=0.0)] = 1.0
-    seed: Annotated[int, Option("Seed of weights, order and dropout.", minimum=0, maximum=2**32 - 1)] = 42
+    beta1: Annotated[float, FieldInfo("AdamW decay of the first moment.", minimum=0.0, below=1.0)] = 0.9
+    beta2: Annotated[float, FieldInfo("AdamW decay of the second moment.", minimum=0.0, below=1.0)] = 0.95
+    grad_clip: Annotated[float, FieldInfo("Largest norm of the gradient; 0 does not clip.", minimum=0.0)] = (
+        1.0
+    )
+    seed: Annotated[
+        int, FieldInfo("Seed of weights, order and dropout.", minimum=0, maximum=2**32 - 1, common=True)
+    ] = 42
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunConfig:
     """Run"""
 
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
-        Option(
+        FieldInfo(
             "Precision of the matrix products; auto takes bf16 where the GPU, or the CPU of a wide model, "
             "has it.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
+            common=True,
         ),
     ] = "auto"
     compile: Annotated[
         bool | None,
-        Option(
+        FieldInfo(
             "Compile the model: a later first step, faster ones.",
             default_text="on a GPU, but for a short run with CUDA graphs",
         ),
     ] = None
     cuda_graphs: Annotated[
         bool | None,
-        Option(
+        FieldInfo(
             "Launch the two passes of a micro-batch in one go, which keeps their memory to them.",
             default_text="on one GPU, where a run takes up to 60% of its memory",
         ),
     ] = None
     activation_checkpointing: Annotated[
         bool,
-        Option(
+        FieldInfo(
             "Keep one tensor a block and compute the rest again in the backward pass: less memory, slower."
         ),
     ] = False
     profile: Annotated[
-        bool, Option("Record steps 10 to 14 in the folder profile of the output folder, for ui.perfetto.dev.")
+        bool,
+        FieldInfo("Record steps 10 to 14 in the folder profile of the output folder, for ui.perfetto.dev."),
     ] = False
-    log_interval: Annotated[int, Option("Steps between two reports.", minimum=1)] = 100
+    log_interval: Annotated[int, FieldInfo("Steps between two reports.", minimum=1, common=True)] = 100
     eval_interval: Annotated[
         int | None,
-        Option("Steps between two evaluations.", minimum=1, default_text="the save interval"),
+        FieldInfo("Steps between two evaluations.", minimum=1, default_text="the save interval", common=True),
     ] = None
     eval_batches: Annotated[
-        int | None, Option("Stop an evaluation after this many batches.", minimum=1, default_text="all")
+        int | None, FieldInfo("Stop an evaluation after this many batches.", minimum=1, default_text="all")
     ] = None
     sample_interval: Annotated[
         int | None,
-        Option("Steps between two samples of what the model writes.", minimum=1, default_text="no samples"),
+        FieldInfo(
+            "Steps between two samples of what the model writes.", minimum=1, default_text="no samples"
+        ),
     ] = None
     sample_prompt: Annotated[
         tuple[str, ...],
-        Option(
+        FieldInfo(
             "Text for a sample to continue. Repeatable.",
             metavar="TEXT",
             default_text="the beginning of a document",
         ),
     ] = ()
-    save_interval: Annotated[int, Option("Steps between two checkpoints.", minimum=1)] = 1000
+    save_interval: Annotated[int, FieldInfo("Steps between two checkpoints.", minimum=1, common=True)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],
-        Option(
+        FieldInfo(
             "At a loss that is not finite or jumps: report the texts, also leave the update out, or also go "
             "back to the last checkpoint and on without these rows."
         ),
     ] = "report"
     spike_sigma: Annotated[
-        float, Option("Deviations above the median of late losses that make a jump.", above=0.0)
+        float, FieldInfo("Deviations above the median of late losses that make a jump.", above=0.0)
     ] = 8.0
-    keep_checkpoints: Annotated[int, Option("Newest checkpoints kept, besides the best.", minimum=1)] = 2
+    keep_checkpoints: Annotated[int, FieldInfo("Newest checkpoints kept, besides the best.", minimum=1)] = 2
     keep_every: Annotated[
         int | None,
-        Option("Also save every so many steps, and never remove these checkpoints.", minimum=1),
+        FieldInfo("Also save every so many steps, and never remove these checkpoints.", minimum=1),
     ] = None
-    output_dir: Annotated[str, Option("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER")] = (
-        "out"
-    )
+    output_dir: Annotated[
+        str, FieldInfo("Folder of the run.", aliases=("--save-dir",), metavar="FOLDER", common=True)
+    ] = "out"
     resume: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "Go on from the newest valid checkpoint in the output folder (auto), or from the one named.",
             metavar="[PATH]",
+            common=True,
         ),
     ] = None
     on_save_error: Annotated[
         Literal["continue", "stop"],
-        Option("After a checkpoint that could not be written, train on to the next one, or stop."),
+        FieldInfo("After a checkpoint that could not be written, train on to the next one, or stop."),
     ] = "continue"
     max_time: Annotated[
         str | None,
-        Option(
+        FieldInfo(
             "Stop after this time, such as 3h30m, with the state saved; the wsd schedule finishes by then.",
             metavar="TIME",
+            common=True,
         ),
     ] = None
     dist_timeout: Annotated[
         str,
-        Option("How long several processes wait for one that does not answer.", metavar="TIME"),
+        FieldInfo("How long several processes wait for one that does not answer.", metavar="TIME"),
     ] = "10m"
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
-        Option("Where metrics go besides metrics.jsonl. Repeatable."),
+        FieldInfo("Where metrics go besides metrics.jsonl. Repeatable.", common=True),
     ] = ("tensorboard",)
     project: Annotated[
-        str, Option("Project name shown by WandB and SwanLab.", aliases=("--wandb-project",))
+        str, FieldInfo("Project name shown by WandB and SwanLab.", aliases=("--wandb-project",))
     ] = "minimind"
-    run_name: Annotated[str | None, Option("Name of the run.", default_text="the output folder's name")] = (
-        None
-    )
+    run_name: Annotated[
+        str | None, FieldInfo("Name of the run.", default_text="the output folder's name")
+    ] = None
 
 
 # Fields of the last base come first.
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions):
+class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """Everything one pretraining run depends on.
 
     Raises:
@@ -359,7 +385,7 @@ class PretrainConfig(RunOptions, OptimizationOptions, ModelOptions, DataOptions)
         if not self.use_moe and self.from_weight is None:
             for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
                 value = getattr(self, name)
-                if value != getattr(ModelOptions, name):
+                if value != getattr(ModelConfig, name):
                     yield f"--{name.replace('_', '-')} {value} is of experts only; give --use-moe too."
 
 
@@ -370,7 +396,7 @@ def _divisors(n: int) -> str:
     return ", ".join(map(str, found if n <= most else [*found, n]))
 
 
-PANELS: tuple[type, ...] = (DataOptions, ModelOptions, OptimizationOptions, RunOptions)
+CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
 
 
 def due(step: int, interval: int) -> bool:

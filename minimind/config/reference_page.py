@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .options import PANELS
+from .options import CONFIG_SECTIONS
 from .presets import PRESETS, size_text
-from .schema import Setting, settings_of
+from .schema import ConfigField, schema_of
 
 PAGE = Path("docs/configuration.md")
 
@@ -35,16 +35,16 @@ Sizes count the tokenizer in the package. Without a GPU, a run that sets no size
 def render() -> str:
     """Return the whole page as Markdown."""
     parts = [_INTRODUCTION]
-    for panel in PANELS:
+    for panel in CONFIG_SECTIONS:
         rows = ["| Option | Value | Default | Meaning |", "|---|---|---|---|"]
-        rows += [_row(setting) for setting in settings_of(panel).values()]
+        rows += [_row(setting) for setting in schema_of(panel).values()]
         parts.append(f"## {panel.__doc__}\n\n" + "\n".join(rows) + "\n")
     parts.append(_PRESETS)
     parts.append("\n".join(_preset_rows()) + "\n")
     return "\n".join(parts)
 
 
-def _row(setting: Setting) -> str:
+def _row(setting: ConfigField) -> str:
     negative = ["--no-" + setting.flag.removeprefix("--")] if setting.kind is bool else []
     names = [setting.flag, *negative, *setting.option.aliases]
     default = setting.default_text
@@ -54,7 +54,7 @@ def _row(setting: Setting) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _meaning(setting: Setting) -> str:
+def _meaning(setting: ConfigField) -> str:
     """Return the help with the range of values and their other spellings."""
     notes = [setting.range_text.capitalize()]
     notes += [f"`{spelling}` is read as `{value}`" for spelling, value in setting.option.synonyms]

@@ -26,7 +26,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Option:
+class FieldInfo:
     """What is said about one field besides its type and default.
 
     Attributes:
@@ -39,6 +39,7 @@ class Option:
         default_text: shown as the default where the default is worked out later.
         metavar: what stands for the value in `--help`, where the type says too little.
         synonyms: pairs of another spelling of a value and the value.
+        common: `--help` shows the option; the others are shown by `--help-all`.
     """
 
     help: str
@@ -50,10 +51,11 @@ class Option:
     default_text: str | None = None
     metavar: str | None = None
     synonyms: tuple[tuple[str, str], ...] = ()
+    common: bool = False
 
 
 @dataclass(frozen=True)
-class Setting:
+class ConfigField:
     """One field of a settings dataclass, with its type taken apart.
 
     Attributes:
@@ -74,7 +76,7 @@ class Setting:
     optional: bool
     words: tuple[str, ...]
     default: Any
-    option: Option
+    option: FieldInfo
 
     @property
     def flag(self) -> str:
@@ -116,13 +118,13 @@ class Setting:
 
 
 @cache
-def settings_of(cls: type) -> Mapping[str, Setting]:
+def schema_of(cls: type) -> Mapping[str, ConfigField]:
     """Return the settings of a dataclass by name, in the order they were declared."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: _setting(field, hints[field.name]) for field in dataclasses.fields(cls)}
 
 
-def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
+def _setting(field: dataclasses.Field[Any], hint: Any) -> ConfigField:
     kind, option = typing.get_args(hint)
     repeatable = optional = False
     choices: tuple[str, ...] = ()
@@ -135,12 +137,12 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
         kind, words = first, tuple(word for other in others for word in typing.get_args(other))
     if typing.get_origin(kind) is typing.Literal:
         choices, kind = typing.get_args(kind), str
-    return Setting(field.name, kind, choices, repeatable, optional, words, field.default, option)
+    return ConfigField(field.name, kind, choices, repeatable, optional, words, field.default, option)
 
 
 def range_problems(settings: Any) -> Iterator[str]:
     """Yield a sentence for each field whose value has the wrong type or lies outside its range."""
-    for setting in settings_of(settings.__class__).values():
+    for setting in schema_of(settings.__class__).values():
         value = getattr(settings, setting.name)
         if setting.repeatable and not isinstance(value, tuple):
             yield f"{setting.flag} {value!r} is not a tuple; write ({value!r},)."
@@ -150,7 +152,7 @@ def range_problems(settings: Any) -> Iterator[str]:
                 yield problem
 
 
-def _problem(setting: Setting, value: Any) -> str | None:
+def _problem(setting: ConfigField, value: Any) -> str | None:
     if (value is None and setting.optional) or (isinstance(value, str) and value in setting.words):
         return None
     given = f"{setting.flag} {value}"
@@ -195,7 +197,7 @@ def parse_values(
     Returns:
         The values by field name, and one sentence for each that is wrong.
     """
-    known = settings_of(cls)
+    known = schema_of(cls)
     where = f"{file_name}: " if file_name else ""
     parsed: dict[str, Any] = {}
     problems: list[str] = []
@@ -215,7 +217,7 @@ def parse_values(
     return parsed, problems
 
 
-def _convert(setting: Setting, raw: Any) -> Any:
+def _convert(setting: ConfigField, raw: Any) -> Any:
     """Return `raw` as the field's type where that is possible without guessing, else `raw` itself."""
     if setting.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         # TOML has integers of any length.
@@ -268,7 +270,7 @@ def write_toml(settings: Any, panels: Sequence[type]) -> str:
     lines: list[str] = []
     for panel in panels:
         lines += ["", f"# {panel.__doc__}"] if lines else [f"# {panel.__doc__}"]
-        for name, setting in settings_of(panel).items():
+        for name, setting in schema_of(panel).items():
             value = getattr(settings, name)
             # TOML has no null: an unset value stands as a comment that says what it will become.
             lines.append(
@@ -298,11 +300,11 @@ def _either(choices: Sequence[str]) -> str:
     return ", ".join(choices[:-1]) + f" or {choices[-1]}"
 
 
-def _article(setting: Setting) -> str:
+def _article(setting: ConfigField) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[setting.kind]
 
 
-def _example(setting: Setting) -> str:
+def _example(setting: ConfigField) -> str:
     if setting.default is not None and not isinstance(setting.default, tuple):
         return " or ".join((f"for example {_toml_value(setting.default)}", *setting.words))
     return {int: "for example 8", float: "for example 0.001", bool: "true or false", str: "text in quotes"}[

@@ -57,7 +57,7 @@ def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
             the message lists global batches and micro-batches that would do.
     """
     batch_size = config.batch_size
-    assert isinstance(batch_size, int), "auto_batch.settle_batch_size comes first"
+    assert isinstance(batch_size, int), "auto_batch_size.resolve_batch_size comes first"
     rows = batch_size * num_processes
     wanted = config.global_batch_size
     if wanted is None:

@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 from .batch_plan import BatchPlan
 from .mixture import MixedOrder
-from .packing import PackedRows, PaddedRows, Piece, Rows, WindowRows
-from .sampler import RowOrder, Window
+from .packing import PackedSequences, PaddedSequences, Piece, Rows, WindowSequences
+from .sampler import SequenceOrder, Window
 from .shards import TokenShards
 
 
 @dataclass(frozen=True)
-class StepRows:
+class StepSequences:
     """The rows of one process in one step.
 
     Attributes:
         rows: A*B rows, micro-batch after micro-batch; the missing ones of a short step are padding.
         num_targets: targets in the whole step, over all processes.
         num_tokens: real input tokens in the whole step.
-        num_rows: rows in the whole step.
+        num_sequences: sequences in the whole step.
         epoch: the pass.
         step_in_epoch: the step within the pass.
         digest: tells the rows of the step and their order from any other.
@@ -36,7 +36,7 @@ class StepRows:
     rows: Rows
     num_targets: int
     num_tokens: int
-    num_rows: int
+    num_sequences: int
     epoch: int
     step_in_epoch: int
     digest: str
@@ -45,12 +45,12 @@ class StepRows:
 @dataclass(frozen=True)
 class _OpenWindow:
     window: Window
-    rows: WindowRows
+    rows: WindowSequences
 
 
 def step_rows(
     shards: TokenShards,
-    order: RowOrder | MixedOrder,
+    order: SequenceOrder | MixedOrder,
     *,
     seq_len: int,
     packing: bool,
@@ -59,7 +59,7 @@ def step_rows(
     pad_token_id: int,
     epoch: int,
     row: int,
-) -> Iterator[StepRows]:
+) -> Iterator[StepSequences]:
     """Yield this process's part of every step from `row` to the end of the pass.
 
     A step is G rows that follow one another in the order, and micro-batch k of process r is rows
@@ -67,13 +67,13 @@ def step_rows(
     nor on the size of a micro-batch. What all processes must agree on is counted from the lengths of
     documents; tokens are read for this process's rows alone where a row is one document.
     """
-    kind = PackedRows if packing else PaddedRows
+    kind = PackedSequences if packing else PaddedSequences
     windows = order.windows(epoch, row)
     opened: list[_OpenWindow] = []
     size = plan.global_batch_size
     own = _own_places(plan, process_index)
-    for start in range(row, order.num_rows, size):
-        stop = min(start + size, order.num_rows)
+    for start in range(row, order.num_sequences, size):
+        stop = min(start + size, order.num_sequences)
         while not opened or opened[-1].window.end_row < stop:
             window = next(windows)
             opened.append(_OpenWindow(window, kind(shards, window, seq_len, pad_token_id)))
@@ -91,12 +91,14 @@ def step_rows(
             here = (places >= first) & (places < min(end, stop))
             if here.any():
                 one.rows.fill(rows, here, one.window.order[places[here] - first])
-        yield StepRows(rows, num_targets, num_tokens, stop - start, epoch, start // size, digest.hexdigest())
+        yield StepSequences(
+            rows, num_targets, num_tokens, stop - start, epoch, start // size, digest.hexdigest()
+        )
 
 
 def step_pieces(
     shards: TokenShards,
-    order: RowOrder | MixedOrder,
+    order: SequenceOrder | MixedOrder,
     *,
     seq_len: int,
     packing: bool,
@@ -110,7 +112,7 @@ def step_pieces(
     Returns:
         A*B pairs of the row's number in the pass and its pieces, none for a row of padding.
     """
-    kind = PackedRows if packing else PaddedRows
+    kind = PackedSequences if packing else PaddedSequences
     places = row + _own_places(plan, process_index)
     found: dict[int, list[Piece]] = {}
     for window in order.windows(epoch, row):

@@ -15,7 +15,7 @@ from .shards import TokenShards
 
 
 @dataclass(frozen=True)
-class Windows:
+class EvalWindows:
     """Spans of a split: inputs from `start` to before `stop`, targets from `first_target` to `stop`.
 
     Attributes:
@@ -31,14 +31,14 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
-    def share(self, process_index: int, num_processes: int) -> Windows:
+    def share(self, process_index: int, num_processes: int) -> EvalWindows:
         """Return the part of one process, longest windows first, so that those of a batch are alike."""
         order = np.argsort(self.start - self.stop, kind="stable")[process_index::num_processes]
-        return Windows(self.start[order], self.stop[order], self.first_target[order])
+        return EvalWindows(self.start[order], self.stop[order], self.first_target[order])
 
 
 @dataclass(frozen=True)
-class WindowRows:
+class EvalBatch:
     """Windows as rows, padded on the right; see `data.loader.MicroBatch`.
 
     Attributes:
@@ -56,13 +56,13 @@ class WindowRows:
     documents: NDArray[np.int64]
 
 
-def packed_windows(shards: TokenShards, length: int) -> Windows:
+def packed_windows(shards: TokenShards, length: int) -> EvalWindows:
     """Return the rows that packed training has, in order: documents end to end, cut every `length` tokens."""
     start = np.arange(0, max(shards.num_tokens - 1, 0), length, dtype=np.int64)
-    return Windows(start, np.minimum(start + length, shards.num_tokens - 1), start + 1)
+    return EvalWindows(start, np.minimum(start + length, shards.num_tokens - 1), start + 1)
 
 
-def document_windows(shards: TokenShards, length: int, stride: int) -> Windows:
+def document_windows(shards: TokenShards, length: int, stride: int) -> EvalWindows:
     """Return windows within documents.
 
     A document of more than `length` tokens has several, each beginning `stride` tokens after the one before.
@@ -76,10 +76,10 @@ def document_windows(shards: TokenShards, length: int, stride: int) -> Windows:
     start = begins[document] + number * stride
     stop = np.minimum(start + length, begins[document] + inputs[document])
     first_target = np.where(number == 0, start + 1, start - stride + length + 1)
-    return Windows(start, stop, first_target)
+    return EvalWindows(start, stop, first_target)
 
 
-def window_rows(shards: TokenShards, windows: Windows, rows: slice, pad_token_id: int) -> WindowRows:
+def window_rows(shards: TokenShards, windows: EvalWindows, rows: slice, pad_token_id: int) -> EvalBatch:
     """Return some windows as rows."""
     starts, stops, firsts = windows.start[rows], windows.stop[rows], windows.first_target[rows]
     shape = len(starts), int((stops - starts).max())
@@ -102,4 +102,4 @@ def window_rows(shards: TokenShards, windows: Windows, rows: slice, pad_token_id
         document_ids[row] = document[-2] - document[0] + 1
         document_ids[row, used] = document[:-1] - document[0]
         positions[row, used] = places[:-1] - np.maximum(shards.offsets[document[:-1]], start)
-    return WindowRows(inputs, labels, document_ids if several else None, positions, documents)
+    return EvalBatch(inputs, labels, document_ids if several else None, positions, documents)

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ..config.options import PretrainConfig
 from .batch_plan import BatchPlan, count_steps
-from .batching import StepRows, step_pieces, step_rows
+from .batching import StepSequences, step_pieces, step_rows
 from .mixture import MixedOrder
 from .packing import IGNORED, Piece
-from .sampler import RowOrder
+from .sampler import SequenceOrder
 from .shards import TokenShards
 
 Item = TypeVar("Item")
@@ -62,7 +62,7 @@ class StepBatch:
         micro_batches: as many as there are accumulation steps, in every step.
         num_targets: labels other than -100.
         num_tokens: real input tokens.
-        num_rows: rows, fewer than a global batch at the end of a pass.
+        num_sequences: sequences, fewer than a global batch at the end of a pass.
         epoch: the pass.
         step_in_epoch: the step within the pass.
         digest: tells these rows in this order from any others.
@@ -71,7 +71,7 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_targets: int
     num_tokens: int
-    num_rows: int
+    num_sequences: int
     epoch: int
     step_in_epoch: int
     digest: str
@@ -81,7 +81,7 @@ class Loader:
     """Yields the steps of each pass over a split.
 
     Attributes:
-        rows_per_epoch: rows in a pass.
+        sequences_per_epoch: sequences in an epoch.
         steps_per_epoch: optimizer steps in a pass; the last may be short.
         tokens_per_epoch: real input tokens in a pass. Packed: all tokens but the last of the stream. Padded:
             of each document all tokens but the last, at most T. With weights: full rows, or what the
@@ -124,16 +124,16 @@ class Loader:
         self._process_index, self._pad_token_id = process_index, pad_token_id
         self._trim = trim and not packing
         self._device = torch.device(device)
-        self._order: RowOrder | MixedOrder
+        self._order: SequenceOrder | MixedOrder
         if weights:
             self._order = MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed)
         else:
-            self._order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+            self._order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self.rows_per_epoch = self._order.num_rows
-        self.steps_per_epoch = -(-self.rows_per_epoch // plan.global_batch_size)
+        self.sequences_per_epoch = self._order.num_sequences
+        self.steps_per_epoch = -(-self.sequences_per_epoch // plan.global_batch_size)
         if packing:
-            self.tokens_per_epoch = self.rows_per_epoch * seq_len if weights else shards.num_tokens - 1
+            self.tokens_per_epoch = self.sequences_per_epoch * seq_len if weights else shards.num_tokens - 1
         else:
             lengths, counts = shards.length_counts
             self.tokens_per_epoch = int((lengths - 1).clip(max=seq_len) @ counts)
@@ -183,7 +183,7 @@ class Loader:
         stop = min(start + piece.length + 1, int(self._shards.offsets[piece.document + 1]))
         return self._shards.tokens(start, stop).tolist()
 
-    def _to_device(self, step: StepRows) -> tuple[StepRows, _Tensors, torch.cuda.Event | None]:
+    def _to_device(self, step: StepSequences) -> tuple[StepSequences, _Tensors, torch.cuda.Event | None]:
         """Start the copy of a step's rows; runs in the thread."""
         wide = torch.from_numpy(_trimmed(step.rows.wide) if self._trim else step.rows.wide)
         narrow = None if step.rows.narrow is None else torch.from_numpy(step.rows.narrow)
@@ -197,7 +197,7 @@ class Loader:
             copied.record(self._stream)
         return step, (wide, narrow), copied
 
-    def _step_batch(self, step: StepRows, tensors: _Tensors) -> StepBatch:
+    def _step_batch(self, step: StepSequences, tensors: _Tensors) -> StepBatch:
         wide, narrow = tensors
         size = self._plan.micro_batch_size
         # (2, A*B, T) to A times (B, T)
@@ -208,7 +208,7 @@ class Loader:
             micro_batches=tuple(map(MicroBatch, inputs, labels, documents, positions)),
             num_targets=step.num_targets,
             num_tokens=step.num_tokens,
-            num_rows=step.num_rows,
+            num_sequences=step.num_sequences,
             epoch=step.epoch,
             step_in_epoch=step.step_in_epoch,
             digest=step.digest,
@@ -267,7 +267,7 @@ def _hand_over(tensors: _Tensors, copied: torch.cuda.Event) -> None:
 def steps_in_all(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
     """Return the number of optimizer steps of a run."""
     # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
-    row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.rows_per_epoch
+    row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.sequences_per_epoch
     return count_steps(
         config,
         steps_per_epoch=loader.steps_per_epoch,

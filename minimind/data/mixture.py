@@ -30,7 +30,7 @@ class MixedOrder:
     """The order of the rows of each epoch, with weights; has what `sampler.RowOrder` has.
 
     Attributes:
-        num_rows: rows in an epoch.
+        num_sequences: sequences in an epoch.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MixedOrder:
             _Stream(shards, part, number, packing=packing, seed=self._seed)
             for number, part in enumerate(shards.parts)
         ]
-        self.num_rows, amounts = _epoch(shards.parts, weights, seq_len=seq_len, packing=packing)
+        self.num_sequences, amounts = _epoch(shards.parts, weights, seq_len=seq_len, packing=packing)
         self._windows_per_epoch = -(-shards.num_tokens // window_tokens)
         self._paces = [amount / self._windows_per_epoch for amount in amounts]
         # Windows overlap by a row, and a resumed one is asked for again.
@@ -68,7 +68,7 @@ class MixedOrder:
 
     def windows(self, epoch: int, row: int = 0) -> Iterator[Window]:
         """Yield the windows of an epoch, in order, from the one that holds `row` on."""
-        start, stop = epoch * self.num_rows, (epoch + 1) * self.num_rows
+        start, stop = epoch * self.num_sequences, (epoch + 1) * self.num_sequences
         window = self._find(start + row)
         first = max(self._first_row(window), start)
         while first < stop:
@@ -81,7 +81,7 @@ class MixedOrder:
         """Return the window in which a row, counted over all epochs, begins."""
         # Each stream is behind its pace by less than one place, or ahead of it to the end of a document.
         place = (row + len(self._streams)) * self._windows_per_epoch
-        window = place // self.num_rows + 2
+        window = place // self.num_sequences + 2
         while self._first_row(window) > row:
             window -= 1
         return window
@@ -222,16 +222,16 @@ def _epoch(
 ) -> tuple[int, list[float]]:
     """Return the rows of an epoch, and what it takes of each entry: tokens where packed, else documents."""
     if packing:
-        num_rows = -(-(sum(part.num_tokens for part in parts) - 1) // seq_len)
-        return num_rows, [weight * num_rows * seq_len for weight in weights]
+        num_sequences = -(-(sum(part.num_tokens for part in parts) - 1) // seq_len)
+        return num_sequences, [weight * num_sequences * seq_len for weight in weights]
     # A document gives at most T inputs; the weight is met by the mean over the entry's documents.
     inputs = [_inputs(part, seq_len) for part in parts]
     documents = [
         weight * sum(inputs) * part.num_documents / max(own, 1)
         for weight, part, own in zip(weights, parts, inputs, strict=True)
     ]
-    num_rows = max(round(sum(documents)), 1)
-    return num_rows, [amount * num_rows / sum(documents) for amount in documents]
+    num_sequences = max(round(sum(documents)), 1)
+    return num_sequences, [amount * num_sequences / sum(documents) for amount in documents]
 
 
 def _inputs(part: Part, seq_len: int) -> int:

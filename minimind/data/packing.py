@@ -58,7 +58,7 @@ class Rows:
         return cls(wide, narrow)
 
 
-class WindowRows(Protocol):
+class WindowSequences(Protocol):
     """The rows of one window, numbered as they are cut.
 
     Attributes:
@@ -78,8 +78,8 @@ class WindowRows(Protocol):
         """Return what a row is made of; the k-th piece has document id k in it."""
 
 
-class PackedRows:
-    """Documents laid end to end and cut into rows of T inputs; see `WindowRows`.
+class PackedSequences:
+    """Documents laid end to end and cut into rows of T inputs; see `WindowSequences`.
 
     A document that a cut divides goes on in the next row. Nothing is truncated: a row looks one token ahead
     for its last label, so every token but each document's first is a target exactly once. Positions begin
@@ -150,8 +150,8 @@ class PackedRows:
         return np.append(tokens, np.full(len(self._begins) - len(tokens), self._pad, tokens.dtype))
 
 
-class PaddedRows:
-    """One document a row, truncated to T inputs and padded; see `WindowRows`."""
+class PaddedSequences:
+    """One document a row, truncated to T inputs and padded; see `WindowSequences`."""
 
     def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
         self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id

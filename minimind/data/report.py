@@ -76,7 +76,7 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
-class RowCost:
+class SequenceCost:
     """What rows of one length cost in one of the two ways to fill them.
 
     Attributes:
@@ -133,8 +133,8 @@ class DataReport:
     vocab_size: int
     unused_vocabulary: int
     seq_len: int
-    packed: RowCost
-    padded: RowCost
+    packed: SequenceCost
+    padded: SequenceCost
     notes: tuple[str, ...] = ()
     mixture: tuple[MixtureReport, ...] = ()
 
@@ -158,8 +158,8 @@ class DataReport:
                 "sources": sources,
                 "train": _split(values["train"]),
                 "validation": None if validation is None else _split(validation),
-                "packed": RowCost(**values["packed"]),
-                "padded": RowCost(**values["padded"]),
+                "packed": SequenceCost(**values["packed"]),
+                "padded": SequenceCost(**values["padded"]),
                 "notes": tuple(values["notes"]),
                 "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
             }
@@ -209,16 +209,16 @@ def length_quantiles(length_counts: NDArray[np.int64]) -> dict[str, int]:
     return {name: int(lengths[np.searchsorted(reached, rank)]) for name, rank in ranks.items()}
 
 
-def row_costs(length_counts: NDArray[np.int64], seq_len: int) -> tuple[RowCost, RowCost]:
+def row_costs(length_counts: NDArray[np.int64], seq_len: int) -> tuple[SequenceCost, SequenceCost]:
     """Return the cost of packed rows and of one document a row, exact from the lengths alone."""
     lengths, counts = length_counts
     tokens, documents = int(lengths @ counts), int(counts.sum())
     # The last token of a document or of the stream is only ever a target.
     packed_rows = max(-(-(tokens - 1) // seq_len), 1)
-    packed = RowCost(truncated=0.0, padding=1 - (tokens - 1) / (packed_rows * seq_len))
+    packed = SequenceCost(truncated=0.0, padding=1 - (tokens - 1) / (packed_rows * seq_len))
     lost = int(np.maximum(lengths - seq_len - 1, 0) @ counts)
     inputs = int(np.minimum(lengths - 1, seq_len) @ counts)
-    padded = RowCost(truncated=lost / tokens, padding=1 - inputs / (documents * seq_len))
+    padded = SequenceCost(truncated=lost / tokens, padding=1 - inputs / (documents * seq_len))
     return packed, padded
 
 

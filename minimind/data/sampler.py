@@ -43,11 +43,11 @@ class Window:
         return self.first_row + len(self.order)
 
 
-class RowOrder:
+class SequenceOrder:
     """The order of the rows of each pass.
 
     Attributes:
-        num_rows: rows in a pass.
+        num_sequences: sequences in a pass.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class RowOrder:
         self._begins = shards.blocks[:, 1] if packing else self._bounds
         if packing:
             # The last token of the stream is only ever a target.
-            self.num_rows = -(-(shards.num_tokens - 1) // seq_len)
+            self.num_sequences = -(-(shards.num_tokens - 1) // seq_len)
         else:
-            self.num_rows = shards.num_documents
+            self.num_sequences = shards.num_documents
 
     def windows(self, epoch: int, row: int = 0) -> Iterator[Window]:
         """Yield the windows of a pass, in order, from the one that holds `row` on."""
@@ -91,7 +91,7 @@ class RowOrder:
         heads = begins[:: self._window_blocks]
         per_row = self._seq_len if self._packing else 1
         # A row belongs to the window in which it begins.
-        first_rows = np.append(np.minimum(-(-heads // per_row), self.num_rows), self.num_rows)
+        first_rows = np.append(np.minimum(-(-heads // per_row), self.num_sequences), self.num_sequences)
         first = int(np.searchsorted(first_rows, row, side="right")) - 1
         for window in range(first, len(first_rows) - 1):
             begin, end = int(first_rows[window]), int(first_rows[window + 1])

@@ -107,7 +107,7 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
             "--fsdp_activation_checkpointing true instead."
         )
     if accelerator.is_fsdp2:
-        _settle_fsdp2(accelerator)
+        configure_fsdp2(accelerator)
     return accelerator
 
 
@@ -253,7 +253,7 @@ def _refuse_broken_launch(accelerator: Accelerator) -> None:
         )
 
 
-def _settle_fsdp2(accelerator: Accelerator) -> None:
+def configure_fsdp2(accelerator: Accelerator) -> None:
     """Set what the launcher leaves open: what is sharded together, and in which precision it is computed.
 
     Raises:

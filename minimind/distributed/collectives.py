@@ -14,7 +14,7 @@ from ..errors import CheckpointError, UserError
 Result = TypeVar("Result")
 
 
-def agree(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def run_on_main_and_broadcast(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """Do something on the main process and have every process return its result, or raise its error.
 
     Raises:

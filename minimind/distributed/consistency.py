@@ -15,12 +15,12 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ..config.options import PretrainConfig
-from ..config.schema import settings_of
+from ..config.schema import schema_of
 from ..errors import RankError
 from ..version import __version__
 
 # What machines may have in different places; what they find there is compared by its content.
-_OF_THE_MACHINE = frozenset(
+MACHINE_LOCAL_OPTIONS = frozenset(
     {
         "data",
         "val_data",
@@ -35,7 +35,7 @@ _OF_THE_MACHINE = frozenset(
 )
 
 
-def refuse_differences(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+def check_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
     """Compare something that must be the same in all processes; every process must call this.
 
     Args:
@@ -60,14 +60,14 @@ def refuse_differences(accelerator: Accelerator, facts: Mapping[str, Any]) -> No
         raise RankError(f"the processes are not alike: {shown}. Give all of them the same.")
 
 
-def facts_of(
+def run_signature(
     accelerator: Accelerator, config: PretrainConfig, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what must be the same in all processes: options, versions, launch, and what the run reads."""
     options = {
-        settings_of(PretrainConfig)[name].flag: value
+        schema_of(PretrainConfig)[name].flag: value
         for name, value in asdict(config).items()
-        if name not in _OF_THE_MACHINE
+        if name not in MACHINE_LOCAL_OPTIONS
     }
     versions = {
         "minimind": __version__,

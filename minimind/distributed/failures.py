@@ -15,7 +15,16 @@ from torch import distributed as dist
 
 from ..errors import RankError
 from ..launch_env import restarts
-from .heartbeat import RollCall, Watch, launcher_store, leave_note, no_answer, note_key, reasons, told
+from .heartbeat import (
+    Heartbeat,
+    Watchdog,
+    describe_failed,
+    describe_lost,
+    format_error,
+    launcher_store,
+    note_key,
+    post_error,
+)
 from .shutdown import StopRequest
 
 # A process that failed tells the others in this time. The launcher kills 30 s after its SIGTERM.
@@ -23,13 +32,13 @@ SECONDS_TO_TELL = 3.0
 
 
 @contextmanager
-def failures_named(accelerator: Accelerator) -> Iterator[str]:
+def report_peer_failures(accelerator: Accelerator) -> Iterator[str]:
     """Turn the loss of another process inside this block into an error that says which one, and why.
 
     A process that fails by itself leaves a note where the processes met, and its error goes on as it is. One
     that lost touch with the others looks there: who left a note failed, who left none no longer runs.
 
-    Yields the place in the launcher's store where the notes of this run are, for `others_watched`.
+    Yields the place in the launcher's store where the notes of this run are, for `watch_peers`.
 
     Raises:
         RankError: instead of the error of a collective operation.
@@ -44,14 +53,14 @@ def failures_named(accelerator: Accelerator) -> Iterator[str]:
         yield place
     except Exception as error:
         lost = _is_lost_touch(error)
-        leave_note(place, accelerator.process_index, "" if lost else told(error))
+        post_error(place, accelerator.process_index, "" if lost else format_error(error))
         if not lost:
             raise
         raise RankError(_what_happened(accelerator, _notes(accelerator, place), error)) from error
 
 
 @contextmanager
-def others_watched(
+def watch_peers(
     accelerator: Accelerator, place: str, patience: float, stop: StopRequest, last: Callable[[], object]
 ) -> Iterator[None]:
     """End this process when another one is lost while the main thread is stuck inside this block.
@@ -60,7 +69,7 @@ def others_watched(
 
     Args:
         accelerator: of this run.
-        place: from `failures_named`.
+        place: from `report_peer_failures`.
         patience: seconds of a collective operation; a process that is silent for 0.9 of them is lost, and one
             that is silent while this one was asked to stop, as a launcher does when a process died, sooner.
         stop: tells whether this process was asked to stop.
@@ -76,8 +85,8 @@ def others_watched(
         print(f"{prefix}error: {what}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    with RollCall(place, accelerator.process_index, accelerator.num_processes) as roll:
-        with Watch(roll, 0.9 * patience, end, hurried=lambda: stop.reason is not None):
+    with Heartbeat(place, accelerator.process_index, accelerator.num_processes) as roll:
+        with Watchdog(roll, 0.9 * patience, end, shutting_down=lambda: stop.reason is not None):
             yield
 
 
@@ -107,9 +116,9 @@ def _notes(accelerator: Accelerator, place: str) -> dict[int, str]:
 def _what_happened(accelerator: Accelerator, others: Mapping[int, str], error: Exception) -> str:
     mine = f"rank {accelerator.process_index} went on no further"
     if failed := {rank: note for rank, note in others.items() if note}:
-        return f"{reasons(failed)}; {mine}."
+        return f"{describe_failed(failed)}; {mine}."
     if ranks := set(range(accelerator.num_processes)) - {accelerator.process_index} - others.keys():
-        return f"{no_answer(ranks)}; {mine} ({_short(error)})."
+        return f"{describe_lost(ranks)}; {mine} ({_short(error)})."
     return f"the processes lost touch with each other; {mine} ({_short(error)})."
 
 

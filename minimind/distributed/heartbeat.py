@@ -45,7 +45,7 @@ def launcher_store(timeout: float = CONNECT_SECONDS) -> dist.TCPStore:
     )
 
 
-class RollCall:
+class Heartbeat:
     """Tells the others that this process lives, and knows since when each of them has been silent.
 
     Attributes:
@@ -69,7 +69,7 @@ class RollCall:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._call, name="roll call", daemon=True)
 
-    def __enter__(self) -> RollCall:
+    def __enter__(self) -> Heartbeat:
         self._heard = dict.fromkeys(self.others, time.monotonic())
         self._thread.start()
         return self
@@ -108,9 +108,9 @@ class RollCall:
 
     def _refuse_loss(self, ranks: list[int], patience: float) -> None:
         if failed := self.failed():
-            raise RankError(f"{reasons(failed)}; rank {self.rank} went on no further.")
+            raise RankError(f"{describe_failed(failed)}; rank {self.rank} went on no further.")
         if silent := [rank for rank in self.silent(patience) if rank in ranks]:
-            raise RankError(f"{no_answer(silent)}; rank {self.rank} went on no further.")
+            raise RankError(f"{describe_lost(silent)}; rank {self.rank} went on no further.")
 
     def _call(self) -> None:
         store: dist.TCPStore | None = None
@@ -140,29 +140,29 @@ def note_key(place: str, rank: int) -> str:
     return f"{place}/note/{rank}"
 
 
-def leave_note(place: str, rank: int, note: str) -> None:
+def post_error(place: str, rank: int, note: str) -> None:
     """Leave the reason why this process ends, if anybody still keeps the store."""
     with suppress(RuntimeError, KeyError):
         launcher_store().set(note_key(place, rank), note)
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return an error as a note, to stand in a sentence: its type and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
-def reasons(failed: Mapping[int, str]) -> str:
+def describe_failed(failed: Mapping[int, str]) -> str:
     """Return words for processes that failed by themselves."""
     return "; ".join(f"rank {rank} failed with {note}" for rank, note in sorted(failed.items()))
 
 
-def no_answer(ranks: Iterable[int]) -> str:
+def describe_lost(ranks: Iterable[int]) -> str:
     """Return words for processes that said nothing before they ended."""
     names = ", ".join(map(str, sorted(ranks)))
     return f"rank {names} no longer answers: it was killed, hangs, or its machine cannot be reached"
 
 
-class Watch:
+class Watchdog:
     """Ends this process when another one is lost and the main thread does not notice."""
 
     # A main thread that is told of the loss by its own operation says more than this thread can.
@@ -171,7 +171,12 @@ class Watch:
     HURRY_SECONDS = 15.0
 
     def __init__(
-        self, roll: RollCall, patience: float, end: Callable[[str], None], *, hurried: Callable[[], bool]
+        self,
+        roll: Heartbeat,
+        patience: float,
+        end: Callable[[str], None],
+        *,
+        shutting_down: Callable[[], bool],
     ) -> None:
         """Watch nothing yet.
 
@@ -181,11 +186,11 @@ class Watch:
             end: called from a thread with a sentence as soon as another process is lost.
             hurried: whether this process was asked to stop, and should not wait so long.
         """
-        self._roll, self._patience, self._end, self._hurried = roll, patience, end, hurried
+        self._roll, self._patience, self._end, self._hurried = roll, patience, end, shutting_down
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
@@ -196,9 +201,9 @@ class Watch:
         while not self._over.wait(min(BEAT_SECONDS, self._patience / 10)):
             patience = min(self.HURRY_SECONDS, self._patience) if self._hurried() else self._patience
             if failed := self._roll.failed(self.GRACE_SECONDS):
-                what = reasons(failed)
+                what = describe_failed(failed)
             elif silent := self._roll.silent(patience):
-                what = no_answer(silent)
+                what = describe_lost(silent)
             else:
                 continue
             self._end(f"{what}; rank {self._roll.rank} went on no further.")

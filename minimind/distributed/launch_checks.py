@@ -15,7 +15,11 @@ _FSDP2_LAUNCH = (
 )
 
 # Programs that start several processes without telling torch.distributed, by where they tell their number.
-_STRANGERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+UNSUPPORTED_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 
 # What a process of several has to know besides their number.
 _MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -100,7 +104,7 @@ def _not_told(env: Mapping[str, str], num_devices: int) -> Iterator[str]:
             "the launcher was asked for several processes but started this one only, as it does with --cpu "
             f"or MULTI_CPU; launch with {prefix}{_LAUNCH.format(n='N')}"
         )
-    for name, program in _STRANGERS.items():
+    for name, program in UNSUPPORTED_LAUNCHERS.items():
         if int(env.get(name) or 1) > 1:
             yield (
                 f"{program} started {env[name]} processes that do not know of each other, so each would "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import RankError
 from ..launch_env import is_main_process, meets_at_launcher, num_machines, rank, restarts, world_size
-from .heartbeat import RollCall, launcher_store, leave_note, told
+from .heartbeat import Heartbeat, format_error, launcher_store, post_error
 
 # The main process writes a word into the cache folder; whoever reads it there shares the folder.
 _MARK = ".shared-by"
@@ -25,7 +25,7 @@ HEARING_BEATS = 3
 
 
 @contextmanager
-def building_in_turn(cache_dir: Path, patience: float, note: Callable[[str], None]) -> Iterator[None]:
+def main_process_first(cache_dir: Path, patience: float, note: Callable[[str], None]) -> Iterator[None]:
     """Prepare the data of one process of several inside of this block, before the processes are joined.
 
     Processes of several machines that share the cache folder let the main process go first, and find there
@@ -45,7 +45,7 @@ def building_in_turn(cache_dir: Path, patience: float, note: Callable[[str], Non
         yield
         return
     place = f"minimind/{os.environ.get('TORCHELASTIC_RUN_ID')}/data"
-    with RollCall(place, rank(), world_size()) as roll:
+    with Heartbeat(place, rank(), world_size()) as roll:
         try:
             if is_main_process():
                 word = uuid.uuid4().hex
@@ -63,7 +63,7 @@ def building_in_turn(cache_dir: Path, patience: float, note: Callable[[str], Non
                     note(f"waiting for the data of rank {other}.")
                 roll.wait_for(f"{place}/done/{other}", [other], patience)
         except Exception as error:
-            leave_note(place, rank(), "" if isinstance(error, RankError) else told(error))
+            post_error(place, rank(), "" if isinstance(error, RankError) else format_error(error))
             # The store goes with the launcher, which ends with this process.
             time.sleep(HEARING_BEATS * roll.interval)
             raise

@@ -65,7 +65,7 @@ class StopRequest:
         """Wish for a stop from inside the program; callable from any thread."""
         self._asked = reason
 
-    def leave_if_signalled(self) -> None:
+    def exit_if_signalled(self) -> None:
         """End the program where a signal has asked to stop, from a place with nothing to save.
 
         Raises:

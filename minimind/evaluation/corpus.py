@@ -19,15 +19,15 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from ..config.options import AUTO, PretrainConfig
-from ..data.eval_windows import WindowRows, document_windows, packed_windows, window_rows
+from ..data.eval_windows import EvalBatch, document_windows, packed_windows, window_rows
 from ..data.packing import IGNORED
 from ..data.prepare import prepare_data
 from ..data.shards import TokenShards
 from ..data.sources import Entry, read_entries
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..distributed.collectives import sum_over_processes
-from ..distributed.consistency import facts_of, refuse_differences, weights_fingerprint
-from ..distributed.failures import failures_named
+from ..distributed.consistency import check_same_on_all_ranks, run_signature, weights_fingerprint
+from ..distributed.failures import report_peer_failures
 from ..errors import ConfigError
 from ..formats.open_model import load_with_tokenizer
 from ..modeling.transformer import MiniMindForCausalLM
@@ -138,13 +138,13 @@ def evaluate_text(
     with ExitStack() as closing:
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
-        closing.enter_context(failures_named(accelerator))
+        closing.enter_context(report_peer_failures(accelerator))
         fingerprints = {
             "tokenizer": tokenizer.fingerprint,
             "text": data.fingerprint,
             "weights": weights_fingerprint(loaded),
         }
-        refuse_differences(accelerator, facts_of(accelerator, config, fingerprints))
+        check_same_on_all_ranks(accelerator, run_signature(accelerator, config, fingerprints))
         loaded.to(accelerator.device).eval()
         sums = _sums(
             loaded, data.train, tokenizer, config, stride or length, accelerator, progress, len(files)
@@ -190,7 +190,7 @@ def _sums(
     return sums.T.reshape(num_files, ranges, 3)
 
 
-def _losses(model: MiniMindForCausalLM, rows: WindowRows, accelerator: Accelerator) -> NDArray[np.float64]:
+def _losses(model: MiniMindForCausalLM, rows: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
     """Return the (B, T) cross-entropy of each target."""
     device = accelerator.device
     documents = rows.document_ids

@@ -151,10 +151,12 @@ def load_model(folder: Path) -> MiniMindForCausalLM:
         ConfigError: when a file is missing or damaged, or weights and config do not belong together.
     """
     config = load_config(folder)
-    return build_model(config, read_weights(Path(folder)), str(folder))
+    return model_from_weights(config, read_weights(Path(folder)), str(folder))
 
 
-def build_model(config: MiniMindConfig, weights: Mapping[str, Tensor], source: str) -> MiniMindForCausalLM:
+def model_from_weights(
+    config: MiniMindConfig, weights: Mapping[str, Tensor], source: str
+) -> MiniMindForCausalLM:
     """Return a float32 model with the given weights.
 
     Args:

@@ -15,7 +15,7 @@ from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
-from .huggingface import CONFIG, build_model, check_weights, load_config, load_weights
+from .huggingface import CONFIG, check_weights, load_config, load_weights, model_from_weights
 from .original_minimind import (
     infer_upstream_config,
     read_upstream_config,
@@ -106,7 +106,7 @@ def load_with_tokenizer(
     if found is None:
         raise ConfigError(f"there is no tokenizer.json beside {source.path}; name one by --tokenizer.")
     check_vocab(found, source.config.vocab_size, str(source.path))
-    return source, build_model(source.config, source.weights(), str(source.path)), found
+    return source, model_from_weights(source.config, source.weights(), str(source.path)), found
 
 
 def _open_run(run: RunFolder) -> ModelSource:

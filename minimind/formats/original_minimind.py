@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
-from .huggingface import build_model, round_to
+from .huggingface import model_from_weights, round_to
 
 # What the original takes where its YaRN settings leave a number out; transformers would work others out.
 _YARN_DEFAULTS: Mapping[str, Any] = {
@@ -185,7 +185,7 @@ def load_upstream(path: Path, config: MiniMindConfig) -> MiniMindForCausalLM:
     Raises:
         ConfigError: when the file cannot be read or does not fit the config.
     """
-    return build_model(config, read_upstream_weights(path), str(path))
+    return model_from_weights(config, read_upstream_weights(path), str(path))
 
 
 def read_upstream_weights(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ..modeling.feed_forward import SwiGLU
 from ..modeling.kv_cache import KVCache
 from ..modeling.rope import Rotary
 from ..modeling.transformer import MiniMindBlock, MiniMindForCausalLM
-from .packed_linear import pack, side_by_side
+from .packed_linear import concat_weights, pack
 
 # Capacities are multiples of this where code is compiled, which happens once for each.
 _COMPILED_SLOTS = 256
@@ -27,11 +27,11 @@ _COMPILED_SLOTS = 256
 # Stores new keys and values, (B, K, T, D) each, and returns those of all tokens, (B, K, S, D).
 _Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_LayOut = Callable[[Sequence[nn.Linear]], Callable[[Tensor], Tensor]]
+FuseLinears = Callable[[Sequence[nn.Linear]], Callable[[Tensor], Tensor]]
 
 
 @dataclass
-class Texts:
+class DecodeBatch:
     """A batch of texts on their way, padded on the left so that they all end in the same slot.
 
     Attributes:
@@ -47,7 +47,7 @@ class Texts:
     visible: Tensor | None
 
 
-class Decoder:
+class InferenceEngine:
     """Runs a model one token after another; dropout plays no part.
 
     The weights are those of the model when this was made: on the CPU they are copied (see `projection.pack`),
@@ -64,7 +64,7 @@ class Decoder:
         self.model = model
         self._embedding = model.get_input_embeddings()
         self._eps = torch.tensor(model.config.rms_norm_eps, device=self._embedding.weight.device)
-        lay_out = side_by_side if compiled else pack
+        lay_out = concat_weights if compiled else pack
         layers = cast(Sequence[MiniMindBlock], model.model.layers)
         self._blocks = [_Block(layer, model.config, self._eps, lay_out) for layer in layers]
         self._head = lay_out([model.get_output_embeddings()])
@@ -81,7 +81,7 @@ class Decoder:
         return self._embedding.weight.device
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Texts, Tensor]:
+    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[DecodeBatch, Tensor]:
         """Read prompts, none of them empty.
 
         Args:
@@ -95,7 +95,7 @@ class Decoder:
         padding = [length - len(prompt) for prompt in prompts]
         rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         cache = self._new_cache(len(prompts), capacity)
-        texts = Texts(cache, 0, None, None)
+        texts = DecodeBatch(cache, 0, None, None)
         if any(padding):
             texts.padding = torch.tensor(padding, device=self.device)
             slots = torch.arange(cache.capacity, device=self.device)
@@ -103,7 +103,7 @@ class Decoder:
         return texts, self._extend(texts, torch.tensor(rows, device=self.device))
 
     @torch.inference_mode()
-    def step(self, texts: Texts, tokens: Tensor) -> Tensor:
+    def step(self, texts: DecodeBatch, tokens: Tensor) -> Tensor:
         """Append one token to each text, (B,) int64, and return (B, V) float32 logits of what follows."""
         if self._compiled is None:
             return self._extend(texts, tokens[:, None])
@@ -129,7 +129,7 @@ class Decoder:
             layer.length = 0
         return cache
 
-    def _extend(self, texts: Texts, tokens: Tensor) -> Tensor:
+    def _extend(self, texts: DecodeBatch, tokens: Tensor) -> Tensor:
         """Append (B, T) tokens, the prompts or one token each."""
         start, length = texts.length, tokens.shape[1]
         texts.length += length
@@ -179,7 +179,9 @@ class Decoder:
 class _Block:
     """One block with its projections packed; computes what `MiniMindBlock` computes without dropout."""
 
-    def __init__(self, block: MiniMindBlock, config: MiniMindConfig, eps: Tensor, lay_out: _LayOut) -> None:
+    def __init__(
+        self, block: MiniMindBlock, config: MiniMindConfig, eps: Tensor, lay_out: FuseLinears
+    ) -> None:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim, self._eps = config.head_dim, eps
         self._attention_norm = block.input_layernorm.weight

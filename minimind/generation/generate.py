@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..modeling.transformer import MiniMindForCausalLM
-from .engine import Decoder
+from .engine import InferenceEngine
 from .sampling import Sampling, choose
 
 # Default of `generate`.
@@ -20,7 +20,7 @@ SAMPLING = Sampling()
 
 
 def generate(
-    model: MiniMindForCausalLM | Decoder,
+    model: MiniMindForCausalLM | InferenceEngine,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = SAMPLING,
     *,
@@ -34,7 +34,7 @@ def generate(
     Each continuation is what its prompt alone would get, up to the rounding of float32.
 
     Args:
-        model: dropout plays no part. A `Decoder` made once serves many calls.
+        model: dropout plays no part. A `InferenceEngine` made once serves many calls.
         prompts: token ids, at least one each; their lengths may differ.
         sampling: how tokens are chosen.
         max_new_tokens: tokens to write at most, for each prompt.
@@ -57,7 +57,7 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    model: MiniMindForCausalLM | Decoder,
+    model: MiniMindForCausalLM | InferenceEngine,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = SAMPLING,
     *,
@@ -66,7 +66,7 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt as it is chosen, None for one that has ended; see `generate`."""
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = model if isinstance(model, InferenceEngine) else InferenceEngine(model)
     left = _tokens_to_write(prompts, decoder.config.max_position_embeddings, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return

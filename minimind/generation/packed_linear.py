@@ -27,7 +27,7 @@ def pack(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
     """
     first = linears[0].weight
     if first.device.type != "cpu" or first.dtype != torch.float32:
-        return side_by_side(linears)
+        return concat_weights(linears)
     weight = torch.cat([linear.weight.detach() for linear in linears])
     scale = exact_half_scale(weight) if _has_half_kernel() else None
     if scale is None:
@@ -41,7 +41,7 @@ def pack(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
     return lambda x: multiply(x, packed).mul_(1 / scale)
 
 
-def side_by_side(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
+def concat_weights(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
     """Return the same function as `pack`, of the layers as they are; compiled code needs no packing."""
     return linears[0] if len(linears) == 1 else lambda x: torch.cat([f(x) for f in linears], dim=-1)
 

@@ -11,7 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
-from .engine import Decoder
+from .engine import InferenceEngine
 from .generate import SAMPLING, stream
 from .sampling import Sampling
 
@@ -75,19 +75,19 @@ class TextStream:
 
 def make_decoder(
     model: MiniMindForCausalLM, *, device: str = "auto", dtype: str = "float32", compiled: bool = False
-) -> Decoder:
+) -> InferenceEngine:
     """Return a decoder of the model on a device.
 
     Args:
         model: moved there.
         device: `auto`, which takes an accelerator if there is one, or the name of one in torch.
         dtype: name of the precision in torch.
-        compiled: see `Decoder`.
+        compiled: see `InferenceEngine`.
 
     Raises:
         ConfigError: when there is no such device.
     """
-    return Decoder(model.to(choose_device(device), getattr(torch, dtype)).eval(), compiled=compiled)
+    return InferenceEngine(model.to(choose_device(device), getattr(torch, dtype)).eval(), compiled=compiled)
 
 
 def choose_device(name: str) -> torch.device:
@@ -113,7 +113,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def continue_texts(
-    model: MiniMindForCausalLM | Decoder,
+    model: MiniMindForCausalLM | InferenceEngine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: Sampling = SAMPLING,
@@ -148,7 +148,7 @@ def continue_texts(
 
 
 def stream_text(
-    model: MiniMindForCausalLM | Decoder,
+    model: MiniMindForCausalLM | InferenceEngine,
     tokenizer: Tokenizer,
     prompt: str,
     sampling: Sampling = SAMPLING,

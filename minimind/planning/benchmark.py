@@ -29,11 +29,11 @@ from ..run_folder import RunFolder
 from ..tokenizer import load_tokenizer
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
-from ..training.auto_batch_size import settle_batch_size
-from ..training.build_model import resolve_shape
+from ..training.auto_batch_size import resolve_batch_size
+from ..training.build_model import resolve_model_config
 from ..training.load_balancing import ExpertBalance
 from ..training.peak_flops import peak_flops_of
-from ..training.prepared_model import pass_graph, prepare_model
+from ..training.prepared_model import compile_and_wrap, pass_graph
 from ..training.throughput import Meter
 from ..training.trainer import Run, TrainState, clip_gradient, forward_loss, train_step
 
@@ -143,14 +143,14 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
     """
     check_launch(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    config, shape = resolve_shape(config, tokenizer)
+    config, shape = resolve_model_config(config, tokenizer)
     with ExitStack() as closing:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
         # The mean, for all processes have to come to the same size of a step.
         matmul = _mean(matmul_flops(accelerator.device, accelerator.mixed_precision), accelerator)
-        config = settle_batch_size(config, shape, accelerator, partial(prepare_model, config, shape))
+        config = resolve_batch_size(config, shape, accelerator, partial(compile_and_wrap, config, shape))
         if accelerator.device.type == "cuda":
             # The product's own matrices are larger than a small model.
             torch.cuda.reset_peak_memory_stats(accelerator.device)
@@ -219,14 +219,14 @@ def with_batch_size(config: PretrainConfig, shape: MiniMindConfig) -> PretrainCo
     """Return the configuration with a number for `--batch-size auto`, before processes have met for a run.
 
     Raises:
-        ConfigError: where none can be found; see `settle_batch_size`.
+        ConfigError: where none can be found; see `resolve_batch_size`.
     """
     if config.batch_size != AUTO:
         return config
     with ExitStack() as closing:
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
-        return settle_batch_size(config, shape, accelerator, partial(prepare_model, config, shape))
+        return resolve_batch_size(config, shape, accelerator, partial(compile_and_wrap, config, shape))
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
@@ -326,7 +326,7 @@ def _make_run(
     pad_token_id: int,
 ) -> tuple[Run, bool]:
     """Return a run like any other, but on random tokens and without a place for results."""
-    model, optimizer, compiled = prepare_model(config, shape, plan, accelerator)
+    model, optimizer, compiled = compile_and_wrap(config, shape, plan, accelerator)
     loader = Loader(
         random_shards(folder / f"tokens-{accelerator.process_index}", shape.vocab_size),
         seq_len=config.max_seq_len,

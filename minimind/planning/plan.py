@@ -23,14 +23,14 @@ from ..distributed.accelerator import check_launch, choose_precision
 from ..formatting import parse_duration, size
 from ..launch_env import is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
-from ..modeling.kernels.dispatch import hindrance
+from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tokenizer import load_tokenizer
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
-from ..training.build_model import resolve_shape
+from ..training.build_model import resolve_model_config
 from ..training.prepared_model import compile_mode
 from .benchmark import (
     BenchmarkResult,
@@ -78,7 +78,7 @@ def plan_run(
         if (remark := check_launch(config)) is not None:
             progress.note(remark)
         tokenizer = load_tokenizer(config.tokenizer)
-        config, shape = resolve_shape(config, tokenizer)
+        config, shape = resolve_model_config(config, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         config = with_batch_size(config, shape)
         batches = plan_batches(config, world_size())
@@ -184,7 +184,7 @@ def _estimate(
 ) -> MemoryEstimate:
     on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
     precision = choose_precision(config) if measured is None else measured.precision
-    fused = on_gpu and hindrance(precision, shape.head_dim, config.dropout) is None
+    fused = on_gpu and unsupported_reason(precision, shape.head_dim, config.dropout) is None
     compiled: Compiled = "no"
     if measured.compiled if measured is not None else config.compile is not False:
         compiled = compile_mode(config, batches.num_processes, fused=fused)

@@ -85,7 +85,7 @@ def _git_changes(then: Any, now: Any) -> Iterator[str]:
         yield "files differ from the git commit now."
 
 
-def peculiarities(run: RunRecord) -> Iterator[str]:
+def caveats(run: RunRecord) -> Iterator[str]:
     """Yield what about the run itself no command repeats."""
     if run.config.resume is not None:
         yield (

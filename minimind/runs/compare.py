@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.options import PretrainConfig
-from ..config.schema import settings_of
+from ..config.schema import schema_of
 from ..errors import ConfigError
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
@@ -80,7 +80,7 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
         outcome=tuple(Row(name, tuple(text(run) for run in runs)) for name, text in _OUTCOME.items()),
         equal_tokens=tuple(_equal_tokens(runs)),
         options=tuple(_differing_options(runs)),
-        surroundings=tuple(_differing_surroundings(runs)),
+        surroundings=tuple(environment_differences(runs)),
         notes=tuple(notes),
     )
 
@@ -123,7 +123,7 @@ def _equal_tokens(runs: Sequence[RunRecord]) -> Iterable[Row]:
 
 
 def _differing_options(runs: Sequence[RunRecord]) -> Iterable[Row]:
-    for name, setting in settings_of(PretrainConfig).items():
+    for name, setting in schema_of(PretrainConfig).items():
         values = [getattr(run.config, name) for run in runs]
         if name not in _NOT_COMPARED and any(value != values[0] for value in values):
             yield Row(setting.flag, tuple(_option(value) for value in values))
@@ -137,7 +137,8 @@ def _option(value: Any) -> str:
     return "none" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def _differing_surroundings(runs: Sequence[RunRecord]) -> Iterable[Row]:
+def environment_differences(runs: Sequence[RunRecord]) -> Iterable[Row]:
+    """Yield a table row for each part of the environment in which runs differ."""
     packages = sorted({name for run in runs for name in run.environment.get("packages") or {}})
     facts: dict[str, Callable[[RunRecord], Any]] = {
         "training text": lambda run: (run.fingerprint("training text") or NOTHING)[:12],

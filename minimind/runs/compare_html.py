@@ -45,7 +45,7 @@ CHARTS = (
 )
 
 
-def comparison_page(comparison: Comparison) -> str:
+def comparison_html(comparison: Comparison) -> str:
     """Return the page."""
     style, script = (_asset(name) for name in ("page.css", "charts.js"))
     policy = (

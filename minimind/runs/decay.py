@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..checkpoint.train_state import TrainState
 from ..config.options import PretrainConfig
-from ..config.schema import settings_of
+from ..config.schema import schema_of
 from ..data.batch_plan import fitted_to
 from ..distributed.heartbeat import begun_before, first_choice
 from ..errors import CheckpointError, ConfigError
@@ -138,7 +138,7 @@ def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, lis
 
 def _config_of(settings: dict[str, Any]) -> PretrainConfig:
     """Return the options that a checkpoint was written with, for any number of processes."""
-    known = settings_of(PretrainConfig)
+    known = schema_of(PretrainConfig)
     values = {name: settings[name] for name in known if name in settings}
     for name, setting in known.items():
         if setting.repeatable and name in values:

@@ -13,20 +13,18 @@ from typing import Any
 import torch
 
 from ..config.command_line import option_words
-from ..config.options import ModelOptions, PretrainConfig
-from ..config.schema import settings_of
+from ..config.options import ModelConfig, PretrainConfig
+from ..config.schema import schema_of
 from ..distributed.accelerator import choose_precision
 from ..errors import UserError
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer, load_tokenizer
-from .changes import data_changes, environment_changes, peculiarities
+from .changes import caveats, data_changes, environment_changes
 from .record import RunRecord
 
 # What a shape has besides dropout comes from the folder of --from-weight, where there is one.
 _FROM_WEIGHT = tuple(
-    name
-    for name in settings_of(ModelOptions)
-    if name not in ("dropout", "router_aux_loss_coef", "from_weight")
+    name for name in schema_of(ModelConfig) if name not in ("dropout", "router_aux_loss_coef", "from_weight")
 )
 # What the launcher tells by variables and is told by flags of the same name.
 _LAUNCHER_VARIABLES = (
@@ -78,7 +76,7 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     config = _as_it_was(config, launch)
     warnings += environment_changes(run)
     warnings += data_changes(run, config, tokenizer, check_data)
-    warnings += peculiarities(run)
+    warnings += caveats(run)
     variables = {}
     if launch.get("on_cpu") and (torch.cuda.is_available() or launch.get("processes", 1) > 1):
         variables["ACCELERATE_USE_CPU"] = "true"
@@ -94,7 +92,7 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
 
 def _asked_for(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
     """Return the options without the sizes that follow from others."""
-    settings = settings_of(PretrainConfig)
+    settings = schema_of(PretrainConfig)
     if config.from_weight is not None:
         return dataclasses.replace(config, **{name: settings[name].default for name in _FROM_WEIGHT})
     changes: dict[str, Any] = {}
@@ -152,7 +150,7 @@ def _absolute(run: RunRecord) -> tuple[PretrainConfig, list[str]]:
     if began_in is None or Path(began_in) == Path.cwd():
         relative = [name for name in _PATHS if any(map(_is_relative, _texts(getattr(config, name))))]
         if began_in is None and relative:
-            flags = ", ".join(settings_of(PretrainConfig)[name].flag for name in relative)
+            flags = ", ".join(schema_of(PretrainConfig)[name].flag for name in relative)
             return config, [
                 f"{flags} are relative to the folder that the run was started in, which it did not record."
             ]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..config.options import PANELS, PretrainConfig
+from ..config.options import CONFIG_SECTIONS, PretrainConfig
 from ..config.presets import resolve
 from ..config.schema import read_toml, write_toml
 from ..data.batch_plan import fitted_to, rows_of_a_step
@@ -191,7 +191,7 @@ def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> Non
         TrainingError: when they do not get to the end, with what they said last.
     """
     file = folder / "config.toml"
-    write_text(file, write_toml(config, PANELS))
+    write_text(file, write_toml(config, CONFIG_SECTIONS))
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
         *("--num_processes", str(processes), "--main_process_port", "0"),

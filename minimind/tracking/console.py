@@ -12,7 +12,7 @@ from rich.progress import BarColumn, ProgressColumn, Task
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from ..formatting import count, evaluation_parts, train_parts
+from ..formatting import count, format_evaluation_metrics, format_train_metrics
 
 # In a pipe, a line about the preparation of data at most so often.
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,11 +62,11 @@ class Progress:
         if self._console is not None:
             self._show("train", step, self.total_steps, values)
         else:
-            self._line(" | ".join([f"step {step}/{self.total_steps}", *train_parts(values)]))
+            self._line(" | ".join([f"step {step}/{self.total_steps}", *format_train_metrics(values)]))
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the result of an evaluation in a line that stays."""
-        self._line(" | ".join([f"step {step}/{self.total_steps}", *evaluation_parts(values)]))
+        self._line(" | ".join([f"step {step}/{self.total_steps}", *format_evaluation_metrics(values)]))
 
     def warn(self, text: str) -> None:
         """Show a sentence that deserves attention."""
@@ -156,7 +156,7 @@ class _Numbers(ProgressColumn):
         room = self._console.width - BAR_WIDTH - 1
         for name in ("", *LEAVE_OUT):
             values.pop(name, None)
-            line = " | ".join([f"step {done}/{total}", *train_parts(values)])
+            line = " | ".join([f"step {done}/{total}", *format_train_metrics(values)])
             if len(line) <= room:
                 break
         return Text(line, no_wrap=True)

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
-from ..config.schema import settings_of
+from ..config.schema import schema_of
 from ..version import __version__
 
 PACKAGES = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensorboard")
@@ -106,7 +106,7 @@ def hide_secrets(arguments: Sequence[str]) -> list[str]:
 
 def _is_secret(option: str) -> bool:
     name = option.lstrip("-").replace("-", "_").lower()
-    return name not in settings_of(PretrainConfig) and not _SECRET_WORDS.isdisjoint(name.split("_"))
+    return name not in schema_of(PretrainConfig) and not _SECRET_WORDS.isdisjoint(name.split("_"))
 
 
 def _version(package: str) -> str | None:

@@ -13,11 +13,11 @@ import torch
 Tag = TypeVar("Tag")
 
 # Puts between that of a value and its arrival, where a device works beside the host.
-LAG = 2
+DELAY_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Arrival(Generic[Tag]):
+class HostValues(Generic[Tag]):
     """Values that have come to the host.
 
     Attributes:
@@ -31,7 +31,7 @@ class Arrival(Generic[Tag]):
     time: float
 
 
-class Readback(Generic[Tag]):
+class AsyncScalars(Generic[Tag]):
     """A queue of small device tensors on their way to the host, read a fixed number of puts later.
 
     Reading a value at once (`tensor.item()`) would make the host wait for the device, and the device then
@@ -42,7 +42,7 @@ class Readback(Generic[Tag]):
     """
 
     def __init__(
-        self, device: torch.device, lag: int = LAG, clock: Callable[[], float] = time.perf_counter
+        self, device: torch.device, lag: int = DELAY_STEPS, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._lag = lag if device.type == "cuda" else 0
         self._clock = clock
@@ -69,12 +69,12 @@ class Readback(Generic[Tag]):
         """Forget what has not arrived."""
         self._pending.clear()
 
-    def arrived(self, *, everything: bool = False) -> Iterator[Arrival[Tag]]:
+    def arrived(self, *, everything: bool = False) -> Iterator[HostValues[Tag]]:
         """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""
         while len(self._pending) > (0 if everything else self._lag):
             tag, host, made = self._pending.popleft()
             moment = made if isinstance(made, float) else self._moment(made)
-            yield Arrival(tag, host.flatten().tolist(), moment)
+            yield HostValues(tag, host.flatten().tolist(), moment)
 
     def _moment(self, event: torch.cuda.Event) -> float:
         """Wait for an event and return when it was, as the device measures time since the last one."""

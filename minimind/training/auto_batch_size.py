@@ -25,7 +25,7 @@ from ..config.options import AUTO, PretrainConfig
 from ..data.batch_plan import BatchPlan, micro_batches_to_try, rows_of_a_step
 from ..data.prepare import default_cache_dir
 from ..data.random_tokens import random_shards
-from ..distributed.collectives import agree
+from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import ConfigError
 from ..formatting import count
 from ..io.atomic import write_text
@@ -47,7 +47,7 @@ TIME_LIMIT_ELSEWHERE = 30.0
 Prepare = Callable[[BatchPlan, Accelerator], tuple[nn.Module, torch.optim.Optimizer, bool]]
 
 
-def settle_batch_size(
+def resolve_batch_size(
     config: PretrainConfig,
     shape: MiniMindConfig,
     accelerator: Accelerator,
@@ -81,11 +81,11 @@ def settle_batch_size(
     rows = total // processes
     facts = _facts(config, shape, accelerator, rows)
     file = (default_cache_dir() if config.cache_dir is None else Path(config.cache_dir).expanduser()) / FILE
-    size = agree(accelerator, lambda: recall(file, facts))
+    size = run_on_main_and_broadcast(accelerator, lambda: recall(file, facts))
     if size is None:
         speeds = _measure(config, shape, accelerator, prepare, rows)
         size = max(speeds, key=speeds.__getitem__)
-        agree(accelerator, lambda: remember(file, facts, size))
+        run_on_main_and_broadcast(accelerator, lambda: remember(file, facts, size))
         told = ", ".join(
             f"{n}: {count(speed) if speed else 'too large'}" for n, speed in sorted(speeds.items())
         )
@@ -96,7 +96,7 @@ def settle_batch_size(
     return dataclasses.replace(config, batch_size=size, global_batch_size=total, accumulation_steps=None)
 
 
-def climb(
+def search_upwards(
     sizes: Sequence[int],
     first: int,
     seconds_per_row: Callable[[int], float],
@@ -228,7 +228,7 @@ def _measure(
     try:
         with tempfile.TemporaryDirectory() as folder:
             trial.shards = random_shards(Path(folder) / "tokens", shape.vocab_size)
-            found = climb(sizes, first, seconds_per_row, look_below=not compiled, time_for=time_for)
+            found = search_upwards(sizes, first, seconds_per_row, look_below=not compiled, time_for=time_for)
     finally:
         accelerator.state.dynamo_plugin.backend = launcher_compiles
         trial.close(compiled=compiled)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.options import ModelOptions, PretrainConfig
-from ..config.schema import settings_of
+from ..config.options import ModelConfig, PretrainConfig
+from ..config.schema import schema_of
 from ..errors import ConfigError
-from ..formats.huggingface import build_model
+from ..formats.huggingface import model_from_weights
 from ..formats.open_model import open_model
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
@@ -21,13 +21,15 @@ from ..tokenizer import Tokenizer, check_vocab
 # What belongs to training and not to the weights.
 _OF_TRAINING = ("dropout", "router_aux_loss_coef")
 # What the model given to --from-weight decides.
-_SHAPE = tuple(name for name in settings_of(ModelOptions) if name not in (*_OF_TRAINING, "from_weight"))
+_SHAPE = tuple(name for name in schema_of(ModelConfig) if name not in (*_OF_TRAINING, "from_weight"))
 
 # Makes the model of a run from the shape that the options give; see `pretrain`.
 ModelFactory = Callable[[MiniMindConfig], nn.Module]
 
 
-def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[PretrainConfig, MiniMindConfig]:
+def resolve_model_config(
+    config: PretrainConfig, tokenizer: Tokenizer
+) -> tuple[PretrainConfig, MiniMindConfig]:
     """Return the configuration with every size of the model filled in, and the shape itself.
 
     Sizes come from the model of --from-weight where there is one; an option that was changed from its
@@ -67,7 +69,7 @@ def resolve_shape(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Pretrai
     )
 
 
-def make_model(
+def build_model(
     config: PretrainConfig,
     shape: MiniMindConfig,
     factory: ModelFactory = MiniMindForCausalLM,
@@ -99,7 +101,7 @@ def make_model(
         source = open_model(config.from_weight)
         for sentence in source.notes:
             note(f"--from-weight: {sentence}")
-        stored = build_model(shape, source.weights(), config.from_weight).state_dict()
+        stored = model_from_weights(shape, source.weights(), config.from_weight).state_dict()
         if factory is not MiniMindForCausalLM:
             _refuse_other_weights(config, model, stored)
         model.load_state_dict(stored)
@@ -132,7 +134,7 @@ def _refuse_other_weights(config: PretrainConfig, model: nn.Module, stored: dict
 
 
 def _refuse_other_sizes(config: PretrainConfig, shape: MiniMindConfig) -> None:
-    settings = settings_of(ModelOptions)
+    settings = schema_of(ModelConfig)
     problems = [
         f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
         f"where it is {getattr(shape, name)}; leave the option out."

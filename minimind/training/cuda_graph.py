@@ -27,7 +27,7 @@ LARGEST_SHARE = 0.6
 Passes = Callable[[MicroBatch, float | Tensor, Callable[[], None]], Tensor]
 
 
-def hindrance(
+def unsupported_reason(
     config: PretrainConfig,
     device: torch.device,
     *,
@@ -59,7 +59,7 @@ def hindrance(
     return None
 
 
-class PassGraph:
+class ForwardBackwardGraph:
     """Runs micro-batches as `passes` does, and from the third one on as a CUDA graph of it.
 
     Gradients are found at the parameters as ever. Those of the graph lie in memory of its own, where its next

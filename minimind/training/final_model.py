@@ -19,7 +19,7 @@ from ..tokenizer import Tokenizer
 from .samples import SAMPLE_TOKENS
 
 
-def deliver_model(
+def save_final_model(
     accelerator: Accelerator, model: nn.Module, shape: MiniMindConfig, tokenizer: Tokenizer, folder: Path
 ) -> None:
     """Write model and tokenizer as Hugging Face transformers reads them; every process must call this.
@@ -36,7 +36,9 @@ def deliver_model(
     accelerator.wait_for_everyone()
 
 
-def deliver_weights(accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+def save_final_weights(
+    accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path
+) -> None:
     """Write the weights of any model in float32, and its tokenizer; every process must call this.
 
     There is no config.json, which would have other programs take them for those of a Qwen3.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def garbage_held() -> Iterator[Callable[[], object]]:
+def manual_gc() -> Iterator[Callable[[], object]]:
     """Keep the collector from interrupting the block; yields a function that collects at a good moment.
 
     By itself it would run whenever some hundreds of objects were made, which in one process of several makes

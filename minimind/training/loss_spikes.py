@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..data.loader import Loader
 from ..data.packing import IGNORED
 from ..io.atomic import write_text
-from .async_metrics import LAG
+from .async_metrics import DELAY_STEPS
 
 # Losses that are looked back on, and how many of them must be known before one can be said to jump.
 WINDOW = 128
@@ -92,10 +92,10 @@ def remember(recent: list[float], loss: float) -> None:
     """Append a step's loss (nats per token), and forget those too old to matter for any limit."""
     # Nothing above infinity, and infinity is left out of every limit: so a NaN stands too.
     recent.append(loss if math.isfinite(loss) else math.inf)
-    del recent[: -(WINDOW + LAG)]
+    del recent[: -(WINDOW + DELAY_STEPS)]
 
 
-def loss_limit(recent: Sequence[float], unread: int, sigma: float, share: float = 1.0) -> float:
+def spike_threshold(recent: Sequence[float], unread: int, sigma: float, share: float = 1.0) -> float:
     """Return the loss in nats per token above which the coming step jumps; infinite while too few are known.
 
     The limit is the median plus `sigma` robust deviations, 1.4826 times the median absolute deviation
@@ -110,7 +110,7 @@ def loss_limit(recent: Sequence[float], unread: int, sigma: float, share: float 
         sigma: deviations.
         share: rows of this step as a share of a full one; fewer rows scatter more.
     """
-    known = recent[: len(recent) - (LAG - unread)]
+    known = recent[: len(recent) - (DELAY_STEPS - unread)]
     finite = [loss for loss in known[-WINDOW:] if math.isfinite(loss)]
     if len(finite) < MIN_STEPS:
         return math.inf

@@ -13,17 +13,17 @@ from ..config.options import PretrainConfig
 from ..data.batch_plan import BatchPlan
 from ..data.loader import MicroBatch
 from ..distributed.accelerator import cast_weights_only, prepare, wants_compile
-from ..distributed.consistency import refuse_differences, weights_fingerprint
+from ..distributed.consistency import check_same_on_all_ranks, weights_fingerprint
 from ..modeling.config import MiniMindConfig
-from ..modeling.kernels.dispatch import hindrance
+from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
 from ..optim.build import build_optimizer
-from .build_model import make_model
-from .cuda_graph import PassGraph
-from .cuda_graph import hindrance as graph_hindrance
+from .build_model import build_model
+from .cuda_graph import ForwardBackwardGraph
+from .cuda_graph import unsupported_reason as graph_unsupported_reason
 from .load_balancing import ExpertBalance
 from .peak_flops import peak_flops_of
-from .trainer import Run, both_passes
+from .trainer import Run, forward_backward
 
 # Compiling takes 10 to 17 s of a start, and brings 1% where CUDA graphs serve: after so many seconds of
 # training it is ahead.
@@ -32,7 +32,7 @@ SHORT_RUN = 20 * 60.0
 USUAL_MFU = 0.4
 
 
-def prepare_model(
+def compile_and_wrap(
     config: PretrainConfig,
     shape: MiniMindConfig,
     plan: BatchPlan,
@@ -51,7 +51,7 @@ def prepare_model(
         model: bare; made from the shape where there is none.
         tokens: of the run in all, on which it depends whether compiling pays; None for a long run.
     """
-    model = make_model(config, shape) if model is None else model
+    model = build_model(config, shape) if model is None else model
     pays = tokens is None or compiling_pays(config, shape, accelerator, model, tokens)
     compiled = wants_compile(config, accelerator, pays=pays)
     fused = _uses_kernels(config, shape, accelerator, model)
@@ -63,7 +63,7 @@ def prepare_model(
     else:
         compiled = False
     optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
-    refuse_differences(
+    check_same_on_all_ranks(
         accelerator,
         {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
     )
@@ -77,7 +77,7 @@ def prepare_model(
     return prepared_model, prepared_optimizer, compiled
 
 
-def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> PassGraph | None:
+def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> ForwardBackwardGraph | None:
     """Return what runs the micro-batches of a run as a CUDA graph; None where there is to be none.
 
     Args:
@@ -94,10 +94,10 @@ def pass_graph(run: Run, shape: MiniMindConfig, *, compiled: bool) -> PassGraph 
             run.progress.note(f"--cuda-graphs has no effect: {why_not}.")
         return None
 
-    def passes(batch: MicroBatch, scale: float | torch.Tensor, halfway: Callable[[], None]) -> torch.Tensor:
-        return both_passes(run, batch, scale, ExpertBalance(accelerator, config), halfway)
+    def passes(batch: MicroBatch, scale: float | torch.Tensor, between: Callable[[], None]) -> torch.Tensor:
+        return forward_backward(run, batch, scale, ExpertBalance(accelerator, config), between)
 
-    return PassGraph(
+    return ForwardBackwardGraph(
         passes,
         [parameter for parameter in run.model.parameters() if parameter.requires_grad],
         note=run.progress.note,
@@ -131,7 +131,7 @@ def _graph_hindrance(
 ) -> str | None:
     # What a subclass does beside tensors happens in no graph; that it can be compiled says there is none.
     known = compiled or type(model) is MiniMindForCausalLM
-    return graph_hindrance(
+    return graph_unsupported_reason(
         config,
         accelerator.device,
         num_processes=accelerator.num_processes,
@@ -147,7 +147,7 @@ def _uses_kernels(
     return (
         isinstance(model, MiniMindForCausalLM)
         and accelerator.device.type == "cuda"
-        and not hindrance(accelerator.mixed_precision, shape.head_dim, config.dropout)
+        and not unsupported_reason(accelerator.mixed_precision, shape.head_dim, config.dropout)
     )
 
 

@@ -24,11 +24,11 @@ from ..data.loader import Loader, evaluation_batches, steps_in_all
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
-from ..distributed.collectives import agree
-from ..distributed.consistency import facts_of, refuse_differences
-from ..distributed.failures import failures_named, others_watched
+from ..distributed.collectives import run_on_main_and_broadcast
+from ..distributed.consistency import check_same_on_all_ranks, run_signature
+from ..distributed.failures import report_peer_failures, watch_peers
 from ..distributed.heartbeat import begun_before, note_begun
-from ..distributed.main_process_first import building_in_turn
+from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, ConfigError
 from ..evaluation.validation import evaluate
@@ -42,12 +42,12 @@ from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.metrics_file import last_with
 from ..tracking.trackers import Trackers, check_trackers
-from .auto_batch_size import settle_batch_size
-from .build_model import ModelFactory, make_model, resolve_shape
-from .final_model import deliver_model, deliver_weights, write_sample
+from .auto_batch_size import resolve_batch_size
+from .build_model import ModelFactory, build_model, resolve_model_config
+from .final_model import save_final_model, save_final_weights, write_sample
 from .loss_spikes import report_spike
 from .peak_flops import peak_flops_of
-from .prepared_model import pass_graph, prepare_model
+from .prepared_model import compile_and_wrap, pass_graph
 from .profiler import ProfileTrace
 from .samples import Samples, check_prompts
 from .summary import PretrainResult, banner, summary
@@ -94,12 +94,12 @@ def pretrain(
         if (remark := check_launch(config)) is not None:
             progress.note(remark)
         tokenizer = load_tokenizer(config.tokenizer)
-        config, shape = resolve_shape(config, tokenizer)
+        config, shape = resolve_model_config(config, tokenizer)
         check_prompts(config, shape, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         # Before the processes are joined: a long build would outlast the patience of those that wait.
         patience = parse_duration(config.dist_timeout)
-        with building_in_turn(cache_folder(config), patience, progress.note):
+        with main_process_first(cache_folder(config), patience, progress.note):
             if is_main_process():
                 if folder.claim(resume=(config.resume is not None and not branch) or begun_before()):
                     closing.callback(folder.remove_if_empty)
@@ -114,22 +114,22 @@ def pretrain(
 
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
-        place = closing.enter_context(failures_named(accelerator))
+        place = closing.enter_context(report_peer_failures(accelerator))
         fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
-        refuse_differences(accelerator, facts_of(accelerator, config, fingerprints))
+        check_same_on_all_ranks(accelerator, run_signature(accelerator, config, fingerprints))
         wanted = config.batch_size
         if wanted == AUTO and model_factory is not MiniMindForCausalLM:
             # What is remembered is known by the shape, which says nothing of another model.
             raise ConfigError("--batch-size auto knows minimind's own model only; give a number.")
-        config = settle_batch_size(
-            config, shape, accelerator, partial(prepare_model, config, shape), progress.note
+        config = resolve_batch_size(
+            config, shape, accelerator, partial(compile_and_wrap, config, shape), progress.note
         )
         plan = plan_batches(config, accelerator.num_processes)
-        model = make_model(config, shape, model_factory, progress.note)
+        model = build_model(config, shape, model_factory, progress.note)
         # Of a subclass too the shape does not tell what it computes.
         custom = None if type(model) is MiniMindForCausalLM else _describe(model)
         length = most_tokens(config, plan, data.train.num_tokens)
-        model, optimizer, compiled = prepare_model(config, shape, plan, accelerator, model, tokens=length)
+        model, optimizer, compiled = compile_and_wrap(config, shape, plan, accelerator, model, tokens=length)
         loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
 
         store = CheckpointStore(
@@ -215,17 +215,17 @@ def pretrain(
             run.after_step = closing.enter_context(trace).step
         run.saved_step = saved_step
         # Entered last, so left first: a process that fails by itself is not ended while it cleans up.
-        closing.enter_context(others_watched(accelerator, place, patience, stop, store.settle))
+        closing.enter_context(watch_peers(accelerator, place, patience, stop, store.settle))
         progress.start(run.last_step(state), state.step)
         reserve_host_memory(accelerator, model, optimizer)
         _look_before_the_first_step(run, state, folder)
         train(run, state)
-        agree(accelerator, partial(_last_save, config, store))
+        run_on_main_and_broadcast(accelerator, partial(_last_save, config, store))
         sample = ""
         if not state.stopping and custom is not None:
-            deliver_weights(accelerator, model, tokenizer, folder.model)
+            save_final_weights(accelerator, model, tokenizer, folder.model)
         elif not state.stopping:
-            deliver_model(accelerator, model, shape, tokenizer, folder.model)
+            save_final_model(accelerator, model, shape, tokenizer, folder.model)
             if accelerator.is_main_process:
                 sample = write_sample(folder.model, tokenizer, config.seed, accelerator.device)
         totals = meter.totals()
@@ -258,13 +258,13 @@ def _prepared(
     """
 
     def show(done: int, total: int) -> None:
-        stop.leave_if_signalled()
+        stop.exit_if_signalled()
         builder.data_build(done, total)
 
     try:
         return prepare_data(config, tokenizer, show)
     finally:
-        stop.leave_if_signalled()
+        stop.exit_if_signalled()
 
 
 def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress) -> PretrainConfig:
@@ -381,7 +381,9 @@ def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) 
     if state.step == 0 and result is not None:
         report_evaluation(run, state, result)
     elif state.step == run.total_steps or due(state.step, evaluation_interval(run.config)):
-        step, loss = agree(run.accelerator, lambda: last_with(folder.metrics, "val_loss") or (-1, None))
+        step, loss = run_on_main_and_broadcast(
+            run.accelerator, lambda: last_with(folder.metrics, "val_loss") or (-1, None)
+        )
         if step != state.step:
             validate(run, state)
         elif loss is not None and loss < state.best_val_loss:

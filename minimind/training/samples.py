@@ -11,7 +11,7 @@ from torch import nn
 from ..checkpoint.state_dict import gather_weights
 from ..config.options import PretrainConfig
 from ..errors import ConfigError
-from ..formats.huggingface import build_model
+from ..formats.huggingface import model_from_weights
 from ..generation.text import continue_texts, encode_prompt
 from ..modeling.config import MiniMindConfig
 from ..run_folder import RunFolder
@@ -83,7 +83,7 @@ class Samples:
             return
         device = self._accelerator.device
         half = device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
-        model = build_model(self._shape, weights, "the model in training")
+        model = model_from_weights(self._shape, weights, "the model in training")
         model.to(device, torch.bfloat16 if half else torch.float32).eval()
         texts = continue_texts(
             model, self._tokenizer, self._prompts, max_new_tokens=SAMPLE_TOKENS, seed=self._seed

@@ -14,7 +14,7 @@ from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
-from ..modeling.kernels.dispatch import hindrance
+from ..modeling.kernels.dispatch import unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def banner(
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     kernels = ""
     if device.type == "cuda" and custom_model is None:
-        hindered = hindrance(accelerator.mixed_precision, shape.head_dim, config.dropout)
+        hindered = unsupported_reason(accelerator.mixed_precision, shape.head_dim, config.dropout)
         kernels = f", no fused attention: {hindered}" if hindered else ", fused kernels"
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""

@@ -2,7 +2,7 @@
 
 On a GPU the host only launches work: it runs some steps ahead of the device, and the time that it takes to
 launch a step says little about the time that the step takes. A report is therefore given the moment at which
-the device had done the step (`readback.Arrival.time`), and the time between two reports is what the device
+the device had done the step (`readback.HostValues.time`), and the time between two reports is what the device
 took for the steps between them.
 """
 

@@ -21,11 +21,11 @@ from ..optim.build import set_learning_rate, skip_if_nonfinite
 from ..schedule import decay_steps_due
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
-from .async_metrics import Readback
-from .cuda_graph import PassGraph
-from .garbage_collection import garbage_held
+from .async_metrics import AsyncScalars
+from .cuda_graph import ForwardBackwardGraph
+from .garbage_collection import manual_gc
 from .load_balancing import ExpertBalance, expert_numbers
-from .loss_spikes import MAX_REPORTS, MAX_REWINDS, Spike, loss_limit, remember
+from .loss_spikes import MAX_REPORTS, MAX_REWINDS, Spike, remember, spike_threshold
 from .samples import Samples
 from .throughput import Meter
 
@@ -98,9 +98,9 @@ class Run:
     go_back: Callable[[TrainState], None] | None = None
     stop_after: int | None = None
     samples: Samples | None = None
-    graph: PassGraph | None = None
+    graph: ForwardBackwardGraph | None = None
     after_step: Callable[[], None] | None = None
-    readback: Readback[StepRecord] = field(init=False)
+    readback: AsyncScalars[StepRecord] = field(init=False)
     _last_spike: int = field(default=-1, init=False)
     _reports: int = field(default=0, init=False)
     last_loss: float = field(default=math.nan, init=False)
@@ -108,7 +108,7 @@ class Run:
     saved_step: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        self.readback = Readback(self.accelerator.device)
+        self.readback = AsyncScalars(self.accelerator.device)
 
     def last_step(self, state: TrainState) -> int:
         """Return the number of steps of the whole run."""
@@ -125,7 +125,7 @@ def train(run: Run, state: TrainState) -> None:
         save(run, state)  # or a run that fails early would have nothing to go back to
     while True:
         try:
-            with garbage_held() as collect:
+            with manual_gc() as collect:
                 return _train(run, state, collect)
         except SpikeError as error:
             spike = error.spike
@@ -144,7 +144,7 @@ def _train(run: Run, state: TrainState, collect: Callable[[], object]) -> None:
         set_learning_rate(run.optimizer, learning_rate)
         limit = _loss_limit(run, state, batch)
         values = train_step(run, batch, state, limit)
-        state.advance(batch, run.loader.rows_per_epoch)
+        state.advance(batch, run.loader.sequences_per_epoch)
         run.meter.step(batch.num_tokens)
         last = state.step == run.last_step(state)
         run.readback.put(_record(run, state, batch, learning_rate, limit, last), values)
@@ -193,7 +193,7 @@ def train_step(run: Run, batch: StepBatch, state: TrainState, limit: float = mat
             if run.graph is not None:
                 loss_sum += run.graph(micro_batch, scale)
             else:
-                loss_sum += both_passes(run, micro_batch, scale, balance)
+                loss_sum += forward_backward(run, micro_batch, scale, balance)
             if accelerator.sync_gradients:
                 # Wishes of single processes ride along, so that all read them at the same step.
                 asked = torch.full_like(loss_sum, float(run.stop.reason is not None))
@@ -230,12 +230,12 @@ def decay_wanted(run: Run, state: TrainState) -> int:
     return steps if state.step + steps < run.total_steps else 0
 
 
-def both_passes(
+def forward_backward(
     run: Run,
     batch: MicroBatch,
     scale: float | torch.Tensor,
     balance: ExpertBalance,
-    halfway: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Run a micro-batch forward and back, which adds to the gradients of the parameters.
 
@@ -250,7 +250,7 @@ def both_passes(
         The cross-entropy summed over the real targets, a float32 scalar.
     """
     loss = forward_loss(run.model, batch, balance)
-    halfway()
+    between()
     run.accelerator.backward(balance.added_to(loss) * scale)
     return loss.detach()
 
@@ -404,7 +404,7 @@ def _batches(loader: Loader, state: TrainState) -> Iterator[StepBatch]:
     while True:
         for batch in loader.steps(epoch, row):
             if state.leaves_out(batch):
-                state.pass_over(batch, loader.rows_per_epoch)
+                state.pass_over(batch, loader.sequences_per_epoch)
             else:
                 yield batch
         epoch, row = epoch + 1, 0
@@ -417,8 +417,8 @@ def _rewinds(run: Run) -> bool:
 def _loss_limit(run: Run, state: TrainState, batch: StepBatch) -> float:
     """Return the summed loss above which the coming step jumps, as a float32, as the device compares it."""
     full = sum(len(part.input_ids) for part in batch.micro_batches) * run.accelerator.num_processes
-    share = batch.num_rows / full
-    per_token = loss_limit(state.recent_losses, len(run.readback), run.config.spike_sigma, share)
+    share = batch.num_sequences / full
+    per_token = spike_threshold(state.recent_losses, len(run.readback), run.config.spike_sigma, share)
     return float(np.float32(per_token * max(batch.num_targets, 1)))
 
 
@@ -427,14 +427,18 @@ def _record(
 ) -> StepRecord:
     return StepRecord(
         step=state.step,
-        epoch=state.epoch + state.row / run.loader.rows_per_epoch,
+        epoch=state.epoch + state.row / run.loader.sequences_per_epoch,
         tokens=state.tokens,
         num_targets=batch.num_targets,
         learning_rate=learning_rate,
         digest=state.digest,
         limit=limit,
         # The cursor is already past them.
-        rows=[batch.epoch, (state.row or run.loader.rows_per_epoch) - batch.num_rows, batch.num_rows],
+        rows=[
+            batch.epoch,
+            (state.row or run.loader.sequences_per_epoch) - batch.num_sequences,
+            batch.num_sequences,
+        ],
         report=last or due(state.step, run.config.log_interval),
     )
 

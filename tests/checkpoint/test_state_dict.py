@@ -15,9 +15,9 @@ import torch
 from torch.amp import GradScaler
 
 from minimind.checkpoint.files import StoredCheckpoint
-from minimind.checkpoint.state_dict import collect, reserve_host_memory, restore
+from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict, reserve_host_memory
 from minimind.checkpoint.store import CheckpointStore, Snapshot
-from minimind.distributed.collectives import agree
+from minimind.distributed.collectives import run_on_main_and_broadcast
 from minimind.errors import CheckpointError
 from support import topologies
 
@@ -55,21 +55,21 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
     topologies.train(accelerator, model, optimizer, 0, 3)
     optimizer.param_groups[0]["lr"] = 0.1 + 0.2  # not a short decimal
-    checkpoint = saved(tmp_path, collect(accelerator, model, optimizer, {"step": 3}))
+    checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 3}))
     uninterrupted = topologies.train(accelerator, model, optimizer, 3, 8)
-    wanted = collect(accelerator, model, optimizer, {"step": 8})
+    wanted = gather_state_dict(accelerator, model, optimizer, {"step": 8})
 
     topologies.forget_accelerator()
     accelerator, model, optimizer = topologies.start(seed=9)
-    extra = restore(accelerator, model, optimizer, checkpoint)
+    extra = load_state_dict(accelerator, model, optimizer, checkpoint)
     assert extra["step"] == 3
-    again = collect(accelerator, model, optimizer, {"step": 3})
+    again = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     assert again is not None
     assert_same(checkpoint, again)
     assert isinstance(optimizer.param_groups[0]["betas"], tuple)
     assert optimizer.param_groups[0]["lr_scale"] == 0.5
     assert topologies.train(accelerator, model, optimizer, 3, 8) == uninterrupted
-    found = collect(accelerator, model, optimizer, {"step": 8})
+    found = gather_state_dict(accelerator, model, optimizer, {"step": 8})
     assert found is not None
     assert wanted is not None
     assert_same(found, wanted)
@@ -78,7 +78,7 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
 def test_a_snapshot_does_not_follow_the_training(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
     topologies.train(accelerator, model, optimizer, 0, 2)
-    snapshot = collect(accelerator, model, optimizer, {"step": 2})
+    snapshot = gather_state_dict(accelerator, model, optimizer, {"step": 2})
     checkpoint = saved(tmp_path, snapshot)
     topologies.train(accelerator, model, optimizer, 2, 4)
     assert snapshot is not None
@@ -88,30 +88,30 @@ def test_a_snapshot_does_not_follow_the_training(tmp_path: Path) -> None:
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
-    checkpoint = saved(tmp_path, collect(accelerator, model, optimizer, {"step": 0}))
+    checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 0}))
     assert "head.weight" not in checkpoint.weights()
     assert checkpoint.trainer["tied"] == {"head.weight": "embed.weight"}
     topologies.forget_accelerator()
     accelerator, model, optimizer = topologies.start(seed=1)
-    restore(accelerator, model, optimizer, checkpoint)
+    load_state_dict(accelerator, model, optimizer, checkpoint)
     assert topologies.tied(model)
     assert torch.equal(model.head.weight, checkpoint.weights()["embed.weight"])
 
 
 def test_an_optimizer_that_has_not_stepped_is_restored_as_such(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
-    snapshot = collect(accelerator, model, optimizer, {"step": 0})
+    snapshot = gather_state_dict(accelerator, model, optimizer, {"step": 0})
     checkpoint = saved(tmp_path, snapshot)
     assert checkpoint.moments() == {}
-    restore(accelerator, model, optimizer, checkpoint)
+    load_state_dict(accelerator, model, optimizer, checkpoint)
     assert len(optimizer.optimizer.state) == 0
 
 
 def test_names_are_those_of_the_bare_model_when_parts_are_compiled(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
-    plain = collect(accelerator, model, optimizer, {"step": 0})
+    plain = gather_state_dict(accelerator, model, optimizer, {"step": 0})
     model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
-    compiled = collect(accelerator, torch.compile(model, backend="eager"), optimizer, {"step": 0})
+    compiled = gather_state_dict(accelerator, torch.compile(model, backend="eager"), optimizer, {"step": 0})
     assert plain is not None
     assert compiled is not None
     assert plain.weights.keys() == compiled.weights.keys()
@@ -119,10 +119,10 @@ def test_names_are_those_of_the_bare_model_when_parts_are_compiled(tmp_path: Pat
 
 def test_values_changed_on_purpose_are_kept(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
-    checkpoint = saved(tmp_path, collect(accelerator, model, optimizer, {"step": 0}))
+    checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 0}))
     for group in optimizer.param_groups:
         group.update(weight_decay=group["weight_decay"] * 2, eps=1e-3)
-    restore(accelerator, model, optimizer, checkpoint, keep_group_values={"weight_decay"})
+    load_state_dict(accelerator, model, optimizer, checkpoint, keep_group_values={"weight_decay"})
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert [group["eps"] for group in optimizer.param_groups] == [1e-8, 1e-8]
 
@@ -130,25 +130,25 @@ def test_values_changed_on_purpose_are_kept(tmp_path: Path) -> None:
 def test_the_scale_of_fp16_is_restored(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
     accelerator.scaler = GradScaler("cpu", init_scale=512.0, growth_interval=7)
-    checkpoint = saved(tmp_path, collect(accelerator, model, optimizer, {"step": 0}))
+    checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 0}))
     wanted = accelerator.scaler.state_dict()
     accelerator.scaler = GradScaler("cpu")
     assert accelerator.scaler.state_dict() != wanted
-    restore(accelerator, model, optimizer, checkpoint)
+    load_state_dict(accelerator, model, optimizer, checkpoint)
     assert accelerator.scaler.state_dict() == wanted
     accelerator.scaler = None
-    restore(accelerator, model, optimizer, checkpoint)
+    load_state_dict(accelerator, model, optimizer, checkpoint)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_before_anything_changes(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
     topologies.train(accelerator, model, optimizer, 0, 1)
-    checkpoint = saved(tmp_path, collect(accelerator, model, optimizer, {"step": 1}))
+    checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 1}))
     _, narrow, narrow_optimizer = topologies.start(width=4)
-    before = collect(accelerator, narrow, narrow_optimizer, {"step": 0})
+    before = gather_state_dict(accelerator, narrow, narrow_optimizer, {"step": 0})
     with pytest.raises(CheckpointError, match=r"blocks\.0\.linear\.weight is \(6, 6\) in it and \(4, 4\)"):
-        restore(accelerator, narrow, narrow_optimizer, checkpoint)
-    after = collect(accelerator, narrow, narrow_optimizer, {"step": 0})
+        load_state_dict(accelerator, narrow, narrow_optimizer, checkpoint)
+    after = gather_state_dict(accelerator, narrow, narrow_optimizer, {"step": 0})
     assert before is not None
     assert after is not None
     assert all(torch.equal(before.weights[name], after.weights[name]) for name in before.weights)
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_shape_is_refused_before_anything_changes(tmp_pa
 
 def test_missing_unknown_and_untied_parameters_are_named(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start()
-    checkpoint = saved(tmp_path, collect(accelerator, model, optimizer, {"step": 0}))
+    checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 0}))
     for options, message in (
         ({"blocks": 3}, r"it lacks blocks\.2\.linear\.weight"),
         ({"blocks": 1}, r"it has blocks\.1\.linear\.weight, which the model has not"),
@@ -164,10 +164,10 @@ def test_missing_unknown_and_untied_parameters_are_named(tmp_path: Path) -> None
     ):
         _, other, other_optimizer = topologies.start(**options)
         with pytest.raises(CheckpointError, match=message):
-            restore(accelerator, other, other_optimizer, checkpoint)
+            load_state_dict(accelerator, other, other_optimizer, checkpoint)
     del optimizer.param_groups[1]
     with pytest.raises(CheckpointError, match="other groups of parameters"):
-        restore(accelerator, model, optimizer, checkpoint)
+        load_state_dict(accelerator, model, optimizer, checkpoint)
 
 
 @pytest.mark.gpu
@@ -176,7 +176,7 @@ def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
     accelerator, model, optimizer = topologies.start(cpu=False)
     reserve_host_memory(accelerator, model, optimizer)
     topologies.train(accelerator, model, optimizer, 0, 3)
-    snapshot = collect(accelerator, model, optimizer, {"step": 3})
+    snapshot = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     losses = topologies.train(accelerator, model, optimizer, 3, 6)
     assert snapshot is not None
     assert all(tensor.is_pinned() for tensor in snapshot.weights.values())
@@ -184,8 +184,8 @@ def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
     for cpu in (False, True):
         topologies.forget_accelerator()
         accelerator, model, optimizer = topologies.start(cpu=cpu, seed=4)
-        restore(accelerator, model, optimizer, checkpoint)
-        again = collect(accelerator, model, optimizer, {"step": 3})
+        load_state_dict(accelerator, model, optimizer, checkpoint)
+        again = gather_state_dict(accelerator, model, optimizer, {"step": 3})
         assert again is not None
         for kind in ("weights", "moments"):
             for name, tensor in getattr(checkpoint, kind)().items():
@@ -203,7 +203,7 @@ def test_pinned_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
     addresses = []
     for step in range(3):
         store.settle()
-        snapshot = collect(accelerator, model, optimizer, {"step": step})
+        snapshot = gather_state_dict(accelerator, model, optimizer, {"step": step})
         assert snapshot is not None
         tensors = [*snapshot.weights.values(), *snapshot.moments.values()]
         addresses.append({tensor.data_ptr() for tensor in tensors})
@@ -216,14 +216,14 @@ def test_pinned_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
 def test_extra_may_not_take_the_names_collect_uses() -> None:
     accelerator, model, optimizer = topologies.start()
     with pytest.raises(ValueError, match="scaler"):
-        collect(accelerator, model, optimizer, {"step": 0, "scaler": None})
+        gather_state_dict(accelerator, model, optimizer, {"step": 0, "scaler": None})
 
 
 def test_agree_returns_or_raises_what_the_work_did() -> None:
     accelerator, _, _ = topologies.start()
-    assert agree(accelerator, lambda: 3) == 3
+    assert run_on_main_and_broadcast(accelerator, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        agree(accelerator, lambda: 1 // 0)
+        run_on_main_and_broadcast(accelerator, lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_another_topology_loads_the_same_state_and_goes_on_alike(
     muon = optimizer_name == "muon"
     accelerator, model, optimizer = topologies.start(muon=muon)
     topologies.train(accelerator, model, optimizer, 0, 3)
-    plain = saved(tmp_path / "plain", collect(accelerator, model, optimizer, {"step": 3}))
+    plain = saved(tmp_path / "plain", gather_state_dict(accelerator, model, optimizer, {"step": 3}))
     losses = topologies.train(accelerator, model, optimizer, 3, 7)
 
     run_processes(tmp_path, topology, optimizer_name)
@@ -253,7 +253,7 @@ def test_another_topology_loads_the_same_state_and_goes_on_alike(
     # And back to one process.
     topologies.forget_accelerator()
     accelerator, model, optimizer = topologies.start(seed=8, muon=muon)
-    restore(accelerator, model, optimizer, CheckpointStore.open(tmp_path / topology))
+    load_state_dict(accelerator, model, optimizer, CheckpointStore.open(tmp_path / topology))
     assert topologies.tied(model)
     assert topologies.train(accelerator, model, optimizer, 5, 7) == pytest.approx(losses[2:], rel=1e-6)
 

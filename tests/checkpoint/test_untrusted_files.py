@@ -12,7 +12,7 @@ import pytest
 
 from minimind.checkpoint.files import MODEL, StoredCheckpoint
 from minimind.config.options import PretrainConfig
-from minimind.config.schema import settings_of
+from minimind.config.schema import schema_of
 from minimind.errors import CheckpointError, ConfigError
 from minimind.formats.original_minimind import load_upstream
 from minimind.modeling.config import MiniMindConfig
@@ -36,7 +36,7 @@ def test_every_option_that_names_a_path_is_named_to_those_who_take_a_configurati
     (row,) = (line for line in page.splitlines() if line.startswith("| `config.toml`"))
     paths = {
         name
-        for name, setting in settings_of(PretrainConfig).items()
+        for name, setting in schema_of(PretrainConfig).items()
         if setting.metavar.strip("[]") in ("PATH", "FOLDER")
     }
     assert {"data", "cache_dir"} < paths

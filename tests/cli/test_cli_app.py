@@ -12,7 +12,6 @@ import typer
 
 import minimind
 from minimind.config.options import PretrainConfig
-from minimind.config.schema import settings_of
 from minimind.errors import ConfigError, TrainingError
 from minimind_cli.app import SHARED, app
 
@@ -64,22 +63,6 @@ def test_a_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]
     )
 
 
-def test_help_shows_every_option_with_its_default(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
-    out = run("pretrain --help").out
-    for setting in settings_of(PretrainConfig).values():
-        line = next(line for line in out.splitlines() if line.startswith(f"│ {setting.flag}"))
-        assert setting.option.help in line
-        assert "[default: " in line
-        if setting.kind is not bool:
-            assert setting.metavar in line
-            assert setting.default_text in line
-    for panel in ("Data", "Model", "Optimization", "Run"):
-        assert f"─ {panel} ─" in out
-    assert "--num-workers" not in out
-
-
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [
@@ -123,7 +106,9 @@ def test_a_command_that_processes_would_all_repeat_is_refused_under_a_launcher(
     )
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "pretrain --help", "generate --help", ""])
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "pretrain --help", "bench --help-all", "generate --help", ""]
+)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_help_and_version_are_printed_by_one_process(
     run: Command, monkeypatch: pytest.MonkeyPatch, words: str, rank: str

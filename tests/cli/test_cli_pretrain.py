@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.presets import PRESETS, resolve
-from minimind.config.schema import settings_of, write_toml
+from minimind.config.schema import schema_of, write_toml
 from minimind.errors import ConfigError
 from minimind.run_folder import RunFolder
 
@@ -247,10 +247,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_every_configuration_survives_its_file(values: dict[str, Any]) -> None:
     config = PretrainConfig(**values)
-    assert resolve(file=tomllib.loads(write_toml(config, PANELS))) == config
+    assert resolve(file=tomllib.loads(write_toml(config, CONFIG_SECTIONS))) == config
 
 
-NAMES = st.sampled_from(["preset", *settings_of(PretrainConfig)]) | st.text(string.ascii_lowercase + "_-")
+NAMES = st.sampled_from(["preset", *schema_of(PretrainConfig)]) | st.text(string.ascii_lowercase + "_-")
 SCALARS = st.text() | st.integers() | st.floats() | st.booleans()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from minimind.config.options import PretrainConfig
-from minimind.config.schema import settings_of
+from minimind.config.schema import schema_of
 
 Command = Callable[..., Any]
 
@@ -135,7 +135,7 @@ def test_the_run_nearest_to_the_original_has_its_values(run: Command, trained: l
 def test_the_page_on_migration_tells_our_defaults() -> None:
     plain = PretrainConfig()
     plain = dataclasses.replace(plain, learning_rate=plain.peak_learning_rate)
-    by_flag = {setting.flag: getattr(plain, name) for name, setting in settings_of(PretrainConfig).items()}
+    by_flag = {setting.flag: getattr(plain, name) for name, setting in schema_of(PretrainConfig).items()}
     rows = re.findall(
         r"^\| `--\w+` \| [^|]* \| `(--[\w-]+)[^|]*` \| `(\w[^`]*)`",
         MIGRATION.read_text(encoding="utf-8"),

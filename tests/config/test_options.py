@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.reference_page import PAGE, render
-from minimind.config.schema import settings_of
+from minimind.config.schema import schema_of
 from minimind.errors import ConfigError
 
 
@@ -23,18 +23,18 @@ def test_the_defaults_are_valid() -> None:
 
 
 def test_panels_hold_every_option_once_and_in_order() -> None:
-    names = [name for panel in PANELS for name in settings_of(panel)]
-    assert names == list(settings_of(PretrainConfig))
+    names = [name for panel in CONFIG_SECTIONS for name in schema_of(panel)]
+    assert names == list(schema_of(PretrainConfig))
 
 
 def test_no_two_options_share_a_flag() -> None:
-    settings = settings_of(PretrainConfig).values()
+    settings = schema_of(PretrainConfig).values()
     flags = [flag for setting in settings for flag in (setting.flag, *setting.option.aliases)]
     assert len(flags) == len(set(flags))
 
 
 def test_every_help_is_a_sentence() -> None:
-    for setting in settings_of(PretrainConfig).values():
+    for setting in schema_of(PretrainConfig).values():
         assert setting.option.help[0].isupper(), setting.name
         assert setting.option.help.endswith("."), setting.name
 

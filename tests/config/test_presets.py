@@ -16,7 +16,7 @@ from minimind.config.presets import (
     resolve,
     size_text,
 )
-from minimind.config.schema import settings_of
+from minimind.config.schema import schema_of
 from minimind.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def test_every_preset_states_its_size() -> None:
 
 
 def test_shape_options_are_options() -> None:
-    assert settings_of(PretrainConfig).keys() >= SHAPE_OPTIONS
+    assert schema_of(PretrainConfig).keys() >= SHAPE_OPTIONS
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind.config.schema import (
-    Option,
+    FieldInfo,
     parse_values,
     range_problems,
     read_toml,
-    settings_of,
+    schema_of,
     suggestion,
     write_toml,
 )
@@ -27,18 +27,18 @@ from minimind.errors import ConfigError
 class Example:
     """Example"""
 
-    count: Annotated[int, Option("A count.", minimum=1)] = 8
-    rate: Annotated[float, Option("A rate.", above=0.0, below=1.0)] = 0.5
-    switch: Annotated[bool, Option("A switch.")] = True
-    limit: Annotated[int | None, Option("A limit.", default_text="no limit")] = None
-    kind: Annotated[Literal["round", "square"], Option("A kind.", synonyms=(("ball", "round"),))] = "round"
-    names: Annotated[tuple[str, ...], Option("Names.")] = ()
-    title: Annotated[str | None, Option("A title.")] = None
-    size: Annotated[int | Literal["auto"], Option("A size.", minimum=1)] = 4
+    count: Annotated[int, FieldInfo("A count.", minimum=1)] = 8
+    rate: Annotated[float, FieldInfo("A rate.", above=0.0, below=1.0)] = 0.5
+    switch: Annotated[bool, FieldInfo("A switch.")] = True
+    limit: Annotated[int | None, FieldInfo("A limit.", default_text="no limit")] = None
+    kind: Annotated[Literal["round", "square"], FieldInfo("A kind.", synonyms=(("ball", "round"),))] = "round"
+    names: Annotated[tuple[str, ...], FieldInfo("Names.")] = ()
+    title: Annotated[str | None, FieldInfo("A title.")] = None
+    size: Annotated[int | Literal["auto"], FieldInfo("A size.", minimum=1)] = 4
 
 
 def test_a_declaration_is_taken_apart() -> None:
-    settings = settings_of(Example)
+    settings = schema_of(Example)
     assert list(settings) == ["count", "rate", "switch", "limit", "kind", "names", "title", "size"]
     assert (settings["limit"].kind, settings["limit"].optional, settings["limit"].default_text) == (
         int,

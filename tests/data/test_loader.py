@@ -37,7 +37,7 @@ def test_sizes_of_a_pass_are_what_its_steps_add_up_to(shards, packing):
     for epoch in range(2):
         steps = list(loader.steps(epoch, 0))
         assert len(steps) == loader.steps_per_epoch
-        assert sum(step.num_rows for step in steps) == loader.rows_per_epoch
+        assert sum(step.num_sequences for step in steps) == loader.sequences_per_epoch
         assert sum(step.num_tokens for step in steps) == loader.tokens_per_epoch
         assert [step.step_in_epoch for step in steps] == list(range(len(steps)))
     if packing:
@@ -46,7 +46,7 @@ def test_sizes_of_a_pass_are_what_its_steps_add_up_to(shards, packing):
 
 def test_every_step_has_the_same_shapes_also_the_short_last_one(shards):
     steps = list(loader_for(shards, process=2).steps(0))
-    assert steps[-1].num_rows < 24
+    assert steps[-1].num_sequences < 24
     for step in steps:
         assert len(step.micro_batches) == 2
         for batch in step.micro_batches:
@@ -199,7 +199,7 @@ def test_the_pieces_of_all_processes_are_every_input_of_a_pass_once(shards):
     seen = []
     for process in range(3):
         loader = loader_for(shards, process=process)
-        for row in range(0, loader.rows_per_epoch, 24):
+        for row in range(0, loader.sequences_per_epoch, 24):
             for _, pieces in loader.pieces(0, row):
                 seen += [(p.document, p.start + k) for p in pieces for k in range(p.length)]
     assert len(seen) == len(set(seen)) == shards.num_tokens - 1

@@ -60,7 +60,7 @@ def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
     rows = []
     parts = [steps_of(shards, weights, plan=plan, process=r, **where) for r in range(plan.num_processes)]
     for step in zip(*parts, strict=True):
-        assert len({(p.digest, p.num_targets, p.num_tokens, p.num_rows) for p in step}) == 1
+        assert len({(p.digest, p.num_targets, p.num_tokens, p.num_sequences) for p in step}) == 1
         b = plan.micro_batch_size
         together = [
             row
@@ -68,7 +68,7 @@ def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
             for part in step
             for row in zip(*(a[k * b : (k + 1) * b].tolist() for a in part.rows.wide), strict=True)
         ]
-        rows += together[: step[0].num_rows]
+        rows += together[: step[0].num_sequences]
     return rows
 
 

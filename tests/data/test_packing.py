@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minimind.data.batch_plan import BatchPlan
 from minimind.data.batching import step_rows
-from minimind.data.sampler import RowOrder
+from minimind.data.sampler import SequenceOrder
 
 PAD = 999_999
 quick = settings(max_examples=60)
@@ -25,7 +25,7 @@ def steps_of(
     shards, *, seq_len, plan, process=0, packing=True, epoch=0, row=0, shuffle=True, seed=7, small=True
 ):
     sizes = {"window_blocks": 3} if small else {}
-    order = RowOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle, **sizes)
+    order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle, **sizes)
     return list(
         step_rows(
             shards,
@@ -47,7 +47,7 @@ def global_rows(shards, plan, **kwargs):
     for parts in zip(
         *(steps_of(shards, plan=plan, process=r, **kwargs) for r in range(plan.num_processes)), strict=True
     ):
-        assert len({(p.digest, p.num_targets, p.num_tokens, p.num_rows) for p in parts}) == 1
+        assert len({(p.digest, p.num_targets, p.num_tokens, p.num_sequences) for p in parts}) == 1
         step = []
         for k in range(plan.accumulation_steps):
             for part in parts:
@@ -56,9 +56,9 @@ def global_rows(shards, plan, **kwargs):
                 step += zip(*(a[k * b : (k + 1) * b].tolist() for a in arrays), strict=True)
         labels = [row[1] for row in step]
         assert sum(label != -100 for row in labels for label in row) == parts[0].num_targets
-        missing = step[parts[0].num_rows :]
+        missing = step[parts[0].num_sequences :]
         assert all(set(row[0]) == {PAD} and set(row[1]) == {-100} for row in missing)
-        rows += step[: parts[0].num_rows]
+        rows += step[: parts[0].num_sequences]
     return rows
 
 
@@ -169,7 +169,7 @@ def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
     lengths[17] = 700_000  # Longer than two blocks.
     shards = make_shards(lengths.tolist(), shard_tokens=1 << 20, block_tokens=1 << 18)
     seen = np.zeros(shards.num_tokens, np.int64)
-    order = RowOrder(shards, seq_len=128, packing=True, seed=1, window_blocks=4)
+    order = SequenceOrder(shards, seq_len=128, packing=True, seed=1, window_blocks=4)
     steps = step_rows(
         shards,
         order,
@@ -191,12 +191,14 @@ def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
 
 def test_finding_a_row_touches_only_its_window(make_shards, monkeypatch):
     shards = make_shards([20] * 500, block_tokens=64)
-    order = RowOrder(shards, seq_len=16, packing=True, seed=1, window_blocks=4)
+    order = SequenceOrder(shards, seq_len=16, packing=True, seed=1, window_blocks=4)
     sorted_keys = []
-    permutation = RowOrder._permutation
+    permutation = SequenceOrder._permutation
     monkeypatch.setattr(
-        RowOrder, "_permutation", lambda self, *args: sorted_keys.append(args[3]) or permutation(self, *args)
+        SequenceOrder,
+        "_permutation",
+        lambda self, *args: sorted_keys.append(args[3]) or permutation(self, *args),
     )
-    window = next(islice(order.windows(0, order.num_rows - 1), 1))
-    assert window.first_row <= order.num_rows - 1 < window.end_row
+    window = next(islice(order.windows(0, order.num_sequences - 1), 1))
+    assert window.first_row <= order.num_sequences - 1 < window.end_row
     assert len(sorted_keys) <= 1 + 5 + 1

@@ -18,7 +18,7 @@ from minimind.data.batching import step_rows
 from minimind.data.document_index import BLOCK_TOKENS, IndexWriter, Part, read_blocks, read_parts
 from minimind.data.loader import Loader
 from minimind.data.mixture import MixedOrder
-from minimind.data.sampler import RowOrder
+from minimind.data.sampler import SequenceOrder
 from minimind.data.shards import OPEN_SHARDS
 
 LENGTH = 1000  # tokens of every document of the large corpus
@@ -52,7 +52,7 @@ def test_the_blocks_written_are_those_found_from_all_offsets(tmp_path_factory, b
 def test_the_order_without_weights_is_fixed_for_ever(make_shards, packing, digest):
     """A run that was begun with an earlier version goes on with the rows it has not seen."""
     shards = make_shards([i * 37 % 90 + 2 for i in range(400)] + [700], block_tokens=32)
-    order = RowOrder(shards, seq_len=16, packing=packing, seed=5, window_blocks=4)
+    order = SequenceOrder(shards, seq_len=16, packing=packing, seed=5, window_blocks=4)
     digests = hashlib.sha256()
     for step in step_rows(
         shards,
@@ -119,14 +119,14 @@ def test_any_row_of_100_billion_tokens_is_found_at_once_and_in_little_memory(wei
             device="cpu",
             weights=weights,
         )
-        row = int(loader.rows_per_epoch * share) // 8 * 8
+        row = int(loader.sequences_per_epoch * share) // 8 * 8
         steps = loader.steps(epoch, row)
         step = next(steps)
         steps.close()
         seconds.append(time.process_time() - start)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert (step.epoch, step.step_in_epoch, step.num_rows) == (epoch, row // 8, 8)
+        assert (step.epoch, step.step_in_epoch, step.num_sequences) == (epoch, row // 8, 8)
         assert peak < 200e6
     # About 0.3 s; a machine that is busy with other work takes longer.
     assert min(seconds) < 3
@@ -158,7 +158,7 @@ def test_weighted_shares_are_exact_at_scale():
     weights = (0.2, 0.5, 0.3)
     order = MixedOrder(shards, weights, seq_len=2048, packing=True, seed=1)
     for epoch, share in ((0, 0.5), (30, 0.99)):
-        window = next(order.windows(epoch, int(order.num_rows * share)))
+        window = next(order.windows(epoch, int(order.num_sequences * share)))
         edges = [part.first_document for part in shards.parts[1:]]
         given = np.bincount(np.searchsorted(edges, window.documents, side="right"), minlength=3)
         assert given / given.sum() == pytest.approx(weights, abs=1e-3)

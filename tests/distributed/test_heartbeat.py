@@ -12,16 +12,16 @@ from torch import distributed as dist
 
 import minimind.distributed.heartbeat as module
 from minimind.distributed.heartbeat import (
-    RollCall,
-    Watch,
+    Heartbeat,
+    Watchdog,
     begun_before,
     first_choice,
+    format_error,
     launcher_store,
-    leave_note,
     note_begun,
-    told,
+    post_error,
 )
-from minimind.distributed.main_process_first import building_in_turn
+from minimind.distributed.main_process_first import main_process_first
 from minimind.errors import DataError, RankError
 
 PLACE = "minimind/test"
@@ -47,8 +47,8 @@ def soon(holds: Callable[[], object]) -> bool:
 
 
 def test_a_process_that_goes_falls_silent_and_the_others_do_not() -> None:
-    with RollCall(PLACE, 0, 3) as ours, RollCall(PLACE, 1, 3):
-        with RollCall(PLACE, 2, 3):
+    with Heartbeat(PLACE, 0, 3) as ours, Heartbeat(PLACE, 1, 3):
+        with Heartbeat(PLACE, 2, 3):
             time.sleep(1.2)
             assert ours.silent(1.0) == []
         assert soon(lambda: ours.silent(0.5) == [2])
@@ -57,44 +57,44 @@ def test_a_process_that_goes_falls_silent_and_the_others_do_not() -> None:
 
 def test_beats_of_earlier_processes_are_not_taken_for_life(store: dist.TCPStore) -> None:
     store.add(f"{PLACE}/beat/1", 1000)
-    with RollCall(PLACE, 0, 2) as ours:
+    with Heartbeat(PLACE, 0, 2) as ours:
         assert soon(lambda: ours.silent(0.5) == [1])
 
 
 def test_everyone_is_silent_where_the_store_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "1")
-    with RollCall(PLACE, 1, 3) as ours:
+    with Heartbeat(PLACE, 1, 3) as ours:
         assert soon(lambda: ours.silent(0.3) == [0, 2])
 
 
 def test_a_reason_is_heard_and_lost_touch_is_none() -> None:
-    with RollCall(PLACE, 0, 3) as ours:
-        leave_note(PLACE, 1, told(ValueError("a fault\nwith details")))
-        leave_note(PLACE, 2, "")
+    with Heartbeat(PLACE, 0, 3) as ours:
+        post_error(PLACE, 1, format_error(ValueError("a fault\nwith details")))
+        post_error(PLACE, 2, "")
         assert soon(lambda: ours.failed() == {1: "ValueError: a fault"})
         assert ours.failed(seconds=60) == {}
 
 
 def test_waiting_lasts_as_long_as_the_other_lives() -> None:
-    with RollCall(PLACE, 0, 2) as ours, RollCall(PLACE, 1, 2):
+    with Heartbeat(PLACE, 0, 2) as ours, Heartbeat(PLACE, 1, 2):
         # The patience is far shorter than what is waited for.
         threading.Timer(2.0, lambda: launcher_store().set("done", "here")).start()
         assert ours.wait_for("done", [1], patience=1.0) == b"here"
 
 
 def test_waiting_ends_with_the_one_that_is_waited_for() -> None:
-    with RollCall(PLACE, 0, 3) as ours:
+    with Heartbeat(PLACE, 0, 3) as ours:
         with pytest.raises(RankError, match=r"^rank 2 no longer answers.*; rank 0 went on no further\.$"):
             ours.wait_for("done", [2], patience=0.3)
-        leave_note(PLACE, 1, "DataError: no text")
+        post_error(PLACE, 1, "DataError: no text")
         with pytest.raises(RankError, match=r"^rank 1 failed with DataError: no text; rank 0"):
             ours.wait_for("done", [2], patience=60)
 
 
-def watched(roll: RollCall, patience: float, *, hurried: bool = False, grace: float = 0.2) -> str:
+def watched(roll: Heartbeat, patience: float, *, shutting_down: bool = False, grace: float = 0.2) -> str:
     """What a watch says within a second, and an empty text where it says nothing."""
     said: list[str] = []
-    watch = Watch(roll, patience, said.append, hurried=lambda: hurried)
+    watch = Watchdog(roll, patience, said.append, shutting_down=lambda: shutting_down)
     watch.GRACE_SECONDS, watch.HURRY_SECONDS = grace, 0.3
     with watch:
         time.sleep(1.0)
@@ -102,25 +102,25 @@ def watched(roll: RollCall, patience: float, *, hurried: bool = False, grace: fl
 
 
 def test_a_watch_ends_a_process_whose_peer_is_lost() -> None:
-    with RollCall(PLACE, 0, 2) as ours:
+    with Heartbeat(PLACE, 0, 2) as ours:
         assert watched(ours, 0.4).startswith("rank 1 no longer answers: it was killed")
 
 
 def test_a_watch_waits_less_for_others_when_asked_to_stop() -> None:
-    with RollCall(PLACE, 0, 2) as ours:
+    with Heartbeat(PLACE, 0, 2) as ours:
         assert watched(ours, 60.0) == ""
-        assert watched(ours, 60.0, hurried=True).startswith("rank 1 no longer answers")
+        assert watched(ours, 60.0, shutting_down=True).startswith("rank 1 no longer answers")
 
 
 def test_a_watch_gives_the_main_thread_time_to_speak_first() -> None:
-    with RollCall(PLACE, 0, 2) as ours, RollCall(PLACE, 1, 2):
-        leave_note(PLACE, 1, "ValueError: a fault")
+    with Heartbeat(PLACE, 0, 2) as ours, Heartbeat(PLACE, 1, 2):
+        post_error(PLACE, 1, "ValueError: a fault")
         assert watched(ours, 60.0, grace=30.0) == ""
         assert watched(ours, 60.0) == "rank 1 failed with ValueError: a fault; rank 0 went on no further."
 
 
 def test_a_watch_is_quiet_while_all_is_well() -> None:
-    with RollCall(PLACE, 0, 2) as ours, RollCall(PLACE, 1, 2):
+    with Heartbeat(PLACE, 0, 2) as ours, Heartbeat(PLACE, 1, 2):
         assert watched(ours, 0.9) == ""
 
 
@@ -142,11 +142,11 @@ def test_a_main_process_that_fails_to_prepare_ends_the_others(
 ) -> None:
     machines(0)
     with pytest.raises(DataError):
-        with building_in_turn(tmp_path, 60.0, print):
+        with main_process_first(tmp_path, 60.0, print):
             raise DataError("--data holds no text.")
     machines(1)
     with pytest.raises(RankError, match=r"^rank 0 failed with DataError: --data holds no text; rank"):
-        with building_in_turn(tmp_path, 60.0, print):
+        with main_process_first(tmp_path, 60.0, print):
             pytest.fail("it was not its turn")
 
 
@@ -154,8 +154,8 @@ def test_others_hear_why_a_process_failed_before_the_store_goes_with_its_launche
     machines: Callable[[int], None], tmp_path: Path
 ) -> None:
     machines(0)
-    with RollCall("minimind/test/data", 1, 2) as others:
-        with pytest.raises(DataError), building_in_turn(tmp_path, 60.0, print):
+    with Heartbeat("minimind/test/data", 1, 2) as others:
+        with pytest.raises(DataError), main_process_first(tmp_path, 60.0, print):
             raise DataError("--data holds no text.")
         assert others.failed() == {0: "DataError: --data holds no text"}
 
@@ -189,6 +189,6 @@ def test_processes_keep_to_what_the_first_one_chose(
 
 def test_one_machine_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MASTER_PORT", "1")
-    with building_in_turn(tmp_path, 0.1, print):
+    with main_process_first(tmp_path, 0.1, print):
         pass
     assert not list(tmp_path.iterdir())

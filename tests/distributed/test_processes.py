@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from minimind import pretrain
-from minimind.config.options import PANELS
+from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import write_toml
 from support.tiny_runs import reports, tiny, write_corpus
 
@@ -50,7 +50,7 @@ def test_the_number_of_processes_changes_neither_rows_nor_losses(tmp_path: Path)
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     pretrain(tiny(corpus, tmp_path / "straight", max_steps=STEPS, **OPTIONS))
     file = tmp_path / "run.toml"
-    file.write_text(write_toml(tiny(corpus, tmp_path / "parts", **OPTIONS), PANELS))
+    file.write_text(write_toml(tiny(corpus, tmp_path / "parts", **OPTIONS), CONFIG_SECTIONS))
     # The schedule is constant, so that ending a part by --max-steps leaves the learning rates alone.
     for processes, last in ((1, 3), (2, 6), (4, 9), (1, STEPS)):
         words = ["minimind_cli", "pretrain", "--config", str(file), "--max-steps", str(last), "--resume"]
@@ -82,7 +82,7 @@ def test_processes_agree_on_a_micro_batch_that_they_measure(tmp_path: Path) -> N
     pretrain(tiny(corpus, tmp_path / "straight", **options))
     file = tmp_path / "run.toml"
     auto = tiny(corpus, tmp_path / "auto", **{**options, "batch_size": "auto"})
-    file.write_text(write_toml(auto, PANELS))
+    file.write_text(write_toml(auto, CONFIG_SECTIONS))
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     words = [*launch, "--main_process_port", "0", "-m", "minimind_cli", "pretrain", "--config", str(file)]
     output, errors = command_line(words).communicate()
@@ -100,7 +100,7 @@ def test_a_step_that_does_not_divide_ends_every_process_with_a_sentence(tmp_path
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     file = tmp_path / "run.toml"
     config = tiny(corpus, tmp_path / "run", **{**OPTIONS, "batch_size": 4, "global_batch_size": 12})
-    file.write_text(write_toml(config, PANELS))
+    file.write_text(write_toml(config, CONFIG_SECTIONS))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -132,7 +132,7 @@ def test_a_signal_stops_all_processes_at_one_step_with_the_state_saved(tmp_path:
     corpus, out = write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "run"
     options = {**OPTIONS, "epochs": 100_000, "save_interval": 1_000_000, "eval_interval": 1_000_000}
     file = tmp_path / "run.toml"
-    file.write_text(write_toml(tiny(corpus, out, **options), PANELS))
+    file.write_text(write_toml(tiny(corpus, out, **options), CONFIG_SECTIONS))
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     child = command_line(
         [*launch, "--main_process_port", "0", "-m", "minimind_cli", "pretrain", "--config", str(file)]

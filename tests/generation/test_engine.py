@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minimind.generation import packed_linear as projection
-from minimind.generation.engine import Decoder
+from minimind.generation.engine import InferenceEngine
 from minimind.generation.packed_linear import exact_half_scale, pack
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -55,7 +55,7 @@ def whole(model: MiniMindForCausalLM, ids: list[int]) -> torch.Tensor:
 )
 def test_each_step_gives_the_logits_of_the_whole_text(precision, changes):
     model = build(precision, **changes)
-    decoder, ids = Decoder(model), some_ids(12)
+    decoder, ids = InferenceEngine(model), some_ids(12)
     texts, logits = decoder.begin([ids[:7]], 20)
     steps = [logits, *(decoder.step(texts, torch.tensor([token])) for token in ids[7:])]
     exact = build(precision, **changes)
@@ -65,7 +65,7 @@ def test_each_step_gives_the_logits_of_the_whole_text(precision, changes):
 
 def test_texts_of_several_lengths_do_not_see_their_padding():
     model, prompts, following = build(), [some_ids(n, n) for n in (3, 9, 1, 9)], some_ids(4, 50)
-    decoder = Decoder(model)
+    decoder = InferenceEngine(model)
     texts, logits = decoder.begin(prompts, 16)
     exact = build()
     for end in range(5):
@@ -78,7 +78,7 @@ def test_texts_of_several_lengths_do_not_see_their_padding():
 
 def test_bf16_is_computed_in_bf16():
     model, ids = build().bfloat16(), some_ids(12)
-    decoder = Decoder(model)
+    decoder = InferenceEngine(model)
     texts, _ = decoder.begin([ids[:-1]], 12)
     logits = decoder.step(texts, torch.tensor(ids[-1:]))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_bf16_is_computed_in_bf16():
 @pytest.mark.slow
 def test_a_compiled_step_gives_the_same_whatever_the_length_and_compiles_once():
     model = build()
-    plain, compiled = Decoder(model), Decoder(model, compiled=True)
+    plain, compiled = InferenceEngine(model), InferenceEngine(model, compiled=True)
     for number, lengths in enumerate([(5, 3), (9, 2), (4, 20)]):
         prompts = [some_ids(length, length) for length in lengths]
         # A second batch of the same size finds what the first left in the cache.

@@ -11,7 +11,7 @@ import torch
 from minimind.errors import ConfigError
 from minimind.formats.huggingface import load_model, save_model
 from minimind.formats.original_minimind import read_upstream_config
-from minimind.generation.engine import Decoder
+from minimind.generation.engine import InferenceEngine
 from minimind.generation.generate import generate, stream
 from minimind.generation.sampling import Sampling
 from minimind.modeling.config import MiniMindConfig
@@ -62,7 +62,7 @@ def test_a_compiled_model_generates_without_compiling_for_each_length(model):
 def test_prompts_of_different_lengths_are_continued_as_each_would_be_alone(model, options):
     sampling = Sampling(**options)
     prompts = [PROMPT, [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 30, 31, 32], [14, 15]]
-    decoder = Decoder(model)
+    decoder = InferenceEngine(model)
     together = generate(decoder, prompts, sampling, max_new_tokens=15, seed=5)
     alone = [
         generate(decoder, [prompt], sampling, max_new_tokens=15, seed=5 + number)[0]

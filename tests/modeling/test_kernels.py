@@ -86,4 +86,4 @@ def test_a_run_can_say_why_it_has_no_fused_attention(
     words: str | None,
 ) -> None:
     monkeypatch.setattr(fused, "_BUILDABLE", built)
-    assert fused.hindrance(precision, head_dim, dropout) == words
+    assert fused.unsupported_reason(precision, head_dim, dropout) == words

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.amp import GradScaler
 
-from minimind.checkpoint.state_dict import collect, restore
+from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict
 from minimind.checkpoint.store import CheckpointStore
 from minimind.config.options import PretrainConfig
 from minimind.modeling.config import MiniMindConfig
@@ -276,7 +276,7 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
     accelerator, model, optimizer = start(0)
     for seed in range(3):
         take_step(model, optimizer, seed)
-    taken = collect(accelerator, model, optimizer, {"step": 3})
+    taken = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     assert taken is not None
     assert {key.rpartition("|")[2] for key in taken.moments} == {
         *("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
@@ -289,8 +289,8 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
     wanted = snapshot(model, optimizer)
 
     accelerator, model, optimizer = start(9)
-    restore(accelerator, model, optimizer, store.open(tmp_path / "step-00000003"))
-    again = collect(accelerator, model, optimizer, {"step": 3})
+    load_state_dict(accelerator, model, optimizer, store.open(tmp_path / "step-00000003"))
+    again = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     assert again is not None
     for kind in ("weights", "moments"):
         for name, tensor in getattr(taken, kind).items():

@@ -14,7 +14,7 @@ import pytest
 
 from minimind.errors import ConfigError
 from minimind.runs.compare import Comparison, at_tokens, compare_runs, distinct_names
-from minimind.runs.compare_html import CHARTS, MOST_POINTS, comparison_page, thinned
+from minimind.runs.compare_html import CHARTS, MOST_POINTS, comparison_html, thinned
 from minimind.runs.record import Point
 from support.made_runs import make_run
 
@@ -80,7 +80,7 @@ def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
     found = compare_runs([tmp_path / "a", tmp_path / "b"])
     assert found.equal_tokens == ()
     assert rows(found.outcome)["best bits/byte"] == ("–", "1.0000")
-    assert "Not all runs have evaluations" in comparison_page(found)
+    assert "Not all runs have evaluations" in comparison_html(found)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ class Parsed(HTMLParser):
 
 
 def test_nothing_of_the_runs_becomes_markup(comparison: Comparison) -> None:
-    page = comparison_page(comparison)
+    page = comparison_html(comparison)
     parsed = Parsed(page)
     assert parsed.all("img") == []
     assert len(parsed.all("script")) == 2
@@ -166,7 +166,7 @@ def test_nothing_of_the_runs_becomes_markup(comparison: Comparison) -> None:
 
 
 def test_the_page_asks_for_nothing_from_anywhere(comparison: Comparison) -> None:
-    page = comparison_page(comparison)
+    page = comparison_html(comparison)
     parsed = Parsed(page)
     for tag, attributes in parsed.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base"), tag
@@ -184,7 +184,7 @@ def test_the_page_asks_for_nothing_from_anywhere(comparison: Comparison) -> None
 
 
 def test_tables_and_controls_have_names(comparison: Comparison) -> None:
-    parsed = Parsed(comparison_page(comparison))
+    parsed = Parsed(comparison_html(comparison))
     tables, captions = parsed.all("table"), parsed.all("caption")
     assert len(tables) == len(captions) == 4
     assert {heading["scope"] for heading in parsed.all("th")} == {"col", "row"}
@@ -212,7 +212,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_stand_out_from_the_ground(comparison: Comparison, scheme: int) -> None:
-    blocks = re.findall(r":root \{(.*?)\}", comparison_page(comparison), flags=re.DOTALL)
+    blocks = re.findall(r":root \{(.*?)\}", comparison_html(comparison), flags=re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[scheme]))
     for ground in ("ground", "panel"):
         for text in ("ink", "faint", "accent"):
@@ -247,7 +247,7 @@ def open_in_chromium(page: Path, *what: str) -> str:
 def test_a_browser_draws_every_curve(comparison: Comparison, tmp_path: Path) -> None:
     folder = tmp_path / "browser"
     folder.mkdir()
-    page = comparison_page(comparison)
+    page = comparison_html(comparison)
     (folder / "page.html").write_text(page, encoding="utf-8")
     dom = open_in_chromium(folder / "page.html", "--dump-dom")
     charts = re.findall(r"<figure id=\"chart-(\w+)\">(.*?)</figure>", dom, flags=re.DOTALL)
@@ -275,7 +275,7 @@ def test_a_browser_draws_every_curve(comparison: Comparison, tmp_path: Path) -> 
 
 
 def test_one_run_makes_a_page_too(tmp_path: Path) -> None:
-    page = comparison_page(compare_runs([make_run(tmp_path / "only")]))
+    page = comparison_html(compare_runs([make_run(tmp_path / "only")]))
     assert "<h1>One run</h1>" in page
     assert "All runs have the same options" in page
 
@@ -284,7 +284,7 @@ def test_a_run_without_numbers_makes_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").touch()
     found = compare_runs([tmp_path / "new", make_run(tmp_path / "a")])
-    Parsed(comparison_page(found))
+    Parsed(comparison_html(found))
     assert rows(found.outcome)["training loss"] == ("–", "2.5000")
 
 

@@ -20,7 +20,7 @@ from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.parameter_count import count_parts
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.runs.compare import compare_runs
-from minimind.runs.compare_html import comparison_page
+from minimind.runs.compare_html import comparison_html
 from minimind.runs.info import Info, read_info
 from minimind.runs.info_text import device_text
 from minimind.runs.record import read_run
@@ -69,7 +69,7 @@ def test_numbers_that_are_none_are_left_out(tmp_path: Path, number: str) -> None
             file.write("{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}\n")
     info, compared = read_info(tmp_path / "a"), compare_runs([tmp_path / "a"])
     assert (info.values["steps"], info.values["loss"], info.values["tokens"]) == (40, 2.0, 40_000)
-    comparison_page(compared)
+    comparison_html(compared)
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [], [1], {}])
@@ -288,8 +288,8 @@ def test_reading_a_run_needs_no_torch(out: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from minimind.runs.info import read_info; "
         "from minimind.runs.compare import compare_runs; "
-        "from minimind.runs.compare_html import comparison_page; "
-        "path = Path(sys.argv[1]); read_info(path); comparison_page(compare_runs([path])); "
+        "from minimind.runs.compare_html import comparison_html; "
+        "path = Path(sys.argv[1]); read_info(path); comparison_html(compare_runs([path])); "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(out)], check=True)

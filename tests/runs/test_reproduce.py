@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import minimind.runs.changes as changes_module
 from minimind.config.command_line import option_words
-from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.presets import PRESETS, preset_config
 from minimind.config.schema import write_toml
 from minimind.run_folder import RunFolder
@@ -145,7 +145,7 @@ def test_nothing_is_warned_of_where_nothing_changed(trained: Path) -> None:
 def record(folder: Path, config: PretrainConfig, **environment: Any) -> Reproduction:
     """Return how a run would be repeated that has left these options and this environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(write_toml(config, PANELS), encoding="utf-8")
+    (folder / "config.toml").write_text(write_toml(config, CONFIG_SECTIONS), encoding="utf-8")
     facts = {**describe_environment("cpu"), "launch": {"processes": 1, "on_cpu": True}, **environment}
     RunFolder(folder).environment.write_text(json.dumps(facts), encoding="utf-8")
     return reproduce(read_run(folder))

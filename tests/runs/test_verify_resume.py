@@ -25,14 +25,14 @@ def config(tmp_path: Path) -> PretrainConfig:
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, dict[str, Any]], None]) -> None:
     """Let every resume get something wrong: `change` gets the model and what the checkpoint tells."""
     module = sys.modules["minimind.checkpoint.checkpointer"]
-    work = module.restore
+    work = module.load_state_dict
 
     def restore(accelerator: Any, model: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         trainer = work(accelerator, model, *arguments, **options)
         change(model, trainer)
         return trainer
 
-    monkeypatch.setattr(module, "restore", restore)
+    monkeypatch.setattr(module, "load_state_dict", restore)
 
 
 def test_an_exact_resume_is_equal_to_the_last_bit(

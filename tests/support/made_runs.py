@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind.config.options import PANELS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.schema import write_toml
 
 CONFIG = PretrainConfig(hidden_size=64, head_dim=8, intermediate_size=192, vocab_size=6400)
@@ -49,7 +49,7 @@ def make_run(
     """
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(
-        write_toml(dataclasses.replace(CONFIG, **options), PANELS), encoding="utf-8"
+        write_toml(dataclasses.replace(CONFIG, **options), CONFIG_SECTIONS), encoding="utf-8"
     )
     facts = {key: value for key, value in {**ENVIRONMENT, **(environment or {})}.items() if value is not None}
     (folder / "environment.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from minimind.checkpoint.state_dict import collect, restore
+from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict
 from minimind.checkpoint.store import CheckpointStore
-from minimind.distributed.collectives import agree
+from minimind.distributed.collectives import run_on_main_and_broadcast
 from minimind.errors import CheckpointError
 from minimind.optim.muon import Muon
 
@@ -119,23 +119,23 @@ def one_of_several(folder: Path, topology: str, optimizer_name: str) -> None:
     assert accelerator.num_processes == 2
     assert isinstance(next(model.parameters()), DTensor) == (topology == "fsdp2")
     store = CheckpointStore(folder / topology, 5)
-    found = agree(accelerator, lambda: store.open(folder / "plain"))
+    found = run_on_main_and_broadcast(accelerator, lambda: store.open(folder / "plain"))
     only_main = found if accelerator.is_main_process else None
-    extra = restore(accelerator, model, optimizer, only_main)
+    extra = load_state_dict(accelerator, model, optimizer, only_main)
     assert extra["step"] == 3
     losses: list[float] = []
     for step in (3, 5):
         losses += train(accelerator, model, optimizer, 3, step)
-        snapshot = collect(accelerator, model, optimizer, {"step": step})
+        snapshot = gather_state_dict(accelerator, model, optimizer, {"step": step})
         assert (snapshot is not None) == accelerator.is_main_process
         if snapshot is not None:
             store.save(snapshot)
     store.wait()
     refusals = []
     for work in (
-        lambda: restore(accelerator, *start(width=4, muon=muon)[1:], only_main),
-        lambda: agree(accelerator, lambda: store.open(folder / "nowhere")),
-        lambda: agree(accelerator, lambda: 1 // 0),
+        lambda: load_state_dict(accelerator, *start(width=4, muon=muon)[1:], only_main),
+        lambda: run_on_main_and_broadcast(accelerator, lambda: store.open(folder / "nowhere")),
+        lambda: run_on_main_and_broadcast(accelerator, lambda: 1 // 0),
     ):
         try:
             work()

@@ -39,7 +39,7 @@ CHILD = f"""
 import importlib, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tiny_runs import tiny
+from support.tiny_runs import tiny
 module = importlib.import_module("minimind.training.pretrain")
 from minimind.tracking.trackers import Trackers
 

@@ -15,7 +15,7 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.training.prepared_model import compile_mode, prepare_model
+from minimind.training.prepared_model import compile_and_wrap, compile_mode
 from support import topologies
 
 
@@ -106,7 +106,7 @@ def test_the_option_reaches_the_model(wanted: bool, monkeypatch: pytest.MonkeyPa
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, activation_checkpointing=wanted
     )
     shape = MiniMindConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    made, _, _ = prepare_model(config, shape, BatchPlan(32, 1, 1), start_accelerator(config))
+    made, _, _ = compile_and_wrap(config, shape, BatchPlan(32, 1, 1), start_accelerator(config))
     assert made.model.recompute is wanted
 
 

@@ -8,15 +8,15 @@ import math
 import pytest
 import torch
 
-from minimind.training.async_metrics import Readback
+from minimind.training.async_metrics import AsyncScalars
 
 
-def read(readback: Readback, everything: bool = False) -> list:
+def read(readback: AsyncScalars, everything: bool = False) -> list:
     return [(arrival.tag, arrival.values) for arrival in readback.arrived(everything=everything)]
 
 
 def test_on_a_cpu_values_arrive_at_once_in_order_with_their_tags():
-    readback: Readback[str] = Readback(torch.device("cpu"))
+    readback: AsyncScalars[str] = AsyncScalars(torch.device("cpu"))
     readback.put("a", torch.tensor([1.5, math.inf]))
     readback.put("b", torch.tensor(2))
     assert read(readback) == [("a", [1.5, math.inf]), ("b", [2])]
@@ -24,7 +24,7 @@ def test_on_a_cpu_values_arrive_at_once_in_order_with_their_tags():
 
 
 def test_values_are_those_of_the_moment_of_putting():
-    readback: Readback[int] = Readback(torch.device("cpu"))
+    readback: AsyncScalars[int] = AsyncScalars(torch.device("cpu"))
     values = torch.zeros(2, requires_grad=True)
     readback.put(1, values)
     with torch.no_grad():
@@ -33,14 +33,14 @@ def test_values_are_those_of_the_moment_of_putting():
 
 
 def test_shapes_are_flattened():
-    readback: Readback[int] = Readback(torch.device("cpu"))
+    readback: AsyncScalars[int] = AsyncScalars(torch.device("cpu"))
     readback.put(1, torch.arange(4.0).view(2, 2))
     assert read(readback) == [(1, [0.0, 1.0, 2.0, 3.0])]
 
 
 def test_on_a_cpu_values_are_made_when_they_are_put():
     now = [5.0]
-    readback: Readback[int] = Readback(torch.device("cpu"), clock=lambda: now[0])
+    readback: AsyncScalars[int] = AsyncScalars(torch.device("cpu"), clock=lambda: now[0])
     readback.put(1, torch.zeros(1))
     now[0] = 9.0
     assert [arrival.time for arrival in readback.arrived()] == [5.0]
@@ -54,7 +54,7 @@ def needs_cuda() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_values_arrive_a_fixed_number_of_puts_later():
     needs_cuda()
-    readback: Readback[int] = Readback(torch.device("cuda"), lag=2)
+    readback: AsyncScalars[int] = AsyncScalars(torch.device("cuda"), lag=2)
     seen = []
     for step in range(5):
         readback.put(step, torch.full((2,), float(step), device="cuda"))
@@ -66,7 +66,7 @@ def test_on_a_gpu_values_arrive_a_fixed_number_of_puts_later():
 @pytest.mark.gpu
 def test_putting_does_not_wait_for_a_busy_gpu():
     needs_cuda()
-    readback: Readback[int] = Readback(torch.device("cuda"))
+    readback: AsyncScalars[int] = AsyncScalars(torch.device("cuda"))
     values = torch.ones(2, device="cuda")
     readback.put(0, values)  # the first pinned allocation may wait
     torch.cuda.synchronize()
@@ -82,7 +82,7 @@ def test_putting_does_not_wait_for_a_busy_gpu():
 @pytest.mark.gpu
 def test_on_a_gpu_times_are_those_of_the_device_not_of_the_reading():
     needs_cuda()
-    readback: Readback[int] = Readback(torch.device("cuda"), lag=5)
+    readback: AsyncScalars[int] = AsyncScalars(torch.device("cuda"), lag=5)
     work = torch.ones(1, device="cuda")
     for step in range(4):
         torch.cuda._sleep(50_000_000)  # some 30 ms

@@ -21,9 +21,9 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.runs.verify_resume import verify_resume
 from minimind.tokenizer import load_tokenizer
-from minimind.training.auto_batch_size import FILE, climb, recall, remember, settle_batch_size
-from minimind.training.build_model import resolve_shape
-from minimind.training.prepared_model import prepare_model
+from minimind.training.auto_batch_size import FILE, recall, remember, resolve_batch_size, search_upwards
+from minimind.training.build_model import resolve_model_config
+from minimind.training.prepared_model import compile_and_wrap
 from minimind.training.pretrain import pretrain
 from minimind.training.speed_trial import SpeedTrial
 from support import topologies
@@ -48,7 +48,7 @@ def searched(seconds: dict[int, float], first: int, *, look_below: bool = False)
         order.append(size)
         return seconds.get(size, math.inf)
 
-    found = climb(SIZES, first, measure, look_below=look_below)
+    found = search_upwards(SIZES, first, measure, look_below=look_below)
     assert list(found) == order
     assert found == {size: seconds.get(size, math.inf) for size in order}
     return order
@@ -74,7 +74,7 @@ def test_smaller_ones_are_tried_where_measuring_is_cheap() -> None:
 
 
 def test_no_further_one_is_tried_without_time_for_it() -> None:
-    found = climb(SIZES, 8, lambda size: 1 / size, look_below=False, time_for=lambda size: size < 32)
+    found = search_upwards(SIZES, 8, lambda size: 1 / size, look_below=False, time_for=lambda size: size < 32)
     assert list(found) == [8, 16]
 
 
@@ -124,11 +124,11 @@ def settle(tmp_path: Path) -> Any:
     def settled(**changes: Any) -> tuple[PretrainConfig, list[str]]:
         base = tiny(write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "out", accumulation_steps=None)
         config = dataclasses.replace(base, **{"batch_size": "auto", "global_batch_size": 8, **changes})
-        config, shape = resolve_shape(config, load_tokenizer(None))
+        config, shape = resolve_model_config(config, load_tokenizer(None))
         said: list[str] = []
         accelerator = start_accelerator(config)
-        prepare = partial(prepare_model, config, shape)
-        return settle_batch_size(config, shape, accelerator, prepare, said.append), said
+        prepare = partial(compile_and_wrap, config, shape)
+        return resolve_batch_size(config, shape, accelerator, prepare, said.append), said
 
     return settled
 
@@ -197,7 +197,7 @@ def test_a_run_measures_trains_the_same_and_keeps_its_step_when_resumed(
         output_dir=str(tmp_path / "auto"),
     )
     # A real measurement whose result does not depend on the machine.
-    monkeypatch.setattr(module, "climb", lambda sizes, first, measure, **_: {2: measure(2)})
+    monkeypatch.setattr(module, "search_upwards", lambda sizes, first, measure, **_: {2: measure(2)})
     pretrain(auto)
     assert "--batch-size auto: 2 rows x accumulation 4" in capfd.readouterr().out
     # The look before the first step is at one micro-batch, whose rows are fewer.

@@ -17,7 +17,13 @@ from minimind.distributed.accelerator import wants_compile
 from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
 from minimind.training import prepared_model
-from minimind.training.prepared_model import SHORT_RUN, USUAL_MFU, compiling_pays, pass_graph, prepare_model
+from minimind.training.prepared_model import (
+    SHORT_RUN,
+    USUAL_MFU,
+    compile_and_wrap,
+    compiling_pays,
+    pass_graph,
+)
 from support.cycle_corpus import write_corpus
 
 SHAPE = MiniMindConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -171,7 +177,7 @@ def test_muon_builds_kernels_where_anything_else_does(
     monkeypatch.setattr(prepared_model, "cast_weights_only", lambda accelerator: None)
     config = PretrainConfig(compile=compiled)
     with pytest.raises(ReachedError) as reached:
-        prepare_model(
+        compile_and_wrap(
             config, SHAPE, BatchPlan(2, 1, 1), machine(precision=precision), MiniMindForCausalLM(SHAPE)
         )
     assert reached.value.args == (kernels,)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minimind.config.options import PretrainConfig
 from minimind.data.loader import MicroBatch
-from minimind.training.cuda_graph import WARMUP, PassGraph, hindrance
+from minimind.training.cuda_graph import WARMUP, ForwardBackwardGraph, unsupported_reason
 from minimind.training.pretrain import pretrain
 
 
@@ -55,11 +55,11 @@ class Model:
         monkeypatch.setattr(torch.cuda, "graph", self.captures)
         self._last: tuple[MicroBatch, Any, Tensor] | None = None
 
-    def passes(self, batch: MicroBatch, scale: float | Tensor, halfway: Callable[[], None]) -> Tensor:
+    def passes(self, batch: MicroBatch, scale: float | Tensor, between: Callable[[], None]) -> Tensor:
         self.eager += 1
         weight, bias, _ = self.parameters
         loss = ((weight[batch.input_ids] + bias) ** 2 * batch.shift_labels[..., None]).sum()
-        halfway()
+        between()
         (loss * scale).backward()
         self._last = batch, scale, loss.detach()
         return loss.detach()
@@ -89,8 +89,8 @@ class Model:
         graph.compute = compute
         self.recorded.append(graph)
 
-    def graph(self, **options: Any) -> PassGraph:
-        return PassGraph(self.passes, self.parameters, note=self.notes.append, **options)
+    def graph(self, **options: Any) -> ForwardBackwardGraph:
+        return ForwardBackwardGraph(self.passes, self.parameters, note=self.notes.append, **options)
 
     def take_gradients(self) -> list[Tensor | None]:
         """Return copies, and leave none, as an optimizer does."""
@@ -222,7 +222,7 @@ def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | Non
     of_config = {name: options.pop(name) for name in ("packing", "use_moe")}
     config = dataclasses.replace(PretrainConfig(), **of_config)
     device = torch.device(options.pop("device"))
-    assert hindrance(config, device, **options) == reason
+    assert unsupported_reason(config, device, **options) == reason
 
 
 @pytest.mark.gpu

@@ -32,8 +32,8 @@ from minimind.errors import TrainingError
 from minimind.optim.build import build_optimizer, skip_if_nonfinite
 from minimind.training import loss_spikes as spikes_module
 from minimind.training import trainer as train_module
-from minimind.training.async_metrics import LAG
-from minimind.training.loss_spikes import MAX_REWINDS, MIN_STEPS, WINDOW, loss_limit, remember
+from minimind.training.async_metrics import DELAY_STEPS
+from minimind.training.loss_spikes import MAX_REWINDS, MIN_STEPS, WINDOW, remember, spike_threshold
 from minimind.training.trainer import UPDATES_LEFT_OUT_ALLOWED, Run, TrainState, train
 
 pretrain_module = importlib.import_module("minimind.training.pretrain")
@@ -68,7 +68,7 @@ def alarms(losses: list[float], sigma: float = 8.0) -> tuple[list[int], list[flo
     recent: list[float] = []
     limits = []
     for loss in losses:
-        limits.append(loss_limit(recent, 0, sigma))
+        limits.append(spike_threshold(recent, 0, sigma))
         remember(recent, loss)
     pairs = zip(losses, limits, strict=True)
     return [step for step, (loss, limit) in enumerate(pairs) if not loss <= limit], limits
@@ -83,11 +83,15 @@ def alarms(losses: list[float], sigma: float = 8.0) -> tuple[list[int], list[flo
 def test_a_noisy_falling_loss_raises_no_alarm(seed: int, noise: float, decay: float) -> None:
     found, limits = alarms(falling_losses(seed, 500, noise, decay))
     assert found == []
-    assert sum(map(math.isfinite, limits)) == 500 - MIN_STEPS - LAG
+    assert sum(map(math.isfinite, limits)) == 500 - MIN_STEPS - DELAY_STEPS
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 10**6), at=st.integers(MIN_STEPS + LAG, 400), noise=st.sampled_from([0.02, 0.1]))
+@given(
+    seed=st.integers(0, 10**6),
+    at=st.integers(MIN_STEPS + DELAY_STEPS, 400),
+    noise=st.sampled_from([0.02, 0.1]),
+)
 def test_an_injected_jump_is_found_where_it_is_and_nowhere_else(seed: int, at: int, noise: float) -> None:
     losses = falling_losses(seed, 450, noise, decay=30.0)
     # So far above the curve that not even the fall at the start hides it.
@@ -116,18 +120,20 @@ def test_the_limit_is_median_and_median_absolute_deviation() -> None:
     recent: list[float] = []
     for loss in losses:
         remember(recent, float(loss))
-    window = losses[-WINDOW - LAG : -LAG]
+    window = losses[-WINDOW - DELAY_STEPS : -DELAY_STEPS]
     centre = np.median(window)
     deviation = 1.4826 * np.median(np.abs(window - centre))
-    assert loss_limit(recent, 0, 5.0) == pytest.approx(centre + 5 * deviation, rel=1e-12)
-    assert loss_limit(recent, 0, 5.0, share=0.25) == pytest.approx(centre + 10 * deviation, rel=1e-12)
+    assert spike_threshold(recent, 0, 5.0) == pytest.approx(centre + 5 * deviation, rel=1e-12)
+    assert spike_threshold(recent, 0, 5.0, share=0.25) == pytest.approx(centre + 10 * deviation, rel=1e-12)
 
 
 def test_the_limit_does_not_depend_on_how_many_losses_are_still_on_their_way() -> None:
     recent: list[float] = []
     for loss in falling_losses(4, 200, 0.2):
         remember(recent, loss)
-    limits = {loss_limit(recent[: len(recent) - unread], unread, 8.0) for unread in range(LAG + 1)}
+    limits = {
+        spike_threshold(recent[: len(recent) - unread], unread, 8.0) for unread in range(DELAY_STEPS + 1)
+    }
     assert len(limits) == 1
     assert math.isfinite(limits.pop())
 
@@ -137,8 +143,8 @@ def test_few_losses_are_remembered_and_none_that_matters_is_forgotten() -> None:
     recent: list[float] = []
     for loss in losses:
         remember(recent, loss)
-    assert len(recent) == WINDOW + LAG
-    assert loss_limit(recent, 0, 8.0) == loss_limit(losses, 0, 8.0)
+    assert len(recent) == WINDOW + DELAY_STEPS
+    assert spike_threshold(recent, 0, 8.0) == spike_threshold(losses, 0, 8.0)
 
 
 # --- an update left out on the device ------------------------------------------------------------------
@@ -197,11 +203,11 @@ def everything(run: Run) -> list[torch.Tensor]:
 
 def train_on(run: Run, seeds: list[int]) -> TrainState:
     run.loader = SimpleNamespace(
-        rows_per_epoch=10**6, steps=lambda epoch, row: iter([step_batch(seed, 8) for seed in seeds])
+        sequences_per_epoch=10**6, steps=lambda epoch, row: iter([step_batch(seed, 8) for seed in seeds])
     )
     run.total_steps = len(seeds)
     rng = np.random.default_rng(0)
-    usual = (math.log(97) + rng.normal(0, 0.05, WINDOW + LAG)).tolist()
+    usual = (math.log(97) + rng.normal(0, 0.05, WINDOW + DELAY_STEPS)).tolist()
     state = TrainState(recent_losses=usual)
     train(run, state)
     return state
@@ -248,11 +254,11 @@ def test_a_reported_spike_is_trained_on() -> None:
 def test_skipping_step_after_step_ends_with_advice() -> None:
     run = adamw_run("skip")
     run.loader = SimpleNamespace(
-        rows_per_epoch=10**6, steps=lambda epoch, row: (step_batch(seed, 8) for seed in range(100))
+        sequences_per_epoch=10**6, steps=lambda epoch, row: (step_batch(seed, 8) for seed in range(100))
     )
     run.total_steps = 100
     with pytest.raises(TrainingError, match=f"{UPDATES_LEFT_OUT_ALLOWED} updates in a row.*--learning-rate"):
-        train(run, TrainState(recent_losses=[1.0] * (WINDOW + LAG)))
+        train(run, TrainState(recent_losses=[1.0] * (WINDOW + DELAY_STEPS)))
 
 
 # --- whole runs ----------------------------------------------------------------------------------------
@@ -393,7 +399,7 @@ def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
         return original(run, batch, state, limit)
 
     monkeypatch.setattr(train_module, "train_step", train_step)
-    monkeypatch.setattr(pretrain_module, "deliver_model", lambda *args: None)
+    monkeypatch.setattr(pretrain_module, "save_final_model", lambda *args: None)
     monkeypatch.setattr(pretrain_module, "write_sample", lambda *args: "")
     out = tmp_path / "out"
     result = pretrain(tiny(corpus, out, tie_word_embeddings=False, max_steps=STEPS))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minimind import ConfigError, MiniMindConfig, MiniMindForCausalLM, PretrainConfig, pretrain
 from minimind.formats.huggingface import load_model, save_model, save_weights
 from minimind.modeling.transformer import CausalLMOutput
-from minimind.training.build_model import make_model
+from minimind.training.build_model import build_model
 from support.tiny_runs import tiny, write_corpus
 
 SHAPE = MiniMindConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -100,8 +100,8 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
 )
 def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        make_model(PretrainConfig(**option), SHAPE, lambda shape: Bigram(shape.vocab_size))
-    assert isinstance(make_model(PretrainConfig(**option), SHAPE), MiniMindForCausalLM)
+        build_model(PretrainConfig(**option), SHAPE, lambda shape: Bigram(shape.vocab_size))
+    assert isinstance(build_model(PretrainConfig(**option), SHAPE), MiniMindForCausalLM)
 
 
 def test_stored_weights_go_into_a_model_with_the_same_names_only(tmp_path: Path) -> None:
@@ -112,21 +112,21 @@ def test_stored_weights_go_into_a_model_with_the_same_names_only(tmp_path: Path)
     stored = MiniMindForCausalLM(SHAPE)
     save_model(stored, tmp_path)
     config = PretrainConfig(from_weight=str(tmp_path))
-    made = make_model(config, SHAPE, Same)
+    made = build_model(config, SHAPE, Same)
     assert torch.equal(made.lm_head.weight, stored.lm_head.weight.half().float())
     with pytest.raises(ConfigError, match="holds other weights than a Bigram has"):
-        make_model(config, SHAPE, lambda shape: Bigram(shape.vocab_size))
+        build_model(config, SHAPE, lambda shape: Bigram(shape.vocab_size))
 
 
 def test_what_was_assumed_of_stored_weights_is_said(tmp_path: Path) -> None:
     torch.manual_seed(5)
     torch.save(MiniMindForCausalLM(SHAPE).state_dict(), tmp_path / "weights.pth")
     notes: list[str] = []
-    make_model(PretrainConfig(from_weight=str(tmp_path / "weights.pth")), SHAPE, note=notes.append)
+    build_model(PretrainConfig(from_weight=str(tmp_path / "weights.pth")), SHAPE, note=notes.append)
     (note,) = notes
     assert note.startswith("--from-weight: settings from the shapes of the tensors, with rope_theta 1e+06")
 
 
 def test_the_factory_may_draw_from_the_generator_of_the_run() -> None:
-    first, second = (make_model(PretrainConfig(seed=7), SHAPE, lambda _: Bigram(32)) for _ in range(2))
+    first, second = (build_model(PretrainConfig(seed=7), SHAPE, lambda _: Bigram(32)) for _ in range(2))
     assert torch.equal(first.table.weight, second.table.weight)

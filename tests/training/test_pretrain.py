@@ -26,7 +26,7 @@ from minimind import (
     preset_config,
     pretrain,
 )
-from minimind.config.options import PANELS
+from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import parse_values, read_toml, write_toml
 from minimind.tracking.console import Progress
 from minimind.training.summary import PretrainResult
@@ -105,7 +105,7 @@ def test_the_written_configuration_reads_back(finished: tuple[Path, PretrainResu
     tomllib.loads(text)
     values, problems = parse_values(PretrainConfig, read_toml(out / "config.toml"), "config.toml")
     assert problems == []
-    assert write_toml(PretrainConfig(**values), PANELS) == text
+    assert write_toml(PretrainConfig(**values), CONFIG_SECTIONS) == text
     assert values["data"] == (str(corpus),)
 
 

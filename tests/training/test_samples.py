@@ -10,7 +10,7 @@ import pytest
 
 from minimind import pretrain
 from minimind.errors import ConfigError
-from minimind.formats.huggingface import build_model, save_model
+from minimind.formats.huggingface import model_from_weights, save_model
 from minimind.formats.open_model import open_model
 from minimind.generation.text import continue_texts
 from minimind.modeling.config import MiniMindConfig
@@ -57,7 +57,7 @@ def test_every_prompt_is_continued_at_every_interval_and_the_text_changes(sample
 def test_a_sample_is_what_the_weights_of_its_step_write(sampled: Path) -> None:
     source = open_model(sampled)
     assert "step 20" in source.what
-    model = build_model(source.config, source.weights(), "checkpoint")
+    model = model_from_weights(source.config, source.weights(), "checkpoint")
     prompts = SAMPLED["sample_prompt"]
     texts = continue_texts(model, load_tokenizer(), prompts, max_new_tokens=SAMPLE_TOKENS, seed=42)
     assert samples(sampled)[-2:] == [(20, text.prompt, text.text) for text in texts]

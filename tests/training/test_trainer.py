@@ -67,7 +67,7 @@ def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
         micro_batches=tuple(MicroBatch(x, y, None, None) for x, y in cut),
         num_targets=int((labels >= 0).sum()),
         num_tokens=rows * LENGTH,
-        num_rows=rows,
+        num_sequences=rows,
         epoch=0,
         step_in_epoch=0,
         digest="",
@@ -110,7 +110,7 @@ def make_run(model: MiniMindForCausalLM, accumulation_steps: int = 1, **options:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        loader=SimpleNamespace(rows_per_epoch=1000),
+        loader=SimpleNamespace(sequences_per_epoch=1000),
         validation=None,
         bytes_per_token=torch.ones(VOCAB),
         learning_rate=lambda step, ending: 0.1,
@@ -247,7 +247,7 @@ def test_the_loop_saves_evaluates_and_reports_when_due() -> None:
     evaluated: list[int] = []
     run.validation = lambda limit: evaluated.append(limit) or [step_batch(5, 8).micro_batches[0]]
     run.loader = SimpleNamespace(
-        rows_per_epoch=4 * ROWS,
+        sequences_per_epoch=4 * ROWS,
         steps=lambda epoch, row: (
             dataclasses.replace(step_batch(10 * epoch + k, 8), epoch=epoch) for k in range(row // ROWS, 4)
         ),
@@ -266,7 +266,7 @@ def test_a_report_is_the_mean_over_all_targets_since_the_last_one() -> None:
     run = make_run(tiny_model(), log_interval=3)
     run.total_steps = 3
     batches = [step_batch(seed, 8) for seed in (1, 2, 3)]
-    run.loader = SimpleNamespace(rows_per_epoch=1000, steps=lambda epoch, row: iter(batches))
+    run.loader = SimpleNamespace(sequences_per_epoch=1000, steps=lambda epoch, row: iter(batches))
     train(run, TrainState())
     losses, _ = reference_steps([1, 2, 3])
     targets = [batch.num_targets for batch in batches]
@@ -283,7 +283,7 @@ def test_a_report_covers_the_steps_before_a_checkpoint_that_fell_between_two_rep
         for part in parts:
             run.total_steps, run.stop_after = 4, state.step + part
             run.loader = SimpleNamespace(
-                rows_per_epoch=1000, steps=lambda epoch, row: (step_batch(seed, 8) for seed in seeds)
+                sequences_per_epoch=1000, steps=lambda epoch, row: (step_batch(seed, 8) for seed in seeds)
             )
             train(run, state)
             state = TrainState(**json.loads(json.dumps(dataclasses.asdict(state))))
@@ -299,7 +299,7 @@ def test_the_digest_tells_all_steps_so_far_in_their_order() -> None:
     def digest(*steps: str) -> str:
         state = TrainState()
         for step in steps:
-            state.advance(dataclasses.replace(step_batch(1, 8), digest=step), rows_per_epoch=1000)
+            state.advance(dataclasses.replace(step_batch(1, 8), digest=step), sequences_per_epoch=1000)
         return state.digest
 
     assert digest("a", "b") == digest("a", "b")
@@ -322,7 +322,7 @@ def test_a_wish_to_stop_ends_the_loop_after_a_save() -> None:
             now[0] += 1.0
             yield step_batch(int(now[0]), 8)
 
-    run.loader = SimpleNamespace(rows_per_epoch=10**6, steps=batches)
+    run.loader = SimpleNamespace(sequences_per_epoch=10**6, steps=batches)
     state = TrainState()
     train(run, state)
     assert state.stopping
@@ -344,7 +344,7 @@ def test_an_evaluation_is_left_when_a_stop_is_wished_and_the_state_is_saved_once
 
     run.validation = validation
     run.loader = SimpleNamespace(
-        rows_per_epoch=1000, steps=lambda epoch, row: (step_batch(k, 8) for k in range(100))
+        sequences_per_epoch=1000, steps=lambda epoch, row: (step_batch(k, 8) for k in range(100))
     )
     state = TrainState()
     train(run, state)

@@ -41,7 +41,7 @@ def _served(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and _BUILDABLE
 
 
-def hindrance(precision: str, head_dim: int, dropout: float) -> str | None:
+def unsupported_reason(precision: str, head_dim: int, dropout: float) -> str | None:
     """Return why a run on a CUDA GPU computes attention by plain PyTorch, None where it uses the kernels.
 
     Args:
