@@ -89,3 +89,14 @@ def test_an_epoch_reads_each_entry_as_often_as_its_weight_says():
     scaled = documents * round(documents.sum()) / documents.sum()
     padded = passes_per_epoch(parts, (0.5, 0.5), seq_len=8, packing=False)
     assert padded == pytest.approx((scaled[0] / 3, scaled[1] / 4))
+
+
+@pytest.mark.parametrize(("window_tokens", "windows"), [(300, 4), (299, 5), (1200, 1), (5000, 1)])
+def test_the_last_sequence_and_the_last_window_of_an_epoch_are_no_larger_than_needed(
+    make_shards, window_tokens, windows
+):
+    shards = make_shards([10] * 60 + [5] * 120, parts=[0] * 60 + [1] * 120)
+    order = MixedOrder(shards, (0.5, 0.5), seq_len=11, packing=True, seed=1, window_tokens=window_tokens)
+    # The last token has no successor: 1,199 targets fill 109 sequences.
+    assert order.num_rows == 109
+    assert len(list(order.windows(0))) == windows

@@ -69,11 +69,16 @@ def test_experts_are_routed_in_float32(autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_the_loss_is_summed_in_float32_over_logits_in_half_precision(with_gradient: bool) -> None:
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_loss_is_summed_in_float32_over_logits_in_half_precision(
+    with_gradient: bool, autocast: bool
+) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 16), torch.randn(50, 16)
     targets = torch.randint(0, 50, (300,))
-    with torch.set_grad_enabled(with_gradient), torch.autocast("cpu", torch.bfloat16):
+    if not autocast:
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    with torch.set_grad_enabled(with_gradient), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = linear_cross_entropy(hidden, weight.requires_grad_(with_gradient), targets)
     logits = (hidden.bfloat16() @ weight.detach().bfloat16().T).double()
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
