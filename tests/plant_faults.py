@@ -38,29 +38,67 @@ PRELOADED = ("torch", "accelerate", "transformers", "hypothesis", "numpy", "tens
 GPU_CODE = re.compile(r"cuda|nccl|fused")
 
 
-def tests_for(fault: Fault, found: Record, sources: dict[str, str]) -> list[str]:
-    """Return the tests that may notice a fault, the fastest first."""
-    lines = found.lines.get(fault.file, {})
-    tests = lines.get(fault.line) or lines.get(fault.statement) or set()
-    if not tests and fault.function is None:
-        # The top of a module runs before any test: those that use the module may notice.
-        tests = set().union(*lines.values()) if lines else set()
-    if not tests:
-        parts = Path(fault.file).with_suffix("").parts
-        name = ".".join(parts)
-        pattern = re.compile(
-            rf"{re.escape(name)}\b|from {re.escape('.'.join(parts[:-1]))} import .*\b{parts[-1]}\b"
+class Selection:
+    """Chooses the tests that may notice a fault.
+
+    Args:
+        found: the recorded run.
+        sources: of the test files.
+        seconds: recorded time of the tests of one fault.
+    """
+
+    def __init__(self, found: Record, sources: dict[str, str], seconds: float) -> None:
+        self._found, self._sources, self._seconds = found, sources, seconds
+        executed = Counter(
+            test.partition("::")[0]
+            for table in found.lines.values()
+            for tests in table.values()
+            for test in tests
         )
-        tests = {test for test in found.seconds if pattern.search(sources[test.partition("::")[0]])}
-    # Tests of a file together, where they are fast, so that they share what the file sets up.
-    quick = sorted(
-        (test for test in tests if found.seconds[test] < 1), key=lambda test: test.partition("::")[0]
-    )
-    slow = sorted((test for test in tests if found.seconds[test] >= 1), key=lambda test: found.seconds[test])
-    return quick + slow
+        tests = Counter(test.partition("::")[0] for test in found.seconds)
+        # Lines that a test of each file executes: the fewer, the more it says about each.
+        self._breadth = {file: executed[file] / count for file, count in tests.items()}
+
+    def tests(self, fault: Fault) -> list[str]:
+        """Return tests in the order to run: the quick ones file by file, then the slow ones by their time."""
+        seconds = self._found.seconds
+        reaching = sorted(self._reaching(fault))
+        # Quick ones of a file together, so that they share what the file sets up.
+        quick = sorted((test for test in reaching if seconds[test] < 1), key=self._rank)
+        slow = sorted((test for test in reaching if seconds[test] >= 1), key=seconds.__getitem__)
+        chosen = self._within(quick, self._seconds if not slow else self._seconds / 2)
+        return chosen + self._within(slow, self._seconds - sum(seconds[test] for test in chosen))
+
+    def _reaching(self, fault: Fault) -> set[str]:
+        lines = self._found.lines.get(fault.file, {})
+        tests = lines.get(fault.line) or lines.get(fault.statement) or set()
+        if not tests and fault.function is None:
+            # The top of a module runs before any test: those that use the module may notice.
+            tests = set().union(*lines.values())
+        if tests:
+            return tests
+        *package, module = Path(fault.file).with_suffix("").parts
+        name = re.escape(".".join(package))
+        pattern = re.compile(rf"{name}\.{module}\b|from {name} import .*\b{module}\b")
+        return {
+            test for test in self._found.seconds if pattern.search(self._sources[test.partition("::")[0]])
+        }
+
+    def _rank(self, test: str) -> tuple[float, str]:
+        file = test.partition("::")[0]
+        return self._breadth[file], file
+
+    def _within(self, tests: list[str], limit: float) -> list[str]:
+        chosen, total = [], 0.0
+        for test in tests:
+            total += self._found.seconds[test]
+            if total > limit:
+                break
+            chosen.append(test)
+        return chosen
 
 
-def choose(faults: list[Fault], number: int, seed: int, found: Record) -> list[Fault]:
+def choose(faults: list[Fault], number: int, seed: int, found: Record, root: Path) -> list[Fault]:
     """Return faults on different lines, in a random order that depends on the seed alone."""
     faults = list(faults)
     random.Random(seed).shuffle(faults)
@@ -68,17 +106,17 @@ def choose(faults: list[Fault], number: int, seed: int, found: Record) -> list[F
     for fault in faults:
         if len(chosen) == number:
             break
-        if (fault.file, fault.line) not in chosen and not _out_of_reach(fault, found):
+        if (fault.file, fault.line) not in chosen and not _out_of_reach(fault, found, root):
             chosen[fault.file, fault.line] = fault
     return list(chosen.values())
 
 
-def _out_of_reach(fault: Fault, found: Record) -> bool:
+def _out_of_reach(fault: Fault, found: Record, root: Path) -> bool:
     """Whether no test here can execute the line: GPU code, or code that needs a missing package."""
     lines = found.lines.get(fault.file, {})
     if not found.lines or fault.function is None or lines.get(fault.line) or lines.get(fault.statement):
         return False
-    source = (ROOT / fault.file).read_text(encoding="utf-8").splitlines()
+    source = (root / fault.file).read_text(encoding="utf-8").splitlines()
     if GPU_CODE.search("\n".join(source[fault.function[0] - 1 : fault.function[1]])):
         return True
     imported = re.findall(r"^\s*(?:import|from) (\w+)", "\n".join(source), re.MULTILINE)
@@ -134,12 +172,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[Fault, str]:
     trees = [Tree(scratch / f"tree-{slot}", base.repository) for slot in range(options.jobs)]
     sources = {file: (base.repository / file).read_text(encoding="utf-8") for file in files}
     outcomes: dict[Fault, str] = {}
-    for fault in choose(find_faults(ROOT, options.only), options.number, options.seed, found):
-        selected, total = [], 0.0
-        for test in tests_for(fault, found, sources):
-            total += found.seconds[test]
-            if total <= options.seconds:
-                selected.append(test)
+    selection = Selection(found, sources, options.seconds)
+    faults = find_faults(base.repository, options.only)
+    for fault in choose(faults, options.number, options.seed, found, base.repository):
+        selected = selection.tests(fault)
 
         def work(
             slot: int, folder: Path, fault: Fault = fault, selected: list[str] = selected
@@ -157,7 +193,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[Fault, str]:
                 by = (result.get("failed") or [result["code"]])[0]
                 print(f"{fault.file}:{fault.line} caught by {by}: {fault.after.strip()}", flush=True)
 
-        pool.submit(work, done, SHORTEST_LIMIT + SLOWDOWN * min(total, options.seconds))
+        pool.submit(work, done, 2 * SHORTEST_LIMIT + SLOWDOWN * sum(found.seconds[test] for test in selected))
     pool.wait()
     return outcomes
 
@@ -169,13 +205,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tests run at a time")
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of paths, such as minimind/data")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="folders or files of tests")
-    parser.add_argument("--seconds", type=float, default=120, help="recorded time of the tests of one fault")
+    parser.add_argument("--seconds", type=float, default=60, help="recorded time of the tests of one fault")
     parser.add_argument("--minimum", type=float, default=0.0, help="share to catch; exit code 1 below it")
     parser.add_argument("--record", type=Path, help="file that keeps the recorded run for the next time")
     parser.add_argument("--verbose", action="store_true", help="name the test that catches each fault")
     options = parser.parse_args()
     began = time.monotonic()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Forked processes cannot share a GPU that their parent has opened, and the default tests need none.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("MINIMIND_SHARED", str(ROOT.parent / "shared"))
     for name in PRELOADED:
         with contextlib.suppress(ImportError):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What lies beside the sources at the top of a working tree.
 IGNORED = ("build", "dist", "out*", "runs", "shared")
 # A test that takes this many times its recorded time hangs, and so notices the fault.
-SLOWDOWN, SHORTEST_LIMIT = 20, 60
+SLOWDOWN, SHORTEST_LIMIT = 10, 40
 # Exit code of pytest.
 NO_TESTS = 5
 
