@@ -18,6 +18,7 @@ from minimind.train import (
     Run,
     TrainState,
     decay_wanted,
+    rewind,
     settle,
     train,
     train_step,
@@ -158,3 +159,61 @@ def test_the_decay_is_left_to_the_schedule_where_nothing_limits_the_time() -> No
     # The schedule's own decay ends the run sooner.
     run.total_steps = 105
     assert decay_wanted(run, TrainState(step=100)) == 0
+
+
+def test_a_decay_by_the_clock_must_end_before_the_schedule_does() -> None:
+    def steps(total_steps: int) -> int:
+        run = make_run(tiny_model(), lr_schedule="wsd", decay_steps=10)
+        run.total_steps = total_steps
+        run.stop = StopRequest(END_SECONDS + 10.9 / 0.9, started=0.0, clock=lambda: 0.0)
+        run.meter = SimpleNamespace(seconds_per_step=lambda: 1.0, seconds_of=lambda _: 0.0)
+        return decay_wanted(run, TrainState(step=100))
+
+    assert [steps(110), steps(111)] == [0, 10]
+
+
+@pytest.mark.parametrize(("asked", "end"), [(12.0, 52), (200.0, 100)])
+def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: int) -> None:
+    run, state, told = make_run(tiny_model()), TrainState(step=40), []
+    run.total_steps = 100
+    run.progress = SimpleNamespace(
+        start=lambda *steps: told.append(steps), note=lambda text: told.append("--max-time" in text)
+    )
+    run.meter = SimpleNamespace(end_at=told.append)
+    for decay in (asked, 5.0):
+        run.readback.put(record(40), torch.tensor([3.0, 0.0, decay, 1.0]))
+        settle(run, state, everything=True)
+    assert state.ending == (40, end)
+    assert run.last_step(state) == end
+    assert sorted(map(str, told)) == sorted(map(str, [end, (end, 40), True]))
+
+
+def test_a_report_tells_the_share_of_the_epoch_that_is_done() -> None:
+    run, _ = looped(4, log_interval=1)
+    run.loader.rows_per_epoch = 4 * ROWS
+    train(run, TrainState())
+    epochs = [values["epoch"] for _, values in run.trackers.logged if "epoch" in values]
+    assert epochs == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_going_back_counts_steps_and_reports_from_the_checkpoint_on() -> None:
+    run, state, told = make_run(tiny_model(), on_spike="rewind"), TrainState(step=9, stopping=True), []
+    run.meter.go_back = lambda step: told.append(("meter", step))
+    run.samples = SimpleNamespace(go_back=lambda step: told.append(("samples", step)))
+    run.trackers.go_back = lambda step: told.append(("trackers", step))
+    run.save = lambda state: told.append(("save", state.step))
+
+    def go_back(state: TrainState) -> None:
+        state.step, state.stopping, state.left_out = 4, False, []
+
+    run.go_back = go_back
+    spike = SimpleNamespace(step=8, what="a jump", epoch=1, row=16, rows=8)
+    rewind(run, state, spike)
+    assert (state.step, state.rewinds, state.left_out, state.stopping) == (4, 1, [[1, 16, 8]], True)
+    assert told == [("meter", 4), ("trackers", 4), ("samples", 4), ("save", 4)]
+    ((step, values),) = run.trackers.logged
+    assert step == 4
+    assert values == {
+        "rewound_from": 8, "left_out_epoch": 1, "left_out_row": 16, "left_out_rows": 8, "rewinds": 1,
+    }  # fmt: skip
+    assert "rows 16 to 23 of pass 1" in run.progress.warnings[0]
