@@ -69,9 +69,13 @@ class Selection:
         chosen = self._within(quick, self._seconds if not slow else self._seconds / 2)
         return chosen + self._within(slow, self._seconds - sum(seconds[test] for test in chosen))
 
-    def _reaching(self, fault: Fault) -> set[str]:
+    def executing(self, fault: Fault) -> set[str]:
+        """Return the tests that are known to execute the line."""
         lines = self._found.lines.get(fault.file, {})
-        tests = lines.get(fault.line) or lines.get(fault.statement) or set()
+        return lines.get(fault.line) or lines.get(fault.statement) or set()
+
+    def _reaching(self, fault: Fault) -> set[str]:
+        lines, tests = self._found.lines.get(fault.file, {}), self.executing(fault)
         if not tests and fault.function is None:
             # The top of a module runs before any test: those that use the module may notice.
             tests = set().union(*lines.values())
@@ -187,7 +191,11 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[Fault, str]:
             survived = result["code"] in (0, NO_TESTS)
             outcomes[fault] = "survived" if survived else "caught"
             if survived:
-                print(f"{fault.file}:{fault.line} survived {count} tests", flush=True)
+                executing = len(selection.executing(fault))
+                print(
+                    f"{fault.file}:{fault.line} survived {count} tests; {executing} in all execute it",
+                    flush=True,
+                )
                 print(f"  - {fault.before.strip()}\n  + {fault.after.strip()}", flush=True)
             elif options.verbose:
                 by = (result.get("failed") or [result["code"]])[0]
