@@ -212,3 +212,19 @@ def test_what_a_killed_process_left_is_removed_by_the_next_resume(tmp_path: Path
     state, *_ = checkpoints_in(tmp_path).resume("auto")
     assert state.tokens == 2
     assert [path.name for path in tmp_path.iterdir() if "step" in path.name] == ["step-00000002"]
+
+
+def test_a_run_that_the_launcher_starts_again_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    config = tiny(corpus, tmp_path / "run", max_steps=4)
+    pretrain(config, stop_after=2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    trained: list[int] = []
+    advance = TrainState.advance
+    monkeypatch.setattr(
+        TrainState, "advance", lambda state, *rest: (advance(state, *rest), trained.append(state.step))
+    )
+    assert pretrain(config).steps == 4
+    assert trained == [3, 4]
