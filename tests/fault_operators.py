@@ -16,7 +16,8 @@ PACKAGE = "minimind"
 # - lines that no test executes in a function that mentions CUDA (see `plant_faults.py`): likewise;
 # - annotations, decorators, docstrings and `if TYPE_CHECKING`: nothing executes them in a run;
 # - what is inside `raise`: an error's text is tested for the option and the fix, not for every number;
-# - dropped keywords that bound memory, name threads, check the program or matter on other systems only.
+# - keywords that bound memory, name threads, check the program or matter on other systems only;
+# - a dropped `side="left"` of numpy's searchsorted, which is its default.
 NO_FAULT_KEYWORDS = {
     *("strict", "maxsize", "init", "repr", "frozen", "kw_only", "slots"),
     *("encoding", "thread_name_prefix", "pin_memory", "non_blocking"),
@@ -92,7 +93,7 @@ class FaultFinder:
         """Yield nodes, `node` or a child of it, and what to put in their place."""
         if isinstance(node, (ast.If, ast.While, ast.IfExp)) and not _is_not(node.test):
             yield node.test, f"(not ({ast.unparse(node.test)}))"
-        elif isinstance(node, ast.keyword) and node.arg is not None and node.arg not in NO_FAULT_KEYWORDS:
+        elif isinstance(node, ast.keyword) and node.arg is not None:
             yield node, ""
         elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
             value = node.value
@@ -144,6 +145,8 @@ def _is_not(node: ast.AST) -> bool:
 
 
 def _not_executed(node: ast.AST) -> bool:
+    if isinstance(node, ast.keyword):
+        return node.arg in NO_FAULT_KEYWORDS or ast.unparse(node) == "side='left'"
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
