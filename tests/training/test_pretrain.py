@@ -8,8 +8,6 @@ import json
 import math
 import os
 import signal
-import threading
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,9 @@ from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import parse_values, read_toml, write_toml
 from minimind.tracking.console import Progress
 from minimind.training.summary import PretrainResult
+from minimind.training.trainer import END_SECONDS
 from support.cycle_corpus import WORDS, write_corpus
-
-# Seconds that a busy machine may add to the end of a timed run, and steps may be slower when it decays.
-SLACK = 10.0
+from support.step_clock import StepClock
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +224,12 @@ def test_a_run_stops_at_its_limit(corpus: Path, tmp_path: Path, limits: dict[str
     assert pretrain(tiny(corpus, tmp_path / "short", **limits)).steps == steps
 
 
-def test_a_wsd_run_finishes_within_its_time(corpus: Path, tmp_path: Path) -> None:
+def test_a_wsd_run_finishes_within_its_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the limit it would go on for hours; with it the learning rate still falls to its minimum."""
     out = tmp_path / "timed"
-    started = time.monotonic()
+    clock = StepClock(monkeypatch, 0.1)
     result = pretrain(
         tiny(
             corpus,
@@ -243,7 +242,8 @@ def test_a_wsd_run_finishes_within_its_time(corpus: Path, tmp_path: Path) -> Non
             eval_batches=1,
         )
     )
-    assert time.monotonic() - started < 20 + SLACK
+    # All but what is kept for the end, and a tenth of the rest.
+    assert 0.85 * (20 - END_SECONDS) < clock.elapsed < 20 - END_SECONDS
     assert result.stopped is None
     rates = [row["learning_rate"] for row in metrics(out) if "learning_rate" in row]
     assert rates[-1] == pytest.approx(0.1 * max(rates))
@@ -252,23 +252,29 @@ def test_a_wsd_run_finishes_within_its_time(corpus: Path, tmp_path: Path) -> Non
     assert (out / "model" / "model.safetensors").exists()
 
 
-def test_a_run_out_of_time_is_saved_and_goes_on(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_out_of_time_is_saved_and_goes_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = StepClock(monkeypatch, 0.1)
     config = tiny(corpus, tmp_path / "cut", epochs=100_000, max_time="6s", save_interval=10_000)
     result = pretrain(config)
     assert result.stopped == "--max-time"
-    assert result.steps > 0
+    assert 6 <= clock.elapsed < 7
     assert not (tmp_path / "cut" / "model").exists()
     limit = result.steps + 3
     more = pretrain(dataclasses.replace(config, max_time=None, max_steps=limit, resume="auto"))
     assert (more.steps, more.stopped) == (limit, None)
 
 
-def test_a_signal_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
-    timer = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+def test_a_signal_ends_the_run_in_order(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StepClock(
+        monkeypatch, 0.05, after_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 9 else None
+    )
     result = pretrain(tiny(corpus, tmp_path / "cut", epochs=100_000, save_interval=10_000))
-    timer.join()
     assert result.stopped == "SIGTERM"
+    assert 9 <= result.steps < 15
     (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("step-*")
     assert checkpoint.name == f"step-{result.steps:08d}"
 
@@ -317,16 +323,16 @@ def test_a_full_disk_ends_the_run_only_if_asked_to(
     assert not list((tmp_path / "full" / "checkpoints").glob("*"))
 
 
-@pytest.mark.alone
-@pytest.mark.slow
-def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(corpus: Path, tmp_path: Path) -> None:
+def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(
         corpus, tmp_path / "timed", epochs=100_000, lr_schedule="wsd", warmup_steps=10, log_interval=1
     )
     first = pretrain(config, stop_after=100)
-    started = time.monotonic()
+    clock = StepClock(monkeypatch, 0.1)
     result = pretrain(dataclasses.replace(config, max_time="25s", resume="auto"))
-    assert time.monotonic() - started < 25 + SLACK
+    assert 0.85 * (25 - END_SECONDS) < clock.elapsed < 25 - END_SECONDS
     assert result.stopped is None
     assert result.steps > first.steps
     rates = [row["learning_rate"] for row in metrics(tmp_path / "timed") if "learning_rate" in row]
