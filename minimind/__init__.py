@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 try:
-    __version__ = version("minimind")
+    __version__ = version("minimind-train")  # the distribution; `minimind` is somebody else's
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
