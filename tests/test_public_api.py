@@ -134,7 +134,7 @@ def test_no_message_or_page_installs_another_project() -> None:
     assert found == []
 
 
-def test_the_distribution_has_a_name_of_its_own() -> None:
+def test_the_distribution_is_minimind_train() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["name"] == "minimind-train"
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
