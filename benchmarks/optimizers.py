@@ -307,7 +307,7 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no plot: pip install 'minimind[benchmarks]'", file=sys.stderr)
+        print("no plot: pip install matplotlib", file=sys.stderr)
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

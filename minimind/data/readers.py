@@ -213,7 +213,8 @@ class TextFile:
             from pyarrow import parquet
         except ImportError as error:
             raise DataError(
-                f"{self.option}: reading {self.path} needs pyarrow; pip install 'minimind[parquet]'."
+                f"{self.option}: reading {self.path} needs the package pyarrow, which is not installed; "
+                "pip install pyarrow."
             ) from error
         try:
             with parquet.ParquetFile(self.path) as file:

@@ -271,7 +271,6 @@ def _package() -> ModuleType:
         import gguf
     except ImportError as error:
         raise ConfigError(
-            "--format gguf needs the package gguf; install it by pip install 'minimind[gguf]' "
-            "or pip install gguf."
+            "--format gguf needs the package gguf, which is not installed; pip install gguf."
         ) from error
     return gguf

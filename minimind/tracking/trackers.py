@@ -22,11 +22,6 @@ from ..run_folder import RunFolder
 from .backends import Client, HyperParameters, SwanLab, TensorBoard, WandB
 from .metrics_file import MetricsFile
 
-_INSTALL = {
-    "tensorboard": "tensorboard",
-    "wandb": "'minimind[wandb]'",
-    "swanlab": "'minimind[swanlab]'",
-}
 # Seconds that the end of a run waits for trackers that are slow or gone.
 CLOSE_SECONDS = 60.0
 # SwanLab puts back signal handlers when it closes, which Python allows to the main thread alone.
@@ -44,7 +39,7 @@ def check_trackers(config: PretrainConfig) -> None:
         ConfigError: naming each missing package and the command that installs it.
     """
     problems = [
-        f"--tracker {name} needs a package that is not installed; pip install {_INSTALL[name]}"
+        f"--tracker {name} needs the package {name}, which is not installed; pip install {name}."
         for name in config.tracker
         if name != "none" and not _installed(name)
     ]

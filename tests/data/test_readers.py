@@ -135,7 +135,7 @@ def test_parquet_without_its_package_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "a.parquet"
     path.touch()
-    with pytest.raises(DataError, match=r"pip install 'minimind\[parquet\]'"):
+    with pytest.raises(DataError, match=r"pip install pyarrow"):
         read(path)
 
 

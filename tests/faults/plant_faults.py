@@ -1,6 +1,6 @@
 """Plant single-line faults in the library and count those that the default tests catch.
 
-    python tests/plant_faults.py --number 300 --jobs 16
+    python tests/faults/plant_faults.py --number 300 --jobs 16
 
 Every fault is planted in a scratch copy of the repository, never in the working tree. One recorded run of the
 tests (with `coverage`, where it is installed) tells which tests execute which line; a fault runs those tests,

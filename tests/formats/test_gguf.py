@@ -263,7 +263,7 @@ def test_without_the_package_the_error_names_the_command(tokenizer, tmp_path, mo
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(
-        ConfigError, match=r"needs the package gguf; install it by pip install 'minimind\[gguf\]'"
+        ConfigError, match=r"needs the package gguf, which is not installed; pip install gguf"
     ):
         save(build(), tokenizer, tmp_path / "m.gguf")
 

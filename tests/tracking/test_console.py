@@ -136,8 +136,8 @@ def test_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
 
 
 def test_text_in_brackets_is_not_taken_for_markup(terminal):
-    Progress(10, stream=terminal).warn("use 'minimind[wandb]'")
-    assert "use 'minimind[wandb]'" in terminal.text()
+    Progress(10, stream=terminal).warn("use 'swanlab[dashboard]'")
+    assert "use 'swanlab[dashboard]'" in terminal.text()
 
 
 def test_data_preparation_in_a_pipe_is_reported_seldom_and_at_its_end():

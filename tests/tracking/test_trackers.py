@@ -216,8 +216,8 @@ def test_missing_packages_are_refused_together_with_the_command_that_installs_th
     with pytest.raises(ConfigError) as caught:
         check_trackers(PretrainConfig(tracker=("tensorboard", "wandb", "swanlab")))
     assert caught.value.problems == [
-        "--tracker wandb needs a package that is not installed; pip install 'minimind[wandb]'",
-        "--tracker swanlab needs a package that is not installed; pip install 'minimind[swanlab]'",
+        "--tracker wandb needs the package wandb, which is not installed; pip install wandb.",
+        "--tracker swanlab needs the package swanlab, which is not installed; pip install swanlab.",
     ]
 
 
