@@ -135,7 +135,7 @@ class Bench:
         if self.compiled:
             self.bare.compile_for_training("whole")
         self.start = {name: value.clone() for name, value in self.bare.state_dict().items()}
-        self.model = self.accelerator.compile_and_wrap(self.bare)
+        self.model = self.accelerator.prepare_model(self.bare)
         self.loader = Loader(
             text.train,
             seq_len=self.config.max_seq_len,

@@ -200,7 +200,7 @@ def measure(options: argparse.Namespace, folder: Path, weights: dict[str, torch.
         num_processes=1,
         device=accelerator.device,
     )
-    prepared = accelerator.compile_and_wrap(model)
+    prepared = accelerator.prepare_model(model)
     result = evaluate(prepared, batches, table.to(accelerator.device), accelerator)
     assert result is not None
     return result.bits_per_byte
