@@ -1,8 +1,8 @@
-"""A training loop of your own, over minimind's text, model and checkpoints.
+"""A custom training loop with minimind's data, model and checkpoints.
 
     python custom_loop.py corpus.jsonl my-checkpoints
 
-The same command again goes on from the last checkpoint, and takes the steps that it would have taken.
+Run the same command again to resume from the last checkpoint; the steps equal those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from minimind.data.batch_plan import BatchPlan
 from minimind.data.loader import Loader
 from minimind.data.prepare import prepare_data
 
-ROW = 64  # tokens
+SEQ_LEN = 64  # tokens
 
 
 def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> torch.nn.Module:
-    """Train until `steps` steps are done, from the last checkpoint in `folder` on if there is one."""
-    # Text to token ids: done once and kept; the next call finds them.
+    """Train until `steps` steps are done, resuming from the last checkpoint in `folder` if there is one."""
+    # Tokenize the corpus into the token cache; the next call reuses it.
     tokenizer = minimind.load_tokenizer()
-    text = prepare_data(minimind.PretrainConfig(data=(corpus,), max_seq_len=ROW), tokenizer)
+    data = prepare_data(minimind.PretrainConfig(data=(corpus,), max_seq_len=SEQ_LEN), tokenizer)
 
-    # One step is 2 x 8 rows on this one process. Accelerate only says where we are.
+    # A global batch of 2 x 8 sequences on one process. Accelerate only chooses the device.
     accelerator = Accelerator()
     plan = BatchPlan(micro_batch_size=8, accumulation_steps=2, num_processes=1)
     loader = Loader(
-        text.train,
-        seq_len=ROW,
+        data.train,
+        seq_len=SEQ_LEN,
         packing=True,
         plan=plan,
         seed=42,
@@ -43,29 +43,29 @@ def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> 
     )
 
     torch.manual_seed(42)
-    shape = minimind.MiniMindConfig(
+    model_config = minimind.MiniMindConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    model = minimind.MiniMindForCausalLM(shape).to(accelerator.device)
+    model = minimind.MiniMindForCausalLM(model_config).to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
-    # Where the run stands is three numbers: the order of the rows follows from the seed.
-    place = {"step": 0, "epoch": 0, "row": 0}
+    # Three numbers define the position of a run: the order of the sequences is a function of the seed.
+    place = {"step": 0, "epoch": 0, "sequence": 0}
     store = CheckpointStore(folder, keep=2, on_error=print)
     checkpoint = store.latest(on_damaged=print)
     if checkpoint is not None:
         place = load_state_dict(accelerator, model, optimizer, checkpoint)["place"]
 
     while place["step"] < steps:
-        for batch in loader.steps(place["epoch"], place["row"]):
+        for batch in loader.steps(place["epoch"], place["sequence"]):
             loss = torch.zeros((), device=accelerator.device)
-            for part in batch.micro_batches:
-                # Divided by the targets of the whole step, so that every token weighs the same.
+            for micro_batch in batch.micro_batches:
+                # Divide by the number of targets in the global batch: every token gets the same weight.
                 output = model(
-                    part.input_ids,
-                    shift_labels=part.shift_labels,
-                    document_ids=part.document_ids,
-                    position_ids=part.position_ids,
+                    micro_batch.input_ids,
+                    shift_labels=micro_batch.shift_labels,
+                    document_ids=micro_batch.document_ids,
+                    position_ids=micro_batch.position_ids,
                     num_items_in_batch=batch.num_targets,
                 )
                 output.loss.backward()
@@ -75,9 +75,9 @@ def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> 
             optimizer.zero_grad()
 
             place["step"] += 1
-            place["row"] += batch.num_sequences
-            if place["row"] == loader.sequences_per_epoch:
-                place["epoch"], place["row"] = place["epoch"] + 1, 0
+            place["sequence"] += batch.num_sequences
+            if place["sequence"] == loader.sequences_per_epoch:
+                place["epoch"], place["sequence"] = place["epoch"] + 1, 0
             if place["step"] % 10 == 0:
                 print(f"step {place['step']}: loss {loss.item():.4f}")
             done = place["step"] == steps

@@ -1,4 +1,4 @@
-"""Models of your own, trained by minimind: data, checkpoints, resuming, reports and several GPUs as ever.
+"""Custom models trained by minimind, with its data, checkpoints, resuming, reports and DDP.
 
 python custom_model.py relu
 accelerate launch custom_model.py recurrent
@@ -17,12 +17,13 @@ from minimind.training.summary import PretrainResult
 
 
 class SquaredReLU(nn.Module):
-    """A feed-forward layer with relu(x)² between two matrices (So et al. 2021) instead of SwiGLU."""
+    """Feed-forward layer with a squared ReLU (So et al. 2021) instead of SwiGLU."""
 
-    def __init__(self, shape: minimind.MiniMindConfig) -> None:
+    def __init__(self, model_config: minimind.MiniMindConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(shape.hidden_size, 4 * shape.hidden_size, bias=False)
-        self.down_proj = nn.Linear(4 * shape.hidden_size, shape.hidden_size, bias=False)
+        hidden_size = model_config.hidden_size
+        self.up_proj = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.down_proj = nn.Linear(4 * hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
@@ -30,24 +31,24 @@ class SquaredReLU(nn.Module):
 
 
 class ReLUMiniMind(minimind.MiniMindForCausalLM):
-    """minimind's transformer with one part exchanged; all the rest is inherited."""
+    """minimind's transformer with another feed-forward layer; everything else is inherited."""
 
-    def __init__(self, shape: minimind.MiniMindConfig) -> None:
-        super().__init__(shape)
+    def __init__(self, model_config: minimind.MiniMindConfig) -> None:
+        super().__init__(model_config)
         for layer in self.model.layers:
-            layer.mlp = SquaredReLU(shape)
-        self._init_weights()  # the new matrices too
+            layer.mlp = SquaredReLU(model_config)
+        self._init_weights()  # including the new matrices
 
 
 class RecurrentLM(nn.Module):
-    """Anything else that predicts the next token: here a GRU."""
+    """Any other model that predicts the next token: here a GRU."""
 
-    def __init__(self, vocab_size: int, width: int = 128) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int = 128) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.gru = nn.GRU(width, width, num_layers=2, batch_first=True)
-        # The optimizer knows the output matrix by this name: Muon is for those inside of a network.
-        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.gru = nn.GRU(hidden_size, hidden_size, num_layers=2, batch_first=True)
+        # The optimizer recognizes the output layer by this name and updates it with AdamW instead of Muon.
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
 
     def forward(
         self,
@@ -57,10 +58,10 @@ class RecurrentLM(nn.Module):
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> CausalLMOutput:
-        """Return the summed loss over `num_items_in_batch` where labels are given, else the logits.
+        """Return the summed loss divided by `num_items_in_batch` if labels are given, else the logits.
 
-        A transformer keeps documents that share a row apart by `document_ids`. A GRU cannot do that in one
-        call, so train it with `packing=False`, where both ids are None.
+        A transformer masks attention between the documents of a packed sequence by `document_ids`. A GRU
+        cannot do that in one call, so train it with `packing=False`, where both ids are None.
         """
         hidden, _ = self.gru(self.embedding(input_ids))
         logits = self.lm_head(hidden)
@@ -73,19 +74,19 @@ class RecurrentLM(nn.Module):
 
 
 def train(name: str, **options: Any) -> PretrainResult:
-    """Train one of the models with the options of the preset `tiny` and those given."""
+    """Train one of the models with the preset `tiny`, changed by `options`."""
     options = {"output_dir": f"runs/{name}", **options}
     if name == "relu":
-        # Called with the shape that the options give.
+        # Called with the model configuration that results from the options.
         config = minimind.preset_config("tiny", **options)
         return minimind.pretrain(config, model_factory=ReLUMiniMind)
     config = minimind.preset_config("tiny", packing=False, **options)
-    return minimind.pretrain(config, model_factory=lambda shape: RecurrentLM(shape.vocab_size))
+    return minimind.pretrain(config, model_factory=lambda model_config: RecurrentLM(model_config.vocab_size))
 
 
 if __name__ == "__main__":
     if sys.argv[1:] not in (["relu"], ["recurrent"]):
         sys.exit("usage: python custom_model.py relu|recurrent")
     result = train(sys.argv[1])
-    # The weights under their names in the model: safetensors.torch.load_model(model, file) reads them back.
-    print(f"{result.bits_per_byte:.4f} bits/byte on held-out text; {result.model_dir / 'model.safetensors'}")
+    # Load the weights with safetensors.torch.load_model(model, file).
+    print(f"{result.bits_per_byte:.4f} bits/byte on held-out data; {result.model_dir / 'model.safetensors'}")

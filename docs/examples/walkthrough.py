@@ -1,15 +1,15 @@
 # %% [markdown]
-# # From text to a model that writes, step by step
+# # From documents to a language model, step by step
 #
-# A notebook as a plain script: editors such as VS Code and PyCharm run each `# %%` part by itself, and
-# `python walkthrough.py` runs them all, in seconds. Everything is far too small to be good; it shows how
-# the parts fit together, not what a trained model can do.
+# A notebook as a plain script: editors such as VS Code and PyCharm run each `# %%` cell separately, and
+# `python walkthrough.py` runs them all in seconds. Model and data are far too small for good results; the
+# example shows how the parts work together, not what a trained model can do.
 
 # %% [markdown]
-# ## Text
+# ## Documents
 #
-# The text is the language reference that Python carries: no download. A corpus is a JSONL file: one object
-# with the field `text` for each document.
+# The documents come from the language reference that ships with Python, so there is no download. A corpus is
+# a JSONL file: one object with the field `text` per document.
 
 # %%
 import json
@@ -29,8 +29,8 @@ print(documents[0][:200])
 # %% [markdown]
 # ## Tokenizer
 #
-# A model sees numbers. The tokenizer learns which pieces of text are frequent, and gives each a number. This
-# one has 512 entries; the one in the package has 6400.
+# A model processes token ids. Training a tokenizer finds frequent pieces of text and assigns an id to each.
+# This vocabulary has 512 entries; that of the packaged tokenizer has 6400.
 
 # %%
 import minimind
@@ -41,10 +41,10 @@ ids = tokenizer.encode("for i in range(10): print(i)")
 print([tokenizer.decode([id]) for id in ids])
 
 # %% [markdown]
-# ## Token ids on the disk, and rows
+# ## Token cache and sequences
 #
 # `prepare_data` tokenizes once, with a start and an end token around each document, and holds out some
-# documents for validation. The loader lays documents end to end in rows of 64 tokens.
+# documents for validation. The loader packs documents into sequences of 64 tokens.
 
 # %%
 from minimind.data.batch_plan import BatchPlan
@@ -56,14 +56,14 @@ data = prepare_data(config, tokenizer)
 plan = BatchPlan(micro_batch_size=8, accumulation_steps=1, num_processes=1)
 loader = Loader(data.train, seq_len=64, packing=True, plan=plan, seed=0, process_index=0, device="cpu")
 batch = loader.step(epoch=0, row=0).micro_batches[0]
-print(f"{data.train.num_tokens:,} tokens make {loader.sequences_per_epoch} rows a pass")
+print(f"{data.train.num_tokens:,} tokens make {loader.sequences_per_epoch} sequences per epoch")
 print("inputs ", batch.input_ids[0, :8].tolist())
 print("targets", batch.shift_labels[0, :8].tolist(), "- each input's next token")
 
 # %% [markdown]
 # ## Model
 #
-# A transformer of two blocks. Before training every token is about equally likely, so the loss on each target
+# A transformer with two layers. Before training all tokens are about equally likely, so the loss per target
 # is near ln(512) = 6.24.
 
 # %%
@@ -72,11 +72,11 @@ import math
 import torch
 
 torch.manual_seed(0)
-shape = minimind.MiniMindConfig(
+model_config = minimind.MiniMindConfig(
     vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
 )
-model = minimind.MiniMindForCausalLM(shape)
-print(f"{shape.num_parameters():,} parameters")
+model = minimind.MiniMindForCausalLM(model_config)
+print(f"{model_config.num_parameters():,} parameters")
 
 
 def loss_of(batch, num_targets):
@@ -96,7 +96,8 @@ print(f"loss {loss_of(batch, targets).item():.2f}, ln(512) = {math.log(512):.2f}
 # %% [markdown]
 # ## Training
 #
-# Forward, backward, step. `minimind.training.trainer` does the same, with everything a long run needs.
+# Forward pass, backward pass, optimizer step. `minimind.training.trainer` does the same and adds what a long
+# run needs.
 
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -112,21 +113,21 @@ for step in islice(loader.steps(epoch=0), 60):
         print(f"step {len(losses)}: loss {losses[-1]:.2f}")
 
 # %% [markdown]
-# ## Writing
+# ## Generation
 #
-# The model gives a probability to every token; `generate` draws one, appends it, and goes on. After these few
-# steps it has learned which pieces are frequent and little more.
+# The model computes a probability for every token; `generate` samples one, appends it and repeats. After so
+# few steps the model has learned token frequencies and little more.
 
 # %%
 from minimind.generation.generate import generate
 
 prompt = [tokenizer.bos_token_id, *tokenizer.encode("The")]
-(written,) = generate(model, [prompt], max_new_tokens=60, stop_ids=[tokenizer.eos_token_id])
-sample = "The" + tokenizer.decode(written)
+(completion,) = generate(model, [prompt], max_new_tokens=60, stop_ids=[tokenizer.eos_token_id])
+sample = "The" + tokenizer.decode(completion)
 print(sample)
 
 # %% [markdown]
 # ## The same in one call
 #
-# `minimind.pretrain(config)` does all of this, with validation, checkpoints and a model folder that Hugging
-# Face transformers reads; `minimind-train pretrain` does it on the command line.
+# `minimind.pretrain(config)` does all of this and adds validation, checkpoints and a model folder that
+# Hugging Face transformers loads; `minimind-train pretrain` is the command for it.
