@@ -65,7 +65,7 @@ def test_processes_that_are_not_alike_are_named_with_both_values(
     corpus.with_name("corpus.jsonl.other.jsonl").write_text(corpus.read_text().replace("cat", "dog"))
     done, text = launch(torchrun(code, corpus, tmp_path / "out", *FEW_STEPS), tmp_path)
     assert done != 0
-    assert re.search("error: the processes are not alike: " + difference, text)
+    assert re.search("error: ranks disagree: " + difference, text)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -81,9 +81,7 @@ minimind.training.trainer.forward_loss = fail"""
     done, text = launch(torchrun(code, corpus, tmp_path / "out"), tmp_path)
     assert done != 0
     assert "rank 1: ValueError: a fault in the fourth step" in text
-    assert (
-        "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 went on no further." in text
-    )
+    assert "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 stopped." in text
 
 
 def test_a_process_that_hangs_ends_the_others_in_time_and_is_named(corpus: Path, tmp_path: Path) -> None:
@@ -111,7 +109,7 @@ def test_a_process_that_is_stuck_when_another_dies_ends_and_names_it(corpus: Pat
     """As over NCCL, whose operations neither return nor raise when a process is missing from them."""
     code = """
 import threading, minimind.distributed.heartbeat, minimind.training.trainer
-minimind.distributed.heartbeat.Watch.HURRY_SECONDS = 3.0
+minimind.distributed.heartbeat.Watchdog.SHUTDOWN_SECONDS = 3.0
 forward, calls = minimind.training.trainer.forward_loss, []
 def stick(*args):
     calls.append(1)

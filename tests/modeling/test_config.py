@@ -151,7 +151,7 @@ def test_absent_keys_of_a_mixture_mean_transformers_defaults():
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not a number"),
         ({"dropout": "none"}, "dropout none is not a number"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings false is neither true nor false"),
-        ({"eos_token_id": "</s>"}, "eos_token_id </s> is not the number of a token"),
+        ({"eos_token_id": "</s>"}, "eos_token_id </s> is not a token id"),
         ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' is not a table"),
         ({"rope_scaling": {**YARN, "factor": float("inf")}}, "rope_scaling factor is inf"),
     ],

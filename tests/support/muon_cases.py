@@ -49,7 +49,7 @@ def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tenso
         [{"params": taken, "algorithm": "muon", "weight_decay": 0.1}], lr=0.05, kernels=kernels
     )
     if kernels:
-        optimizer._muon_plainly = None  # which must not stand in for them
+        optimizer._muon_reference = None  # which must not stand in for them
     updates = []
     for step in range(STEPS):
         before = [p.detach().clone() for p in taken]
@@ -103,5 +103,5 @@ if __name__ == "__main__":
         device = "cpu"
         # So that small matrices have several blocks.
         muon._BLOCK = 256
-        muon._kernels_serve = lambda tensors: True
+        muon._kernels_supported = lambda tensors: True
     print(json.dumps(all_cases(device)))
