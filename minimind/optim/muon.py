@@ -131,6 +131,9 @@ class Muon(torch.optim.Optimizer):
     Both algorithms: p ← (1 - lr·weight_decay)·p - lr·update. Muon's update is √max(R, C)·0.2 times the
     orthogonal factor of its Nesterov momentum, so its root mean square is at most 0.2, that of AdamW.
 
+    An expert that received no token has a zero gradient, but orthogonalized momentum would still move it at
+    full size. A matrix of a stack whose gradient is all zero is therefore not updated; its momentum decays.
+
     Parameters may be sharded by FSDP2: weights and momentum stay sharded, and the matrices of one shape are
     gathered only while they are orthogonalized.
     """
@@ -224,10 +227,16 @@ class Muon(torch.optim.Optimizer):
         gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
         parameters = [_local(p) for p in parameters]
         nesterov, updated = _update_momentum(gradients, torch.stack(buffers), apply, group["momentum"])
-        directions = _shard(orthogonalize(_gather(nesterov, first)), first)
         torch._foreach_copy_(buffers, list(updated.unbind()))
-        decay = apply.to(updated.dtype) * (group["lr"] * group["weight_decay"])
-        torch._foreach_mul_(parameters, 1 - decay)
+        retained = 1 - apply.to(updated.dtype) * (group["lr"] * group["weight_decay"])
+        if first.ndim > 2:
+            # FSDP2 shards the first dimension, so that matrices of a stack are never split.
+            active = gradients.ne(0).flatten(-2).any(-1)[..., None, None]
+            nesterov = torch.where(active, nesterov, 0.0)  # a zero matrix stays zero
+            torch._foreach_mul_(parameters, list(torch.where(active, retained, 1.0).unbind()))
+        else:
+            torch._foreach_mul_(parameters, retained)
+        directions = _shard(orthogonalize(_gather(nesterov, first)), first)
         rate = group["lr"] * _scale(first.shape)
         torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
 
@@ -264,15 +273,16 @@ class Muon(torch.optim.Optimizer):
                 blocks = -(-size // _BLOCK)
                 grid = (len(x) * blocks,)
                 layout = first, len(tensors) // 3, len(x) // len(batch), size, blocks
-                sums = torch.empty((len(x), blocks), device=device)
+                sums, nonzero = torch.empty((2, len(x), blocks), device=device)
                 muon_kernels.update_momentum[grid](
-                    table, found_inf, nesterov, sums, *layout, momentum, 1.0 - momentum, **constants
+                    table, found_inf, nesterov, sums, nonzero, *layout, momentum, 1.0 - momentum, **constants
                 )
+                active = nonzero.sum(-1) if len(shape) > 2 else torch.ones(len(x), device=device)
                 norm = sums.sum(-1).sqrt_().clamp_(min=_MIN_NORM)
                 x /= norm.bfloat16().view(-1, 1, 1)
                 rate = float(group["lr"] * _scale(shape))
                 muon_kernels.update_parameters[grid](
-                    table, found_inf, _newton_schulz(x), *layout, float(retained), rate, **constants
+                    table, found_inf, active, _newton_schulz(x), *layout, float(retained), rate, **constants
                 )
                 first += len(batch)
 

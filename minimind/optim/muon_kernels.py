@@ -32,10 +32,12 @@ def _lerp(start, end, weight):
 
 @triton.jit(do_not_specialize=_SHAPE)
 def update_momentum(
-    addresses, found_inf, nesterov, sums, first, tensors, matrices, size, blocks, momentum, rest,
+    addresses, found_inf, nesterov, sums, nonzero, first, tensors, matrices, size, blocks, momentum, rest,
     ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the momenta in place; write Nesterov's, (n, m, R, C) bf16, and its sums of squares, (n·m, B).
+
+    Also write how many elements of the gradient are not zero to `nonzero`, (n·m, B).
 
     Where `found_inf`, (), is not 0 the momenta do not change and Nesterov's are 0.
 
@@ -62,21 +64,24 @@ def update_momentum(
     value = tl.where(apply, _lerp(gradient, new, momentum), 0.0)
     tl.store(nesterov + matrix.to(tl.int64) * size + at, value.to(nesterov.dtype.element_ty), mask=inside)
     tl.store(sums + program, tl.sum(value * value, 0))
+    tl.store(nonzero + program, tl.sum((gradient != 0.0).to(tl.float32), 0))
 
 
 @triton.jit(do_not_specialize=_SHAPE)
 def update_parameters(
-    addresses, found_inf, directions, first, tensors, matrices, size, blocks, retained, rate,
+    addresses, found_inf, active, directions, first, tensors, matrices, size, blocks, retained, rate,
     ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set each parameter to retained·parameter - rate·direction; directions are (n, m, R, C) bf16.
 
-    Where `found_inf`, (), is not 0 they do not change. The other arguments are those of `update_momentum`.
+    Where `found_inf`, (), is not 0 or `active`, (n·m,), is 0 they do not change. The other arguments are
+    those of `update_momentum`.
     """
     program = tl.program_id(0)
     matrix = program // blocks
     at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.where(tl.load(found_inf) == 0.0, size, 0)
+    apply = (tl.load(found_inf) == 0.0) & (tl.load(active + matrix) != 0.0)
+    inside = at < tl.where(apply, size, 0)
     row = addresses + first + matrix // matrices
     here = _tensor(row + 2 * tensors, ALIGNMENT) + (matrix % matrices).to(tl.int64) * size + at
     direction = tl.load(directions + matrix.to(tl.int64) * size + at, mask=inside, other=0.0).to(tl.float32)
