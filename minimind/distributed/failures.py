@@ -86,8 +86,12 @@ def watch_peers(
         print(f"{rank}error: {problem}", file=sys.stderr, flush=True)
         os._exit(1)
 
+    def shutting_down() -> bool:
+        # Without the launcher's store no heartbeats arrive, which says nothing about the other processes.
+        return stop.reason is not None and stop.has_launcher
+
     with Heartbeat(prefix, accelerator.process_index, accelerator.num_processes) as heartbeat:
-        with Watchdog(heartbeat, 0.9 * timeout, end, shutting_down=lambda: stop.reason is not None):
+        with Watchdog(heartbeat, 0.9 * timeout, end, shutting_down=shutting_down):
             yield
 
 

@@ -29,6 +29,9 @@ class StopRequest:
         max_seconds: time limit, counted from `started`; None for no limit.
         started: reading of `clock` at the start.
         clock: seconds, monotonic.
+
+    Attributes:
+        has_launcher: False once `launcher_lost` was called.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class StopRequest:
         )
         self._signal: int | None = None
         self._requested: str | None = None
+        self.has_launcher = True
         self._signalled_at = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -66,13 +70,18 @@ class StopRequest:
         """Ask for a stop from inside the program; thread-safe."""
         self._requested = reason
 
+    def launcher_lost(self) -> None:
+        """Ask for a stop because the launcher ended, and its store with it; thread-safe."""
+        self.has_launcher = False
+        self.request("the end of its launcher")
+
     def exit_if_signalled(self) -> None:
-        """End the program if a signal arrived; for code with nothing to save.
+        """End the program if a signal arrived or the launcher ended; for code with nothing to save.
 
         Raises:
-            KeyboardInterrupt: for any signal.
+            KeyboardInterrupt: in both cases.
         """
-        if self._signal is not None:
+        if self._signal is not None or not self.has_launcher:
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopRequest:

@@ -28,6 +28,7 @@ from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.consistency import check_same_on_all_ranks, run_signature
 from ..distributed.failures import report_peer_failures, watch_peers
 from ..distributed.heartbeat import record_start, started_before
+from ..distributed.launcher import watch_launcher
 from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, ConfigError
@@ -89,6 +90,7 @@ def pretrain(
     with ExitStack() as closing:
         limit = None if config.max_time is None else parse_duration(config.max_time)
         stop = closing.enter_context(StopRequest(limit, started=started))
+        closing.enter_context(watch_launcher(stop))
         progress = Progress(enabled=is_main_process())
         closing.callback(progress.close)
         if (remark := check_launch(config)) is not None:

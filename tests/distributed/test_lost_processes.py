@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minimind.checkpoint.files import stored_checkpoints
@@ -125,6 +126,32 @@ minimind.training.trainer.forward_loss = stick"""
     assert time.monotonic() - killed < 25
     assert process.returncode != 0
     assert "error: rank 1 no longer answers: it was killed, hangs, or its machine cannot be reached;" in text
+
+
+@pytest.mark.parametrize("way", ["torchrun", "accelerate", "torchrun and a script"])
+def test_processes_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Path, way: str) -> None:
+    out = tmp_path / "out"
+    words = torchrun("", corpus, out)
+    if way == "accelerate":
+        launcher = [*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+        words = [*launcher, "-m", "minimind_cli", *command(corpus, out)]
+    elif way != "torchrun":
+        script = tmp_path / "rank.sh"
+        script.write_text('"$@"\necho the script ends\n')
+        place = words.index("--no-python") + 1
+        words[place:place] = ["bash", script]
+    with launched(words, tmp_path) as process:
+        wait_for_step(out, 5)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert len(ranks) == (4 if way.endswith("script") else 2)
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+        for rank in alive:
+            rank.kill()
+        assert alive == []
+        text, _ = process.communicate(timeout=PATIENCE)
+    assert re.search("end: +stopped by (the end of its launcher|another process) after step", text)
+    assert stored_checkpoints(out / "checkpoints")[-1].step == max(row["step"] for row in rows(out))
 
 
 APART = """
