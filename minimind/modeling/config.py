@@ -32,21 +32,29 @@ _MOE_DEFAULTS: Mapping[str, Any] = {
     "router_aux_loss_coef": 0.001,
 }
 
-# Fields by type.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-_SIZES_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+# The largest value of each size: far beyond any model of this kind, so that what a damaged or hostile file
+# asks for is refused before anything is allocated.
+_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**22,
+    "max_position_embeddings": 2**24,
+}
+_MOE_SIZES = {"num_experts": 2**16, "num_experts_per_tok": 2**16, "moe_intermediate_size": 2**22}
 _DERIVED = ("head_dim", "intermediate_size", "moe_intermediate_size")
-_MAX_SIZE = 2**31 - 1
-_NUMBERS = ("rope_theta", "rms_norm_eps", "dropout", "router_aux_loss_coef", "initializer_range")
+_MAX_PARAMETERS = 10**13
+# The range of each number. With a rope_theta of 1 or less the frequencies do not fall from pair to pair.
+_NUMBERS = {
+    "rope_theta": (1.001, 1e15),
+    "rms_norm_eps": (0.0, 1.0),
+    "dropout": (0.0, 0.999),
+    "router_aux_loss_coef": (0.0, 1e6),
+    "initializer_range": (0.0, 1e3),
+}
 _SWITCHES = ("use_moe", "tie_word_embeddings", "norm_topk_prob")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -140,18 +148,16 @@ class MiniMindConfig:
 
     def _invalid_fields(self) -> Iterator[str]:
         """Yield a sentence for each field of a wrong type or out of range."""
-        for name in (*_SIZES, *(_SIZES_MOE if self.use_moe else ())):
+        for name, largest in (_SIZES | (_MOE_SIZES if self.use_moe else {})).items():
             value = getattr(self, name)
             if value is None and name in _DERIVED:
                 continue
-            if not _is_whole(value) or not 1 <= value <= _MAX_SIZE:
-                yield f"{name} {value} is not a size; use a whole number of at least 1."
-        for name in _NUMBERS:
+            if not _is_whole(value) or not 1 <= value <= largest:
+                yield f"{name} {value} is not a size; use a whole number from 1 to {largest}."
+        for name, (lowest, highest) in _NUMBERS.items():
             value = getattr(self, name)
-            if not _is_number(value) or value < 0:
-                yield f"{name} {value} is not a number of at least 0; correct it."
-        if self.rope_theta == 0:
-            yield "rope_theta is 0; use a number above 0."
+            if not _is_number(value) or not lowest <= value <= highest:
+                yield f"{name} {value} is not a number from {lowest:g} to {highest:g}; correct it."
         for name in _SWITCHES:
             if (value := getattr(self, name)) not in (None, True, False):
                 yield f"{name} {value} is neither true nor false; use one of them."
@@ -173,8 +179,8 @@ class MiniMindConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts "
                 f"{self.num_experts}; lower it."
             )
-        if self.dropout >= 1:
-            yield f"dropout {self.dropout} is out of range; it must be at least 0 and below 1."
+        if (number := self.num_parameters()) > _MAX_PARAMETERS:
+            yield f"these sizes make a model of {number:.1e} parameters; at most {_MAX_PARAMETERS:.0e} fit."
 
     def num_parameters(self) -> int:
         """Return the number of parameters, a tied matrix counted once."""
