@@ -11,7 +11,7 @@ import typer
 
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
-from minimind.launch_env import is_main_process, is_set
+from minimind.launch_env import device_type, is_main_process
 from minimind.run_folder import RunFolder
 
 from . import upstream_flags
@@ -76,8 +76,4 @@ def _note(text: str) -> None:
 
 def has_gpu() -> bool:
     """Whether a run here would train on a GPU; loads torch."""
-    if is_set("ACCELERATE_USE_CPU"):
-        return False
-    import torch
-
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return device_type() != "cpu"

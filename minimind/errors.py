@@ -1,4 +1,4 @@
-"""Mistakes a user can mend. The command line prints them without a traceback and exits with code 2."""
+"""User errors: the command line prints them without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what is wrong, where, and how to mend it."""
+    """An error the user can fix; the message says what is wrong, where, and how to fix it."""
 
 
 class ConfigError(UserError):
-    """One or more wrong options, reported together.
+    """One or more invalid options, reported together.
 
     Attributes:
-        problems: one sentence per wrong option, each naming the option and the fix.
+        problems: one sentence per invalid option, with its name and the fix.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -22,16 +22,16 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Training text that cannot be used; the message names the file and, where there is one, the line."""
+    """Invalid training data; the message names the file and, if known, the line."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or does not belong to this run."""
+    """A checkpoint that is missing, corrupt, or of another run."""
 
 
 class TrainingError(UserError):
-    """A run that cannot usefully go on; the message gives advice."""
+    """A run that cannot usefully continue; the message gives advice."""
 
 
 class RankError(UserError):
-    """One process of several that failed, no longer answers, or differs; the message names it."""
+    """A rank that failed, no longer answers, or disagrees with the others; the message names it."""

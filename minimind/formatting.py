@@ -1,4 +1,4 @@
-"""Numbers and durations as people read and write them."""
+"""Format and parse counts, sizes and durations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def count(number: float) -> str:
-    """Return a count in three digits, such as `950`, `12.3k` or `1.25G`."""
+    """Return a count with three digits, such as `950`, `12.3k` or `1.25G`."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit * 0.9995:
             scaled = number / limit
@@ -19,18 +19,15 @@ def count(number: float) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds that a text such as `3h30m`, `90m`, `1d12h` or `45s` stands for.
+    """Parse a duration such as `3h30m`, `90m`, `1d12h` or `45s` into seconds.
 
     Raises:
-        ValueError: when the text is none of these.
+        ValueError: for anything else.
     """
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
-    seconds = (
-        0
-        if match is None
-        else sum(
-            int(number or 0) * unit for number, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)
-        )
+    numbers = match.groups() if match is not None else ()
+    seconds = sum(
+        int(number or 0) * unit for number, unit in zip(numbers, (86400, 3600, 60, 1), strict=False)
     )
     if not seconds:
         raise ValueError(f"{text!r} is not a time such as 3h30m")
@@ -38,16 +35,16 @@ def parse_duration(text: str) -> float:
 
 
 def size(num_bytes: float) -> str:
-    """Return a number of bytes in three digits, such as `950 B`, `12.3 MB` or `1.25 GB`."""
+    """Return a number of bytes with three digits, such as `950 B`, `12.3 MB` or `1.25 GB`."""
     digits, unit = re.fullmatch(r"([-\d.]+)(\D?)", count(num_bytes)).groups()  # type: ignore[union-attr]
     return f"{digits} {unit}B"
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a text such as `5GB`, `500MB`, `2GiB` or `1000000` stands for.
+    """Parse a size such as `5GB`, `500MB`, `2GiB` or `1000000` into bytes.
 
     Raises:
-        ValueError: when the text is none of these.
+        ValueError: for anything else.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?b?|b)?", text.strip().lower())
     if match is None:
@@ -75,7 +72,7 @@ def duration(seconds: float) -> str:
 
 
 def format_train_metrics(values: Mapping[str, Any]) -> list[str]:
-    """Return the parts of a training report, leaving out what is not known (yet)."""
+    """Return the parts of a training report that `values` has."""
     forms = {
         "loss": lambda v: f"loss {v:.4f}",
         "learning_rate": lambda v: f"lr {v:.1e}",
@@ -88,7 +85,7 @@ def format_train_metrics(values: Mapping[str, Any]) -> list[str]:
 
 
 def format_evaluation_metrics(values: Mapping[str, Any]) -> list[str]:
-    """Return the parts of an evaluation report."""
+    """Return the parts of an evaluation report that `values` has."""
     forms = {
         "val_loss": lambda v: f"val loss {v:.4f}",
         "val_perplexity": lambda v: f"perplexity {v:.4g}",

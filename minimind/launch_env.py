@@ -1,35 +1,31 @@
-"""What a launcher told this process through its environment, and what would silently go wrong with it.
-
-`accelerate launch`, `torchrun` and the launchers of clusters speak to a process through variables only. Read
-here, without torch, so that a launch that cannot work is refused before any work is done.
-"""
+"""Read what `accelerate launch` or `torchrun` set in the environment; imports no torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-# The words that Accelerate reads; it raises at any other.
-_YES, _NO = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
+# The values that Accelerate accepts; it raises for any other.
+TRUE_VALUES, FALSE_VALUES = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
 
 
 def rank() -> int:
-    """Return this process's number among all that were launched, 0 without a launcher."""
+    """Return the rank of this process, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Return how many processes were launched, over all machines; 1 without a launcher."""
+    """Return the number of processes on all machines, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all, known before they are joined."""
+    """Whether this is rank 0; known before the process group exists."""
     return rank() == 0
 
 
 def restarts() -> int:
-    """Return how often the launcher has started the processes anew after one of them failed."""
+    """Return how often the launcher has restarted the processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -39,25 +35,32 @@ def was_launched() -> bool:
 
 
 def num_machines() -> int:
-    """Return how many launchers started the processes together, one on each machine."""
+    """Return the number of launchers, one on each machine."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def meets_at_launcher() -> bool:
-    """Whether the launcher keeps the store in which the processes meet, so that it is there before them."""
+def launcher_has_store() -> bool:
+    """Whether the launcher holds the rendezvous store, so that it exists before the processes."""
     return is_set("TORCHELASTIC_USE_AGENT_STORE")
 
 
-def met_before() -> bool:
-    """Whether earlier processes of this launch met at the place where these ones are to meet.
+def restarted_with_store() -> bool:
+    """Whether earlier processes of this launch used the store that these ones will use.
 
-    Told by the number of restarts, which every process of one machine knows alike. The launchers of several
-    machines may count differently, so there torch is left to itself.
+    False with several machines, whose launchers may count restarts differently.
     """
-    return restarts() > 0 and meets_at_launcher() and num_machines() == 1
+    return restarts() > 0 and launcher_has_store() and num_machines() == 1
 
 
 def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
-    """Whether a variable says yes, in any of the spellings that launchers use."""
-    value = (os.environ if env is None else env).get(name, "")
-    return value.lower() in _YES
+    """Whether a variable is true, in any of the spellings that launchers use."""
+    return (os.environ if env is None else env).get(name, "").lower() in TRUE_VALUES
+
+
+def device_type() -> str:
+    """Return the type of device that a run uses here: `cuda`, `mps` or `cpu`. Imports torch."""
+    import torch
+
+    if is_set("ACCELERATE_USE_CPU"):
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

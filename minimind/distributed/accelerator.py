@@ -1,4 +1,4 @@
-"""Devices, processes and precision: one Accelerator, and refusal of launches that would go wrong silently."""
+"""Set up Accelerate: device, process group, precision, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -26,36 +26,44 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config.options import PretrainConfig
 from ..errors import ConfigError, RankError
 from ..formatting import parse_duration
-from ..launch_env import is_set, met_before, rank, restarts, was_launched, world_size
+from ..launch_env import (
+    device_type,
+    is_set,
+    rank,
+    restarted_with_store,
+    restarts,
+    was_launched,
+    world_size,
+)
 from .launch_checks import launch_problems
 
-# A CPU that multiplies bf16 twice as fast as float32 spends some of that on conversions: little in wide
-# models, most of it in one of 128.
+# On CPUs with bf16 instructions conversions cost little in wide models, but most of the gain at width 128.
 SMALLEST_BF16_WIDTH_ON_CPU = 512
 
 
 def check_launch(config: PretrainConfig) -> str | None:
-    """Look at how this process was launched, before any work is done.
+    """Check how this process was launched, before any work is done.
 
-    Several processes on a machine without a GPU are led to the CPU, where Accelerate by itself would let each
-    train alone.
+    On a machine without a GPU several processes are set to train on CPUs; Accelerate alone would let each
+    train by itself.
 
     Returns:
-        A sentence on what was done about the launch, None where there was nothing to do.
+        A remark on the launch for the user, None if there is nothing to say.
 
     Raises:
-        ConfigError: for a launch that would go wrong silently, or a precision that the device has not.
+        ConfigError: for a launch that would silently do something else, or an unsupported precision.
     """
     devices = _num_devices()
-    if problems := [*launch_problems(config, devices)]:
+    if problems := [*launch_problems(config.accumulation_steps, devices)]:
         raise ConfigError(problems)
     choose_precision(config)
-    threads = "" if devices and not is_set("ACCELERATE_USE_CPU") else _idle_cores()
-    if world_size() > 1 and not devices and not is_set("ACCELERATE_USE_CPU"):
-        # A variable rather than an argument: whatever else asks Accelerate for its state must agree.
+    cpu_requested = is_set("ACCELERATE_USE_CPU")
+    threads = "" if devices and not cpu_requested else _idle_cores()
+    if world_size() > 1 and not devices and not cpu_requested:
+        # A variable rather than an argument, so that all code that reads Accelerate's state agrees.
         os.environ["ACCELERATE_USE_CPU"] = "true"
         return f"no GPU here: {world_size()} processes train together on CPUs.{threads}"
-    if world_size() == 1 and devices > 1 and not is_set("ACCELERATE_USE_CPU"):
+    if world_size() == 1 and devices > 1 and not cpu_requested:
         return (
             f"one of {devices} GPUs is used; for all: "
             f"accelerate launch --multi_gpu --num_processes {devices} -m minimind_cli pretrain ..."
@@ -64,7 +72,7 @@ def check_launch(config: PretrainConfig) -> str | None:
 
 
 def _idle_cores() -> str:
-    """Return a sentence where a launcher left most cores of a machine idle, which it does by default."""
+    """Return a sentence if the launcher's thread setting, by default 1, leaves most cores idle."""
     if not was_launched():
         return ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -72,17 +80,17 @@ def _idle_cores() -> str:
     if 2 * threads * processes > cores:
         return ""
     return (
-        f" {threads * processes} of {cores} cores are used, for launchers give each process one thread; "
-        f"put OMP_NUM_THREADS={cores // processes} before the command for all."
+        f" {threads * processes} of {cores} cores are used: launchers set 1 thread per process; set "
+        f"OMP_NUM_THREADS={cores // processes} to use all cores."
     )
 
 
 def start_accelerator(config: PretrainConfig) -> Accelerator:
-    """Join the processes and choose the precision; call `check_launch` first.
+    """Create the process group and the Accelerator; call `check_launch` first.
 
     Raises:
-        ConfigError: for a precision that the device has not, or processes that were not joined.
-        RankError: when not all processes came.
+        ConfigError: for an unsupported precision, or if Accelerate did not join the processes.
+        RankError: if not all processes joined in time.
     """
     timeout = timedelta(seconds=parse_duration(config.dist_timeout))
     handlers = [
@@ -90,20 +98,20 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
         InitProcessGroupKwargs(timeout=timeout),
     ]
     try:
-        if met_before():
-            _meet_anew(timeout)
+        if restarted_with_store():
+            _init_process_group_after_restart(timeout)
         accelerator = Accelerator(mixed_precision=choose_precision(config), kwargs_handlers=handlers)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankError(
-            f"not all {world_size()} processes met at {where} within --dist-timeout {config.dist_timeout} "
-            f"({str(error).splitlines()[0]}); see that all machines were launched and reach that address, "
-            "and prepare large data beforehand by minimind-train tokenize."
+            f"not all {world_size()} processes connected to {where} within --dist-timeout "
+            f"{config.dist_timeout} ({str(error).splitlines()[0]}); check that all machines were launched "
+            "and can reach that address, and tokenize large data beforehand with minimind-train tokenize."
         ) from error
     _refuse_broken_launch(accelerator)
     if config.activation_checkpointing and accelerator.is_fsdp2:
         raise ConfigError(
-            "--activation-checkpointing is done by FSDP itself where that shards the model; launch with "
+            "--activation-checkpointing is not supported with FSDP2, which has its own; launch with "
             "--fsdp_activation_checkpointing true instead."
         )
     if accelerator.is_fsdp2:
@@ -112,42 +120,40 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
 
 
 def choose_precision(config: PretrainConfig) -> str:
-    """Return `no`, `bf16` or `fp16`: what was asked for, or the best that the device computes natively."""
-    wanted: str = config.mixed_precision
-    if wanted == "auto":
-        # What `accelerate config` or `accelerate launch --mixed_precision` set counts as asked for.
-        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto").lower()
-        wanted = "auto" if wanted == "no" else wanted
-    on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
-    if wanted == "auto":
+    """Return `no`, `bf16` or `fp16`: the requested precision, or the best that the device has natively."""
+    requested: str = config.mixed_precision
+    if requested == "auto":
+        # A precision from `accelerate config` or `accelerate launch --mixed_precision` counts as requested.
+        requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto").lower()
+        requested = "auto" if requested == "no" else requested
+    on_gpu = device_type() == "cuda"
+    if requested == "auto":
         if not on_gpu:
             wide = config.hidden_size >= SMALLEST_BF16_WIDTH_ON_CPU
             return "bf16" if wide and _cpu_multiplies_bf16() else "no"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if wanted not in ("no", "bf16", "fp16"):
+    if requested not in ("no", "bf16", "fp16"):
         raise ConfigError(
-            f"mixed precision {wanted} of the launcher is not supported; use --mixed-precision bf16."
+            f"mixed precision {requested} of the launcher is not supported; use --mixed-precision bf16."
         )
-    if wanted == "fp16" and not on_gpu:
+    if requested == "fp16" and not on_gpu:
         raise ConfigError("--mixed-precision fp16 needs a GPU; use --mixed-precision no or bf16 here.")
-    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            "--mixed-precision bf16 is not computed natively by this GPU; use --mixed-precision fp16."
-        )
-    return wanted
+    if requested == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("--mixed-precision bf16 is not native to this GPU; use --mixed-precision fp16.")
+    return requested
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU multiplies bf16 by instructions of their own: AMX, or AVX-512 with bf16 products."""
-    # Told by the CPU and the operating system; there are no public names for it yet.
+    """Whether this CPU has bf16 matrix instructions: AMX or AVX-512 BF16."""
+    # torch has no public names for these checks yet.
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def wants_compile(config: PretrainConfig, accelerator: Accelerator, *, pays: bool = True) -> bool:
-    """Whether to compile: as asked, as the launcher was told, or by default on CUDA where it pays.
+    """Whether to compile: --compile, else the launcher's setting, else yes on CUDA if it `pays`.
 
-    Accelerate would compile again on top of our own compilation, so its plug-in is switched off.
+    Disables Accelerate's own plug-in, which would compile the compiled model once more.
     """
     plugin = accelerator.state.dynamo_plugin
     launcher_wants = plugin.backend != DynamoBackend.NO
@@ -165,52 +171,52 @@ def prepare(
     tied: bool,
     accumulation_steps: int,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Have Accelerate wrap model and optimizer, and check that it made of them what was asked for.
+    """Wrap model and optimizer with Accelerate, and check the result.
 
     Args:
         accelerator: of this run.
-        model: bare; every process has the same weights.
+        model: not wrapped yet; every process has the same weights.
         optimizer: over its parameters.
-        tied: embedding and output are one parameter.
-        accumulation_steps: micro-batches in a step.
+        tied: embedding and output layer share one parameter.
+        accumulation_steps: micro-batches per step.
 
     Raises:
-        ConfigError: when the model is wrapped otherwise than the launch said, or was untied.
+        ConfigError: if the model was wrapped in an unexpected class, or was untied.
     """
     accelerator.gradient_accumulation_steps = accumulation_steps
     with warnings.catch_warnings():
-        # Accelerate has no name yet for what DDP would rather have it called.
+        # Accelerate still passes the old name of the option.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         model, optimizer = accelerator.prepare(model, optimizer)
-    wanted: type = nn.Module
+    expected: type = nn.Module
     if accelerator.is_fsdp2:
-        wanted = FSDPModule
+        expected = FSDPModule
     elif accelerator.num_processes > 1:
-        wanted = DistributedDataParallel
-    if not isinstance(model, wanted):
+        expected = DistributedDataParallel
+    if not isinstance(model, expected):
         raise ConfigError(
-            f"Accelerate made the model a {type(model).__name__} instead of {wanted.__name__}; "
-            "see what accelerate config says, or launch with --multi_gpu alone."
+            f"Accelerate wrapped the model as {type(model).__name__} instead of {expected.__name__}; "
+            "check accelerate config, or launch with --multi_gpu only."
         )
-    bare: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    if tied and bare.get_output_embeddings().weight is not bare.get_input_embeddings().weight:
+    unwrapped: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    if tied and unwrapped.get_output_embeddings().weight is not unwrapped.get_input_embeddings().weight:
         raise ConfigError(
-            "FSDP parted the embedding from the output, which were one matrix; launch with "
-            "--fsdp_cpu_ram_efficient_loading false, or give --no-tie-word-embeddings."
+            "FSDP untied the embedding from the output layer; launch with "
+            "--fsdp_cpu_ram_efficient_loading false, or pass --no-tie-word-embeddings."
         )
     if accelerator.gradient_accumulation_steps != accumulation_steps:
         raise ConfigError(
             f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} micro-batches instead of "
-            f"{accumulation_steps}; take gradient_accumulation_steps out of its configuration."
+            f"{accumulation_steps}; remove gradient_accumulation_steps from its configuration."
         )
     return model, optimizer
 
 
-def _meet_anew(timeout: timedelta) -> None:
-    """Join the processes of a restart; Accelerate takes over a group that is there.
+def _init_process_group_after_restart(timeout: timedelta) -> None:
+    """Create the process group of restarted processes; Accelerate uses an existing group.
 
-    The launcher keeps the store in which they meet, with the addresses of the processes that are gone. By
-    themselves they would try those, and fail or wait in vain, whenever one is quicker than another.
+    The launcher's store still holds the addresses of the processes before. Without a prefix of their own the
+    new ones may connect to those, and fail or wait for the timeout.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
@@ -224,14 +230,14 @@ def _meet_anew(timeout: timedelta) -> None:
 
 
 def _num_devices() -> int:
-    """Return how many accelerators of this machine processes can be spread over."""
+    """Return the number of accelerators that processes can be distributed over."""
     device = torch.accelerator.current_accelerator(check_available=True)
-    # There is one MPS device, and no way for processes to exchange gradients on it.
+    # MPS has a single device and no collective operations.
     return 0 if device is None or device.type == "mps" else torch.accelerator.device_count()
 
 
 def _refuse_broken_launch(accelerator: Accelerator) -> None:
-    """Raise ConfigError where Accelerate came up as something else than the launcher was asked for."""
+    """Raise ConfigError if Accelerate's state differs from what the launcher was asked for."""
     if world_size() != accelerator.num_processes:
         raise ConfigError(
             f"{world_size()} processes were launched and {accelerator.num_processes} joined, so each would "
@@ -239,8 +245,7 @@ def _refuse_broken_launch(accelerator: Accelerator) -> None:
         )
     if is_set("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
         raise ConfigError(
-            "FSDP was asked for but is not in force as version 2; launch on GPUs with "
-            "--use_fsdp --fsdp_version 2."
+            "FSDP was requested but FSDP2 is not active; launch on GPUs with --use_fsdp --fsdp_version 2."
         )
     if accelerator.distributed_type in (
         DistributedType.DEEPSPEED,
@@ -254,34 +259,34 @@ def _refuse_broken_launch(accelerator: Accelerator) -> None:
 
 
 def configure_fsdp2(accelerator: Accelerator) -> None:
-    """Set what the launcher leaves open: what is sharded together, and in which precision it is computed.
+    """Set the wrap policy and mixed precision of FSDP2 where the launcher left them open.
 
     Raises:
-        ConfigError: for fp16, whose scaling does not know of shards.
+        ConfigError: for fp16, whose gradient scaler does not support shards.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.auto_wrap_policy is None:
-        # Otherwise the whole model is one unit, gathered at once: nothing would be saved.
+        # Without a policy the whole model is one unit, gathered at once, which saves no memory.
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
     if accelerator.mixed_precision == "fp16":
         raise ConfigError(
-            "--mixed-precision fp16 does not go with FSDP2; use bf16, or launch without --use_fsdp."
+            "--mixed-precision fp16 is not supported with FSDP2; use bf16, or launch without --use_fsdp."
         )
     if accelerator.mixed_precision == "bf16":
-        # Accelerate would also sum the gradients of all processes in bf16, and round the loss to it.
+        # Accelerate's default also reduces gradients in bf16 and casts the loss to it.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
 
 
 def cast_weights_only(accelerator: Accelerator) -> torch.dtype | None:
-    """Have FSDP2 leave what passes between the units it shards as it is; call it before `prepare`.
+    """Let FSDP2 cast weights but not activations; call it before `prepare`.
 
-    For a model whose modules agree on dtypes among themselves. Of any other, what goes into each unit is
-    rounded to bf16, tables of angles too, and what comes out is made float32 again.
+    For models whose modules agree on dtypes among themselves. By default FSDP2 casts the inputs of each unit
+    to bf16, rotary tables included, and the outputs back to float32.
 
     Returns:
-        The dtype that weights are gathered in; None where FSDP2 is not in force or does not cast.
+        The dtype in which weights are gathered; None without FSDP2 or without casting.
     """
     if not accelerator.is_fsdp2 or accelerator.mixed_precision != "bf16":
         return None
@@ -293,7 +298,7 @@ def cast_weights_only(accelerator: Accelerator) -> torch.dtype | None:
 
 
 def close_accelerator(accelerator: Accelerator) -> None:
-    """Leave the processes and forget their state, so that the same program can start another run."""
+    """Destroy the process group and reset Accelerate's state, so that the program can start another run."""
     accelerator.free_memory()
     if accelerator.num_processes > 1:
         accelerator.end_training()

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def run_on_main_and_broadcast(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """Do something on the main process and have every process return its result, or raise its error.
+    """Call `work` on the main process; return its result, or raise its error, on every process.
 
     Raises:
         UserError: what `work` raised; a CheckpointError with the same message on the other processes.
@@ -26,7 +26,7 @@ def run_on_main_and_broadcast(accelerator: Accelerator, work: Callable[[], Resul
         try:
             outcome[0] = work()
         except Exception as error:
-            # Sent on whatever it is: processes left to themselves would wait for this one for ever.
+            # Broadcast any error: the other processes would otherwise wait for this one for ever.
             failure = error
             outcome[1] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     if accelerator.num_processes > 1:
@@ -38,15 +38,14 @@ def run_on_main_and_broadcast(accelerator: Accelerator, work: Callable[[], Resul
     return outcome[0]
 
 
-def _any_process(asked: bool, accelerator: Accelerator) -> bool:
-    if accelerator.num_processes == 1:
-        return asked
-    return sum_over_processes(torch.tensor([float(asked)]), accelerator)[0] > 0
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether `flag` is true on any process; every process must call this."""
+    return sum_over_processes(torch.tensor([float(flag)]), accelerator)[0] > 0
 
 
 def sum_over_processes(values: torch.Tensor, accelerator: Accelerator) -> list[float]:
-    """Return the sums of a (N,) tensor on the host over all processes, each of which must call this."""
+    """Return the sums over all processes of a (N,) tensor on the host; every process must call this."""
     if accelerator.num_processes == 1:
         return values.tolist()
-    # MPS knows no float64; there is one process there.
+    # MPS has no float64, but only one process either.
     return accelerator.reduce(values.to(accelerator.device), reduction="sum").tolist()

@@ -19,35 +19,28 @@ from ..config.schema import schema_of
 from ..errors import RankError
 from ..version import __version__
 
-# What machines may have in different places; what they find there is compared by its content.
+# Options whose values may differ between machines: the content of data and tokenizer is compared instead.
 MACHINE_LOCAL_OPTIONS = frozenset(
-    {
-        "data",
-        "val_data",
-        "cache_dir",
-        "tokenizer",
-        "from_weight",
-        "output_dir",
-        "run_name",
-        "tracker",
-        "project",
-    }
+    (
+        *("data", "val_data", "cache_dir", "tokenizer", "from_weight"),
+        *("output_dir", "run_name", "tracker", "project"),
+    )
 )
 
 
-def check_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
-    """Compare something that must be the same in all processes; every process must call this.
+def check_same_on_all_ranks(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
+    """Check that values are equal on all ranks; every process must call this.
 
     Args:
-        accelerator: joins the processes.
-        facts: values by the name under which a difference is reported.
+        accelerator: of this run.
+        values: by the name under which a difference is reported.
 
     Raises:
         RankError: on every process, naming the rank and both values.
     """
     if accelerator.num_processes == 1:
         return
-    everyone: list[dict[str, Any]] = gather_object([dict(facts)])
+    everyone: list[dict[str, Any]] = gather_object([dict(values)])
     first = everyone[0]
     problems = [
         f"rank {rank} has {name} {theirs.get(name)} where rank 0 has {first.get(name)}"
@@ -57,13 +50,13 @@ def check_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) 
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise RankError(f"the processes are not alike: {shown}. Give all of them the same.")
+        raise RankError(f"ranks disagree: {shown}. Give all of them the same values.")
 
 
 def run_signature(
     accelerator: Accelerator, config: PretrainConfig, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return what must be the same in all processes: options, versions, launch, and what the run reads."""
+    """Return what must be equal on all ranks: options, versions, launch settings and input fingerprints."""
     options = {
         schema_of(PretrainConfig)[name].flag: value
         for name, value in asdict(config).items()
@@ -74,15 +67,15 @@ def run_signature(
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **{name: version(name) for name in ("torch", "accelerate", "numpy")},
     }
-    # Each machine has its own configuration of Accelerate, and chooses a precision by its own device.
+    # Each machine has its own Accelerate configuration, and chooses the precision by its own device.
     launch = {"precision": accelerator.mixed_precision, "FSDP2": "on" if accelerator.is_fsdp2 else "off"}
     if accelerator.is_fsdp2:
-        divided = ("FSDP_", "PARALLELISM_CONFIG_")
-        launch |= {name: value for name, value in os.environ.items() if name.startswith(divided)}
+        prefixes = ("FSDP_", "PARALLELISM_CONFIG_")
+        launch |= {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
     return {**options, **versions, **launch, **fingerprints}
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a short text that tells the weights of a model on this process from any others."""
+    """Return a short hash of the weights of a model on this process."""
     parts = [int(torch.hash_tensor(tensor.detach()).item()) for tensor in model.parameters()]
     return f"{hash(tuple(parts)) & 0xFFFFFFFFFFFF:012x}"

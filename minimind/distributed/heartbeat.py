@@ -1,8 +1,8 @@
-"""Which of a run's processes still live: told through the store that the launcher keeps for them to meet.
+"""Heartbeats of all ranks over the launcher's TCPStore.
 
-Each process counts up a number of its own there, in a thread, and looks at the numbers of the others. Unlike
-a collective operation this works before the processes are joined, however long one of them prepares its data,
-and while the main thread is stuck in an operation that another process will never take part in.
+Each process increments its own counter there in a thread and reads the counters of the others. Unlike a
+collective operation this works before the process group exists, while data is tokenized, and while the main
+thread is blocked in an operation that another process never joins.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from datetime import timedelta
 from torch import distributed as dist
 
 from ..errors import RankError
-from ..launch_env import meets_at_launcher, restarts, world_size
+from ..launch_env import launcher_has_store, restarts, world_size
 
-# Where the launcher's store tells its later processes that earlier ones have begun the run.
-_BEGUN = "minimind/begun"
+# Key by which processes that the launcher restarts see that earlier ones started the run.
+_STARTED = "minimind/started"
 
-
-# A store that does not answer in this time is taken for lost.
+# A store that does not answer within this time counts as lost.
 CONNECT_SECONDS = 3.0
-BEAT_SECONDS = 1.0
-# So many processes share the rate of one, or the store of many would do nothing else.
-_PROCESSES_PER_BEAT = 16
+INTERVAL_SECONDS = 1.0
+# With more processes than this the interval grows, so that the load of the store stays the same.
+_PROCESSES_PER_INTERVAL = 16
 
 
 def launcher_store(timeout: float = CONNECT_SECONDS) -> dist.TCPStore:
-    """Connect to the store in which the processes meet; `timeout` in seconds also holds for its answers.
+    """Connect to the launcher's rendezvous store; `timeout` in seconds also limits each request.
 
     Raises:
-        RuntimeError: where nobody keeps it any more, or not yet.
+        RuntimeError: when no store answers.
     """
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -46,54 +45,55 @@ def launcher_store(timeout: float = CONNECT_SECONDS) -> dist.TCPStore:
 
 
 class Heartbeat:
-    """Tells the others that this process lives, and knows since when each of them has been silent.
+    """Context manager that sends heartbeats of this process and records those of the others.
 
     Attributes:
-        interval: seconds between two beats.
+        others: ranks of the other processes.
+        interval: seconds between two heartbeats.
     """
 
-    def __init__(self, place: str, rank: int, num_processes: int) -> None:
-        """Say nothing yet.
+    def __init__(self, prefix: str, rank: int, num_processes: int) -> None:
+        """Prepare; the thread starts on entering.
 
         Args:
-            place: prefix of the keys in the store, the same in all processes and in no earlier call.
+            prefix: of the keys in the store; the same in all processes, and unused before.
             rank: of this process.
-            num_processes: that take part.
+            num_processes: number of participants.
         """
-        self.place, self.rank = place, rank
+        self.prefix, self.rank = prefix, rank
         self.others = sorted(set(range(num_processes)) - {rank})
-        self.interval = BEAT_SECONDS * max(1.0, num_processes / _PROCESSES_PER_BEAT)
-        self._beats = dict.fromkeys(self.others, 0)
-        self._heard: dict[int, float] = {}
-        self._notes: dict[int, tuple[float, str]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._call, name="roll call", daemon=True)
+        self.interval = INTERVAL_SECONDS * max(1.0, num_processes / _PROCESSES_PER_INTERVAL)
+        self._counts = dict.fromkeys(self.others, 0)
+        self._last_seen: dict[int, float] = {}
+        self._errors: dict[int, tuple[float, str]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        self._heard = dict.fromkeys(self.others, time.monotonic())
+        self._last_seen = dict.fromkeys(self.others, time.monotonic())
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        # It may be waiting for a store that is gone; nothing is lost by leaving it there.
+        self._stop.set()
+        # The thread may be waiting for a store that is gone; it is a daemon and can be left behind.
         self._thread.join(timeout=1.0)
 
-    def silent(self, seconds: float) -> list[int]:
-        """Return the ranks that have not been heard of for so long."""
+    def missed(self, seconds: float) -> list[int]:
+        """Return the ranks whose last heartbeat is more than `seconds` old."""
         now = time.monotonic()
-        return [rank for rank in self.others if now - self._heard[rank] > seconds]
+        return [rank for rank in self.others if now - self._last_seen[rank] > seconds]
 
     def failed(self, seconds: float = 0.0) -> dict[int, str]:
-        """Return by rank why processes failed by themselves, of those that said so `seconds` ago or more."""
+        """Return the errors that other ranks posted at least `seconds` ago, by rank."""
         now = time.monotonic()
-        return {rank: note for rank, (at, note) in self._notes.items() if note and now - at >= seconds}
+        return {rank: error for rank, (at, error) in self._errors.items() if error and now - at >= seconds}
 
-    def wait_for(self, key: str, ranks: list[int], patience: float) -> bytes:
-        """Return the value of a key of the store, waiting for it as long as `ranks` live.
+    def wait_for(self, key: str, ranks: list[int], timeout: float) -> bytes:
+        """Return the value of a key of the store, waiting for it while `ranks` send heartbeats.
 
         Raises:
-            RankError: when one of them failed, or was silent for `patience` seconds.
+            RankError: when a rank failed, or one of `ranks` sent no heartbeat for `timeout` seconds.
         """
         while True:
             with suppress(RuntimeError):
@@ -101,18 +101,18 @@ class Heartbeat:
                 while True:
                     if store.check([key]):
                         return store.get(key)
-                    self._refuse_loss(ranks, patience)
+                    self._check_alive(ranks, timeout)
                     time.sleep(min(0.2, self.interval))
-            # The store is out of reach: so is everyone, and soon long enough.
-            self._refuse_loss(ranks, patience)
+            # The store does not answer: all heartbeats are missing, and soon for long enough.
+            self._check_alive(ranks, timeout)
 
-    def _refuse_loss(self, ranks: list[int], patience: float) -> None:
+    def _check_alive(self, ranks: list[int], timeout: float) -> None:
         if failed := self.failed():
-            raise RankError(f"{describe_failed(failed)}; rank {self.rank} went on no further.")
-        if silent := [rank for rank in self.silent(patience) if rank in ranks]:
-            raise RankError(f"{describe_lost(silent)}; rank {self.rank} went on no further.")
+            raise RankError(f"{describe_failed(failed)}; rank {self.rank} stopped.")
+        if lost := [rank for rank in self.missed(timeout) if rank in ranks]:
+            raise RankError(f"{describe_lost(lost)}; rank {self.rank} stopped.")
 
-    def _call(self) -> None:
+    def _run(self) -> None:
         store: dist.TCPStore | None = None
         while True:
             try:
@@ -120,126 +120,127 @@ class Heartbeat:
                 self._exchange(store)
             except RuntimeError:
                 store = None
-            if self._over.wait(self.interval):
+            if self._stop.wait(self.interval):
                 return
 
     def _exchange(self, store: dist.TCPStore) -> None:
-        store.add(f"{self.place}/beat/{self.rank}", 1)
+        store.add(f"{self.prefix}/heartbeat/{self.rank}", 1)
         for other in self.others:
-            # Adding nothing reads a number without waiting for it to be there.
-            beats = store.add(f"{self.place}/beat/{other}", 0)
-            if beats != self._beats[other]:
-                self._beats[other], self._heard[other] = beats, time.monotonic()
-            if other not in self._notes and store.check([note_key(self.place, other)]):
-                note = store.get(note_key(self.place, other)).decode()
-                self._notes[other] = (time.monotonic(), note)
+            # Adding 0 reads a counter without waiting until it exists.
+            count = store.add(f"{self.prefix}/heartbeat/{other}", 0)
+            if count != self._counts[other]:
+                self._counts[other], self._last_seen[other] = count, time.monotonic()
+            key = error_key(self.prefix, other)
+            if other not in self._errors and store.check([key]):
+                self._errors[other] = (time.monotonic(), store.get(key).decode())
 
 
-def note_key(place: str, rank: int) -> str:
-    """Return where a process that ends leaves the reason, empty where it only lost touch with the others."""
-    return f"{place}/note/{rank}"
+def error_key(prefix: str, rank: int) -> str:
+    """Return the key of a process's error message; the message is empty if it only lost its connection."""
+    return f"{prefix}/error/{rank}"
 
 
-def post_error(place: str, rank: int, note: str) -> None:
-    """Leave the reason why this process ends, if anybody still keeps the store."""
+def post_error(prefix: str, rank: int, message: str) -> None:
+    """Store the reason why this process ends, if the store still answers."""
     with suppress(RuntimeError, KeyError):
-        launcher_store().set(note_key(place, rank), note)
+        launcher_store().set(error_key(prefix, rank), message)
 
 
 def format_error(error: Exception) -> str:
-    """Return an error as a note, to stand in a sentence: its type and the first line of its message."""
+    """Return the type of an error and the first line of its message, without a final full stop."""
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def describe_failed(failed: Mapping[int, str]) -> str:
-    """Return words for processes that failed by themselves."""
-    return "; ".join(f"rank {rank} failed with {note}" for rank, note in sorted(failed.items()))
+    """Return a clause that names the ranks that raised, and their errors."""
+    return "; ".join(f"rank {rank} failed with {error}" for rank, error in sorted(failed.items()))
 
 
 def describe_lost(ranks: Iterable[int]) -> str:
-    """Return words for processes that said nothing before they ended."""
+    """Return a clause that names the ranks that ended or hang without posting an error."""
     names = ", ".join(map(str, sorted(ranks)))
     return f"rank {names} no longer answers: it was killed, hangs, or its machine cannot be reached"
 
 
 class Watchdog:
-    """Ends this process when another one is lost and the main thread does not notice."""
+    """Thread that ends this process when another one is lost while the main thread is blocked."""
 
-    # A main thread that is told of the loss by its own operation says more than this thread can.
+    # The main thread has this long to fail by itself first: the error of its own operation says more.
     GRACE_SECONDS = 5.0
-    # The launcher kills 30 s after its SIGTERM.
-    HURRY_SECONDS = 15.0
+    # The launcher sends SIGKILL 30 s after SIGTERM.
+    SHUTDOWN_SECONDS = 15.0
 
     def __init__(
         self,
-        roll: Heartbeat,
-        patience: float,
+        heartbeat: Heartbeat,
+        timeout: float,
         end: Callable[[str], None],
         *,
         shutting_down: Callable[[], bool],
     ) -> None:
-        """Watch nothing yet.
+        """Prepare; the thread starts on entering.
 
         Args:
-            roll: who is there.
-            patience: seconds that a process may be silent.
-            end: called from a thread with a sentence as soon as another process is lost.
-            hurried: whether this process was asked to stop, and should not wait so long.
+            heartbeat: of all ranks.
+            timeout: seconds without a heartbeat after which a process is lost.
+            end: called once, from the thread, with a sentence that names the lost rank.
+            shutting_down: whether this process was asked to stop, which shortens the timeout.
         """
-        self._roll, self._patience, self._end, self._hurried = roll, patience, end, shutting_down
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._heartbeat, self._timeout, self._end = heartbeat, timeout, end
+        self._shutting_down = shutting_down
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
 
-    def _look(self) -> None:
-        while not self._over.wait(min(BEAT_SECONDS, self._patience / 10)):
-            patience = min(self.HURRY_SECONDS, self._patience) if self._hurried() else self._patience
-            if failed := self._roll.failed(self.GRACE_SECONDS):
-                what = describe_failed(failed)
-            elif silent := self._roll.silent(patience):
-                what = describe_lost(silent)
+    def _run(self) -> None:
+        while not self._stop.wait(min(INTERVAL_SECONDS, self._timeout / 10)):
+            timeout = min(self.SHUTDOWN_SECONDS, self._timeout) if self._shutting_down() else self._timeout
+            if failed := self._heartbeat.failed(self.GRACE_SECONDS):
+                problem = describe_failed(failed)
+            elif lost := self._heartbeat.missed(timeout):
+                problem = describe_lost(lost)
             else:
                 continue
-            self._end(f"{what}; rank {self._roll.rank} went on no further.")
+            self._end(f"{problem}; rank {self._heartbeat.rank} stopped.")
             return
 
 
-def begun_before() -> bool:
-    """Whether earlier processes of this launch have begun the run: what lies in its folder is its own then.
+def started_before() -> bool:
+    """Whether earlier processes of this launch started the run, so that its folder belongs to this launch.
 
-    A launcher also starts processes anew that were refused, such as for a folder that holds another run.
+    A launcher also restarts processes that were refused, for example because the folder holds another run.
     """
     if not restarts():
         return False
-    if meets_at_launcher():
+    if launcher_has_store():
         with suppress(RuntimeError):
-            return launcher_store().check([_BEGUN])
+            return launcher_store().check([_STARTED])
     return True
 
 
-def note_begun() -> None:
-    """Have `begun_before` be true for the processes that the launcher may start after these."""
-    if meets_at_launcher():
+def record_start() -> None:
+    """Make `started_before` true for the processes that the launcher may start after these."""
+    if launcher_has_store():
         with suppress(RuntimeError):
-            launcher_store().set(_BEGUN, "")
+            launcher_store().set(_STARTED, "")
 
 
 def first_choice(name: str, choice: str) -> str:
-    """Return what the first process of this launch that asked had chosen; `choice` where there is one only.
+    """Return the value that the first process of this launch chose; `choice` if there is one process only.
 
-    For what may look otherwise to another process, or to those that the launcher starts anew.
+    For what other processes, or those started by a restart, might choose differently.
 
     Args:
-        name: of what is chosen.
+        name: of the choice.
         choice: of this process.
     """
-    if world_size() > 1 and meets_at_launcher():
+    if world_size() > 1 and launcher_has_store():
         with suppress(RuntimeError):
             return launcher_store().compare_set(f"minimind/{name}", "", choice).decode()
     return choice

@@ -1,7 +1,7 @@
-"""Whose turn it is to build the token cache, where the processes of a run are on several machines.
+"""Lets rank 0 build the token cache first when nodes share a file system.
 
-On one machine the lock of the cache settles that; see `data.cache`. Locks may not reach over to other
-machines, even where the folder does.
+On one machine the lock of the cache is enough; see `data.cache`. Locks may not work across machines, even
+where the folder is shared.
 """
 
 from __future__ import annotations
@@ -14,73 +14,66 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import RankError
-from ..launch_env import is_main_process, meets_at_launcher, num_machines, rank, restarts, world_size
+from ..launch_env import is_main_process, launcher_has_store, num_machines, rank, restarts, world_size
 from .heartbeat import Heartbeat, format_error, launcher_store, post_error
 
-# The main process writes a word into the cache folder; whoever reads it there shares the folder.
-_MARK = ".shared-by"
-_SECONDS_BEFORE_A_WORD = 10.0
-# In so many of its beats a process hears why another one failed.
-HEARING_BEATS = 3
+# The main process writes a token to this file of its cache folder; a process that reads the same token in
+# its own cache folder shares the folder.
+_MARKER = ".shared-by"
+_SECONDS_BEFORE_NOTE = 10.0
+# Within this many heartbeats the other processes read a posted error.
+ERROR_INTERVALS = 3
 
 
 @contextmanager
-def main_process_first(cache_dir: Path, patience: float, note: Callable[[str], None]) -> Iterator[None]:
-    """Prepare the data of one process of several inside of this block, before the processes are joined.
+def main_process_first(cache_dir: Path, timeout: float, note: Callable[[str], None]) -> Iterator[None]:
+    """Prepare the data of this process inside this context, before the process group exists.
 
-    Processes of several machines that share the cache folder let the main process go first, and find there
-    what it built. At the end all wait for each other, however long one of them takes: what is limited is only
-    how long a process may say nothing.
+    Processes that share the cache folder with the main process of another machine wait for it and find what
+    it built. At the end all wait for each other, however long the work takes: only the time without a
+    heartbeat is limited.
 
     Args:
-        cache_dir: the cache of this process.
-        patience: seconds without a sign of life after which a process is given up.
-        note: hears who is waited for.
+        cache_dir: token cache of this process.
+        timeout: seconds without a heartbeat after which a process is lost.
+        note: called with a message while this process waits for another.
 
     Raises:
-        RankError: when a process that is waited for failed or is lost.
+        RankError: when a process that this one waits for failed or is lost.
     """
-    # A restart finds the caches built; its machines may count restarts differently, and miss each other.
-    if num_machines() == 1 or restarts() or not meets_at_launcher():
+    # After a restart the caches exist, and machines may count restarts differently and never meet.
+    if num_machines() == 1 or restarts() or not launcher_has_store():
         yield
         return
-    place = f"minimind/{os.environ.get('TORCHELASTIC_RUN_ID')}/data"
-    with Heartbeat(place, rank(), world_size()) as roll:
+    prefix = f"minimind/{os.environ.get('TORCHELASTIC_RUN_ID')}/data"
+    with Heartbeat(prefix, rank(), world_size()) as heartbeat:
         try:
             if is_main_process():
-                word = uuid.uuid4().hex
-                _leave_mark(cache_dir, word)
-                _tell(place, "word", word, patience)
+                token = uuid.uuid4().hex
+                # A folder that cannot be written is reported by the build, with a better message.
+                with suppress(OSError):
+                    cache_dir.mkdir(parents=True, exist_ok=True)
+                    (cache_dir / _MARKER).write_text(token)
+                launcher_store(timeout).set(f"{prefix}/token", token)
             else:
-                word = roll.wait_for(f"{place}/word", [0], patience).decode()
-                if _read_mark(cache_dir) == word:
-                    roll.wait_for(f"{place}/done/0", [0], patience)
+                token = heartbeat.wait_for(f"{prefix}/token", [0], timeout).decode()
+                if _read_marker(cache_dir) == token:
+                    heartbeat.wait_for(f"{prefix}/done/0", [0], timeout)
             yield
-            _tell(place, f"done/{rank()}", "", patience)
+            launcher_store(timeout).set(f"{prefix}/done/{rank()}", "")
             began = time.monotonic()
-            for other in roll.others:
-                if time.monotonic() - began > _SECONDS_BEFORE_A_WORD:
+            for other in heartbeat.others:
+                if time.monotonic() - began > _SECONDS_BEFORE_NOTE:
                     note(f"waiting for the data of rank {other}.")
-                roll.wait_for(f"{place}/done/{other}", [other], patience)
+                heartbeat.wait_for(f"{prefix}/done/{other}", [other], timeout)
         except Exception as error:
-            post_error(place, rank(), "" if isinstance(error, RankError) else format_error(error))
-            # The store goes with the launcher, which ends with this process.
-            time.sleep(HEARING_BEATS * roll.interval)
+            post_error(prefix, rank(), "" if isinstance(error, RankError) else format_error(error))
+            # The store ends with the launcher, which ends with this process.
+            time.sleep(ERROR_INTERVALS * heartbeat.interval)
             raise
 
 
-def _tell(place: str, key: str, value: str, patience: float) -> None:
-    launcher_store(patience).set(f"{place}/{key}", value)
-
-
-def _leave_mark(cache_dir: Path, word: str) -> None:
-    # A folder that cannot be written is reported by the build, in better words.
+def _read_marker(cache_dir: Path) -> str | None:
     with suppress(OSError):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        (cache_dir / _MARK).write_text(word)
-
-
-def _read_mark(cache_dir: Path) -> str | None:
-    with suppress(OSError):
-        return (cache_dir / _MARK).read_text()
+        return (cache_dir / _MARKER).read_text()
     return None

@@ -1,4 +1,4 @@
-"""Ending a run early in good order: signals and a time limit, noted here, acted on between steps."""
+"""Graceful shutdown on SIGINT, SIGTERM or a time limit."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from typing import Any
 
 SIGNALS = ("SIGINT", "SIGTERM")
 
-# A launcher passes on a Ctrl-C that the terminal has already sent to every process: two signals, one wish.
+# A launcher forwards a Ctrl-C that the terminal has already sent to every process: a signal repeated within
+# this time is the same request.
 ECHO_SECONDS = 3.0
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop, by a signal or by the clock.
+    """Records that this process should stop: on a signal, at a time limit, or by `request`.
 
-    As a context manager it takes over SIGINT and SIGTERM. The first one is only noted: the loop ends the
-    step, all processes agree, the state is saved; while text is tokenized the run ends there. A second one
-    leaves at once, with the exit code that shells give for the signal (128 + its number).
+    As a context manager it handles SIGINT and SIGTERM. The first signal is only recorded: the loop finishes
+    the step, all processes agree, the state is saved; tokenization ends at once. A second signal exits
+    immediately, with the exit code that shells use for the signal (128 + its number).
 
     Args:
-        max_seconds: stop by itself so long after `started`; None for never.
-        started: reading of `clock` from which the time counts.
+        max_seconds: time limit, counted from `started`; None for no limit.
+        started: reading of `clock` at the start.
         clock: seconds, monotonic.
+
+    Attributes:
+        has_launcher: False once `launcher_lost` was called.
     """
 
     def __init__(
@@ -42,44 +46,50 @@ class StopRequest:
             None if max_seconds is None else max_seconds + (clock() if started is None else started)
         )
         self._signal: int | None = None
-        self._asked: str | None = None
-        self._noted_at = 0.0
+        self._requested: str | None = None
+        self.has_launcher = True
+        self._signalled_at = 0.0
         self._previous: dict[int, Any] = {}
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, such as `SIGTERM` or `--max-time`; None while nobody asked."""
+        """Why to stop, such as `SIGTERM` or `--max-time`; None without a reason."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        if self._asked is not None:
-            return self._asked
+        if self._requested is not None:
+            return self._requested
         if self._deadline is not None and self._clock() >= self._deadline:
             return "--max-time"
         return None
 
     def seconds_left(self) -> float | None:
-        """Return the time to the limit, None without one."""
+        """Return the seconds until the time limit, None without one."""
         return None if self._deadline is None else self._deadline - self._clock()
 
-    def ask(self, reason: str) -> None:
-        """Wish for a stop from inside the program; callable from any thread."""
-        self._asked = reason
+    def request(self, reason: str) -> None:
+        """Ask for a stop from inside the program; thread-safe."""
+        self._requested = reason
+
+    def launcher_lost(self) -> None:
+        """Ask for a stop because the launcher ended, and its store with it; thread-safe."""
+        self.has_launcher = False
+        self.request("the end of its launcher")
 
     def exit_if_signalled(self) -> None:
-        """End the program where a signal has asked to stop, from a place with nothing to save.
+        """End the program if a signal arrived or the launcher ended; for code with nothing to save.
 
         Raises:
-            KeyboardInterrupt: for any signal.
+            KeyboardInterrupt: in both cases.
         """
-        if self._signal is not None:
+        if self._signal is not None or not self.has_launcher:
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopRequest:
-        # Python lets only the main thread set handlers; a run inside another thread goes without.
+        # Only the main thread can set signal handlers; a run in another thread has none.
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
                 number = getattr(signal, name)
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,13 +97,13 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous.clear()
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._signal is None:
-            self._signal, self._noted_at = number, self._clock()
+            self._signal, self._signalled_at = number, self._clock()
             return
-        echo = "WORLD_SIZE" in os.environ and self._clock() - self._noted_at < ECHO_SECONDS
+        echo = "WORLD_SIZE" in os.environ and self._clock() - self._signalled_at < ECHO_SECONDS
         if number == self._signal and not echo:
-            # Nothing may delay the exit here, neither threads nor handlers at exit. What is being written
-            # lies beside its place until it is whole.
+            # Skip threads and exit handlers, which could delay the exit. Files are written under temporary
+            # names and renamed when complete, so nothing is left half-written.
             sys.stderr.flush()
             os._exit(128 + number)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data.loader import MicroBatch
-from ..distributed.collectives import _any_process, sum_over_processes
+from ..distributed.collectives import any_process, sum_over_processes
 
 # Batches between two looks at whether to stop: with several processes each look is a message.
 STOP_CHECK_INTERVAL = 8
@@ -73,7 +73,7 @@ def evaluate(
     sums: list[torch.Tensor] = []
     try:
         for number, batch in enumerate(batches):
-            if number % STOP_CHECK_INTERVAL == 0 and _any_process(asked_to_stop(), accelerator):
+            if number % STOP_CHECK_INTERVAL == 0 and any_process(asked_to_stop(), accelerator):
                 return None
             loss_sum = model(
                 input_ids=batch.input_ids,

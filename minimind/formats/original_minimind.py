@@ -201,7 +201,7 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        raise ConfigError(f"{path} cannot be read as a state dict: {_reason(error)}.") from error
+        raise ConfigError(f"{path} cannot be read as a state dict: {load_error_reason(error)}.") from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and _is_plain(value) for name, value in weights.items()
     ):
@@ -221,7 +221,7 @@ def _refuse_damage(path: Path) -> None:
                 raise ConfigError(f"{path} is damaged: {part} has not the sum that was saved; copy it again.")
 
 
-def _reason(error: Exception) -> str:
+def load_error_reason(error: Exception) -> str:
     """Return in a few words why torch could not read a file."""
     text = str(error)
     if "weights_only" in text or "Weights only" in text:

@@ -67,5 +67,7 @@ def _pth(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         values = torch.load(path, map_location="meta", weights_only=True)
         return {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in values.items()}
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        from .original_minimind import load_error_reason
+
+        reason = load_error_reason(error)
         raise ConfigError(f"{path} cannot be read as a state dict: {reason}.") from error

@@ -1,4 +1,4 @@
-"""Grouped-query attention with normed queries and keys, causal, within documents where they are told apart.
+"""Grouped-query attention with RMS-normed queries and keys; causal, optionally with a document mask.
 
 Shapes: B batch, T queries, S keys, C hidden, H heads, K kv heads, D head dim.
 """
@@ -18,19 +18,19 @@ from .kernels import dispatch as fused
 from .kv_cache import LayerCache
 from .rope import Rotary, rotate
 
-# What a query may see besides "itself and what came before", which needs no mask and is None:
-# a (B or 1, 1, T, S) boolean tensor, the same as blocks for FlexAttention, or where documents begin and end.
+# An attention mask: a (B or 1, 1, T, S) boolean tensor, a FlexAttention block mask, or document boundaries
+# for the kernels. None is plain causal attention.
 Mask = Tensor | BlockMask | Documents
 
-# FlexAttention knows no narrower heads.
+# The smallest head dimension that FlexAttention supports.
 SMALLEST_FLEX_HEAD = 16
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight (Zhang and Sennrich 2019, arXiv 1910.07467).
 
-    Computed in float32 for any input and returned in the dtype of the weight: float32 under autocast, bf16
-    in a bf16 model, which is what the layer behind it expects in either case.
+    Computed in float32 and returned in the dtype of the weight, which the next layer expects: float32 under
+    autocast, bf16 in a bf16 model.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -45,18 +45,18 @@ class RMSNorm(nn.Module):
         return (x * self.weight.float()).to(self.weight.dtype)
 
     def add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return x + added, where None is nothing, and the norm of that, both (..., C)."""
-        if fused.wanted(x, self.weight):
+        """Return x + added (x if None) and its norm, both (..., C)."""
+        if fused.supported(x, self.weight):
             return fused.add_norm(x, added, self.weight, self.eps)
-        # In the wider dtype. Not in place: `+=` into what a sublayer returns would round the stream.
+        # Not in place: `+=` into a bf16 sublayer output would round the residual stream to bf16.
         x = x if added is None else x + added
         return x, self(x)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Return the (B, 1, T, T) boolean mask: a query sees its own document up to itself.
+    """Return the (B, 1, T, T) boolean mask: a query attends to its own document up to itself.
 
-    Every query sees itself, so no row is empty and softmax stays finite.
+    Every query attends to itself, so softmax is always finite.
     """
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same.tril_()
@@ -65,22 +65,22 @@ def document_mask(document_ids: Tensor) -> Tensor:
 def document_block_mask(
     document_ids: Tensor, create: Callable[..., BlockMask] = create_block_mask
 ) -> BlockMask:
-    """Return the mask of `document_mask` for FlexAttention, which skips blocks that no query may see.
+    """Return the mask of `document_mask` as a FlexAttention block mask, which skips fully masked blocks.
 
     Args:
         document_ids: (B, T).
-        create: `create_block_mask`; compiled, it never holds the mask element by element.
+        create: `create_block_mask`; if compiled, it does not materialize the mask.
     """
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (document_ids[batch, query] == document_ids[batch, key]) & (query >= key)
 
-    rows, length = document_ids.shape
-    return create(sees, rows, None, length, length, device=document_ids.device)
+    batch_size, length = document_ids.shape
+    return create(attends, batch_size, None, length, length, device=document_ids.device)
 
 
 def cached_mask(start: int, length: int, device: torch.device) -> Tensor | None:
-    """Return what `length` new queries see that follow `start` cached tokens, (1, 1, T, S), None for all."""
+    """Return the (1, 1, T, S) mask of `length` queries after `start` cached tokens, None if not needed."""
     if length == 1 or start == 0:
         return None
     return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None]
@@ -89,13 +89,13 @@ def cached_mask(start: int, length: int, device: torch.device) -> Tensor | None:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0) -> Tensor:
     """Return softmax(q·kᵀ/√D)·v over the keys that `mask` allows.
 
-    FlexAttention is for compiled code: run eagerly it computes the whole score matrix. It has no dropout.
+    FlexAttention must be compiled: in eager mode it computes the full score matrix. It has no dropout.
 
     Args:
         q: (B, H, T, D) queries.
-        k: (B, K, S, D) keys; query heads h·K/H share one.
+        k: (B, K, S, D) keys; query head h uses kv head h·K/H.
         v: (B, K, S, D) values.
-        mask: None for causal attention, where T is S or a single query sees all keys.
+        mask: None for causal attention with T = S, or for a single query that attends to all keys.
         dropout: probability that an attention weight is zeroed.
 
     Returns:
@@ -106,8 +106,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dro
         assert isinstance(out, Tensor)
         return out
     grouped = q.shape[1] != k.shape[1]
-    # On a GPU only the flash kernel knows groups, and it takes no mask: without this copy of the keys the
-    # masked case would compute the whole score matrix.
+    # On a GPU only the flash kernel supports grouped heads, and it takes no mask: without repeated keys
+    # masked attention would compute the full score matrix.
     if grouped and not (q.device.type == "cpu" or (q.device.type == "cuda" and mask is None)):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
@@ -123,7 +123,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dro
 
 
 class Attention(nn.Module):
-    """Self-attention of one block."""
+    """Self-attention layer of a block."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=False)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
-        # Norms over each head bound the scores whatever the weights grow to (Henry et al. 2020).
+        # QK-norm bounds the attention scores (Henry et al. 2020).
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
@@ -145,23 +145,23 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Return what the tokens of x, (B, T, C), gather from those they see, (B, T, C)."""
-        rows, length, _ = x.shape
+        """Map (B, T, C) to (B, T, C)."""
+        batch_size, length, _ = x.shape
         if isinstance(mask, Documents):
             return self.o_proj(self._fused(x, rotary, mask))
-        heads = rows, length, -1, self.head_dim
+        heads = batch_size, length, -1, self.head_dim
         v = self.v_proj(x).view(heads)
-        # Norm and rotation are float32; the products with them are in whatever the projections came out in.
+        # Norm and rotation run in float32; attention runs in the dtype of the projections.
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), rotary.cos, rotary.sin).to(v.dtype)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rotary.cos, rotary.sin).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.append(k, v)
         out = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+        return self.o_proj(out.transpose(1, 2).reshape(batch_size, length, -1))
 
-    def _fused(self, x: Tensor, rotary: Rotary, seen: Documents) -> Tensor:
-        """Return what `forward` gives to the last projection, by one product and kernels of our own."""
+    def _fused(self, x: Tensor, rotary: Rotary, documents: Documents) -> Tensor:
+        """Return the input of `o_proj`, by one fused projection and our Triton kernels."""
         assert rotary.positions is not None
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         return fused.attend(
@@ -171,7 +171,7 @@ class Attention(nn.Module):
             rotary.cos,
             rotary.sin,
             rotary.positions,
-            seen,
+            documents,
             heads=weights[0].shape[0] // self.head_dim,
             eps=self.q_norm.eps,
         )

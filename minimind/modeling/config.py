@@ -1,7 +1,7 @@
-"""The shape of a model, readable without torch.
+"""Model configuration; imports no torch.
 
 Field names and meanings are those of Hugging Face's `Qwen3Config`, or `Qwen3MoeConfig` for a mixture of
-experts, so that a saved model needs no translation. See `formats/qwen3.py` for the files.
+experts, so that saved models need no conversion. `formats/huggingface.py` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, TypeGuard
 
 from ..errors import ConfigError
 
-# Keys of a Qwen3 config.json that this model has one answer to. Another value means another model.
+# Keys of a Qwen3 config.json for which only one value is supported.
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "use_sliding_window": False,
 }
 
-# Likewise of a Qwen3-MoE config.json: every block has experts.
+# The same for Qwen3-MoE: every block has experts.
 _FIXED_MOE: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
-# Fields of the mixture of experts, and what transformers' Qwen3MoeConfig takes where a file has no such key.
+# Fields of the mixture of experts, with the defaults of transformers' Qwen3MoeConfig for missing keys.
 _MOE_DEFAULTS: Mapping[str, Any] = {
     "num_experts": 128,
     "num_experts_per_tok": 8,
@@ -32,21 +32,29 @@ _MOE_DEFAULTS: Mapping[str, Any] = {
     "router_aux_loss_coef": 0.001,
 }
 
-# Fields by what they hold.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-_SIZES_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-_WORKED_OUT = ("head_dim", "intermediate_size", "moe_intermediate_size")
-_LARGEST_SIZE = 2**31 - 1
-_NUMBERS = ("rope_theta", "rms_norm_eps", "dropout", "router_aux_loss_coef", "initializer_range")
+# The largest value of each size: far beyond any model of this kind, so that what a damaged or hostile file
+# asks for is refused before anything is allocated.
+_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**22,
+    "max_position_embeddings": 2**24,
+}
+_MOE_SIZES = {"num_experts": 2**16, "num_experts_per_tok": 2**16, "moe_intermediate_size": 2**22}
+_DERIVED = ("head_dim", "intermediate_size", "moe_intermediate_size")
+_MAX_PARAMETERS = 10**13
+# The range of each number. With a rope_theta of 1 or less the frequencies do not fall from pair to pair.
+_NUMBERS = {
+    "rope_theta": (1.001, 1e15),
+    "rms_norm_eps": (0.0, 1.0),
+    "dropout": (0.0, 0.999),
+    "router_aux_loss_coef": (0.0, 1e6),
+    "initializer_range": (0.0, 1e3),
+}
 _SWITCHES = ("use_moe", "tie_word_embeddings", "norm_topk_prob")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -55,40 +63,40 @@ _YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "bet
 
 @dataclass(frozen=True, kw_only=True)
 class MiniMindConfig:
-    """Shape and constants of a decoder-only transformer.
+    """Configuration of a decoder-only transformer.
 
     Attributes:
-        vocab_size: rows of the embedding.
+        vocab_size: number of token embeddings.
         hidden_size: width of the residual stream.
         num_hidden_layers: transformer blocks.
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads, each shared by a group of query heads.
-        head_dim: width of one head; None makes it hidden_size / num_attention_heads.
-        intermediate_size: inner width of SwiGLU; None makes it 8/3 of the hidden size, rounded up to a
-            multiple of 64, which gives three matrices the parameters of a plain layer's two of width 4.
-        max_position_embeddings: longest sequence the rotary table covers.
+        head_dim: dimension of a head; None means hidden_size / num_attention_heads.
+        intermediate_size: inner width of SwiGLU; None means 8/3 of the hidden size, rounded up to a multiple
+            of 64, so that its three matrices have as many parameters as two of width 4·hidden_size.
+        max_position_embeddings: longest sequence, the size of the rotary table.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: None, or YaRN in the keys of Hugging Face (`rope_type`, `factor`,
+        rope_scaling: None, or YaRN with the keys of Hugging Face (`rope_type`, `factor`,
             `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `attention_factor`, `truncate`).
         rms_norm_eps: added to the mean square in every norm.
-        use_moe: every block chooses among experts, each a SwiGLU layer, instead of having one SwiGLU layer.
-        num_experts: experts in a block.
-        num_experts_per_tok: experts that a token passes.
-        moe_intermediate_size: inner width of an expert; None makes it `intermediate_size`. It plays no part
-            without `use_moe`, as the other fields of experts.
-        norm_topk_prob: scale the router's weights of a token's experts to a sum of 1; None does so for more
-            than one. The weight of a single expert would always be 1, and its router learn nothing from the
-            language loss.
-        router_aux_loss_coef: factor of the loss that balances the experts' loads in training.
-        dropout: probability on attention weights and on what attention and SwiGLU add to the stream.
-        tie_word_embeddings: embedding and output are one matrix.
-        initializer_range: standard deviation of new weights.
-        bos_token_id: token that begins a document.
-        eos_token_id: token that ends one.
-        pad_token_id: filler, never a target.
+        use_moe: use a mixture of SwiGLU experts instead of one SwiGLU layer in every block.
+        num_experts: experts per block.
+        num_experts_per_tok: experts activated per token (top-k).
+        moe_intermediate_size: inner width of an expert; None means `intermediate_size`. Ignored without
+            `use_moe`, like the other fields of experts.
+        norm_topk_prob: normalize the router weights of a token's experts to a sum of 1; None does so for
+            top-k with k > 1. With k = 1 the weight would always be 1 and the router would get no gradient
+            from the language loss.
+        router_aux_loss_coef: coefficient of the load-balancing loss.
+        dropout: probability for attention weights and for the outputs of attention and SwiGLU.
+        tie_word_embeddings: embedding and output layer share one matrix.
+        initializer_range: standard deviation of initial weights.
+        bos_token_id: token at the start of a document.
+        eos_token_id: token at the end of a document.
+        pad_token_id: padding, never a target.
 
     Raises:
-        ConfigError: for a shape that cannot be built; all problems are listed.
+        ConfigError: for an invalid configuration; all problems are listed.
     """
 
     vocab_size: int = 6400
@@ -96,7 +104,7 @@ class MiniMindConfig:
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
-    # None only until __post_init__ has run; typed so that readers need no check.
+    # None only before __post_init__; the type saves readers a check.
     head_dim: int = None  # type: ignore[assignment]
     intermediate_size: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 32768
@@ -117,8 +125,8 @@ class MiniMindConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        # A config may come from a file that anyone has edited.
-        if problems := list(self._of_wrong_kind()):
+        # The values may come from an edited file, so check types before computing with them.
+        if problems := list(self._invalid_fields()):
             raise ConfigError(problems)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
@@ -134,64 +142,58 @@ class MiniMindConfig:
         if self.use_moe and self.norm_topk_prob is None:
             object.__setattr__(self, "norm_topk_prob", self.num_experts_per_tok > 1)
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", _normal_rope_scaling(self.rope_scaling))
-        if problems := list(self._problems()):
+            object.__setattr__(self, "rope_scaling", _normalized_rope_scaling(self.rope_scaling))
+        if problems := list(self._inconsistencies()):
             raise ConfigError(problems)
 
-    def _of_wrong_kind(self) -> Iterator[str]:
-        """Yield a sentence for each field that holds something else than it should."""
-        for name in (*_SIZES, *(_SIZES_MOE if self.use_moe else ())):
+    def _invalid_fields(self) -> Iterator[str]:
+        """Yield a sentence for each field of a wrong type or out of range."""
+        for name, largest in (_SIZES | (_MOE_SIZES if self.use_moe else {})).items():
             value = getattr(self, name)
-            if value is None and name in _WORKED_OUT:
+            if value is None and name in _DERIVED:
                 continue
-            if not _is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
-                yield f"{name} {value} is not a size; write a whole number of at least 1."
-        for name in _NUMBERS:
+            if not _is_whole(value) or not 1 <= value <= largest:
+                yield f"{name} {value} is not a size; use a whole number from 1 to {largest}."
+        for name, (lowest, highest) in _NUMBERS.items():
             value = getattr(self, name)
-            if not _is_number(value) or value < 0:
-                yield f"{name} {value} is not a number of at least 0; correct it."
-        if self.rope_theta == 0:
-            yield "rope_theta is 0; write a number above 0."
+            if not _is_number(value) or not lowest <= value <= highest:
+                yield f"{name} {value} is not a number from {lowest:g} to {highest:g}; correct it."
         for name in _SWITCHES:
             if (value := getattr(self, name)) not in (None, True, False):
-                yield f"{name} {value} is neither true nor false; write one of them."
+                yield f"{name} {value} is neither true nor false; use one of them."
         for name in _TOKENS:
             if not _is_whole(value := getattr(self, name)):
-                yield f"{name} {value} is not the number of a token; write a whole number."
+                yield f"{name} {value} is not a token id; use a whole number."
 
-    def _problems(self) -> Iterator[str]:
+    def _inconsistencies(self) -> Iterator[str]:
+        """Yield a sentence for each field that does not fit the others."""
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}; choose a divisor."
             )
         if self.head_dim % 2:
-            yield f"head_dim {self.head_dim} is odd, but rotary positions turn pairs; make it even."
+            yield f"head_dim {self.head_dim} is odd, but rotary embedding rotates pairs; make it even."
         if self.use_moe and self.num_experts_per_tok > self.num_experts:
             yield (
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts "
                 f"{self.num_experts}; lower it."
             )
-        if self.dropout >= 1:
-            yield f"dropout {self.dropout} is out of range; it must be at least 0 and below 1."
+        if (number := self.num_parameters()) > _MAX_PARAMETERS:
+            yield f"these sizes make a model of {number:.1e} parameters; at most {_MAX_PARAMETERS:.0e} fit."
 
     def num_parameters(self) -> int:
-        """Return the exact number of parameters, a tied matrix counted once."""
+        """Return the number of parameters, a tied matrix counted once."""
         return self._count_parameters(self.num_experts)
 
     def num_active_parameters(self) -> int:
-        """Return the number of parameters that one token passes: all but the experts not chosen for it."""
+        """Return the number of parameters active per token: all but the experts outside its top-k."""
         return self._count_parameters(self.num_experts_per_tok)
 
     def _count_parameters(self, experts: int) -> int:
-        """Return the number of parameters with so many experts in a block."""
-        c, heads, kv_heads, d = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.head_dim,
-        )
-        attention = 2 * c * heads * d + 2 * c * kv_heads * d + 2 * d
+        """Return the number of parameters with `experts` experts per block."""
+        c, d = self.hidden_size, self.head_dim
+        attention = 2 * c * d * (self.num_attention_heads + self.num_key_value_heads) + 2 * d
         feed_forward = 3 * c * self.intermediate_size
         if self.use_moe:
             assert self.moe_intermediate_size is not None
@@ -201,16 +203,16 @@ class MiniMindConfig:
         return embeddings + self.num_hidden_layers * block + c
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the floating-point operations that training spends on one token.
+        """Return the floating-point operations per token in training.
 
-        6N + 6·L·H·D·T, after appendix B of PaLM (Chowdhery et al. 2022): each weight is multiplied and added
-        once forward and twice backward. N holds the vocabulary once, as the output matrix; looking up an
-        embedding costs nothing. Of the experts N holds those that a token passes. PaLM's 12·L·H·D·T for
-        attention is halved, since a causal query sees half of the keys on average. The document mask saves
-        more than that, and recomputation is not counted: neither may flatter the utilisation.
+        6N + 6·L·H·D·T, after appendix B of PaLM (Chowdhery et al. 2022): one multiplication and addition per
+        weight in the forward and two in the backward pass. N includes the vocabulary once, as the output
+        layer, and of the experts those active for a token. PaLM's 12·L·H·D·T for attention is halved, as a
+        causal query attends to half of the keys on average. Savings by the document mask and recomputation
+        are not counted, so neither increases the MFU.
 
         Args:
-            seq_len: T, tokens in a row.
+            seq_len: T, sequence length in tokens.
         """
         weights = self.num_active_parameters()
         if not self.tie_word_embeddings:
@@ -219,7 +221,7 @@ class MiniMindConfig:
         return 6 * weights + 6 * attention
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as the keys of a Qwen3 or Qwen3-MoE `config.json`.
+        """Return the contents of a Qwen3 or Qwen3-MoE `config.json`.
 
         transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`.
         """
@@ -245,34 +247,34 @@ class MiniMindConfig:
         """Read a Qwen3 or Qwen3-MoE `config.json`, written by transformers 4 or 5 or by `to_dict`.
 
         Raises:
-            ConfigError: when it describes a model that this is not, or misses its shape.
+            ConfigError: for an unsupported model, or missing or invalid keys.
         """
-        kind = values.get("model_type")
-        if kind not in ("qwen3", "qwen3_moe"):
-            raise ConfigError(f"model_type is {kind!r}, but only 'qwen3' and 'qwen3_moe' can be read.")
-        use_moe = kind == "qwen3_moe"
-        for key, ours in {**_FIXED, **(_FIXED_MOE if use_moe else {})}.items():
-            if values.get(key) not in (None, ours):
-                raise ConfigError(f"{key} is {values[key]!r}, but this model has {ours!r} only.")
+        model_type = values.get("model_type")
+        if model_type not in ("qwen3", "qwen3_moe"):
+            raise ConfigError(
+                f"model_type is {model_type!r}, but only 'qwen3' and 'qwen3_moe' are supported."
+            )
+        use_moe = model_type == "qwen3_moe"
+        for key, supported in {**_FIXED, **(_FIXED_MOE if use_moe else {})}.items():
+            if values.get(key) not in (None, supported):
+                raise ConfigError(f"{key} is {values[key]!r}, but only {supported!r} is supported.")
         names = {field.name for field in dataclasses.fields(cls)}
         given = {name: values[name] for name in names - _MOE_DEFAULTS.keys() if name in values}
         given["use_moe"] = use_moe
         if use_moe:
             given |= {name: values.get(name, default) for name, default in _MOE_DEFAULTS.items()}
-            # What transformers 5 writes in place of `num_experts`.
+            # transformers 5 writes this key instead of `num_experts`.
             given["num_experts"] = values.get("num_local_experts", given["num_experts"])
             given.setdefault("head_dim", None)
-            # Without a dense block nothing reads it.
+            # Not used without dense blocks.
             given.setdefault("intermediate_size", given["moe_intermediate_size"])
         missing = [
             name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                               "num_key_value_heads", "intermediate_size") if given.get(name) is None
         ]  # fmt: skip
         if missing:
-            raise ConfigError(
-                f"{', '.join(missing)} missing; take the config.json that belongs to the weights."
-            )
-        # Absent keys mean the defaults of transformers' Qwen3Config where those are not ours.
+            raise ConfigError(f"{', '.join(missing)} missing; use the config.json of the weights.")
+        # Missing keys mean the defaults of transformers' Qwen3Config, where those differ from ours.
         given.setdefault("head_dim", 128)
         given.setdefault("tie_word_embeddings", False)
         given["dropout"] = values.get("attention_dropout") or 0.0
@@ -284,7 +286,7 @@ class MiniMindConfig:
         given["rope_scaling"] = rope or None
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = given.pop(name, None)
-            # A list of end tokens begins with the main one.
+            # The first of several end tokens is the main one.
             token = token[0] if isinstance(token, list) and token else token
             if isinstance(token, int):
                 given[name] = token
@@ -292,7 +294,7 @@ class MiniMindConfig:
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Return whether a value is a finite number that tensors can hold."""
+    """Whether a value is a finite number that fits a tensor."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
@@ -301,7 +303,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _table(key: str, value: Any) -> Mapping[str, Any]:
-    """Return the keys and values of an object in a file, none where there is none.
+    """Return a nested object of a file, empty if missing.
 
     Raises:
         ConfigError: for anything else.
@@ -311,31 +313,33 @@ def _table(key: str, value: Any) -> Mapping[str, Any]:
     return value or {}
 
 
-def _normal_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return YaRN settings with one spelling of the kind and nothing unset, None for no scaling.
+def _normalized_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return YaRN settings in normalized form, None for no scaling.
 
     Raises:
-        ConfigError: for another kind of scaling, or a number missing.
+        ConfigError: for another type of scaling, or a missing or invalid number.
     """
     scaling = _table("rope_scaling", scaling)
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in (None, "default"):
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    if rope_type in (None, "default"):
         return None
-    if kind != "yarn":
-        raise ConfigError(f"rope_scaling of type {kind!r} is not supported; use 'yarn' or none.")
+    if rope_type != "yarn":
+        raise ConfigError(f"rope_scaling of type {rope_type!r} is not supported; use 'yarn' or none.")
     for key in _YARN_NUMBERS:
         value = scaling.get(key)
         if value is None and key not in ("factor", "original_max_position_embeddings"):
             continue
         if not _is_number(value) or value <= 0:
             raise ConfigError(f"rope_scaling {key} is {value}; YaRN needs a number above 0.")
-    # transformers warns of whole numbers here, except for the length.
+    # transformers warns about integers here, except for the length.
     known: dict[str, Any] = {"rope_type": "yarn"}
     known |= {key: float(scaling[key]) for key in _YARN_NUMBERS if scaling.get(key) is not None}
     known["original_max_position_embeddings"] = int(known["original_max_position_embeddings"])
     if scaling.get("truncate") is not None:
         known["truncate"] = bool(scaling["truncate"])
-    unread = {key for key in ("mscale", "mscale_all_dim") if scaling.get(key)}
-    if unread:
-        raise ConfigError(f"rope_scaling {' and '.join(sorted(unread))} not supported; set attention_factor.")
+    unsupported = {key for key in ("mscale", "mscale_all_dim") if scaling.get(key)}
+    if unsupported:
+        raise ConfigError(
+            f"rope_scaling {' and '.join(sorted(unsupported))} not supported; set attention_factor."
+        )
     return known

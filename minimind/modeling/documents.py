@@ -1,6 +1,6 @@
-"""Where the documents that share a row begin and end.
+"""Document boundaries in packed sequences.
 
-Shapes: B rows, T tokens of a row.
+Shapes: B sequences, T tokens per sequence.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """Which keys each token sees, where every document is one run of tokens in a row.
+    """Boundaries of the document of each token; a document is contiguous within a sequence.
 
     Attributes:
-        starts: (B, T) int32, the first token of each token's document.
+        starts: (B, T) int32, position of the first token of the document.
         ends: (B, T) int32, one past its last token.
     """
 
@@ -23,21 +23,21 @@ class Documents(NamedTuple):
     ends: Tensor
 
 
-def documents(document_ids: Tensor | None, rows: int, length: int, device: torch.device) -> Documents:
-    """Return where each document begins and ends.
+def documents(document_ids: Tensor | None, batch_size: int, length: int, device: torch.device) -> Documents:
+    """Return the document boundaries of each token.
 
     Args:
-        document_ids: (B, T), a new number for each new document; None where a row is one document.
-        rows: B.
+        document_ids: (B, T), which changes from one document to the next; None for one document per sequence.
+        batch_size: B.
         length: T.
-        device: where to.
+        device: of the result.
     """
-    at = torch.arange(length, dtype=torch.int32, device=device).expand(rows, length).contiguous()
+    positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch_size, length).contiguous()
     if document_ids is None:
-        return Documents(torch.zeros_like(at), torch.full_like(at, length))
+        return Documents(torch.zeros_like(positions), torch.full_like(positions, length))
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    starts = torch.where(begins, at, 0).cummax(1).values
-    # As many tokens begin at or before this one as lie in documents up to its own.
-    ends = torch.searchsorted(starts, at, right=True, out_int32=True)
+    starts = torch.where(begins, positions, 0).cummax(1).values
+    # The number of tokens whose document starts at or before this token is the end of its document.
+    ends = torch.searchsorted(starts, positions, right=True, out_int32=True)
     return Documents(starts, ends)

@@ -1,4 +1,4 @@
-"""The gated layer between attentions.
+"""SwiGLU feed-forward layer.
 
 Shapes: B batch, T tokens, C hidden, F inner.
 """
@@ -25,7 +25,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        if fused.wanted(x, self.gate_proj.weight):
+        if fused.supported(x, self.gate_proj.weight):
             gate_up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
             return fused.swiglu_down(gate_up, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

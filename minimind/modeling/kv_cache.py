@@ -1,6 +1,6 @@
-"""Keys and values of the tokens generated so far.
+"""Key-value cache for generation.
 
-Shapes: B batch, T new tokens, S all tokens so far, K kv heads, D head dim.
+Shapes: B batch, T new tokens, S cached tokens, K kv heads, D head dim.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .config import MiniMindConfig
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, K, capacity, D), of which the first `length` are filled."""
+    """Keys and values of one layer, (B, K, capacity, D); the first `length` positions are filled."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys
@@ -20,7 +20,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) new keys and values and return all so far, (B, K, S, D)."""
+        """Store (B, K, T, D) new keys and values and return all of them, (B, K, S, D)."""
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -30,8 +30,8 @@ class LayerCache:
     def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, 1, D) at `slot`, a (1,) int64, and return all slots, (B, K, capacity, D).
 
-        No shape depends on where the text stands, which is what compiled code needs. Slots not filled yet are
-        zeros, for the caller to mask; `length` is not kept.
+        Shapes are independent of the position, as compiled code needs. Empty slots are zeros, which the
+        caller must mask; `length` is not updated.
         """
         self.keys.index_copy_(2, slot, keys)
         self.values.index_copy_(2, slot, values)
@@ -39,7 +39,7 @@ class LayerCache:
 
 
 class KVCache:
-    """One `LayerCache` per layer, allocated at once: nothing is copied as the text grows."""
+    """One preallocated `LayerCache` per layer."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class KVCache:
     ) -> None:
         shape = batch_size, config.num_key_value_heads, capacity, config.head_dim
         self.capacity = capacity
-        # Zeros rather than whatever lies there: a masked NaN would still be multiplied by its weight of 0.
+        # Zeros, not uninitialized memory: a masked NaN times a weight of 0 is still NaN.
         self.layers = [
             LayerCache(
                 torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
@@ -62,5 +62,5 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens stored so far, which is the position of the next one."""
+        """Number of cached tokens, which is the position of the next one."""
         return self.layers[0].length

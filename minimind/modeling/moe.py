@@ -1,11 +1,11 @@
-"""A mixture of experts in place of the SwiGLU layer: every token passes the few that its router chooses.
+"""Mixture of experts: each token is routed to its top-k SwiGLU experts.
 
-No token is dropped, however many choose the same expert. Tokens are sorted by expert and one grouped matrix
-product serves all experts, so that shapes never depend on what the router chose: the device is never asked,
-and compiled code stays one graph.
+Dropless: no token is dropped, however unbalanced the routing. Tokens are sorted by expert and multiplied by
+one grouped matrix product, so that shapes do not depend on the routing: there is no synchronization with the
+device, and compiled code stays one graph.
 
-Shapes: B batch, T tokens in a row, N = B·T, K experts of a token, S = N·K, E experts, C hidden, F inner,
-L blocks.
+Shapes: B batch, T sequence length, N = B·T tokens, K experts per token, S = N·K, E experts, C hidden,
+F inner, L blocks.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from .config import MiniMindConfig
 from .kernels import dispatch as fused
 
-# Both widths of a matrix must be a multiple of this for torch's kernel (16 bytes of bf16).
+# F.grouped_mm needs both dimensions of a matrix to be multiples of this (16 bytes of bf16).
 _ALIGNMENT = 8
 
 
 class MixtureOfExperts(nn.Module):
     """Σ pₑ·SwiGLUₑ(x) over the K experts with the largest router probabilities pₑ (Fedus et al. 2021).
 
-    As in transformers' Qwen3-MoE; Switch Transformers (arXiv 2101.03961) have K = 1.
+    As in transformers' Qwen3-MoE; K = 1 in Switch Transformers (arXiv 2101.03961).
     """
 
     def __init__(self, config: MiniMindConfig) -> None:
@@ -40,48 +40,49 @@ class MixtureOfExperts(nn.Module):
         """Map (B, T, C) to (B, T, C).
 
         Args:
-            x: what to map.
-            token_mask: (B, T) bool, False for padding: it passes no expert, comes out as zero and is not
-                counted. None: there is none.
+            x: input.
+            token_mask: (B, T) bool, False for padding, which is not routed or counted; its output is zero.
+                None: no padding.
 
         Returns:
-            The mapped tokens, and (2, E) float32: how many times each expert was chosen, which carries no
-            gradient, and the sum of its router probability over tokens, which does; see `balance_loss`.
+            The output, and (2, E) float32: the number of tokens routed to each expert, without gradient, and
+            the sum of its router probability over tokens, with gradient; see `balance_loss`.
         """
         num_experts, k = self.gate.out_features, self.experts_per_token
         tokens = x.flatten(0, 1)
         probabilities = self._probabilities(tokens)  # (N, E)
-        weights, choices = probabilities.topk(k, dim=-1)  # (N, K)
+        weights, expert_ids = probabilities.topk(k, dim=-1)  # (N, K)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         if token_mask is not None:
             real = token_mask.reshape(-1, 1)
-            choices = torch.where(real, choices, num_experts)  # sorted behind all experts
+            expert_ids = torch.where(real, expert_ids, num_experts)  # sorted after all experts
             probabilities = torch.where(real, probabilities, 0.0)
-        choices = choices.flatten()  # (S,)
-        counts = (choices[:, None] == torch.arange(num_experts, device=x.device)).sum(0)  # (E,)
-        # Stable, so that the order of sums in a gradient is always the same.
-        order = choices.argsort(stable=True)
-        places = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
-        rows = tokens.to(fused.compute_dtype(tokens, self.experts.gate_proj))
-        rows = _Permute.apply(rows[:, None].expand(-1, k, -1).flatten(0, 1), order, places)  # (S, C)
+        expert_ids = expert_ids.flatten()  # (S,)
+        counts = (expert_ids[:, None] == torch.arange(num_experts, device=x.device)).sum(0)  # (E,)
+        # Stable, so that gradients are summed in a deterministic order.
+        order = expert_ids.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+        tokens = tokens.to(fused.compute_dtype(tokens, self.experts.gate_proj))
+        sorted_tokens = _Permute.apply(
+            tokens[:, None].expand(-1, k, -1).flatten(0, 1), order, inverse
+        )  # (S, C)
         ends = counts.cumsum(0).to(torch.int32)
         if token_mask is None:
-            rows = self.experts(rows, ends)
+            sorted_tokens = self.experts(sorted_tokens, ends)
         else:
-            # Behind the last expert's rows a grouped product leaves whatever was in the memory, in the
-            # backward pass too.
-            used = (torch.arange(len(rows), device=x.device) < ends[-1])[:, None]
-            rows = torch.where(used, self.experts(torch.where(used, rows, 0), ends), 0)
-        rows = _Permute.apply(rows, places, order).unflatten(0, (-1, k))  # (N, K, C)
-        out = (rows * weights[:, :, None]).sum(1).to(rows.dtype)
+            # After the last expert's tokens a grouped product leaves memory uninitialized, also in the
+            # backward pass.
+            used = (torch.arange(len(sorted_tokens), device=x.device) < ends[-1])[:, None]
+            sorted_tokens = torch.where(used, self.experts(torch.where(used, sorted_tokens, 0), ends), 0)
+        outputs = _Permute.apply(sorted_tokens, inverse, order).unflatten(0, (-1, k))  # (N, K, C)
+        out = (outputs * weights[:, :, None]).sum(1).to(outputs.dtype)
         return out.view_as(x), torch.stack((counts.float(), probabilities.sum(0)))
 
     def _probabilities(self, tokens: Tensor) -> Tensor:
         """Return the (N, E) router probabilities of (N, C).
 
-        In float32 whatever the rest is computed in: rounded logits make training unstable (Fedus et al. 2021,
-        section 2.4).
+        Always in float32: rounded router logits make training unstable (Fedus et al. 2021, section 2.4).
         """
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.float(), self.gate.weight.float())
@@ -89,7 +90,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU layers, each kind of matrix stacked in one tensor."""
+    """E SwiGLU layers with stacked weights."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -99,73 +100,71 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(e, f, c))
         self.down_proj = nn.Parameter(torch.empty(e, c, f))
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Map (S, C) rows sorted by expert to (S, C); `ends`, (E,) int32, tells where each expert's end."""
-        if fused.wanted(rows, self.gate_proj):
-            both = torch.cat((self.gate_proj, self.up_proj), 1).to(rows.dtype)
-            inner = fused.swiglu(grouped_linear(rows, both, ends))
+    def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """Map (S, C) tokens sorted by expert to (S, C); expert e has those before `ends[e]`, (E,) int32."""
+        if fused.supported(tokens, self.gate_proj):
+            gate_up = torch.cat((self.gate_proj, self.up_proj), 1).to(tokens.dtype)
+            inner = fused.swiglu(grouped_linear(tokens, gate_up, ends))
         else:
-            gate = grouped_linear(rows, self.gate_proj.to(rows.dtype), ends)
-            up = grouped_linear(rows, self.up_proj.to(rows.dtype), ends)
+            gate = grouped_linear(tokens, self.gate_proj.to(tokens.dtype), ends)
+            up = grouped_linear(tokens, self.up_proj.to(tokens.dtype), ends)
             inner = F.silu(gate) * up
-        return grouped_linear(inner, self.down_proj.to(rows.dtype), ends)
+        return grouped_linear(inner, self.down_proj.to(tokens.dtype), ends)
 
 
-def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Return rows·Wₑᵀ, each group of rows with its own matrix; undefined behind the last group.
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Return x·Wₑᵀ with one matrix per group of rows; undefined after the last group.
 
-    Torch's kernel on CUDA in bf16, to which groups of any size are right where only rows are cut, as here
-    (before Hopper torch itself runs a product for each group). Elsewhere `looped_linear`: what torch has for
-    other dtypes cannot be compiled.
+    Uses `F.grouped_mm` in bf16 on CUDA (before Hopper torch loops over the groups), elsewhere
+    `looped_linear`: torch's grouped products of other dtypes cannot be compiled.
 
     Args:
-        rows: (S, C) sorted by group.
-        weights: (E, F, C) in the dtype of the rows.
-        ends: (E,) int32 ascending, where the rows of each group end.
+        x: (S, C), rows sorted by group.
+        weights: (E, F, C), in the dtype of `x`.
+        ends: (E,) int32, ascending end of each group.
 
     Returns:
         (S, F).
     """
     aligned = weights.shape[1] % _ALIGNMENT == 0 and weights.shape[2] % _ALIGNMENT == 0
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
-        return F.grouped_mm(rows, weights.mT, offs=ends)
-    return looped_linear(rows, weights, ends)
+    if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
+        return F.grouped_mm(x, weights.mT, offs=ends)
+    return looped_linear(x, weights, ends)
 
 
 @torch.library.custom_op("minimind::looped_linear", mutates_args=())
-def looped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Do what `grouped_linear` does, one group after the other; zero behind the last group.
+def looped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Compute `grouped_linear` with a loop over the groups; zero after the last group.
 
-    An operator of its own, because the sizes of the groups, which the host has to wait for, would break a
-    compiled graph.
+    A custom operator, because reading the group sizes on the host would break a compiled graph.
     """
-    out = rows.new_zeros(len(rows), weights.shape[1])
+    out = x.new_zeros(len(x), weights.shape[1])
     start = 0
     for weight, end in zip(weights, ends.tolist(), strict=True):
-        torch.mm(rows[start:end], weight.T, out=out[start:end])
+        torch.mm(x[start:end], weight.T, out=out[start:end])
         start = end
     return out
 
 
 @looped_linear.register_fake
-def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    return rows.new_empty(len(rows), weights.shape[1])
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), weights.shape[1])
 
 
 @torch.library.custom_op("minimind::looped_outer", mutates_args=())
-def _looped_outer(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """Return (E, F, C): of each group the product gradᵀ·rows of (S, F) and (S, C)."""
-    out = rows.new_empty(len(ends), grad.shape[1], rows.shape[1])
+def _looped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Return the (E, F, C) products gradᵀ·x of each group of (S, F) and (S, C)."""
+    out = x.new_empty(len(ends), grad.shape[1], x.shape[1])
     start = 0
     for matrix, end in zip(out, ends.tolist(), strict=True):
-        torch.mm(grad[start:end].T, rows[start:end], out=matrix)
+        torch.mm(grad[start:end].T, x[start:end], out=matrix)
         start = end
     return out
 
 
 @_looped_outer.register_fake
-def _(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    return rows.new_empty(len(ends), grad.shape[1], rows.shape[1])
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(ends), grad.shape[1], x.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -173,21 +172,21 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 
 def _looped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    rows, weights, ends = ctx.saved_tensors
+    x, weights, ends = ctx.saved_tensors
     grad = grad.contiguous()
-    return looped_linear(grad, weights.mT, ends), _looped_outer(grad, rows, ends), None
+    return looped_linear(grad, weights.mT, ends), _looped_outer(grad, x, ends), None
 
 
 looped_linear.register_autograd(_looped_backward, setup_context=_save)
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order. The gradient is put back by the inverse order, so that nothing is summed."""
+    """Permute rows. The backward pass indexes with the inverse permutation instead of scattering sums."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows[order]
+        return x[order]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -198,13 +197,13 @@ class _Permute(torch.autograd.Function):
 def balance_loss(counts: Tensor, probability_sums: Tensor, experts_per_token: int) -> Tensor:
     """Return the load-balancing loss of Switch Transformers, summed over blocks and tokens.
 
-    Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6: E·Σₑ fₑ·Pₑ in each block, with fₑ the times that
-    expert e was chosen by a token on average and Pₑ its mean probability; K where all are chosen alike. Times
-    the number of tokens it is E·Σₑ fₑ·(sum of e's probability): so the parts of several processes add up.
+    Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6: E·Σₑ fₑ·Pₑ per block, with fₑ the share of tokens
+    routed to expert e and Pₑ its mean router probability; K at uniform routing. Multiplied by the
+    number of tokens it is E·Σₑ fₑ·(sum of e's probabilities), which is additive over processes.
 
     Args:
-        counts: (L, E) how many times each expert was chosen, over all tokens that are balanced together.
-        probability_sums: (L, E) router probabilities, summed over these tokens or some of them.
+        counts: (L, E) tokens routed to each expert, over all tokens that are balanced together.
+        probability_sums: (L, E) router probabilities, summed over these tokens or a part of them.
         experts_per_token: K.
 
     Returns:

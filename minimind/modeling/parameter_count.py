@@ -1,4 +1,4 @@
-"""What the parameters of a model are for: counted by part, from their names and shapes alone."""
+"""Count the parameters of a model by part, from their names and shapes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 # In the order of a forward pass.
 PARTS = ("embedding", "attention", "MLP", "norms", "head")
-# What a Hugging Face name has in it; the first that fits decides, so the norms inside attention are norms.
-_WORDS = (
+# Substrings of Hugging Face names. The first match decides, so norms inside attention count as norms.
+_PATTERNS = (
     ("norm.", "norms"),
     ("embed_tokens.", "embedding"),
     ("self_attn.", "attention"),
@@ -19,15 +19,15 @@ OTHER = "other"
 
 
 def part_of(name: str) -> str:
-    """Return the part that a parameter belongs to, `other` for a name that is not of this model."""
-    return next((part for word, part in _WORDS if word in name), OTHER)
+    """Return the part that a parameter belongs to, `other` for an unknown name."""
+    return next((part for pattern, part in _PATTERNS if pattern in name), OTHER)
 
 
 def count_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return the number of parameters by part; every part is named, and a tied head has 0.
+    """Return the number of parameters of every part; a tied head has 0.
 
     Args:
-        shapes: by parameter name, a tied matrix once, under the name of the embedding.
+        shapes: by parameter name; a tied matrix only under the name of the embedding.
     """
     counts = dict.fromkeys(PARTS, 0)
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Rotary position embedding, plain or stretched by YaRN.
+"""Rotary position embedding, optionally scaled by YaRN.
 
 Shapes: B batch, T queries, D head dim, P positions in the table.
 """
@@ -18,12 +18,12 @@ from .config import MiniMindConfig
 def rope_frequencies(
     head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None
 ) -> tuple[Tensor, float]:
-    """Return the (D/2,) float32 angles per position, and the factor on cos and sin.
+    """Return the (D/2,) float32 angular frequencies, and the attention factor that scales cos and sin.
 
-    Su et al. 2021 (arXiv 2104.09864): pair i turns by theta^(-2i/D) per position. With `scaling`, YaRN (Peng
-    et al. 2023, arXiv 2309.00071, section 3): pairs that turn more than `beta_fast` times within the original
-    length keep their frequency, those that turn less than `beta_slow` times are slowed by `factor`, with a
-    linear ramp between; the factor on cos and sin is 0.1·ln(factor) + 1 unless `attention_factor` is set.
+    Su et al. 2021 (arXiv 2104.09864): the frequency of pair i is theta^(-2i/D). With `scaling`, YaRN (Peng et
+    al. 2023, arXiv 2309.00071, section 3): frequencies with more than `beta_fast` rotations within the
+    original length are kept, those with less than `beta_slow` are divided by `factor`, with a linear ramp
+    between; the attention factor is 0.1·ln(factor) + 1 unless `attention_factor` is set.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (theta**exponents)
@@ -35,26 +35,26 @@ def rope_frequencies(
         attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     length = scaling["original_max_position_embeddings"]
 
-    def pair_that_turns(times: float) -> float:
-        return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_with_rotations(count: float) -> float:
+        return head_dim * math.log(length / (count * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = pair_that_turns(scaling.get("beta_fast", 32))
-    high = pair_that_turns(scaling.get("beta_slow", 1))
+    low = pair_with_rotations(scaling.get("beta_fast", 32))
+    high = pair_with_rotations(scaling.get("beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)
-    slowed = ramp.clamp(0, 1)
-    return frequencies / factor * slowed + frequencies * (1 - slowed), float(attention_factor)
+    interpolated = ramp.clamp(0, 1)
+    return frequencies / factor * interpolated + frequencies * (1 - interpolated), float(attention_factor)
 
 
 class Rotary(NamedTuple):
-    """The turning of each token.
+    """Rotation of each token.
 
     Attributes:
-        cos: (B or 1, T, 1, D/2) float32 of each token, or the (P, D/2) table of all positions.
-        sin: likewise.
-        positions: None, or the (B, T) rows of the tables that belong to the tokens.
+        cos: (B or 1, T, 1, D/2) float32 per token, or the (P, D/2) table of all positions.
+        sin: same shape.
+        positions: (B, T) indices into the tables, None if `cos` and `sin` are per token.
     """
 
     cos: Tensor
@@ -65,8 +65,8 @@ class Rotary(NamedTuple):
 class RotaryTable(nn.Module):
     """cos and sin of every position, (P, D/2), always float32 and never in the state dict.
 
-    A table cast to bf16 would place position 1001 where 1000 is. Whatever `to`, `half` or `to_empty` do to
-    the module, the table is therefore computed anew.
+    In bf16 positions 1000 and 1001 would be equal. The table is therefore recomputed after `to`, `half` or
+    `to_empty` of the module.
     """
 
     cos: Tensor
@@ -82,7 +82,7 @@ class RotaryTable(nn.Module):
 
     def _fill(self) -> None:
         device = self.cos.device
-        # Computed on the CPU, so that every device holds the same bits; on `meta` there is nothing to hold.
+        # Computed on the CPU, so that all devices have identical values; skipped on `meta`.
         with torch.device("meta" if device.type == "meta" else "cpu"):
             frequencies, factor = rope_frequencies(*self._frequencies)
             angles = torch.outer(torch.arange(self._positions).float(), frequencies)  # (P, D/2)
@@ -95,7 +95,7 @@ class RotaryTable(nn.Module):
         return self
 
     def forward(self, position_ids: Tensor | None, start: int, length: int) -> Rotary:
-        """Return cos and sin of each token.
+        """Return cos and sin per token.
 
         Args:
             position_ids: (B, T) positions, or None for `start`, start + 1, ...
@@ -103,18 +103,18 @@ class RotaryTable(nn.Module):
             length: T.
         """
         if position_ids is None:
-            rows = slice(start, start + length)
-            return Rotary(self.cos[None, rows, None], self.sin[None, rows, None])
+            positions = slice(start, start + length)
+            return Rotary(self.cos[None, positions, None], self.sin[None, positions, None])
         return Rotary(self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2))
 
-    def tables(self, position_ids: Tensor | None, rows: int, length: int) -> Rotary:
-        """Return cos and sin of all positions, and the positions of the tokens, 0, 1, ... by default."""
+    def tables(self, position_ids: Tensor | None, batch_size: int, length: int) -> Rotary:
+        """Return cos and sin of all positions, and the (B, T) positions of the tokens, 0, 1, ... if None."""
         if position_ids is None:
-            position_ids = torch.arange(length, device=self.cos.device).expand(rows, length)
+            position_ids = torch.arange(length, device=self.cos.device).expand(batch_size, length)
         return Rotary(self.cos, self.sin, position_ids)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of each head, (B, T, H, D), in float32; the layout of Llama and Qwen."""
+    """Rotate the pairs (i, i + D/2) of (B, T, H, D) in float32, in the layout of Llama and Qwen."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

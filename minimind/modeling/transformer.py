@@ -1,4 +1,4 @@
-"""The model: a Qwen3-shaped decoder with the parameter names of Hugging Face.
+"""Decoder-only transformer of the Qwen3 architecture, with the parameter names of Hugging Face.
 
 Shapes: B batch, T tokens, C hidden, V vocabulary, L blocks, E experts.
 """
@@ -35,13 +35,13 @@ from .rope import Rotary, RotaryTable
 
 
 class CausalLMOutput(NamedTuple):
-    """What a forward pass returns.
+    """Output of a forward pass.
 
     Attributes:
         loss: float32 scalar, None without labels.
-        logits: (B, T, V), None where only the loss was asked for.
-        routing: (L, 2, E) what the routers chose, None without experts; see `MixtureOfExperts.forward`. No
-            part of it is in the loss; `moe.balance_loss` makes one of it.
+        logits: (B, T, V), None with `shift_labels`.
+        routing: (L, 2, E) router statistics, None without experts; see `MixtureOfExperts.forward`. The loss
+            does not include them; `moe.balance_loss` computes a loss from them.
     """
 
     loss: Tensor | None
@@ -50,9 +50,10 @@ class CausalLMOutput(NamedTuple):
 
 
 class MiniMindBlock(nn.Module):
-    """Attention, then SwiGLU or experts, each behind a norm and added to the residual stream.
+    """Pre-norm transformer block: attention, then SwiGLU or experts.
 
-    What the last of them adds is handed on beside the stream: the sum is made where the next norm reads it.
+    The last output is returned next to the residual stream, so that the next norm adds and normalizes both in
+    one kernel.
     """
 
     def __init__(self, config: MiniMindConfig) -> None:
@@ -72,9 +73,9 @@ class MiniMindBlock(nn.Module):
         cache: LayerCache | None = None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Map the stream, (B, T, C), and what is still to be added to it, to those of the next block.
+        """Return the residual stream (B, T, C), the output still to be added to it, and the (2, E) routing.
 
-        The third is what the router chose, (2, E); see `MixtureOfExperts.forward`.
+        `x` and `added` are the first two of the previous block; see `MixtureOfExperts.forward` for routing.
         """
         x, normed = self.input_layernorm.add(x, added)
         added = self.dropout(self.self_attn(normed, rotary, mask, cache))
@@ -88,7 +89,7 @@ class MiniMindBlock(nn.Module):
 
 
 class MiniMindModel(nn.Module):
-    """Embedding, blocks and final norm."""
+    """Token embedding, blocks and final norm."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class MiniMindModel(nn.Module):
         self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config)
-        # Drop what a block computes on the way forward and compute it again in the backward pass.
+        # Activation checkpointing: recompute each block in the backward pass.
         self.recompute = False
 
     def forward(
@@ -108,7 +109,7 @@ class MiniMindModel(nn.Module):
         kv_cache: KVCache | None = None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the (B, T, C) normed hidden states and the routing; see `MiniMindForCausalLM.forward`."""
+        """Return the normed (B, T, C) hidden states and the routing; see `MiniMindForCausalLM.forward`."""
         length = input_ids.shape[1]
         start = kv_cache.length if kv_cache is not None else 0
         if start + length > self.config.max_position_embeddings:
@@ -116,7 +117,7 @@ class MiniMindModel(nn.Module):
                 f"{start + length} tokens are more than max_position_embeddings "
                 f"{self.config.max_position_embeddings}."
             )
-        # Built once and shared: every layer sees the same positions and the same documents.
+        # Computed once and shared by all layers.
         if isinstance(mask, Documents):
             rotary = self.rotary.tables(position_ids, *input_ids.shape)
         else:
@@ -126,8 +127,7 @@ class MiniMindModel(nn.Module):
         routings: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training and kv_cache is None:
-                # The generator is set back for the second time, so that dropout draws the same.
-                # One tensor is kept for a block, not the two parts of a sum.
+                # Add first, so that one tensor per block is saved. Dropout needs the same random state again.
                 x = x if added is None else x + added
                 x, added, routing = checkpoint(
                     layer,
@@ -144,28 +144,28 @@ class MiniMindModel(nn.Module):
 
 
 class OutputMatrix(nn.Linear):
-    """The matrix from hidden states to logits, which is also asked for a loss without holding the logits.
+    """Output layer, which can also compute a loss without materializing the logits.
 
-    The loss is computed inside `forward` because FSDP2 makes the weight whole only around that call.
+    The loss is computed inside `forward`, because FSDP2 gathers the weight only for that call.
     """
 
     def forward(self, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return the logits (..., V) of `x`, or what `loss` makes of the weight (V, C)."""
+        """Return the logits (..., V) of `x`, or `loss(weight)` with the (V, C) weight."""
         return super().forward(x) if loss is None else loss(self.weight)
 
 
 class MiniMindForCausalLM(nn.Module):
-    """The backbone and its output matrix.
+    """Transformer with a language-modeling head.
 
-    New weights are normal with standard deviation `initializer_range`. Those that write to the residual
-    stream (`o_proj`, `down_proj`) are smaller by √(2L), so that the sum of 2L contributions does not grow
-    with depth (GPT-2, Radford et al. 2019, section 2.3). Norms begin at 1.
+    Weights are initialized from a normal distribution with standard deviation `initializer_range`, divided by
+    √(2L) for the projections into the residual stream (`o_proj`, `down_proj`), so that the sum of 2L outputs
+    does not grow with depth (GPT-2, Radford et al. 2019, section 2.3). Norm weights start at 1.
 
     Args:
-        config: the shape. The generator of `torch.manual_seed` draws the weights.
+        config: of the model. Initial weights depend on `torch.manual_seed`.
     """
 
-    # Read by Accelerate: FSDP shards each of these as a unit.
+    # Read by Accelerate: FSDP shards each module of these classes as a unit.
     _no_split_modules: ClassVar[list[str]] = ["MiniMindBlock"]
 
     def __init__(self, config: MiniMindConfig) -> None:
@@ -178,10 +178,10 @@ class MiniMindForCausalLM(nn.Module):
         self._summed_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self.compiled = False
         self._documents: Callable[..., Documents] = documents
-        # Set where FSDP2 gathers weights in another dtype than that of its shards, which are all that is to
-        # be seen of them between two blocks.
+        # The dtype in which FSDP2 gathers weights, if it differs from that of the shards, which is what
+        # parameters show outside of a forward pass.
         self.gathered_dtype: torch.dtype | None = None
-        # Set where attention runs compiled, so that FlexAttention may be used.
+        # Set if attention is compiled, which FlexAttention needs.
         self._create_block_mask: Callable[..., BlockMask] | None = None
 
     def _init_weights(self) -> None:
@@ -193,27 +193,27 @@ class MiniMindForCausalLM(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if writes else std)
 
     def tie_weights(self) -> None:
-        """Make embedding and output one parameter where the config says so; moving off meta undoes it."""
+        """Tie the output layer to the embedding if configured; `to_empty` from `meta` unties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the embedding."""
+        """Return the token embedding."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
-        """Return the output matrix."""
+        """Return the output layer."""
         return self.lm_head
 
     def compile_for_training(self, mode: Literal["whole", "blocks"]) -> None:
-        """Compile the inner parts in place, before the model is wrapped; state-dict keys do not change.
+        """Compile submodules in place, before the model is wrapped; state-dict keys do not change.
 
-        The wrappers of Accelerate, DDP and FSDP stay outside of the compiled code. Shapes are taken as fixed:
-        each new one compiles again.
+        The wrappers of Accelerate, DDP and FSDP stay outside of the compiled code. Shapes are static: each
+        new shape recompiles.
 
         Args:
-            mode: "whole" makes one graph of the backbone, the fastest to run; "blocks" compiles one block and
-                uses it for all, which is quick to compile and leaves FSDP's hooks between the blocks.
+            mode: "whole" compiles the transformer as one graph, the fastest to run; "blocks" compiles one
+                block and reuses it for all, which compiles quickly and keeps FSDP's hooks between blocks.
         """
         if mode == "whole":
             self.model.compile(fullgraph=True, dynamic=False)
@@ -222,8 +222,8 @@ class MiniMindForCausalLM(nn.Module):
                 layer.compile(fullgraph=True, dynamic=False)
         self.compiled = True
         if self.config.head_dim >= SMALLEST_FLEX_HEAD:
-            # Compiled by itself: made inside a graph without gradients, torch 2.11 hands the kernel a mask
-            # that points outside of its memory.
+            # Compiled separately: created inside a graph without gradients, the block mask points to invalid
+            # memory with torch 2.11.
             self._create_block_mask = torch.compile(create_block_mask, dynamic=False)
         self._documents = torch.compile(documents, dynamic=False)
         self._summed_loss = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
@@ -244,21 +244,21 @@ class MiniMindForCausalLM(nn.Module):
 
         Args:
             input_ids: (B, T) int64 token ids.
-            labels: (B, T) int64, `input_ids` with -100 where there is nothing to predict; they are shifted
-                here. The loss is their mean cross-entropy, and logits are returned.
-            shift_labels: (B, T) int64, what follows each input token, or -100. The loss is the sum of their
-                cross-entropy over `num_items_in_batch`; logits are not returned and never held whole.
-            num_items_in_batch: divides the loss of `shift_labels`; None means the number of real ones.
-            position_ids: (B, T) position of each token; None counts up from the cache's length.
-            document_ids: (B, T) int32; tokens attend within equal ids only. None: a row is one document.
-            kv_cache: keys and values of earlier tokens, extended by these.
-            token_mask: (B, T) bool, False for padding, which experts leave out; dense blocks do not look.
+            labels: (B, T) int64, `input_ids` with -100 to ignore; shifted here. The loss is the mean
+                cross-entropy, and logits are returned.
+            shift_labels: (B, T) int64, the next token of each input token, -100 to ignore. The loss is the
+                summed cross-entropy divided by `num_items_in_batch`; logits are never materialized.
+            num_items_in_batch: divisor of the loss of `shift_labels`; None means the number of targets.
+            position_ids: (B, T) position of each token; None counts from the cache's length.
+            document_ids: (B, T) int32; tokens attend within equal ids. None: one document per sequence.
+            kv_cache: keys and values of earlier tokens; these tokens are appended.
+            token_mask: (B, T) bool, False for padding, which is not routed to experts; else unused.
         """
         mask = self._mask(input_ids, document_ids, kv_cache)
         hidden, routing = self.model(input_ids, position_ids, mask, kv_cache, token_mask)
         if shift_labels is not None:
-            rows, targets = hidden.flatten(0, 1), shift_labels.flatten()
-            loss = self.lm_head(rows, lambda weight: self._summed_loss(rows, weight, targets))
+            tokens, targets = hidden.flatten(0, 1), shift_labels.flatten()
+            loss = self.lm_head(tokens, lambda weight: self._summed_loss(tokens, weight, targets))
             if num_items_in_batch is None:
                 num_items_in_batch = (shift_labels != IGNORED).sum().clamp(min=1)
             return CausalLMOutput(loss / num_items_in_batch, None, routing)
@@ -273,14 +273,14 @@ class MiniMindForCausalLM(nn.Module):
         return CausalLMOutput(loss, logits, routing)
 
     def _mask(self, input_ids: Tensor, document_ids: Tensor | None, kv_cache: KVCache | None) -> Mask | None:
-        """Return what each token may see, in the form that suits the device; None is all before it."""
+        """Return the attention mask in the form that suits the device; None is causal attention."""
         if kv_cache is not None:
             if document_ids is not None:
-                raise ValueError("document_ids and kv_cache do not go together: a cache holds one document.")
+                raise ValueError("document_ids and kv_cache cannot be combined: a cache holds one document.")
             return cached_mask(kv_cache.length, input_ids.shape[1], input_ids.device)
         dropout = self.training and self.config.dropout > 0
         dtype = self.gathered_dtype or fused.compute_dtype(input_ids, self.model.embed_tokens.weight)
-        if not dropout and fused.attention_wanted(input_ids.device, dtype, self.config.head_dim):
+        if not dropout and fused.attention_supported(input_ids.device, dtype, self.config.head_dim):
             return self._documents(document_ids, *input_ids.shape, input_ids.device)
         if document_ids is None:
             return None

@@ -1,7 +1,7 @@
-"""Muon: momentum whose every update of a matrix is made orthogonal; AdamW for all other parameters.
+"""Muon: SGD momentum orthogonalized by Newton-Schulz iteration, and AdamW for all other parameters.
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon) with the scale of Moonlight (Liu et al. 2025, arXiv
-2502.16982), under which the learning rate and weight decay of AdamW carry over.
+2502.16982), which keeps the learning rate and weight decay of AdamW.
 
 Shapes: n matrices of one shape, R rows, C columns; a parameter of more dimensions is a stack of matrices.
 """
@@ -18,49 +18,49 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
-# The quintic a·x + b·x³ + c·x⁵ whose slope at zero is as steep as can be while repetition still ends within
-# some 30% of 1 (Jordan et al. 2024). More steps would not come nearer.
+# The quintic a·x + b·x³ + c·x⁵ with the largest slope at zero whose iteration stays within about 30% of 1
+# (Jordan et al. 2024). More steps do not improve it.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
-# The root mean square of an AdamW update is about this (Liu et al. 2025, section 2.2).
+# Typical root mean square of an AdamW update (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
 
-# Below this a norm counts as it: a zero matrix is divided by it.
-_LEAST_NORM = 1e-12
+# Lower bound of a norm, for zero matrices.
+_MIN_NORM = 1e-12
 
-# The kernels are in `muon_kernels.py`. A build of PyTorch for CPUs does without what takes a second to load.
+# The kernels are in `muon_kernels.py`. With a CPU build of PyTorch Triton, slow to import, is not loaded.
 _BUILDABLE = torch.backends.cuda.is_built() and find_spec("triton") is not None
-# Numbers that a program of a kernel has at once, 16 in each thread of 8 warps.
+# Elements per kernel program: 16 for each thread of 8 warps.
 _BLOCK = 4096
 _WARPS = 8
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return, about, the orthogonal factor U·Vᵀ of each matrix U·S·Vᵀ, by Newton and Schulz's iteration.
+    """Return approximately the orthogonal factor U·Vᵀ of each matrix U·S·Vᵀ, by Newton-Schulz iteration.
 
-    Singular values come to lie between about 0.7 and 1.2, only those far below a thousandth of the norm
-    lower; a zero matrix stays zero. Computed in bf16 on a GPU, which is enough for a direction, else in
-    the dtype given.
+    Singular values end between about 0.7 and 1.2; those far below a thousandth of the norm end lower, and a
+    zero matrix stays zero. Computed in bf16 on a GPU, which is enough for a direction, else in the input's
+    dtype.
 
     Args:
         matrices: (n, R, C), or (n, m, R, C) for n stacks of m.
 
     Returns:
-        The same shape in the dtype given.
+        Same shape and dtype.
     """
     x = matrices.flatten(0, -3)
-    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=_LEAST_NORM)
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=_MIN_NORM)
     if x.is_cuda:
         x, norm = x.bfloat16(), norm.bfloat16()
-    return _iterate(x / norm).to(matrices.dtype).view(matrices.shape)
+    return _newton_schulz(x / norm).to(matrices.dtype).view(matrices.shape)
 
 
-def _iterate(x: Tensor) -> Tensor:
-    """Return the last iterate for (n, R, C) matrices of norm 1 or less, contiguous and in their dtype."""
+def _newton_schulz(x: Tensor) -> Tensor:
+    """Return the last iterate, contiguous, for (n, R, C) matrices of norm at most 1."""
     a, b, c = _QUINTIC
     wide = x.shape[-2] <= x.shape[-1]
     for _ in range(_STEPS):
-        # The square of the smaller side is the one that costs less.
+        # Square the smaller side, which costs less.
         square = x @ x.mT if wide else x.mT @ x
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         first, second = (polynomial, x) if wide else (x, polynomial)
@@ -69,45 +69,45 @@ def _iterate(x: Tensor) -> Tensor:
 
 
 def _scale(shape: torch.Size) -> float:
-    """Return what an orthogonal factor of (..., R, C) is multiplied with."""
+    """Return the factor of Muon's update for (..., R, C)."""
     return _ADAMW_RMS * max(shape[-2:]) ** 0.5
 
 
-def _move(gradients: Tensor, buffers: Tensor, keep: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
-    """Return Nesterov's and the new momentum (n, R, C): zero and the old one where `keep`, (), is False."""
-    moved = torch.lerp(buffers, gradients, 1 - momentum)
-    ahead = torch.lerp(gradients, moved, momentum)
-    return torch.where(keep, ahead, 0.0), torch.where(keep, moved, buffers)
+def _update_momentum(
+    gradients: Tensor, buffers: Tensor, apply: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Return Nesterov's and the new momentum (n, R, C); zero and the old one where `apply`, (), is False."""
+    updated = torch.lerp(buffers, gradients, 1 - momentum)
+    nesterov = torch.lerp(gradients, updated, momentum)
+    return torch.where(apply, nesterov, 0.0), torch.where(apply, updated, buffers)
 
 
-def _whole(parts: Tensor, like: Tensor) -> Tensor:
-    """Return (n, R, C) of the parts of n matrices that are cut as `like` is, gathered by one message."""
+def _gather(shards: Tensor, like: Tensor) -> Tensor:
+    """Return (n, R, C) from the local shards of n matrices sharded like `like`, with one collective."""
     if not isinstance(like, DTensor):
-        return parts
-    shape = torch.Size((len(parts), *like.shape))
+        return shards
+    shape = torch.Size((len(shards), *like.shape))
     stride = torch.empty(shape, device="meta").stride()
     sharded = DTensor.from_local(
-        parts, like.device_mesh, _stacked_placements(like), run_check=False, shape=shape, stride=stride
+        shards, like.device_mesh, _stacked_placements(like), run_check=False, shape=shape, stride=stride
     )
     return sharded.full_tensor()
 
 
-def _part(whole: Tensor, like: Tensor) -> Tensor:
-    """Undo `_whole`."""
+def _shard(full: Tensor, like: Tensor) -> Tensor:
+    """Return the local shard of a tensor from `_gather`."""
     if not isinstance(like, DTensor):
-        return whole
-    # No source rank: each process cuts its own part out of what all of them have.
-    return distribute_tensor(
-        whole, like.device_mesh, _stacked_placements(like), src_data_rank=None
-    ).to_local()
+        return full
+    # No source rank: every process already has the full tensor.
+    return distribute_tensor(full, like.device_mesh, _stacked_placements(like), src_data_rank=None).to_local()
 
 
 def _stacked_placements(like: DTensor) -> list[Placement]:
-    return [Shard(cut.dim + 1) if isinstance(cut, Shard) else cut for cut in like.placements]
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
 
 
-def _kernels_serve(tensors: list[Tensor]) -> bool:
-    """Whether the kernels can be built, and all are whole contiguous float32 tensors on one CUDA GPU."""
+def _kernels_supported(tensors: list[Tensor]) -> bool:
+    """Whether Triton is available and all are unsharded contiguous float32 tensors on one CUDA GPU."""
     device = tensors[0].device
     return (
         _BUILDABLE
@@ -118,24 +118,27 @@ def _kernels_serve(tensors: list[Tensor]) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return the shard that this process has of a tensor, the tensor itself where that is whole."""
+    """Return this process's shard of a tensor, or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon and AdamW in one optimizer; the key `algorithm` of a parameter group says which: `muon`, `adamw`.
+    """Muon and AdamW in one optimizer; `algorithm` of a parameter group is `muon` or `adamw`.
 
-    An update may be left out without the host knowing: where the attribute `found_inf`, a () float tensor, is
-    1.0 at a step, weights, momentum and step counts stay as they were. PyTorch's fused AdamW has it so.
+    An update can be skipped without a synchronization: where the attribute `found_inf`, a () float tensor, is
+    1.0, a step changes neither weights nor momentum nor step counts, as in PyTorch's fused AdamW.
 
     Both algorithms: p ← (1 - lr·weight_decay)·p - lr·update. Muon's update is √max(R, C)·0.2 times the
     orthogonal factor of its Nesterov momentum, so its root mean square is at most 0.2, that of AdamW.
 
-    Parameters may be shards, as FSDP2 makes them: weights and momentum stay so, and the matrices of one shape
-    are whole for as long as they are made orthogonal.
+    An expert that received no token has a zero gradient, but orthogonalized momentum would still move it at
+    full size. A matrix of a stack whose gradient is all zero is therefore not updated; its momentum decays.
+
+    Parameters may be sharded by FSDP2: weights and momentum stay sharded, and the matrices of one shape are
+    gathered only while they are orthogonalized.
     """
 
-    # Told by `optim.skip_if_nonfinite`.
+    # Set by `skip_if_nonfinite`.
     found_inf: Tensor | None = None
 
     def __init__(
@@ -149,27 +152,26 @@ class Muon(torch.optim.Optimizer):
         fused: bool = True,
         kernels: bool = False,
     ) -> None:
-        """Take parameter groups.
+        """Create the optimizer.
 
         Args:
-            params: groups with `algorithm`, and perhaps `weight_decay`; matrices only for `muon`.
+            params: groups with `algorithm`, and optionally `weight_decay`; `muon` takes matrices only.
             lr: learning rate of all groups.
-            betas: decay of AdamW's moments.
-            eps: what AdamW adds to the root of the second moment.
-            momentum: decay of Muon's momentum.
-            fused: run AdamW in one kernel, which CUDA and CPU have; without it `found_inf` is not heard.
-            kernels: what Muon does beside products of matrices may go through the kernels of
-                `muon_kernels.py`, which are compiled at the first step; only where they can be built, and for
-                whole float32 parameters on a CUDA GPU.
+            betas: decay rates of AdamW's moments.
+            eps: added by AdamW to the root of the second moment.
+            momentum: decay rate of Muon's momentum.
+            fused: use the fused AdamW kernel of CUDA and CPU; without it `found_inf` is ignored.
+            kernels: use the Triton kernels of `muon_kernels.py` around the matrix products, compiled at the
+                first step, where supported: unsharded float32 parameters on a CUDA GPU.
 
         Raises:
-            ValueError: for a parameter of a `muon` group that is no matrix.
+            ValueError: for a parameter of a `muon` group that is not a matrix.
         """
         defaults = {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps, "momentum": momentum}
         super().__init__(params, {**defaults, "algorithm": "adamw", "fused": fused})
         self._kernels = kernels
-        # By index of the group: its parameters with a gradient by id, and those of equal shape together.
-        self._alike: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
+        # By group index: ids of the parameters with a gradient, and these parameters grouped by shape.
+        self._batches: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
         for group in self.param_groups:
             if group["algorithm"] == "muon" and any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices; put other parameters in a group for adamw.")
@@ -192,15 +194,15 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _by_shape(self, index: int, parameters: list[Tensor]) -> list[list[Tensor]]:
-        """Put equal shapes together: a few large products instead of many small ones."""
+        """Group parameters by shape, for a few large matrix products instead of many small ones."""
         ids = [id(p) for p in parameters]
-        known, batches = self._alike.get(index, ([], []))
+        known, batches = self._batches.get(index, ([], []))
         if known != ids:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in parameters:
                 shapes.setdefault(parameter.shape, []).append(parameter)
             batches = list(shapes.values())
-            self._alike[index] = ids, batches
+            self._batches[index] = ids, batches
         return batches
 
     def _muon(self, group: dict[str, Any], batches: list[list[Tensor]]) -> None:
@@ -209,79 +211,86 @@ class Muon(torch.optim.Optimizer):
             gradients = [p.grad for p in parameters]
             buffers = [self._state(p, "momentum_buffer") for p in parameters]
             tensors: list[Tensor] = [*gradients, *buffers, *parameters]  # type: ignore[list-item]
-            if _kernels_serve(tensors):
-                self._muon_by_kernels(group, batches, tensors)
+            if _kernels_supported(tensors):
+                self._muon_with_kernels(group, batches, tensors)
                 return
-        keep = torch.ones((), dtype=torch.bool, device=batches[0][0].device)
+        apply = torch.ones((), dtype=torch.bool, device=batches[0][0].device)
         if self.found_inf is not None:
-            keep = self.found_inf == 0
-        for alike in batches:
-            self._muon_plainly(group, alike, keep)
+            apply = self.found_inf == 0
+        for batch in batches:
+            self._muon_reference(group, batch, apply)
 
-    def _muon_plainly(self, group: dict[str, Any], parameters: list[Tensor], keep: Tensor) -> None:
+    def _muon_reference(self, group: dict[str, Any], parameters: list[Tensor], apply: Tensor) -> None:
+        """Update parameters of one shape with PyTorch operations, nothing where `apply`, (), is False."""
         first = parameters[0]
         buffers = [_local(self._state(p, "momentum_buffer")) for p in parameters]
         gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
         parameters = [_local(p) for p in parameters]
-        ahead, moved = _move(gradients, torch.stack(buffers), keep, group["momentum"])
-        directions = _part(orthogonalize(_whole(ahead, first)), first)
-        torch._foreach_copy_(buffers, list(moved.unbind()))
-        decay = keep.to(moved.dtype) * (group["lr"] * group["weight_decay"])
-        torch._foreach_mul_(parameters, 1 - decay)
+        nesterov, updated = _update_momentum(gradients, torch.stack(buffers), apply, group["momentum"])
+        torch._foreach_copy_(buffers, list(updated.unbind()))
+        retained = 1 - apply.to(updated.dtype) * (group["lr"] * group["weight_decay"])
+        if first.ndim > 2:
+            # FSDP2 shards the first dimension, so that matrices of a stack are never split.
+            active = gradients.ne(0).flatten(-2).any(-1)[..., None, None]
+            nesterov = torch.where(active, nesterov, 0.0)  # a zero matrix stays zero
+            torch._foreach_mul_(parameters, list(torch.where(active, retained, 1.0).unbind()))
+        else:
+            torch._foreach_mul_(parameters, retained)
+        directions = _shard(orthogonalize(_gather(nesterov, first)), first)
         rate = group["lr"] * _scale(first.shape)
         torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
 
-    def _muon_by_kernels(
+    def _muon_with_kernels(
         self, group: dict[str, Any], batches: list[list[Tensor]], tensors: list[Tensor]
     ) -> None:
-        """Do as `_muon_plainly`, with one pass over the memory before the products and one after.
+        """Do what `_muon_reference` does, reading memory once before the matrix products and once after.
 
         Args:
             group: of the parameters.
-            batches: the parameters, those of equal shape together.
-            tensors: gradients, momenta and parameters, each in that order.
+            batches: the parameters, grouped by shape.
+            tensors: all gradients, then all momenta, then all parameters, in the order of `batches`.
         """
         from . import muon_kernels
 
         device = tensors[0].device
         found_inf = self.found_inf if self.found_inf is not None else torch.zeros((), device=device)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        # From pinned memory the host does not wait for the copy, after which only PyTorch gives that memory
-        # away again.
+        # Copied from pinned memory without a synchronization; PyTorch reuses that memory after the copy only.
         table = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        # A gradient may lie anywhere in a bucket of DDP.
+        # A gradient may start anywhere in a DDP bucket.
         alignment = 4 if any(address % 16 for address in addresses) else 16
         constants = {"ALIGNMENT": alignment, "BLOCK": _BLOCK, "num_warps": _WARPS}
         momentum = float(group["momentum"])
-        kept = 1.0 - group["lr"] * group["weight_decay"]
+        retained = 1.0 - group["lr"] * group["weight_decay"]
         first = 0
-        # Triton starts a kernel on the current device.
+        # Triton launches kernels on the current device.
         with torch.cuda.device_of(table):
-            for alike in batches:
-                shape = alike[0].shape
-                ahead = torch.empty((len(alike), *shape), dtype=torch.bfloat16, device=device)
-                x = ahead.view(-1, *shape[-2:])
+            for batch in batches:
+                shape = batch[0].shape
+                nesterov = torch.empty((len(batch), *shape), dtype=torch.bfloat16, device=device)
+                x = nesterov.view(-1, *shape[-2:])
                 size = shape[-2] * shape[-1]
                 blocks = -(-size // _BLOCK)
                 grid = (len(x) * blocks,)
-                place = first, len(tensors) // 3, len(x) // len(alike), size, blocks
-                sums = torch.empty((len(x), blocks), device=device)
-                muon_kernels.move_momenta[grid](
-                    table, found_inf, ahead, sums, *place, momentum, 1.0 - momentum, **constants
+                layout = first, len(tensors) // 3, len(x) // len(batch), size, blocks
+                sums, nonzero = torch.empty((2, len(x), blocks), device=device)
+                muon_kernels.update_momentum[grid](
+                    table, found_inf, nesterov, sums, nonzero, *layout, momentum, 1.0 - momentum, **constants
                 )
-                norm = sums.sum(-1).sqrt_().clamp_(min=_LEAST_NORM)
+                active = nonzero.sum(-1) if len(shape) > 2 else torch.ones(len(x), device=device)
+                norm = sums.sum(-1).sqrt_().clamp_(min=_MIN_NORM)
                 x /= norm.bfloat16().view(-1, 1, 1)
                 rate = float(group["lr"] * _scale(shape))
-                muon_kernels.move_parameters[grid](
-                    table, found_inf, _iterate(x), *place, float(kept), rate, **constants
+                muon_kernels.update_parameters[grid](
+                    table, found_inf, active, _newton_schulz(x), *layout, float(retained), rate, **constants
                 )
-                first += len(alike)
+                first += len(batch)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         fused = group["fused"]
         for p in parameters:
             if not self.state[p]:
-                # The fused kernel counts where the parameter is.
+                # The fused kernel keeps the step count on the device of the parameter.
                 device = p.device if fused else torch.device("cpu")
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
         adamw(

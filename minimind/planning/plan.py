@@ -21,7 +21,7 @@ from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import check_launch, choose_precision
 from ..formatting import parse_duration, size
-from ..launch_env import is_main_process, is_set, world_size
+from ..launch_env import device_type, is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
@@ -182,7 +182,7 @@ def _times(
 def _estimate(
     config: PretrainConfig, shape: MiniMindConfig, batches: BatchPlan, measured: BenchmarkResult | None
 ) -> MemoryEstimate:
-    on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
+    on_gpu = device_type() == "cuda"
     precision = choose_precision(config) if measured is None else measured.precision
     fused = on_gpu and unsupported_reason(precision, shape.head_dim, config.dropout) is None
     compiled: Compiled = "no"
@@ -213,7 +213,7 @@ def _shards(num_processes: int) -> int:
 
 
 def _device_memory() -> int | None:
-    if is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+    if device_type() != "cuda":
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 

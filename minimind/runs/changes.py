@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from ..config.options import PretrainConfig
 from ..data.prepare import fingerprint_in_cache, prepare_data
 from ..errors import UserError
+from ..launch_env import device_type
 from ..tokenizer import Tokenizer
 from ..tracking.environment import describe_environment
 from .info_text import device_text
@@ -55,7 +54,7 @@ def environment_changes(run: RunRecord) -> Iterator[str]:
     if not then:
         yield "the run recorded no environment, so code, packages and device could not be compared."
         return
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = device_type()
     if isinstance(launch := then.get("launch"), dict) and launch.get("on_cpu"):
         device = "cpu"
     now = describe_environment(device)

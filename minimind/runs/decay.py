@@ -12,7 +12,7 @@ from ..checkpoint.train_state import TrainState
 from ..config.options import PretrainConfig
 from ..config.schema import schema_of
 from ..data.batch_plan import fitted_to
-from ..distributed.heartbeat import begun_before, first_choice
+from ..distributed.heartbeat import first_choice, started_before
 from ..errors import CheckpointError, ConfigError
 from ..launch_env import is_main_process, world_size
 from ..run_folder import RunFolder
@@ -56,14 +56,14 @@ def decay(
         output_dir if output_dir is not None else beside.with_name(f"{beside.name}-decay-{checkpoint.step}")
     )
     # The other processes may look when the first one has begun.
-    if is_main_process() and not begun_before() and RunFolder(folder).holds_a_run():
+    if is_main_process() and not started_before() and RunFolder(folder).holds_a_run():
         raise ConfigError(
             f"--output-dir {folder} already holds a run; go on with it by minimind-train pretrain --resume "
             f"--output-dir {folder}, or name another folder."
         )
     config = decay_config(checkpoint, tokens, folder, shape=shape, min_lr_ratio=min_lr_ratio)
     # Before there is a folder of the decay.
-    if is_main_process() and not begun_before() and (problem := checkpoint.problem()) is not None:
+    if is_main_process() and not started_before() and (problem := checkpoint.problem()) is not None:
         advice = f"give --from-step {_listed(others)}" if others else "it is the only one"
         raise CheckpointError(f"{problem.removesuffix('.')}: the checkpoint cannot be used; {advice}.")
     return pretrain(config, branch=True)

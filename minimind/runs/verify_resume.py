@@ -27,6 +27,7 @@ from ..data.batch_plan import fitted_to, rows_of_a_step
 from ..distributed.accelerator import choose_precision
 from ..errors import ConfigError, TrainingError, UserError
 from ..io.atomic import write_text
+from ..launch_env import device_type
 from ..run_folder import RunFolder
 from ..training.pretrain import pretrain
 
@@ -149,7 +150,7 @@ def verify_resume(
         compared = tuple(_compared(RunFolder(straight), RunFolder(parted)))
     if not any(one.step == steps and math.isfinite(one.straight) for one in compared):
         raise TrainingError(f"no loss was reported at step {steps}; is the loss finite in an ordinary run?")
-    exact = processes == 1 and not _on_gpu()
+    exact = processes == 1 and device_type() == "cpu"
     return ResumeCheck(compared, half, processes, 0.0 if exact else TOLERANCES[choose_precision(config)])
 
 
@@ -164,17 +165,12 @@ def _refuse(config: PretrainConfig, steps: int, processes: int) -> None:
             f"--dropout {config.dropout} draws other numbers on another number of processes, so losses would "
             "not compare; give --dropout 0, or leave --processes out."
         )
-    if processes > 1 and _on_gpu() and processes > torch.cuda.device_count():
+    if processes > 1 and device_type() != "cpu" and processes > torch.cuda.device_count():
         problems.append(f"--processes {processes} needs as many GPUs; here are {torch.cuda.device_count()}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("verify-resume launches processes itself; run it without a launcher.")
     if problems:
         raise ConfigError(problems)
-
-
-def _on_gpu() -> bool:
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    return not use_cpu and (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _train(config: PretrainConfig, stop_after: int | None) -> None:
@@ -197,7 +193,7 @@ def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> Non
         *("--num_processes", str(processes), "--main_process_port", "0"),
         *("-m", "minimind.runs.verify_resume", str(file)),
     ]
-    environment = os.environ if _on_gpu() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ if device_type() != "cpu" else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode and not (Path(config.output_dir) / "model" / "config.json").exists():
         lines = done.stderr.splitlines()

@@ -27,7 +27,8 @@ from ..distributed.accelerator import check_launch, close_accelerator, start_acc
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.consistency import check_same_on_all_ranks, run_signature
 from ..distributed.failures import report_peer_failures, watch_peers
-from ..distributed.heartbeat import begun_before, note_begun
+from ..distributed.heartbeat import record_start, started_before
+from ..distributed.launcher import watch_launcher
 from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, ConfigError
@@ -89,6 +90,7 @@ def pretrain(
     with ExitStack() as closing:
         limit = None if config.max_time is None else parse_duration(config.max_time)
         stop = closing.enter_context(StopRequest(limit, started=started))
+        closing.enter_context(watch_launcher(stop))
         progress = Progress(enabled=is_main_process())
         closing.callback(progress.close)
         if (remark := check_launch(config)) is not None:
@@ -101,9 +103,9 @@ def pretrain(
         patience = parse_duration(config.dist_timeout)
         with main_process_first(cache_folder(config), patience, progress.note):
             if is_main_process():
-                if folder.claim(resume=(config.resume is not None and not branch) or begun_before()):
+                if folder.claim(resume=(config.resume is not None and not branch) or started_before()):
                     closing.callback(folder.remove_if_empty)
-                note_begun()
+                record_start()
             # Whichever process comes first builds, and is the one to tell of it.
             builder = progress if is_main_process() else Progress()
             closing.callback(builder.close)
@@ -348,7 +350,7 @@ def _save_failed(
     """Say that a save failed; called from the thread that writes."""
     progress.warn(str(error))
     if config.on_save_error == "stop":
-        stop.ask("--on-save-error stop")
+        stop.request("--on-save-error stop")
 
 
 def _last_save(config: PretrainConfig, store: CheckpointStore) -> None:

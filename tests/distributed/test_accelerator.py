@@ -29,7 +29,7 @@ HSDP = {
 
 
 def problems(env: dict[str, str], devices: int = 0, **options: Any) -> list[str]:
-    return list(launch_problems(PretrainConfig(**options), devices, env))
+    return list(launch_problems(PretrainConfig(**options).accumulation_steps, devices, env))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         (
             {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
             0,
-            "this one only.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
+            "started one.*launch with accelerate launch --multi_gpu --num_processes N -m minimind_cli",
         ),
         (
             # Alone it meets nobody, at no port.
@@ -68,7 +68,7 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
             4,
             "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu",
         ),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, 1, "^srun started 4 processes that do not know of each other"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 1, "^srun started 4 processes that are not connected"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 0, "^mpirun started 2 processes"),
         (TWO, 1, "2 processes were launched on this machine, which has 1 GPU;"),
         ({**TWO, "MASTER_PORT": "0"}, 2, "--standalone"),
@@ -79,9 +79,9 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         (
             FSDP2,
             0,
-            "none is in use.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
+            "none is used.*DDP instead: accelerate launch --multi_gpu --num_processes 2",
         ),
-        ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is in use here"),
+        ({**FSDP2, "ACCELERATE_USE_CPU": "1"}, 2, "none is used here"),
         (
             {**TWO, "ACCELERATE_USE_DEEPSPEED": "true"},
             2,
@@ -97,8 +97,12 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, r"^tensor parallelism \(tp_size 2\).*dp_shard_size"),
         ({**HSDP, "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "^context parallelism"),
         ({**HSDP, "PARALLELISM_CONFIG_SP_SIZE": "2"}, 2, "^sequence parallelism"),
-        ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 2, "give --accumulation-steps 4"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, 2, "STEPS=x of the launcher is not what"),
+        ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, 2, "pass --accumulation-steps 4"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"},
+            2,
+            "STEPS=x of the launcher differs from",
+        ),
         ({"ACCELERATE_USE_CPU": ""}, 0, "^ACCELERATE_USE_CPU= is neither true nor false"),
         ({"ACCELERATE_USE_CPU": "maybe"}, 2, "^ACCELERATE_USE_CPU=maybe is neither"),
     ],
@@ -144,7 +148,7 @@ def test_cores_that_a_launcher_left_idle_are_told(
         monkeypatch.delenv(name, raising=False)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    told = "1 of 8 cores are used, for launchers give each process one thread; put OMP_NUM_THREADS=8 before"
+    told = "1 of 8 cores are used: launchers set 1 thread per process; set OMP_NUM_THREADS=8"
     assert (told in (check_launch(PretrainConfig()) or "")) == idle
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minimind.checkpoint.files import stored_checkpoints
@@ -65,7 +66,7 @@ def test_processes_that_are_not_alike_are_named_with_both_values(
     corpus.with_name("corpus.jsonl.other.jsonl").write_text(corpus.read_text().replace("cat", "dog"))
     done, text = launch(torchrun(code, corpus, tmp_path / "out", *FEW_STEPS), tmp_path)
     assert done != 0
-    assert re.search("error: the processes are not alike: " + difference, text)
+    assert re.search("error: ranks disagree: " + difference, text)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -81,9 +82,7 @@ minimind.training.trainer.forward_loss = fail"""
     done, text = launch(torchrun(code, corpus, tmp_path / "out"), tmp_path)
     assert done != 0
     assert "rank 1: ValueError: a fault in the fourth step" in text
-    assert (
-        "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 went on no further." in text
-    )
+    assert "error: rank 1 failed with ValueError: a fault in the fourth step; rank 0 stopped." in text
 
 
 def test_a_process_that_hangs_ends_the_others_in_time_and_is_named(corpus: Path, tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_a_process_that_is_stuck_when_another_dies_ends_and_names_it(corpus: Pat
     """As over NCCL, whose operations neither return nor raise when a process is missing from them."""
     code = """
 import threading, minimind.distributed.heartbeat, minimind.training.trainer
-minimind.distributed.heartbeat.Watch.HURRY_SECONDS = 3.0
+minimind.distributed.heartbeat.Watchdog.SHUTDOWN_SECONDS = 3.0
 forward, calls = minimind.training.trainer.forward_loss, []
 def stick(*args):
     calls.append(1)
@@ -127,6 +126,32 @@ minimind.training.trainer.forward_loss = stick"""
     assert time.monotonic() - killed < 25
     assert process.returncode != 0
     assert "error: rank 1 no longer answers: it was killed, hangs, or its machine cannot be reached;" in text
+
+
+@pytest.mark.parametrize("way", ["torchrun", "accelerate", "torchrun and a script"])
+def test_processes_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Path, way: str) -> None:
+    out = tmp_path / "out"
+    words = torchrun("", corpus, out)
+    if way == "accelerate":
+        launcher = [*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+        words = [*launcher, "-m", "minimind_cli", *command(corpus, out)]
+    elif way != "torchrun":
+        script = tmp_path / "rank.sh"
+        script.write_text('"$@"\necho the script ends\n')
+        place = words.index("--no-python") + 1
+        words[place:place] = ["bash", script]
+    with launched(words, tmp_path) as process:
+        wait_for_step(out, 5)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert len(ranks) == (4 if way.endswith("script") else 2)
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+        for rank in alive:
+            rank.kill()
+        assert alive == []
+        text, _ = process.communicate(timeout=PATIENCE)
+    assert re.search("end: +stopped by (the end of its launcher|another process) after step", text)
+    assert stored_checkpoints(out / "checkpoints")[-1].step == max(row["step"] for row in rows(out))
 
 
 APART = """

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from minimind.distributed import launcher
 from minimind.distributed.shutdown import StopRequest
 
 
@@ -58,6 +60,35 @@ def test_the_time_limit_counts_from_the_start_given() -> None:
     assert stop.seconds_left() == 50.0
     now[0] = 150.0
     assert stop.reason == "--max-time"
+
+
+def test_the_end_of_the_launcher_is_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setattr(launcher, "PARENT_SECONDS", 0.01)
+    stop = StopRequest()
+    with launcher.watch_launcher(stop):
+        time.sleep(0.2)
+        assert stop.reason is None
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        deadline = time.monotonic() + 10
+        while stop.reason is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert stop.reason == "the end of its launcher"
+    with pytest.raises(KeyboardInterrupt):
+        stop.exit_if_signalled()
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_process_without_a_launcher_survives_its_parent(
+    monkeypatch: pytest.MonkeyPatch, precision: str | None
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if precision is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    before = threading.active_count()
+    with launcher.watch_launcher(StopRequest()):
+        assert threading.active_count() == before
 
 
 def test_outside_the_main_thread_the_handlers_are_left_alone() -> None:

@@ -176,7 +176,7 @@ BROKEN = {
         lambda f: (f / "config.json").write_text("[]"),
         r"config.json: the file is not a JSON object",
     ),
-    "llama": (lambda f: change_config(f, model_type="llama"), r"model_type is 'llama'.*read; name a folder"),
+    "llama": (lambda f: change_config(f, model_type="llama"), r"model_type is 'llama'.*; name a folder"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no model.safetensors .* save the"),
     "cut off": (lambda f: os.truncate(f / "model.safetensors", 999), r"cannot be read .* damaged"),
     "missing": (lambda f: change_weights(f, drop="model.norm.weight"), r"has no model.norm.weight. Take the"),

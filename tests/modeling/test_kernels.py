@@ -18,9 +18,6 @@ from support import fused_cases
 
 # bf16 rounds by up to 1/256; an error of this size has been made by rounding alone.
 ROUNDING = 0.01
-# Gradients of the norms of heads are sums over few tokens of numbers rounded more than once: in bf16 plain
-# PyTorch is off by up to 0.013 in the narrowest case.
-SUMS_OF_ROUNDED = 0.02
 # Both kinds run everything: sum and norm, norm, swiglu, and three or four numbers of each other case.
 FEWEST = 20
 
@@ -40,16 +37,6 @@ def test_interpreted_kernels_agree_with_float64() -> None:
     assert max(exact) < 1e-5  # float32 throughout
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_kernels_on_a_gpu_agree_with_float64() -> None:
-    errors = fused_cases.all_cases("cuda")
-    assert len(errors) > FEWEST
-    of_norms = {name for name in errors if name.startswith("attention") and name[-1] in "12"}
-    limits = {name: SUMS_OF_ROUNDED if name in of_norms else ROUNDING for name in errors}
-    assert {name: error for name, error in errors.items() if not error < limits[name]} == {}
-
-
 def test_documents_are_runs_of_equal_ids() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 2, 2], [5, 5, 5, 5, 5, 5]], dtype=torch.int32)
     found = documents(ids, 2, 6, torch.device("cpu"))
@@ -62,10 +49,10 @@ def test_documents_are_runs_of_equal_ids() -> None:
 
 def test_a_cpu_computes_by_plain_pytorch() -> None:
     x, weight = torch.randn(2, 4), torch.randn(4, 4)
-    assert not fused.wanted(x, weight)
+    assert not fused.supported(x, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fused.compute_dtype(x, weight) == torch.bfloat16
-        assert not fused.wanted(x, weight)
+        assert not fused.supported(x, weight)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,16 @@ def test_a_damaged_header_is_told_in_a_sentence(tmp_path: Path, content: bytes) 
         read_headers([path])
 
 
+def test_a_pth_of_more_than_weights_is_refused_without_advice_to_run_its_code(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": path}, path)
+    with pytest.raises(ConfigError, match=r"it holds pathlib\.\w+, which is no tensor\.$") as caught:
+        read_headers([path])
+    assert "weights_only" not in str(caught.value)
+
+
 def test_the_header_is_what_the_library_reads(out: Path) -> None:
     path = out / "model" / "model.safetensors"
     tensors = load_file(path)

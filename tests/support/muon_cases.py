@@ -36,10 +36,13 @@ def parameters(device: str, offset: int) -> list[nn.Parameter]:
     return found
 
 
-def give_gradients(parameters: list[nn.Parameter], seed: int) -> None:
+def give_gradients(parameters: list[nn.Parameter], seed: int, *, idle: bool) -> None:
+    """Put gradients on the parameters; with `idle` the second matrix of each stack gets a zero gradient."""
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+        if idle and p.ndim > 2:
+            p.grad[1] = 0.0
 
 
 def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tensor]], list[Tensor], bool]:
@@ -49,11 +52,11 @@ def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tenso
         [{"params": taken, "algorithm": "muon", "weight_decay": 0.1}], lr=0.05, kernels=kernels
     )
     if kernels:
-        optimizer._muon_plainly = None  # which must not stand in for them
+        optimizer._muon_reference = None  # which must not stand in for them
     updates = []
     for step in range(STEPS):
         before = [p.detach().clone() for p in taken]
-        give_gradients(taken, 1 + step)
+        give_gradients(taken, 1 + step, idle=step == STEPS - 1)
         optimizer.found_inf = torch.zeros((), device=device)
         optimizer.step()
         updates.append([p.detach() - old for p, old in zip(taken, before, strict=True)])
@@ -92,6 +95,12 @@ def all_cases(device: str) -> dict[str, dict[str, float]]:
         found["properties"] |= {
             f"{case} a skipped step changes nothing": stayed,
             f"{case} the same steps give the same": all(map(same, updates, again)),
+            f"{case} only an idle matrix of a stack is not updated": all(
+                bool(matrix.any()) != (index == 1)
+                for update in updates[-1]
+                if update.ndim > 2
+                for index, matrix in enumerate(update)
+            ),
         }
     return found
 
@@ -103,5 +112,5 @@ if __name__ == "__main__":
         device = "cpu"
         # So that small matrices have several blocks.
         muon._BLOCK = 256
-        muon._kernels_serve = lambda tensors: True
+        muon._kernels_supported = lambda tensors: True
     print(json.dumps(all_cases(device)))

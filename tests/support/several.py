@@ -147,23 +147,23 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
 
     # What blocks are handed, and what decides on the kernels of attention, in bf16.
     attention = importlib.import_module("minimind.modeling.attention")
-    rotate, wanted = attention.rotate, attention.fused.attention_wanted
+    rotate, supported = attention.rotate, attention.fused.attention_supported
     dtypes: dict[str, list[str]] = {}
 
     def noting_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         dtypes["angles"] = [str(cos.dtype), str(sin.dtype)]
         return rotate(x, cos, sin)
 
-    def noting_wanted(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    def noting_supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         dtypes["products"] = [str(dtype)]
-        return wanted(device, dtype, head_dim)
+        return supported(device, dtype, head_dim)
 
     preparation.prepare = noting
     training.train_step = counting_step
     for name in names:
         watched = name == "bf16"
         attention.rotate = noting_rotate if watched else rotate
-        attention.fused.attention_wanted = noting_wanted if watched else wanted
+        attention.fused.attention_supported = noting_supported if watched else supported
         run = config(corpus, folder / name, dist.get_world_size(), **RUNS[name])
         if topology != "ddp":
             precision = run.mixed_precision.replace("auto", "no")

@@ -338,7 +338,7 @@ def test_an_evaluation_is_left_when_a_stop_is_wished_and_the_state_is_saved_once
     def validation(limit: int | None) -> Any:
         for number in range(100):
             if number == 9:
-                run.stop.ask("a test")
+                run.stop.request("a test")
             wish[0] = number
             yield step_batch(5, 8).micro_batches[0]
 

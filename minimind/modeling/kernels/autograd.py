@@ -1,9 +1,8 @@
-"""The parts of a block in fewer passes over the memory, for training in bf16 on a CUDA GPU.
+"""Autograd functions around the Triton kernels, for training in bf16 on CUDA GPUs.
 
-What waits for the backward pass is chosen by hand: the results of matrix products, and nothing that a kernel
-can make of them again.
+Saved for the backward pass are the results of matrix products; kernels recompute everything else from them.
 
-Shapes: N tokens, B batch, T tokens of a row, C hidden, H query heads, K kv heads, D head dim, F inner,
+Shapes: N tokens, B batch, T sequence length, C hidden, H query heads, K kv heads, D head dim, F inner,
 V vocabulary, P positions.
 """
 
@@ -19,10 +18,10 @@ from torch.library import triton_op, wrap_triton
 
 from ..documents import Documents
 
-# Programs of a kernel that adds up a gradient over tokens: some on every multiprocessor.
+# Programs of a kernel that sums a gradient over tokens: several on every multiprocessor.
 _PROGRAMS = 1024
-# Shared memory of a multiprocessor that holds the tiles of two rounds at once; the GPUs of laptops have less.
-_ROOMY = 160 * 1024
+# Shared memory per multiprocessor from which two pipeline stages of large tiles fit; consumer GPUs have less.
+_LARGE_SHARED_MEMORY = 160 * 1024
 
 
 def _power_of_two(number: int) -> int:
@@ -97,12 +96,11 @@ class _Norm(torch.autograd.Function):
 def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + added and its RMS norm, both (..., C) bf16.
 
-    Nothing of the sum is kept for the backward pass: its norm is, which the product behind it needs anyway,
-    and the gradient is written in terms of that.
+    The backward pass uses the normed output, which the next product saves anyway, instead of the sum.
 
     Args:
         x: (..., C) residual stream.
-        added: (..., C) what the sublayer before gives to it; None for nothing.
+        added: (..., C) output of the previous sublayer, None for nothing.
         weight: (C,) of the norm.
         eps: added to the mean square.
     """
@@ -116,44 +114,44 @@ def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tup
 def _attention_tiles(
     head_dim: int, device_index: int
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Return queries and keys of a program, warps and stages of the three attention kernels.
+    """Return tile sizes, warps and pipeline stages of the three attention kernels.
 
-    The fastest of those tried on an H100; where shared memory is small, tiles are too.
+    The fastest of those tried on an H100, and smaller tiles for GPUs with less shared memory.
     """
     wide = 1 << (head_dim.bit_length() - 1)
     rest = 0 if wide == head_dim else max(_power_of_two(head_dim - wide), 16)
-    shape = {"DIM": head_dim, "WIDE": wide, "REST": rest, "num_warps": 4}
+    common = {"DIM": head_dim, "WIDE": wide, "REST": rest, "num_warps": 4}
     memory = torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    if memory < _ROOMY:
-        small = {**shape, "QUERIES": 64, "KEYS": 32, "num_stages": 2}
-        return small, small, {**shape, "QUERIES": 32, "KEYS": 64, "num_stages": 2}
+    if memory < _LARGE_SHARED_MEMORY:
+        small = {**common, "QUERIES": 64, "KEYS": 32, "num_stages": 2}
+        return small, small, {**common, "QUERIES": 32, "KEYS": 64, "num_stages": 2}
     forward = {"KEYS": 32, "num_stages": 3} if rest else {"KEYS": 64, "num_stages": 2}
     queries = {"KEYS": 64, "num_stages": 3 if head_dim <= 96 else 2}
     keys = {"KEYS": 64, "num_stages": 2}
     return (
-        {**shape, "QUERIES": 64, **forward},
-        {**shape, "QUERIES": 64, **queries},
-        {**shape, "QUERIES": 64, **keys},
+        {**common, "QUERIES": 64, **forward},
+        {**common, "QUERIES": 64, **queries},
+        {**common, "QUERIES": 64, **keys},
     )
 
 
 def _normed_heads(
     qkv: Tensor,
     weights: tuple[Tensor, Tensor],
-    turning: tuple[Tensor, Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor, Tensor],
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return queries (B, T, H, D) and keys (B, T, K, D), normed and turned; part of an op."""
+    """Return queries (B, T, H, D) and keys (B, T, K, D), normalized and rotated; part of an op."""
     from . import block as kernels
 
-    rows, length, width = qkv.shape
+    batch_size, length, width = qkv.shape
     head_dim = weights[0].shape[0]
     kv_heads = (width // head_dim - heads) // 2
-    query = qkv.new_empty(rows, length, heads, head_dim)
-    key = qkv.new_empty(rows, length, kv_heads, head_dim)
-    wrap_triton(kernels.head_norm_rotate_forward)[(-(-rows * length // 16),)](
-        qkv, *weights, *turning, query, key, rows * length,
+    query = qkv.new_empty(batch_size, length, heads, head_dim)
+    key = qkv.new_empty(batch_size, length, kv_heads, head_dim)
+    wrap_triton(kernels.head_norm_rotate_forward)[(-(-batch_size * length // 16),)](
+        qkv, *weights, *rotary, query, key, batch_size * length,
         EPS=eps, HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, TOKENS=16,
         BLOCK=_power_of_two(head_dim // 2), num_warps=4,
     )  # fmt: skip
@@ -174,13 +172,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     from . import attention as attention_kernels
 
-    rows, length, _ = qkv.shape
+    batch_size, length, _ = qkv.shape
     query, key = _normed_heads(qkv, (query_weight, key_weight), (cos, sin, positions), heads, eps)
     head_dim, kv_heads = key.shape[3], key.shape[2]
     out = torch.empty_like(query)
-    log_sums = torch.empty(rows, heads, length, dtype=torch.float32, device=qkv.device)
+    log_sums = torch.empty(batch_size, heads, length, dtype=torch.float32, device=qkv.device)
     tiles, _, _ = _attention_tiles(head_dim, qkv.device.index)
-    wrap_triton(attention_kernels.attention_forward)[(-(-length // tiles["QUERIES"]), rows * heads)](
+    wrap_triton(attention_kernels.attention_forward)[(-(-length // tiles["QUERIES"]), batch_size * heads)](
         query, key, qkv, starts, out, log_sums, length,
         SCALE=head_dim**-0.5 * math.log2(math.e), HEADS=heads, KV_HEADS=kv_heads, **tiles,
     )  # fmt: skip
@@ -205,9 +203,9 @@ def _attend_backward(
     from . import attention as attention_kernels
     from . import block as kernels
 
-    rows, length, heads, head_dim = out.shape
-    weights, turning = (query_weight, key_weight), (cos, sin, positions)
-    query, key = _normed_heads(qkv, weights, turning, heads, eps)
+    batch_size, length, heads, head_dim = out.shape
+    weights, rotary = (query_weight, key_weight), (cos, sin, positions)
+    query, key = _normed_heads(qkv, weights, rotary, heads, eps)
     kv_heads = key.shape[2]
     grad_query, grad_key, grad_qkv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(qkv)
     deltas = torch.empty_like(log_sums)
@@ -215,20 +213,20 @@ def _attend_backward(
     scale = factor * math.log2(math.e)
     _, for_queries, for_keys = _attention_tiles(head_dim, qkv.device.index)
     blocks = -(-length // for_queries["QUERIES"])
-    wrap_triton(attention_kernels.attention_backward_queries)[(blocks, rows * heads)](
+    wrap_triton(attention_kernels.attention_backward_queries)[(blocks, batch_size * heads)](
         query, key, qkv, starts, out, log_sums, grad_out, grad_query, deltas, length,
         SCALE=scale, FACTOR=factor, HEADS=heads, KV_HEADS=kv_heads, **for_queries,
     )  # fmt: skip
     blocks = -(-length // for_keys["KEYS"])
-    wrap_triton(attention_kernels.attention_backward_keys)[(blocks, rows * kv_heads)](
+    wrap_triton(attention_kernels.attention_backward_keys)[(blocks, batch_size * kv_heads)](
         query, key, qkv, starts, ends, log_sums, deltas, grad_out, grad_key, grad_qkv, length,
         SCALE=scale, FACTOR=factor, HEADS=heads, KV_HEADS=kv_heads, **for_keys,
     )  # fmt: skip
-    tiles = -(-rows * length // 32)
+    tiles = -(-batch_size * length // 32)
     programs = min(-(-_PROGRAMS // (heads + kv_heads)), tiles)
     grad_weights = qkv.new_empty(programs, heads + kv_heads, head_dim, dtype=torch.float32)
     wrap_triton(kernels.head_norm_rotate_backward)[(heads + kv_heads, programs)](
-        grad_query, grad_key, qkv, *weights, *turning, grad_qkv, grad_weights, rows * length,
+        grad_query, grad_key, qkv, *weights, *rotary, grad_qkv, grad_weights, batch_size * length,
         EPS=eps, HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, TILES_EACH=-(-tiles // programs),
         TOKENS=32, BLOCK=_power_of_two(head_dim // 2), num_warps=4,
     )  # fmt: skip
@@ -272,26 +270,26 @@ def attend(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
-    seen: Documents,
+    documents: Documents,
     *,
     heads: int,
     eps: float,
 ) -> Tensor:
-    """Return causal attention within documents, (B, T, H·D); queries and keys are normed and turned here.
+    """Return causal attention within documents, (B, T, H·D); normalizes and rotates queries and keys.
 
     Args:
-        qkv: (B, T, (H + 2K)·D) bf16: queries, keys and values of each token side by side.
-        query_weight: (D,) of the norm over a query.
-        key_weight: (D,) of the norm over a key.
-        cos: (P, D/2) float32, for each position.
-        sin: likewise.
+        qkv: (B, T, (H + 2K)·D) bf16, concatenated queries, keys and values of each token.
+        query_weight: (D,) of the norm of queries.
+        key_weight: (D,) of the norm of keys.
+        cos: (P, D/2) float32, of each position.
+        sin: same shape.
         positions: (B, T) integers below P.
-        seen: the documents.
+        documents: their boundaries.
         heads: H.
         eps: added to the mean square of a head.
     """
     out = _Attend.apply(
-        qkv.contiguous(), query_weight, key_weight, cos, sin, positions.contiguous(), *seen, heads, eps
+        qkv.contiguous(), query_weight, key_weight, cos, sin, positions.contiguous(), *documents, heads, eps
     )
     return out.flatten(2)
 
@@ -309,15 +307,15 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton_op("minimind::swiglu_backward", mutates_args={})
-def _swiglu_backward(grad_inner: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(grad_inner: Tensor, gate_up: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
     from . import block as kernels
 
     rows, columns = grad_inner.shape
     grad_gate_up = torch.empty_like(gate_up)
-    inner = torch.empty_like(grad_inner) if again else grad_inner.new_empty(0)
+    inner = torch.empty_like(grad_inner) if recompute else grad_inner.new_empty(0)
     wrap_triton(kernels.swiglu_backward)[(-(-rows // 4), -(-columns // 512))](
         grad_inner, gate_up, grad_gate_up, inner, rows, columns,
-        AGAIN=again, ROWS=4, BLOCK=512, num_warps=4,
+        RECOMPUTE=recompute, ROWS=4, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return grad_gate_up, inner
 
@@ -335,7 +333,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate)·up, (N, F), of (N, 2F) bf16 with the gates first."""
+    """Return silu(gate)·up, (N, F), of (N, 2F) bf16 with the gate half first."""
     return _SwiGLU.apply(gate_up)
 
 
@@ -353,32 +351,32 @@ class _SwiGLUDown(torch.autograd.Function):
 
 
 def swiglu_down(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """Return (silu(gate)·up) @ weight.T, (..., C), keeping only `gate_up` for the backward pass.
+    """Return (silu(gate)·up) @ weight.T, (..., C), saving only `gate_up` for the backward pass.
 
     Args:
-        gate_up: (..., 2F) bf16, gates first.
-        weight: (C, F) of the projection down, in any dtype.
+        gate_up: (..., 2F) bf16, gate half first.
+        weight: (C, F) of the down projection, in any dtype.
     """
     flat = gate_up.flatten(0, -2)
-    # The choice of autocast is already made.
+    # The input already has the autocast dtype.
     with torch.autocast(gate_up.device.type, enabled=False):
         return _SwiGLUDown.apply(flat, weight.to(flat.dtype)).unflatten(0, gate_up.shape[:-1])
 
 
 @triton_op("minimind::cross_entropy_", mutates_args={"logits"})
 def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Return the cross-entropy of each row, (N,) float32, and put its gradient in place of the logits.
+    """Return the cross-entropy of each row, (N,) float32, and replace the logits by their gradient.
 
     Args:
         logits: (N, V) bf16.
         targets: (N,) int64.
-        ignored: a target whose row has neither loss nor gradient.
+        ignored: target without loss and gradient.
     """
     from . import block as kernels
 
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    # A row of so many logits stays in the registers of a program; a longer one is read twice, piece by piece.
+    # Up to this length a row fits the registers of a program; a longer one is read twice, block by block.
     block = _power_of_two(columns) if columns <= 8192 else 4096
     wrap_triton(kernels.cross_entropy)[(rows,)](
         logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=block,

@@ -1,9 +1,11 @@
-"""Triton kernels of one training step, for CUDA GPUs: what inductor would do in more passes over the memory.
+"""Triton kernels of norm, rotary embedding, SwiGLU and cross-entropy for CUDA GPUs.
+
+Each needs fewer memory accesses than the code that inductor generates.
 
 Shapes: N tokens, C hidden, H query heads, K kv heads, D head dim, F inner, V vocabulary, P programs.
 
-They read and write bf16 and compute in float32; `fused.py` puts them into autograd. Loading this file needs
-Triton.
+They read and write bf16 and compute in float32; `autograd.py` wraps them for autograd. Importing this file
+needs Triton.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Stands for a norm's weight of exactly 0: as good as nothing, and the normed input can still be had from the
-# output by dividing.
-_NOTHING: tl.constexpr = tl.constexpr(2.0**-100)
+# Replaces a norm weight of exactly 0: negligible, but the normed input can still be recovered from the output
+# by division.
+_TINY: tl.constexpr = tl.constexpr(2.0**-100)
 
 
 @triton.jit
 def _weight_of_norm(weight, at, inside):
     scale = tl.load(weight + at, mask=inside, other=1.0).to(tl.float32)
-    return tl.where(scale == 0.0, _NOTHING, scale)
+    return tl.where(scale == 0.0, _TINY, scale)
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def add_norm_forward(
     x, added, weight, total, normed, rstd, columns,
     EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write x + added, its RMS norm, and 1/rms; one program a row. Without ADD the sum is x itself."""
+    """Write x + added, its RMS norm, and 1/rms; one program per token. Without ADD the sum is x."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -50,7 +52,7 @@ def add_norm_backward(
 ):  # fmt: skip
     """Write the gradient of each summand, and one row of (P, C) for the weight.
 
-    The normed input comes from the output: normed / weight, which needs no tensor of its own.
+    The normed input is recomputed from the output as normed / weight, instead of being stored.
     """
     program = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -80,13 +82,13 @@ def head_norm_rotate_forward(
     EPS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm and turn the queries and keys of (N, (H + 2K)·D) into (N, H, D) and (N, K, D)."""
+    """Normalize and rotate the queries and keys of (N, (H + 2K)·D) into (N, H, D) and (N, K, D)."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     at = tl.arange(0, BLOCK)
-    known, column = token < tokens, at < HALF
-    inside = known[:, None] & column[None, :]
-    place = tl.load(positions + token, mask=known, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
-    c, s = tl.load(cos + place, mask=inside, other=0.0), tl.load(sin + place, mask=inside, other=0.0)
+    valid, column = token < tokens, at < HALF
+    inside = valid[:, None] & column[None, :]
+    offset = tl.load(positions + token, mask=valid, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
+    c, s = tl.load(cos + offset, mask=inside, other=0.0), tl.load(sin + offset, mask=inside, other=0.0)
     source = qkv + token[:, None] * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + at[None, :]
     query += token[:, None] * (HEADS * 2 * HALF) + at[None, :]
     key += token[:, None] * (KV_HEADS * 2 * HALF) + at[None, :]
@@ -112,7 +114,7 @@ def head_norm_rotate_backward(
 ):  # fmt: skip
     """Write the gradient of queries and keys in (N, (H + 2K)·D), and (P, H + K, D) for the two weights.
 
-    A program has one head: together they keep more of the memory busy than programs with all heads do.
+    One head per program uses more of the memory bandwidth than all heads per program.
     """
     head = tl.program_id(0)
     program = tl.program_id(1).to(tl.int64)
@@ -132,19 +134,19 @@ def head_norm_rotate_backward(
     total_second = tl.zeros((TOKENS, BLOCK), tl.float32)
     for index in range(TILES_EACH):
         token = (program * TILES_EACH + index) * TOKENS + tl.arange(0, TOKENS)
-        known = token < tokens
-        inside = known[:, None] & column[None, :]
-        place = tl.load(positions + token, mask=known, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
+        valid = token < tokens
+        inside = valid[:, None] & column[None, :]
+        offset = tl.load(positions + token, mask=valid, other=0).to(tl.int64)[:, None] * HALF + at[None, :]
         there = source + token[:, None] * width + at[None, :]
         here = (token[:, None] * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + at[None, :]
-        turned_first = tl.load(there, mask=inside, other=0.0).to(tl.float32)
-        turned_second = tl.load(there + HALF, mask=inside, other=0.0).to(tl.float32)
+        rotated_first = tl.load(there, mask=inside, other=0.0).to(tl.float32)
+        rotated_second = tl.load(there + HALF, mask=inside, other=0.0).to(tl.float32)
         first = tl.load(qkv + here, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(qkv + here + HALF, mask=inside, other=0.0).to(tl.float32)
-        c, s = tl.load(cos + place, mask=inside, other=0.0), tl.load(sin + place, mask=inside, other=0.0)
-        # Turned back, then through the norm.
-        grad_first = turned_first * c + turned_second * s
-        grad_second = turned_second * c - turned_first * s
+        c, s = tl.load(cos + offset, mask=inside, other=0.0), tl.load(sin + offset, mask=inside, other=0.0)
+        # Backward pass of the rotation, then of the norm.
+        grad_first = rotated_first * c + rotated_second * s
+        grad_second = rotated_second * c - rotated_first * s
         square = tl.sum(first * first + second * second, 1)
         inverse = (1.0 / tl.sqrt_rn(square / (2 * HALF) + EPS))[:, None]
         first *= inverse
@@ -165,7 +167,7 @@ def head_norm_rotate_backward(
 
 @triton.jit
 def swiglu_forward(gate_up, inner, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write silu(gate)·up, (N, F), of (N, 2F) with the gates first."""
+    """Write silu(gate)·up, (N, F), of (N, 2F) with the gate half first."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < columns)[None, :]
@@ -179,9 +181,9 @@ def swiglu_forward(gate_up, inner, rows, columns, ROWS: tl.constexpr, BLOCK: tl.
 @triton.jit
 def swiglu_backward(
     grad_inner, gate_up, grad_gate_up, inner, rows, columns,
-    AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of (N, 2F), and AGAIN silu(gate)·up, which was not kept."""
+    """Write the gradient of (N, 2F), and with RECOMPUTE silu(gate)·up, which was not saved."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (at < columns)[None, :]
@@ -190,20 +192,20 @@ def swiglu_backward(
     gate = tl.load(gate_up + pair, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + pair + columns, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_inner + single, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    active = gate * share
-    if AGAIN:
+    sigmoid = tl.sigmoid(gate)
+    active = gate * sigmoid
+    if RECOMPUTE:
         tl.store(inner + single, (active * up).to(inner.dtype.element_ty), mask=inside)
-    slope = share + active * (1.0 - share)
+    slope = sigmoid + active * (1.0 - sigmoid)
     tl.store(grad_gate_up + pair, (grad * up * slope).to(grad_gate_up.dtype.element_ty), mask=inside)
     tl.store(grad_gate_up + pair + columns, (grad * active).to(grad_gate_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the cross-entropy of each row of (N, V) logits, and over the logits their gradient.
+    """Write the cross-entropy of each row of (N, V) logits, and replace the logits by their gradient.
 
-    A row that is no longer than BLOCK is read once.
+    Rows of at most BLOCK logits are read once.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -216,29 +218,29 @@ def cross_entropy(logits, targets, losses, IGNORED: tl.constexpr, COLUMNS: tl.co
     elif COLUMNS <= BLOCK:
         at = tl.arange(0, BLOCK)
         value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-        chosen = tl.load(base + target).to(tl.float32)
+        target_logit = tl.load(base + target).to(tl.float32)
         peak = tl.max(value, 0)
         value = tl.exp(value - peak)
-        mass = tl.sum(value, 0)
-        tl.store(losses + row, tl.log(mass) + peak - chosen)
-        grad = value * (1.0 / mass) - tl.where(at == target, 1.0, 0.0)
+        normalizer = tl.sum(value, 0)
+        tl.store(losses + row, tl.log(normalizer) + peak - target_logit)
+        grad = value * (1.0 / normalizer) - tl.where(at == target, 1.0, 0.0)
         tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)
     else:
-        chosen = tl.load(base + target).to(tl.float32)
-        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        target_logit = tl.load(base + target).to(tl.float32)
+        running_max = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-            # Finite from the first piece on, which is whole.
-            higher = tl.maximum(top, value)
-            total = total * tl.exp(top - higher) + tl.exp(value - higher)
-            top = higher
-        peak = tl.max(top, 0)
-        mass = tl.sum(total * tl.exp(top - peak), 0)
-        tl.store(losses + row, tl.log(mass) + peak - chosen)
+            # Finite after the first block, which is full.
+            new_max = tl.maximum(running_max, value)
+            total = total * tl.exp(running_max - new_max) + tl.exp(value - new_max)
+            running_max = new_max
+        peak = tl.max(running_max, 0)
+        normalizer = tl.sum(total * tl.exp(running_max - peak), 0)
+        tl.store(losses + row, tl.log(normalizer) + peak - target_logit)
         for start in range(0, COLUMNS, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < COLUMNS, other=float("-inf")).to(tl.float32)
-            grad = tl.exp(value - peak) * (1.0 / mass) - tl.where(at == target, 1.0, 0.0)
+            grad = tl.exp(value - peak) * (1.0 / normalizer) - tl.where(at == target, 1.0, 0.0)
             tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < COLUMNS)

@@ -1,7 +1,7 @@
-"""Where the fused kernels are used: for training in bf16 on a CUDA GPU.
+"""Decide where the fused kernels are used: for training in bf16 on CUDA GPUs.
 
-`fused_ops.py` has the functions themselves, under the names that are found here too. Each has a plain twin in
-`attention.py`, `feed_forward.py` or `loss.py` and gives the same numbers up to the rounding of bf16.
+Re-exports the functions of `autograd.py`. Each has a plain PyTorch equivalent in `attention.py`,
+`feed_forward.py` or `loss.py`, with the same results up to bf16 rounding.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-# A build of PyTorch for CPUs does without what takes a second to load.
+# With a CPU build of PyTorch Triton, which takes a second to import, is not loaded.
 _BUILDABLE = torch.backends.cuda.is_built() and find_spec("triton") is not None
-# The heads that the attention kernels are built for; wider ones need more memory than a multiprocessor has.
+# Head dimensions of the attention kernels; larger ones need more shared memory than a multiprocessor has.
 _HEAD_DIMS = range(16, 129)
 
 if TYPE_CHECKING or _BUILDABLE:
@@ -24,28 +24,28 @@ if TYPE_CHECKING or _BUILDABLE:
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype that products of `x` with `weight` are computed in."""
+    """Return the dtype of a product of `x` and `weight`, with regard to autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def wanted(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of `x` with `weight` is computed in bf16 by a GPU that the kernels can be built for.
+def supported(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels support a product of `x` and `weight`: in bf16 on a CUDA GPU.
 
-    Not in fp16: the kernels divide by small weights of norms, for which it has no range.
+    fp16 is not supported: the kernels divide by small norm weights, which exceeds its range.
     """
-    return _served(x.device, compute_dtype(x, weight))
+    return _device_supported(x.device, compute_dtype(x, weight))
 
 
-def _served(device: torch.device, dtype: torch.dtype) -> bool:
+def _device_supported(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and _BUILDABLE
 
 
 def unsupported_reason(precision: str, head_dim: int, dropout: float) -> str | None:
-    """Return why a run on a CUDA GPU computes attention by plain PyTorch, None where it uses the kernels.
+    """Return why a run on a CUDA GPU does not use the attention kernels, None if it does.
 
     Args:
-        precision: of its matrix products: `no`, `bf16` or `fp16`.
+        precision: `no`, `bf16` or `fp16`.
         head_dim: D.
         dropout: probability.
     """
@@ -58,6 +58,6 @@ def unsupported_reason(precision: str, head_dim: int, dropout: float) -> str | N
     return "they have no dropout" if dropout else None
 
 
-def attention_wanted(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `attend` serves heads of this width where products are computed in `dtype`."""
-    return _served(device, dtype) and head_dim in _HEAD_DIMS
+def attention_supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attend` supports this head dimension, with products in `dtype`."""
+    return _device_supported(device, dtype) and head_dim in _HEAD_DIMS
