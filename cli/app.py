@@ -1,4 +1,4 @@
-"""The list of commands, and how their mistakes reach the user."""
+"""The commands, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from . import (
 )
 from .examples import examples
 from .help import HelpCommand, HelpGroup
-from .options import LENIENT, normalise
+from .options import LENIENT, normalize
 
-# A launcher ends all processes when the first one fails: the others wait for the one that speaks.
-SECONDS_TO_SPEAK = 4.0
-# Commands whose work several processes share. With any other, each would do all of it and print it.
-SHARED = frozenset({"pretrain", "decay", "bench", "eval"})
+# A launcher ends all processes when one fails: the others wait for the main process to report first.
+REPORT_DELAY_SECONDS = 4.0
+# Commands that run distributed. With any other, each process would do and print everything.
+DISTRIBUTED = frozenset({"pretrain", "decay", "bench", "eval"})
 
 app = typer.Typer(
     cls=HelpGroup,
@@ -50,7 +50,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
-# One line for each command.
 _command = partial(app.command, cls=HelpCommand)
 _command(context_settings=LENIENT, epilog=examples("pretrain"))(pretrain.pretrain)
 _command(context_settings=LENIENT, epilog=examples("decay"))(decay.decay)
@@ -67,8 +66,8 @@ _command("eval", context_settings=LENIENT, epilog=examples("eval"))(evaluate.eva
 app.add_typer(tokens.app, name="tokenizer")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(value: bool) -> None:
+    if value:
         typer.echo(f"minimind {minimind.__version__}")
         raise typer.Exit
 
@@ -78,58 +77,58 @@ def _options(
     ctx: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Pretrain small language models."""
     command = ctx.invoked_subcommand
-    if world_size() > 1 and command not in SHARED:
+    if world_size() > 1 and command not in DISTRIBUTED:
         raise ConfigError(
-            f"{command} works in one process and {world_size()} were launched (WORLD_SIZE); run it without a "
-            f"launcher: minimind-train {command} ..."
+            f"{command} runs in a single process, but {world_size()} were launched (WORLD_SIZE); run it "
+            f"without a launcher: minimind-train {command} ..."
         )
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Run one command and exit.
 
-    The code is 0 when done, 2 for a mistake of the user, 75 for a run that was stopped early with its state
-    saved, 130 when interrupted.
+    Exit codes: 0 on success, 2 for a user error, 75 for a run that was stopped early with a checkpoint, 130
+    when interrupted.
 
     Args:
-        words: the command line after the program name; by default that of this process.
+        args: command-line arguments; by default those of this process.
     """
     if not is_main_process():
-        _sign_warnings()
-    words = normalise(sys.argv[1:] if words is None else words, PretrainConfig)
-    if not is_main_process() and (not words or {"--help", "--help-all", "-h", "--version"} & set(words)):
-        _leave(0)  # the same text would be printed by every process
+        _prefix_warnings()
+    args = normalize(sys.argv[1:] if args is None else args, PretrainConfig)
+    if not is_main_process() and (not args or {"--help", "--help-all", "-h", "--version"} & set(args)):
+        _exit(0)  # only the main process prints
     try:
         # Typer returns the code of an Exit, and 130 for Ctrl-C.
-        code = app(words, prog_name="minimind-train", standalone_mode=False) or 0
+        code = app(args, prog_name="minimind-train", standalone_mode=False) or 0
     except UserError as error:
         code = _report(error.problems if isinstance(error, ConfigError) else [str(error)])
     except typer.TyperException as error:
         message = error.format_message()
-        if words[:1] == ["generate"] and message.startswith("No such option"):
-            message = f"{message.rstrip('.')}. A prompt that begins with a dash stands behind -- at the end."
+        if args[:1] == ["generate"] and message.startswith("No such option"):
+            message = f"{message.rstrip('.')}. Put a prompt that begins with a dash after --."
         code = _report([message])
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            # Most likely a text in the place of a path.
-            code = _report([f"{str(error.filename)[:40]}... is too long for the name of a file or folder."])
+            # Most likely text in place of a path.
+            code = _report([f"{str(error.filename)[:40]}... is too long for a file name; give a path."])
         elif world_size() == 1:
             raise
         else:
-            _print_signed(traceback.format_exc())
+            _print_with_rank(traceback.format_exc())
             code = 1
     if code == 130 and is_main_process():
         _report(["interrupted."])
-    _leave(code)
+    _exit(code)
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit. Several processes on CPUs leave at once: gloo's threads may abort an orderly end of Python."""
+def _exit(code: int) -> NoReturn:
+    """Exit; distributed CPU processes skip cleanup, in which gloo's threads may abort."""
     if world_size() > 1 and is_set("ACCELERATE_USE_CPU"):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -138,29 +137,30 @@ def _leave(code: int) -> NoReturn:
 
 
 def _report(problems: Sequence[str]) -> int:
-    """Print one line for each problem, by one process for all, and return the exit code.
+    """Print one line per problem and return the exit code.
 
-    The others speak only if they outlive the first one: then the problem is theirs.
+    The main process reports first. Another process reports only if it is still running after a delay: then
+    the main process did not have the problem.
     """
     if is_main_process():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
     else:
-        time.sleep(SECONDS_TO_SPEAK)
+        time.sleep(REPORT_DELAY_SECONDS)
         for problem in problems:
-            _print_signed(f"error: {problem}")
+            _print_with_rank(f"error: {problem}")
     return 2
 
 
-def _print_signed(text: str) -> None:
-    """Print the lines of one process of several, each with its rank, in one piece."""
+def _print_with_rank(text: str) -> None:
+    """Print lines with the rank as prefix, in one write."""
     lines = [f"rank {rank()}: {line}\n" for line in text.splitlines()]
     sys.stderr.write("".join(lines))
 
 
-def _sign_warnings() -> None:
-    """Have the warnings of libraries say from which process they come."""
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **options: f"rank {rank()}: {plain(*args, **options)}"
+def _prefix_warnings() -> None:
+    """Prefix the warnings of libraries with the rank."""
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: f"rank {rank()}: {format_warning(*args, **kwargs)}"
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(logging.Formatter(f"rank {rank()}: %(message)s"))

@@ -1,4 +1,4 @@
-"""`minimind-train bench`: how fast this machine would train a model."""
+"""`minimind-train bench`: measure training speed."""
 
 from __future__ import annotations
 
@@ -9,33 +9,25 @@ from typing import Annotated, Any
 import typer
 
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
-from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset
+from minimind.config.presets import SHAPE_OPTIONS, default_preset
 from minimind.launch_env import is_main_process
 
-from .config_options import DEFAULT_PRESET_NOTE, has_gpu
-from .options import completing, parse_config, typed_values, with_options
+from .config_options import ConfigFile, Preset, has_gpu
+from .options import parse_config, typed_values, with_options
 
 
 @with_options(*CONFIG_SECTIONS)
 def bench(
     ctx: typer.Context,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Defaults for a size of model: {', '.join(PRESETS)}. {DEFAULT_PRESET_NOTE}",
-            metavar="NAME",
-            autocompletion=completing(*PRESETS),
-        ),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(help="A TOML file of options, such as the config.toml of a run.", metavar="PATH"),
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="How long to measure.", metavar="NUMBER", min=0.1)] = 10.0,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    seconds: Annotated[
+        float, typer.Option(help="Duration of the measurement.", metavar="NUMBER", min=0.1)
+    ] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,
 ) -> None:
-    """Measure training speed on made-up tokens, with the options of pretrain; nothing is written."""
+    """Measure training speed on random tokens, with the options of pretrain; write nothing."""
     resolved = parse_config(ctx, preset=preset, file=config)
     shape_given = bool(preset or config or SHAPE_OPTIONS & typed_values(ctx, PretrainConfig).keys())
     default = default_preset(shape_given, has_gpu=shape_given or has_gpu())

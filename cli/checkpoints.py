@@ -1,4 +1,4 @@
-"""The command that lists the checkpoints of a run."""
+"""`minimind-train checkpoints`: list the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from minimind.checkpoint.files import StoredCheckpoint, best_checkpoint, stored_checkpoints
 from minimind.errors import CheckpointError
 
 
 def checkpoints(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a run, or its checkpoints folder.")],
-    verify: Annotated[bool, typer.Option(help="Read all files and compare their checksums.")] = True,
+    run_folder: Annotated[Path, typer.Argument(help="Run folder, or its checkpoints folder.")],
+    verify: Annotated[bool, typer.Option(help="Verify the checksums of all files.")] = True,
 ) -> None:
-    """List the checkpoints of a run: step, tokens, loss, size, and whether each can be loaded."""
+    """List the checkpoints of a run: step, tokens, loss, size, and whether each is valid."""
     inner = run_folder / "checkpoints"
     folder = inner if inner.is_dir() else run_folder
     found = stored_checkpoints(folder)
     if not found:
         raise CheckpointError(f"there is no checkpoint in {folder}; name the --output-dir of a run.")
+    from rich.console import Console
+    from rich.table import Table
+
     best = best_checkpoint(folder)
     table = Table(box=None, pad_edge=False)
     for heading in ("step", "tokens", "val loss", "size", "written"):
@@ -31,16 +32,14 @@ def checkpoints(
     table.add_column("state", overflow="fold")
     for checkpoint in found:
         is_best = best is not None and best[0] == checkpoint.step
-        table.add_row(*_row(checkpoint, best[1] if best is not None and is_best else None, verify))
+        table.add_row(*_cells(checkpoint, best[1] if best is not None and is_best else None, verify))
     Console().print(table)
 
 
-def _row(checkpoint: StoredCheckpoint, best_loss: float | None, verify: bool) -> list[str]:
+def _cells(checkpoint: StoredCheckpoint, best_loss: float | None, verify: bool) -> list[str]:
     problem = checkpoint.problem(contents=verify)
-    trainer: Any = {}
-    if problem is None:
-        trainer = checkpoint.trainer
-    state = problem or ("valid" if verify else "complete; contents not checked")
+    trainer: Any = checkpoint.trainer if problem is None else {}
+    state = problem or ("valid" if verify else "complete; checksums not verified")
     tokens, loss = trainer.get("tokens"), trainer.get("val_loss") if best_loss is None else best_loss
     return [
         str(checkpoint.step),

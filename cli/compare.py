@@ -1,35 +1,41 @@
-"""`minimind-train compare`: several runs side by side, in the terminal and as one page."""
+"""`minimind-train compare`: compare runs in the terminal and on an HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from minimind.errors import ConfigError
-from minimind.runs.compare import Row, compare_runs
 
-LONGEST_NAME = 32
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from minimind.runs.compare import Row
+
+MAX_NAME_WIDTH = 32
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write a page with curves to this file; it needs no network.", metavar="FILE"),
+        typer.Option(help="Also write an HTML page with loss curves to this file.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Compare runs: losses, speed, bits per byte at equal tokens, and what they differ in."""
+    """Compare runs: losses, speed, bits per byte at equal tokens, and differences."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from minimind.runs.compare import compare_runs
+
     found = compare_runs(runs)
     console = Console(highlight=False)
     tables = (
         ("", found.outcome),
-        ("validation bits/byte after so many tokens", found.equal_tokens),
+        ("validation bits/byte at equal tokens", found.equal_tokens),
         ("options that differ", found.options),
         ("code, packages, data and device that differ", found.surroundings),
     )
@@ -47,16 +53,19 @@ def compare(
             html.write_text(comparison_html(found), encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"--html {html} cannot be written ({error.strerror}); name another file."
+                f"--html {html} cannot be written ({error.strerror}); choose another file."
             ) from error
         console.print(Text(f"wrote {html}"), soft_wrap=True)
 
 
 def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:
-    # As Text, for a name may hold what rich takes for markup.
+    from rich.table import Table
+    from rich.text import Text
+
+    # As Text, because rich would interpret markup in names.
     table = Table(box=None, pad_edge=False)
-    # Whole: an option that is cut off can be looked up nowhere.
-    width = min(max(len(row.name) for row in rows), LONGEST_NAME)
+    # Option names are never cut.
+    width = min(max(len(row.name) for row in rows), MAX_NAME_WIDTH)
     table.add_column("", min_width=width, overflow="fold")
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")

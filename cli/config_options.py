@@ -1,4 +1,4 @@
-"""The options that commands with a training configuration share: --preset, --config, and how they combine."""
+"""--preset and --config, and how they combine with the options of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from . import upstream_flags
 from .options import completing, parse_config, typed_values
 
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
-DEFAULT_PRESET_NOTE = "[default: tiny without a GPU, if nothing sets the size]"
+_DEFAULT_PRESET = "[default: tiny without a GPU, unless the model size is set]"
 
 Preset = Annotated[
     str | None,
     typer.Option(
-        help=f"Defaults for a size of model: {_PRESETS}. {DEFAULT_PRESET_NOTE}",
+        help=f"Named configuration: {_PRESETS}. {_DEFAULT_PRESET}",
         metavar="NAME",
         autocompletion=completing(*PRESETS),
     ),
@@ -32,29 +32,30 @@ Preset = Annotated[
 ConfigFile = Annotated[
     str | None,
     typer.Option(
-        help="A TOML file of options; it overrides the preset, and flags override it.", metavar="PATH"
+        help="TOML file of options; overrides the preset, and is overridden by options typed here.",
+        metavar="PATH",
     ),
 ]
 
 
 def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:
-    """Return the configuration asked for.
+    """Return the configuration of a command line.
 
-    Where neither a preset nor a file is named, a resumed run keeps the options that it began with, and a run
-    without a GPU or a size of model is that of the preset `tiny`.
+    Without --preset and --config, a resumed run keeps its options, and a run without a GPU or a model size
+    uses the preset `tiny`.
     """
-    flags, problems, remarks = upstream_flags.translate(ctx)
+    flags, problems, notes = upstream_flags.translate(ctx)
     typed = {**flags, **typed_values(ctx, PretrainConfig)}
     if not preset and not file and (file := _options_to_resume(typed)) is not None:
-        _note(f"Going on with the options of {file}; flags override them.")
+        _print_note(f"Resuming with the options of {file}; options given here override them.")
     config = parse_config(ctx, preset=preset, file=file, flags=flags, problems=problems)
-    for remark in remarks:
-        _note(remark)
+    for note in notes:
+        _print_note(note)
     shape_given = bool(preset or file or SHAPE_OPTIONS & typed.keys())
-    # Asking for a GPU loads torch, which takes seconds: only where the answer matters.
+    # Looking for a GPU loads torch, which takes seconds.
     default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
     if default is not None:
-        _note(f"No GPU found: training the preset '{default}'; choose another by --preset or --hidden-size.")
+        _print_note(f"No GPU found: using --preset {default}; --preset or --hidden-size choose another size.")
         config = parse_config(ctx, preset=default, flags=flags)
     if ctx.params["use_wandb"] and "wandb" not in config.tracker:
         config = dataclasses.replace(config, tracker=(*config.tracker, "wandb"))
@@ -62,18 +63,18 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
 
 
 def _options_to_resume(typed: Mapping[str, Any]) -> str | None:
-    """Return the file with the options of the run that is to go on, None where there is none."""
+    """Return the file with the options of the run to resume, None if there is none."""
     if not typed.get("resume"):
         return None
     file = RunFolder(Path(typed.get("output_dir", PretrainConfig.output_dir))).config
     return str(file) if file.is_file() else None
 
 
-def _note(text: str) -> None:
+def _print_note(text: str) -> None:
     if is_main_process():
         typer.echo(text, err=True)
 
 
 def has_gpu() -> bool:
-    """Whether a run here would train on a GPU; loads torch."""
+    """Return whether a run here would train on a GPU; loads torch."""
     return device_type() != "cpu"

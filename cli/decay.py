@@ -1,4 +1,4 @@
-"""`minimind-train decay`: a finished model from the stable phase of a run."""
+"""`minimind-train decay`: anneal the learning rate from a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ class DecayOptions:
     tokens: Annotated[
         int | None,
         FieldInfo(
-            "Tokens to decay over, such as 1e8; rounded up to steps.", minimum=1, default_text="required"
+            "Length of the decay in tokens, such as 1e8; rounded up to steps.",
+            minimum=1,
+            default_text="required",
         ),
     ] = None
     from_step: Annotated[
         int | None,
-        FieldInfo("Steps done at the checkpoint to start from.", minimum=1, default_text="the newest"),
+        FieldInfo("Step of the checkpoint to start from.", minimum=1, default_text="the newest"),
     ] = None
     decay_shape: Annotated[
         Literal["linear", "sqrt"],
-        FieldInfo("How the learning rate falls: a straight line, or 1 - sqrt of the way."),
+        FieldInfo("Decay curve: linear, or 1 - sqrt(progress)."),
     ] = "linear"
     min_lr_ratio: Annotated[
         float | None,
         FieldInfo(
-            "Final learning rate as a share of the peak.",
+            "Final learning rate as a fraction of the peak.",
             minimum=0.0,
             maximum=1.0,
             default_text="that of the run",
@@ -44,25 +46,27 @@ class DecayOptions:
     ] = None
     output_dir: Annotated[
         str | None,
-        FieldInfo("Folder of the decay.", metavar="FOLDER", default_text="beside the run: RUN-decay-STEP"),
+        FieldInfo(
+            "Output folder of the new run.", metavar="FOLDER", default_text="beside the run: RUN-decay-STEP"
+        ),
     ] = None
 
 
 @with_options(DecayOptions)
 def decay(
     ctx: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of the run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a wsd or constant run.")],
     **_: Any,
 ) -> None:
-    """Finish a model from a checkpoint of a wsd or constant run, which stays as it is.
+    """Anneal: decay the learning rate from a checkpoint of a WSD/constant run into a new run.
 
-    The learning rate falls while the data of the run goes on, in a folder of its own.
+    The new run continues with the data after the checkpoint; the original run is not changed.
 
-    A decay that was stopped goes on by pretrain --resume --output-dir FOLDER.
+    A stopped decay is resumed by pretrain --resume with its --output-dir.
     """
     options = parse_settings(ctx, DecayOptions)
     if options.tokens is None:
-        raise ConfigError("--tokens is missing; say for how many tokens to decay, for example --tokens 1e8.")
+        raise ConfigError("--tokens is missing; give the length of the decay, for example --tokens 1e8.")
     from minimind.runs.decay import decay as run_decay
 
     result = run_decay(

@@ -1,4 +1,4 @@
-"""`minimind-train eval`: how well a model predicts given text."""
+"""`minimind-train eval`: evaluate a model on text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from minimind.config.options import PretrainConfig
 from minimind.config.schema import FieldInfo, parse_values, read_toml
@@ -30,8 +26,8 @@ if TYPE_CHECKING:
     from minimind.evaluation.corpus import Part, TextEvaluation
     from minimind.evaluation.validation import Evaluation
 
-# Columns that a table needs: numbers, and some room for names.
-_NARROWEST = 60
+# Minimum width of a table, in columns.
+_MIN_WIDTH = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +37,7 @@ class EvaluationOptions:
     data: Annotated[
         tuple[str, ...],
         FieldInfo(
-            "Text: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
+            "Evaluation data: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
             metavar="PATH",
             default_text="required",
@@ -50,47 +46,45 @@ class EvaluationOptions:
     tokenizer: Annotated[
         str | None,
         FieldInfo(
-            "A tokenizer.json, or a folder that holds one.",
+            "A tokenizer.json, or its folder.",
             metavar="PATH",
-            default_text="the one that belongs to the model",
+            default_text="the tokenizer of the model",
         ),
     ] = None
     max_seq_len: Annotated[
         int | None,
-        FieldInfo("Tokens in one row.", minimum=2, default_text="that of the run, else 512"),
+        FieldInfo("Sequence length in tokens.", minimum=2, default_text="that of the run, else 512"),
     ] = None
     packing: Annotated[
         bool,
         FieldInfo(
-            "Lay documents end to end as in training; off: each document begins a row, and none is cut off."
+            "Concatenate documents as in training; off: each document starts a sequence, without truncation."
         ),
     ] = True
     stride: Annotated[
         int | None,
         FieldInfo(
-            "Without packing: tokens between two rows of a long document; what they share is context only.",
+            "Without packing: step between the sequences of a long document; overlapping tokens are context.",
             minimum=1,
-            default_text="the row, so that they share nothing",
+            default_text="the sequence length: no overlap",
         ),
     ] = None
-    batch_size: Annotated[int, FieldInfo("Rows that one process computes at once.", minimum=1)] = 8
+    batch_size: Annotated[int, FieldInfo("Sequences per device per forward pass.", minimum=1)] = 8
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
         FieldInfo(
-            "Precision of the matrix products; auto takes bf16 where the GPU has it.",
+            "Precision of matrix multiplications; `auto` uses bf16 where the GPU supports it.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
         ),
     ] = "no"
-    text_key: Annotated[str, FieldInfo("Field of a JSONL object or parquet row that holds the text.")] = (
-        "text"
-    )
+    text_key: Annotated[str, FieldInfo("JSONL key or Parquet column of the text.")] = "text"
     bad_lines: Annotated[
-        Literal["error", "skip"], FieldInfo("Stop at a line that cannot be read, or count it and go on.")
+        Literal["error", "skip"], FieldInfo("Stop at an invalid line, or skip and count it.")
     ] = "error"
     cache_dir: Annotated[
         str | None,
-        FieldInfo("Where tokenized text is kept.", metavar="FOLDER", default_text="~/.cache/minimind"),
+        FieldInfo("Folder of the token cache.", metavar="FOLDER", default_text="~/.cache/minimind"),
     ] = None
 
 
@@ -99,39 +93,39 @@ def evaluate(
     ctx: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="Folder of a run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth."),
+        typer.Argument(help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of a model on text."""
+    """Evaluate a model on text: loss, perplexity and bits per byte."""
     options = parse_settings(ctx, EvaluationOptions)
     if not options.data:
-        raise ConfigError("--data is missing; name the text to evaluate the model on.")
+        raise ConfigError("--data is missing; give the evaluation data.")
     values = dataclasses.asdict(options)
     stride = values.pop("stride")
-    values["max_seq_len"] = options.max_seq_len or _length_of_the_run(model)
+    values["max_seq_len"] = options.max_seq_len or _run_seq_len(model)
     config = PretrainConfig(**values)
     from minimind.evaluation.corpus import evaluate_text
 
     with _progress() as progress:
-        found = evaluate_text(model, config, stride=stride, progress=progress)
+        result = evaluate_text(model, config, stride=stride, progress=progress)
     if not is_main_process():
         return
-    for note in found.notes:
+    for note in result.notes:
         typer.echo(f"note: {note}", err=True)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
-        _print(found)
+        _print(result)
 
 
-def _length_of_the_run(model: str) -> int:
-    """Return the length of the rows that a run was trained with, the default where there is no run."""
+def _run_seq_len(model: str) -> int:
+    """Return the sequence length of a run, else the default."""
     file = RunFolder(Path(model)).config
-    found = read_toml(file).get("max_seq_len") if file.is_file() else None
+    length = read_toml(file).get("max_seq_len") if file.is_file() else None
     values, problems = parse_values(
-        PretrainConfig, {} if found is None else {"max_seq_len": found}, str(file)
+        PretrainConfig, {} if length is None else {"max_seq_len": length}, str(file)
     )
     if problems:
         raise ConfigError(problems)
@@ -140,6 +134,9 @@ def _length_of_the_run(model: str) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
     shown = is_main_process() and sys.stderr.isatty()
     bar = Progress(console=Console(stderr=True), disable=not shown, transient=True)
     task = bar.add_task("evaluating", total=None)
@@ -147,40 +144,44 @@ def _progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print(found: TextEvaluation) -> None:
-    total = found.total
-    typer.echo(f"model  {found.model}")
-    loss, perplexity, bits_per_byte = _shown(total)
+def _print(result: TextEvaluation) -> None:
+    total = result.total
+    typer.echo(f"model  {result.model}")
+    loss, perplexity, bits_per_byte = _metrics(total)
     typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
     rows: list[tuple[str, Part]] = []
-    for source in found.sources:
+    for source in result.sources:
         rows.append((source.name, source))
         if len(source.files) > 1:
             rows += [(f"  {file.name}", file) for file in source.files]
     if len(rows) > 1:
         _print_table("source", rows)
-    _print_table("context", [(part.name, part) for part in found.contexts])
+    _print_table("context", [(part.name, part) for part in result.contexts])
 
 
 def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False)
     table.add_column(heading, overflow="fold")
     for name in ("tokens", "loss", "perplexity", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, part in rows:
-        # Not markup: a pattern may have brackets.
-        table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_shown(part.evaluation))
+        # As Text, because rich would interpret brackets of a glob.
+        table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_metrics(part.evaluation))
     typer.echo()
     console = Console()
-    # A narrower terminal breaks the lines; rich would leave the names out.
-    console.width = max(console.width, _NARROWEST)
+    # rich would drop the names on a narrow terminal.
+    console.width = max(console.width, _MIN_WIDTH)
     console.print(table)
 
 
-def _shown(value: Evaluation) -> tuple[str, str, str]:
-    """Return loss, perplexity and bits per byte, a dash for what nothing was measured of."""
-    measured = (value.loss, ".4f"), (value.perplexity, ".4g"), (value.bits_per_byte, ".4f")
+def _metrics(value: Evaluation) -> tuple[str, str, str]:
+    """Return loss, perplexity and bits per byte, a dash for NaN."""
+    metrics = (value.loss, ".4f"), (value.perplexity, ".4g"), (value.bits_per_byte, ".4f")
     loss, perplexity, bits_per_byte = (
-        "-" if math.isnan(number) else format(number, digits) for number, digits in measured
+        "-" if math.isnan(number) else format(number, digits) for number, digits in metrics
     )
     return loss, perplexity, bits_per_byte

@@ -1,8 +1,7 @@
-"""The examples at the end of `--help`, all in one place.
+"""Examples at the end of `--help`.
 
-A command has its lines here under its name, and is registered with `epilog=examples(name)`. A line is a whole
-command of at most 92 characters that works as it stands once its files exist; tests hold it against the
-command's options.
+A command is registered with `epilog=examples(name)`. An example is a complete command line of at most 92
+characters. Tests check its options.
 """
 
 from __future__ import annotations
@@ -86,5 +85,5 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 
 def examples(command: str) -> str:
-    """Return the examples of a command, named without the program, one a line."""
+    """Return the examples of a command, one per line."""
     return "\n".join(EXAMPLES[command])

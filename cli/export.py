@@ -1,4 +1,4 @@
-"""`minimind-train export`: a trained model in the files of other programs."""
+"""`minimind-train export`: convert a model for other programs."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ class ExportOptions:
     format: Annotated[
         Literal["huggingface", "minimind", "gguf"],
         FieldInfo(
-            "Qwen3 in safetensors for transformers, vLLM and others; the .pth of the original minimind; or "
-            "one file for llama.cpp and Ollama.",
+            "Qwen3 in safetensors for transformers, vLLM and others; a .pth file of upstream minimind; or "
+            "GGUF for llama.cpp and Ollama.",
             synonyms=(("hf", "huggingface"), ("pth", "minimind")),
         ),
     ] = "huggingface"
     output: Annotated[
         str | None,
         FieldInfo(
-            "New folder for the model.", aliases=("--output-dir",), metavar="FOLDER", default_text="required"
+            "New folder of the exported model.",
+            aliases=("--output-dir",),
+            metavar="FOLDER",
+            default_text="required",
         ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16", "q8_0"],
         FieldInfo(
-            "Precision of the weights; auto keeps that of the source for huggingface, and is float16 for the "
-            "others. q8_0, 8 bits, is for gguf.",
+            "Data type of the weights; `auto` keeps that of the source for huggingface and uses float16 for "
+            "the others. q8_0 (8 bits) is for gguf only.",
             synonyms=(
                 *(("f32", "float32"), ("fp32", "float32"), ("f16", "float16"), ("fp16", "float16")),
                 *(("bf16", "bfloat16"), ("q8", "q8_0")),
@@ -49,25 +52,25 @@ class ExportOptions:
     ] = "auto"
     max_shard_size: Annotated[
         str,
-        FieldInfo("Largest safetensors file; more weights become several, with an index.", metavar="SIZE"),
+        FieldInfo("Maximum size of a safetensors file; larger models are sharded.", metavar="SIZE"),
     ] = "5GB"
     model_config: Annotated[
         str | None,
         FieldInfo(
-            "Settings of a .pth, a JSON file in the original's names.",
+            "JSON file with the upstream configuration of a .pth file.",
             metavar="PATH",
-            default_text="NAME.config.json beside NAME.pth, else from the tensors",
+            default_text="NAME.config.json next to NAME.pth, else inferred from the tensors",
         ),
     ] = None
     tokenizer: Annotated[
         str | None,
         FieldInfo(
-            "A tokenizer.json, or a folder that holds one.",
+            "A tokenizer.json, or its folder.",
             metavar="PATH",
-            default_text="the one that belongs to the model",
+            default_text="the tokenizer of the model",
         ),
     ] = None
-    overwrite: Annotated[bool, FieldInfo("Replace a model that lies in the output folder.")] = False
+    overwrite: Annotated[bool, FieldInfo("Overwrite a model in the output folder.")] = False
 
 
 @with_options(ExportOptions)
@@ -77,15 +80,15 @@ def export(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Folder of a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a .pth.",
+            help="A run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a .pth file.",
         ),
     ],
     **_: Any,
 ) -> None:
-    """Write a trained model for other programs, and compare what was written with what was read."""
+    """Export a model for other programs, and verify the written files against the source."""
     options = parse_settings(ctx, ExportOptions)
     if options.output is None:
-        raise ConfigError("--output is missing; name a new folder for the model.")
+        raise ConfigError("--output is missing; give a new folder for the model.")
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
     except ValueError:
@@ -120,14 +123,14 @@ def _report(exported: Exported) -> list[str]:
         f"read     {exported.source}",
         f"wrote    {exported.folder}: {', '.join(parts)}",
         *(f"         {file}" for file in files),
-        "checked  what was written reads back as what was read, in this precision",
+        "verified re-read and compared with the source, all tensors equal",
         *(f"note     {note}" for note in exported.notes),
         *(f"next     {command}" for command in _next_commands(exported)),
     ]
 
 
 def _next_commands(exported: Exported) -> list[str]:
-    """Return what a user would type to try the model."""
+    """Return commands that try the exported model."""
     folder = shlex.quote(str(exported.folder))
     largest = max(exported.files, key=exported.files.__getitem__)
     file = shlex.quote(str(exported.folder / largest))
@@ -138,7 +141,7 @@ def _next_commands(exported: Exported) -> list[str]:
 
         config = exported.config
         if any(unset_by_commands(config)):
-            return []  # a note says what to do
+            return []  # a note explains how to load it
         tokenizer = f"cp {folder}/tokenizer*.json minimind/model/ && "
         return [
             f"cp {file} minimind/out/ && {tokenizer if 'tokenizer.json' in exported.files else ''}"
@@ -147,6 +150,6 @@ def _next_commands(exported: Exported) -> list[str]:
             + (" --use_moe 1" if config.use_moe else "")
         ]
     if "tokenizer.json" not in exported.files:
-        return []  # none of the programs below goes without
+        return []  # the programs below need a tokenizer
     call = f"pipeline('text-generation', {str(exported.folder)!r})('Once upon a time')"
     return [f'python -c "from transformers import pipeline; print({call})"', f"vllm serve {folder}"]

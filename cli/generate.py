@@ -1,4 +1,4 @@
-"""`minimind-train generate`: what a model makes of a prompt."""
+"""`minimind-train generate`: generate text from prompts."""
 
 from __future__ import annotations
 
@@ -30,51 +30,56 @@ if TYPE_CHECKING:
 class GenerateOptions:
     """Generation"""
 
-    max_new_tokens: Annotated[int, FieldInfo("Tokens to write at most.", minimum=1)] = 256
-    temperature: Annotated[
-        float, FieldInfo("Divides the logits; 0 takes the most likely token.", minimum=0.0)
-    ] = 0.8
+    max_new_tokens: Annotated[int, FieldInfo("Maximum number of generated tokens.", minimum=1)] = 256
+    temperature: Annotated[float, FieldInfo("Sampling temperature; 0 is greedy decoding.", minimum=0.0)] = 0.8
     top_k: Annotated[
         int | None,
-        FieldInfo("Draw among so many of the most likely tokens; none draws among all.", minimum=1),
+        FieldInfo("Sample from the K most likely tokens; none samples from all.", minimum=1),
     ] = 50
     top_p: Annotated[
         float,
-        FieldInfo("Draw among the most likely tokens that reach this probability.", above=0.0, maximum=1.0),
+        FieldInfo(
+            "Nucleus sampling: smallest set of tokens with this total probability.", above=0.0, maximum=1.0
+        ),
     ] = 1.0
     min_p: Annotated[
         float,
-        FieldInfo("Draw among tokens at least this share as likely as the best.", minimum=0.0, maximum=1.0),
+        FieldInfo(
+            "Minimum probability of a token, relative to the most likely one.", minimum=0.0, maximum=1.0
+        ),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, FieldInfo("Above 1: makes tokens that were there before less likely.", above=0.0)
+        float, FieldInfo("Values above 1 penalize tokens that occurred before.", above=0.0)
     ] = 1.0
     seed: Annotated[
         int | None,
         FieldInfo(
-            "Seed of the draws; the second prompt has the next one.",
+            "Random seed; each further prompt adds 1.",
             minimum=0,
             maximum=2**32 - 1,
-            default_text="another one each time",
+            default_text="random",
         ),
     ] = None
     tokenizer: Annotated[
         str | None,
         FieldInfo(
-            "A tokenizer.json, or a folder that holds one.",
+            "A tokenizer.json, or its folder.",
             metavar="PATH",
-            default_text="the one that belongs to the model",
+            default_text="the tokenizer of the model",
         ),
     ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"],
-        FieldInfo("Where to compute; auto takes a GPU if there is one."),
+        FieldInfo("Device; `auto` uses a GPU if available."),
     ] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        FieldInfo("Precision.", synonyms=(("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))),
+        FieldInfo(
+            "Data type of weights and computation.",
+            synonyms=(("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")),
+        ),
     ] = "float32"
-    compile: Annotated[bool, FieldInfo("Compile the step: for long texts on a GPU.")] = False
+    compile: Annotated[bool, FieldInfo("torch.compile the decoding step; for long outputs on a GPU.")] = False
 
 
 @with_options(GenerateOptions)
@@ -82,27 +87,27 @@ def generate(
     ctx: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="Folder of a run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth."),
+        typer.Argument(help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file."),
     ],
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[PROMPT]...",
-            help="Texts to continue, '' for the beginning of one; without any they are asked for in a "
-            "terminal, and else the standard input is one.",
+            help="Prompts; '' generates from scratch. Without prompts: interactive in a terminal, else read "
+            "from standard input.",
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object a line for each prompt.")
+        bool, typer.Option("--json", help="Print one JSON object per line and prompt.")
     ] = False,
     **_: Any,
 ) -> None:
-    """Continue texts with a trained model."""
+    """Generate text with a trained model."""
     options = parse_settings(ctx, GenerateOptions)
-    asks = not prompts and sys.stdin is not None and sys.stdin.isatty()
-    texts = [] if asks else [_readable(prompt) for prompt in prompts or [_standard_input()]]
-    # Before torch is loaded. Every token has many short parallel parts: threads that spin between them hold
-    # each other up, by far, as soon as another program wants a core.
+    interactive = not prompts and sys.stdin is not None and sys.stdin.isatty()
+    texts = [] if interactive else [_replace_surrogates(prompt) for prompt in prompts or [_standard_input()]]
+    # Set before torch is loaded. A token has many short parallel regions: spinning threads slow each other
+    # down when another program uses the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minimind.formats.open_model import load_with_tokenizer
     from minimind.generation.sampling import Sampling
@@ -113,71 +118,71 @@ def generate(
     source, loaded, tokenizer = load_with_tokenizer(model, options.tokenizer)
     for note in source.notes:
         typer.echo(f"note: {note}", err=True)
-    decoder = make_decoder(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
-    writer = _Writer(decoder, tokenizer, sampling, options)
-    if asks:
-        _ask(writer, as_json)
+    engine = make_decoder(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
+    printer = _Printer(engine, tokenizer, sampling, options)
+    if interactive:
+        _prompt_loop(printer, as_json)
     elif as_json:
-        writer.print_json(texts)
+        printer.print_json(texts)
     elif len(texts) == 1:
-        writer.print_streaming(texts[0])
+        printer.print_streaming(texts[0])
     else:
-        writer.print_all(texts)
+        printer.print_all(texts)
 
 
 @dataclass
-class _Writer:
-    """Writes and prints continuations."""
+class _Printer:
+    """Generate and print completions."""
 
-    decoder: InferenceEngine
+    engine: InferenceEngine
     tokenizer: Tokenizer
     sampling: Sampling
     options: GenerateOptions
 
     def print_streaming(self, prompt: str) -> None:
-        """Print a prompt and what follows it, as it is written."""
+        """Print a prompt and stream its completion."""
         from minimind.generation.text import stream_text
 
         typer.echo(prompt, nl=False)
-        with _whole_line():
+        with _final_newline():
             for piece in stream_text(
-                self.decoder, self.tokenizer, prompt, self.sampling,
+                self.engine, self.tokenizer, prompt, self.sampling,
                 max_new_tokens=self.options.max_new_tokens, seed=self.options.seed,
             ):  # fmt: skip
                 typer.echo(piece, nl=False)
                 sys.stdout.flush()
 
     def print_all(self, prompts: list[str]) -> None:
-        """Print all prompts, each with what follows it, with an empty line between."""
-        texts = self._continue(prompts, self.options.seed)
+        """Print the prompts with their completions, separated by empty lines."""
+        texts = self._complete(prompts, self.options.seed)
         typer.echo("\n\n".join(text["prompt"] + text["text"] for text in texts))
 
     def print_json(self, prompts: list[str]) -> None:
-        """Print one object a line."""
+        """Print one JSON object per line."""
         seed = self.options.seed
-        # Told, so that what was drawn can be drawn again.
+        # Printed, so that the output can be reproduced.
         seed = secrets.randbits(32) if seed is None else seed
-        for number, text in enumerate(self._continue(prompts, seed)):
+        for number, text in enumerate(self._complete(prompts, seed)):
             typer.echo(json.dumps({**text, "seed": seed + number}, ensure_ascii=False))
 
-    def _continue(self, prompts: list[str], seed: int | None) -> list[dict[str, Any]]:
+    def _complete(self, prompts: list[str], seed: int | None) -> list[dict[str, Any]]:
         from minimind.generation.text import continue_texts
 
         texts = continue_texts(
-            self.decoder, self.tokenizer, prompts, self.sampling,
+            self.engine, self.tokenizer, prompts, self.sampling,
             max_new_tokens=self.options.max_new_tokens, seed=seed,
         )  # fmt: skip
         return [dataclasses.asdict(text) for text in texts]
 
 
 def _standard_input() -> str:
-    """Return the text that a pipe or file holds.
+    """Return the text of standard input.
 
     Raises:
-        ConfigError: when there is none, or it is not UTF-8.
+        ConfigError: there is no standard input, or it is not UTF-8.
     """
     if sys.stdin is None:
-        raise ConfigError("there is no standard input; write the prompt after the model.")
+        raise ConfigError("there is no standard input; give the prompt after the model.")
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -186,14 +191,14 @@ def _standard_input() -> str:
         ) from error
 
 
-def _readable(prompt: str) -> str:
-    """Return a prompt with U+FFFD for bytes of the command line that are no text."""
+def _replace_surrogates(prompt: str) -> str:
+    """Replace invalid bytes of the command line by U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", prompt)
 
 
-def _ask(writer: _Writer, as_json: bool) -> None:
-    """Ask for one prompt after another until the end of the input; Ctrl-C ends a text."""
-    typer.echo("Type the beginning of a text; Ctrl-C ends what is being written, Ctrl-D all.", err=True)
+def _prompt_loop(printer: _Printer, as_json: bool) -> None:
+    """Read prompts until the end of the input; Ctrl-C stops an output."""
+    typer.echo("Type a prompt. Ctrl-C stops the output, Ctrl-D quits.", err=True)
     while True:
         try:
             prompt = input("> ")
@@ -202,18 +207,18 @@ def _ask(writer: _Writer, as_json: bool) -> None:
             return
         try:
             if as_json:
-                writer.print_json([prompt])
+                printer.print_json([prompt])
             else:
-                writer.print_streaming(prompt)
+                printer.print_streaming(prompt)
         except KeyboardInterrupt:
             continue
-        except UserError as error:  # a prompt that is too long; the next may do
+        except UserError as error:  # such as a prompt that is too long
             typer.echo(f"error: {error}", err=True)
 
 
 @contextmanager
-def _whole_line() -> Iterator[None]:
-    """End the line that was begun, whatever happens."""
+def _final_newline() -> Iterator[None]:
+    """End the line, also after an error."""
     try:
         yield
     finally:

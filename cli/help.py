@@ -1,7 +1,6 @@
-"""Layout of `--help`: every name whole on a line, its text indented below it, in plain ASCII.
+"""Layout of `--help`: the names of an option on a line, its help indented below, in plain ASCII.
 
-Typer's layout puts names and texts in columns, which cuts long option names at 80 columns, and draws boxes
-around everything, so that examples cannot be copied.
+Typer's own layout has columns and boxes: it cuts long option names, and examples cannot be copied.
 """
 
 from __future__ import annotations
@@ -16,49 +15,49 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-NARROWEST, WIDEST = 50, 100
-# Key of the context's `meta` that says whether to show every option.
+MIN_WIDTH, MAX_WIDTH = 50, 100
+# Key in `ctx.meta`: show every option.
 SHOW_ALL = "minimind.help_all"
 
-# Stands for a space at which no line breaks.
+# A non-breaking space.
 _NO_BREAK = "\0"
-# An option with its value, a quoted string, or a word: each stays on one line.
+# Units that are not broken: an option with its value, a quoted string, a word.
 _UNITS = re.compile(r"""-\S+ (?:'[^']*'|"[^"]*"|[^-\s]\S*)|'[^']*'|"[^"]*"|\S+""")
 
 
 class HelpCommand(TyperCommand):
-    """A command with the layout of this module."""
+    """A command with this layout."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the whole help."""
+        """Write the help page."""
         formatter.write(_page(self, ctx))
 
 
 class HelpGroup(TyperGroup):
-    """A group of commands with the layout of this module; without arguments it prints its help."""
+    """A command group with this layout; without arguments it prints its help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the whole help."""
+        """Write the help page."""
         formatter.write(_page(self, ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Print the help and exit with 2 where there are no arguments, else parse them."""
+        """Parse the arguments; without any, print the help and exit with 2."""
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             ctx.exit(2)
         return super().parse_args(ctx, args)
 
 
-def show_all_options(ctx: typer.Context, wanted: bool) -> None:
-    """Print the help with every option and exit; the callback of `--help-all`."""
-    if wanted and not ctx.resilient_parsing:
+def show_all_options(ctx: typer.Context, value: bool) -> None:
+    """Print the help of all options and exit; callback of `--help-all`."""
+    if value and not ctx.resilient_parsing:
         ctx.meta[SHOW_ALL] = True
         typer.echo(ctx.get_help())
         raise typer.Exit
 
 
 def _page(command: Any, ctx: Any) -> str:
-    width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
+    width = min(max(shutil.get_terminal_size().columns, MIN_WIDTH), MAX_WIDTH)
     params = [param for param in command.get_params(ctx) if not param.hidden]
     arguments = [_argument(param) for param in params if param.param_type_name == "argument"]
     usage = [
@@ -98,7 +97,7 @@ def _argument(param: Any) -> str:
 
 
 def _command_lines(commands: Mapping[str, Any], width: int) -> list[str]:
-    """Return a table of the names and the first paragraphs of the help of commands."""
+    """Return a table of commands with the first paragraph of their help."""
     column = max(map(len, commands)) + 4
     lines: list[str] = []
     for name, command in commands.items():
@@ -108,15 +107,15 @@ def _command_lines(commands: Mapping[str, Any], width: int) -> list[str]:
 
 
 def _example(command_line: str, width: int) -> list[str]:
-    """Return lines that can be copied: a line that continues below ends with a backslash."""
+    """Return the lines of an example; a backslash ends a line that is continued."""
     units = " ".join(unit.replace(" ", _NO_BREAK) for unit in _UNITS.findall(command_line))
     *lines, last = _wrap(units, width - 2, "  ", 6)
     return [*(f"{line} \\" for line in lines), last]
 
 
 def _wrap(text: str, width: int, indent: str, hanging: int | None = None) -> list[str]:
-    """Break a text at spaces only, never at the hyphens of an option name."""
-    # A default stays with its label.
+    """Wrap text at spaces only, never at the hyphens of an option name."""
+    # Keep a default on one line with its label.
     text = " ".join(text.split()).replace("[default: ", f"[default:{_NO_BREAK}")
     lines = textwrap.wrap(
         text,
@@ -130,6 +129,6 @@ def _wrap(text: str, width: int, indent: str, hanging: int | None = None) -> lis
 
 
 def _styled(text: str, **style: Any) -> str:
-    """Style a text where a terminal may show colors; `typer.echo` strips the style for files and pipes."""
+    """Style text unless colors are disabled; `typer.echo` strips styles for files and pipes."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain else typer.style(text, **style)

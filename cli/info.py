@@ -1,4 +1,4 @@
-"""`minimind-train info`: what a run, a checkpoint, a model folder or a file of weights is."""
+"""`minimind-train info`: describe a run, a checkpoint or a model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def info(
     ctx: typer.Context,
     path: Annotated[
         Path,
-        typer.Argument(help="Folder of a run, a checkpoint, a model folder, a .safetensors or a .pth."),
+        typer.Argument(help="A run, a checkpoint, a model folder, a .safetensors or a .pth file."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a run, a checkpoint or a model is, and how to go on with it."""
+    """Describe a run, checkpoint or model and suggest next commands."""
     found = read_info(path)
     group: Any = ctx.find_root().command
-    known = getattr(group, "commands", {})
-    following = [line for name, line in found.next if name in known]
+    commands = getattr(group, "commands", {})
+    suggested = [line for name, line in found.next if name in commands]
     if as_json:
-        typer.echo(json.dumps({**found.values, "next": following}, indent=1))
+        typer.echo(json.dumps({**found.values, "next": suggested}, indent=1))
         return
-    rows = [*found.rows, *(("next" if i == 0 else "", line) for i, line in enumerate(following))]
+    rows = [*found.rows, *(("next" if i == 0 else "", line) for i, line in enumerate(suggested))]
     for key, value in rows:
         typer.echo(f"{key + ':' if key else '':<12} {value}")

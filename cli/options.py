@@ -1,7 +1,7 @@
-"""Typer options made from the settings dataclasses, and the way back from a command line to their values.
+"""Typer options from configuration dataclasses, and their values from a command line.
 
-Typer only splits the words; every value stays text until `parse_values` reads it, so that all mistakes of a
-command line are reported together and in the same words as those of a file.
+Typer only splits the command line. `parse_values` parses the values, so that all errors are reported together
+and worded like those of a file.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import typer
 
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
-from minimind.config.schema import ConfigField, parse_values, read_toml, schema_of, suggestion
+from minimind.config.schema import ConfigField, flag_of, parse_values, read_toml, schema_of, suggestion
 from minimind.errors import ConfigError
 
 from .help import show_all_options
 
-# Unknown options come back in `ctx.args`, to be reported with all other problems.
+# Unknown options are collected in `ctx.args` and reported with all other problems.
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 RESUME_NEWEST = "auto"
@@ -47,26 +47,26 @@ T = TypeVar("T")
 
 
 def with_options(
-    *panels: type, hidden: Sequence[inspect.Parameter] = ()
+    *sections: type, hidden: Sequence[inspect.Parameter] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each setting of the panels, in place of its `**values`.
+    """Add an option to a command for each field of the sections, in place of its `**_`.
 
-    If some settings are marked as common, `--help` shows only these and `--help-all` shows all.
+    If fields are marked as common, `--help` shows only these, and `--help-all` shows all.
 
     Args:
-        panels: settings dataclasses; the docstring of each heads its part of `--help`.
-        hidden: further parameters, which `--help` does not show.
+        sections: configuration dataclasses; their docstrings are the headings in `--help`.
+        hidden: further parameters that `--help` does not show.
     """
 
-    settings = [setting for panel in panels for setting in schema_of(panel).values()]
-    marked = any(setting.option.common for setting in settings)
-    less_common = frozenset(setting.name for setting in settings if marked and not setting.option.common)
+    fields = [field for section in sections for field in schema_of(section).values()]
+    marked = any(field.info.common for field in fields)
+    less_common = frozenset(field.name for field in fields if marked and not field.info.common)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [
             *(parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD),
-            *(_parameter(setting, panel) for panel in panels for setting in schema_of(panel).values()),
+            *(_parameter(field, section) for section in sections for field in schema_of(section).values()),
             *hidden,
         ]
         if less_common:
@@ -78,43 +78,43 @@ def with_options(
     return decorate
 
 
-def _parameter(setting: ConfigField, panel: type) -> inspect.Parameter:
-    """Return the Typer option of one setting."""
-    kind: Any = bool if setting.kind is bool else str
-    names = [setting.flag, *setting.option.aliases]
-    if setting.kind is bool:
-        names[0] += "/--no-" + setting.flag.removeprefix("--")
-    default = setting.default
-    if setting.repeatable:
-        kind, default = list[str], list(setting.default) or None
+def _parameter(field: ConfigField, section: type) -> inspect.Parameter:
+    """Return the Typer option of a field."""
+    kind: Any = bool if field.kind is bool else str
+    names = [field.flag, *field.info.aliases]
+    if field.kind is bool:
+        names[0] += "/" + field.negative_flag
+    default = field.default
+    if field.repeatable:
+        kind, default = list[str], list(field.default) or None
     elif default is not None and kind is str:
-        default = setting.default_text
+        default = field.default_text
     option = typer.Option(
         *names,
-        help=setting.option.help + _default_note(setting),
-        metavar=setting.metavar,
+        help=field.info.help + _default_note(field),
+        metavar=field.metavar,
         show_default=False,
-        rich_help_panel=panel.__doc__,
-        autocompletion=completing(*setting.choices) if setting.choices else None,
+        rich_help_panel=section.__doc__,
+        autocompletion=completing(*field.choices) if field.choices else None,
     )
     return inspect.Parameter(
-        setting.name,
+        field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[kind | None, option],
     )
 
 
-def _default_note(setting: ConfigField) -> str:
-    """Return the default as it follows the help, empty where there is none."""
-    text = setting.default_text
-    if isinstance(setting.default, bool):
-        text = setting.flag if setting.default else "--no-" + setting.flag.removeprefix("--")
+def _default_note(field: ConfigField) -> str:
+    """Return the default as shown after the help, empty if there is none."""
+    text = field.default_text
+    if isinstance(field.default, bool):
+        text = " ".join(field.spell(field.default))
     return {"none": "", "required": " [required]"}.get(text, f" [default: {text}]")
 
 
 def completing(*values: str) -> Callable[[str], list[str]]:
-    """Return what a shell is told at the tab key, where an option takes one of some values."""
+    """Return the shell completion of an option with fixed values."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -123,21 +123,18 @@ def completing(*values: str) -> Callable[[str], list[str]]:
 
 
 def hidden_option(name: str, kind: type) -> inspect.Parameter:
-    """Return an option that `--help` does not show, None where it is not given."""
-    option = typer.Option("--" + name.replace("_", "-"), hidden=True)
+    """Return an option that `--help` does not show; None if not given."""
+    option = typer.Option(flag_of(name), hidden=True)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
 def typed_values(ctx: typer.Context, cls: type) -> dict[str, Any]:
-    """Return the settings of `cls` that stand on the command line, as they were typed.
-
-    The word `none` unsets what a preset or a file has set.
-    """
+    """Return the values of `cls` given on the command line, as strings; None for the value `none`."""
     typed = {name: ctx.params[name] for name in schema_of(cls) if name in ctx.params and _is_typed(ctx, name)}
-    for name, setting in schema_of(cls).items():
-        if setting.optional and typed.get(name) == "none":
+    for name, field in schema_of(cls).items():
+        if field.optional and typed.get(name) == "none":
             typed[name] = None
     return typed
 
@@ -147,37 +144,37 @@ def _is_typed(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def unknown_words(ctx: typer.Context) -> list[str]:
-    """Return one sentence for each word of the command line that belongs to no option."""
+def unknown_args(ctx: typer.Context) -> list[str]:
+    """Return a sentence for each argument that belongs to no option."""
     shown = [param for param in ctx.command.params if not getattr(param, "hidden", False)]
     known = ["--help", *(flag for param in shown for flag in (*param.opts, *param.secondary_opts))]
     problems: list[str] = []
     after_option = False
-    for word in ctx.args:
+    for arg in ctx.args:
         # A negative number is a value.
-        if word.startswith("-") and not word[1:2].isdigit():
-            flag, assigned, _ = word.partition("=")
+        if arg.startswith("-") and not arg[1:2].isdigit():
+            flag, assigned, _ = arg.partition("=")
             problems.append(f"unknown option {flag}{suggestion(flag, known)}")
             after_option = not assigned
         else:
-            # The word after an unknown option is most likely its value.
+            # An argument after an unknown option is most likely its value.
             if not after_option:
                 example = (
-                    f", such as --data {word}" if "--data" in known else f"; see {ctx.command_path} --help"
+                    f", such as --data {arg}" if "--data" in known else f"; see {ctx.command_path} --help"
                 )
-                problems.append(f"unexpected word '{word}'; values follow an option{example}.")
+                problems.append(f"unexpected argument '{arg}'; values follow an option{example}.")
             after_option = False
     return problems
 
 
 def parse_settings(ctx: typer.Context, cls: type[T]) -> T:
-    """Build a settings dataclass from the command line alone.
+    """Build a configuration dataclass from the command line.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: lists every problem.
     """
     values, problems = parse_values(cls, typed_values(ctx, cls))
-    if problems := [*unknown_words(ctx), *problems]:
+    if problems := [*unknown_args(ctx), *problems]:
         raise ConfigError(problems)
     return cls(**values)
 
@@ -190,19 +187,19 @@ def parse_config(
     flags: Mapping[str, Any] | None = None,
     problems: Sequence[str] = (),
 ) -> PretrainConfig:
-    """Build the configuration of a run: preset < file < `flags` < options of the command line.
+    """Build the configuration of a run: preset < file < `flags` < command line.
 
     Args:
         ctx: the command line.
-        preset: the name given by `--preset`.
-        file: the path given by `--config`.
-        flags: values that give way to the options of the command line.
-        problems: sentences about `flags`, to be reported with the others.
+        preset: the value of `--preset`.
+        file: the value of `--config`.
+        flags: further values, overridden by the command line.
+        problems: problems of `flags`, to be reported with the others.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: lists every problem.
     """
-    found = [*unknown_words(ctx), *problems]
+    found = [*unknown_args(ctx), *problems]
     file_values: Mapping[str, Any] = {}
     try:
         if file is not None:
@@ -219,33 +216,32 @@ def parse_config(
     return config
 
 
-def normalise(words: Sequence[str], cls: type) -> list[str]:
-    """Rewrite the words of a command line into the spelling that Typer reads.
+def normalize(args: Sequence[str], cls: type) -> list[str]:
+    """Rewrite command-line arguments for Typer.
 
-    Options lose their underscores, `--resume` without a path means the newest checkpoint, and a switch may be
-    followed by its value: `--batch_size 8 --resume --packing false` becomes
-    `--batch-size 8 --resume=auto --no-packing`.
+    Options may have underscores, `--resume` without a path means the newest checkpoint, and a switch may have
+    a value: `--batch_size 8 --resume --packing false` becomes `--batch-size 8 --resume=auto --no-packing`.
     """
-    switches = {setting.flag for setting in schema_of(cls).values() if setting.kind is bool}
-    return list(_normalised(list(words), switches))
+    switches = {field.flag: field for field in schema_of(cls).values() if field.kind is bool}
+    return list(_normalized(list(args), switches))
 
 
-def _normalised(words: list[str], switches: set[str]) -> Iterator[str]:
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            yield from (word, *words)
+def _normalized(args: list[str], switches: Mapping[str, ConfigField]) -> Iterator[str]:
+    while args:
+        arg = args.pop(0)
+        if arg == "--":
+            yield from (arg, *args)
             return
-        if not word.startswith("--"):
-            yield word
+        if not arg.startswith("--"):
+            yield arg
             continue
-        flag, assigned, value = word.partition("=")
+        flag, assigned, value = arg.partition("=")
         flag = flag.replace("_", "-")
-        following = words[0] if words else "--"
+        following = args[0] if args else "--"
         if flag in switches and not assigned and following.lower() in _SWITCH_VALUES:
-            assigned, value = "=", words.pop(0)
+            assigned, value = "=", args.pop(0)
         if flag in switches and value.lower() in _SWITCH_VALUES:
-            yield flag if _SWITCH_VALUES[value.lower()] else "--no-" + flag.removeprefix("--")
+            yield from switches[flag].spell(_SWITCH_VALUES[value.lower()])
         elif flag == "--resume" and not assigned and following.startswith("--"):
             yield f"{flag}={RESUME_NEWEST}"
         else:

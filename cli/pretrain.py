@@ -1,4 +1,4 @@
-"""`minimind-train pretrain`: a configuration from flags, a file and a preset; then one library call."""
+"""`minimind-train pretrain`: train a model, or plan the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import upstream_flags
 from .config_options import ConfigFile, Preset, read_config
 from .options import with_options
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may be given again, with --resume.
+# EX_TEMPFAIL of sysexits.h: the run can be resumed with the same command and --resume.
 STOPPED_EARLY = 75
 
 
@@ -28,19 +28,19 @@ def pretrain(
     config: ConfigFile = None,
     print_config: Annotated[
         bool,
-        typer.Option("--print-config", help="Print the resulting options as TOML for --config, and stop."),
+        typer.Option("--print-config", help="Print the resulting configuration as TOML and exit."),
     ] = False,
     plan: Annotated[
         bool,
         typer.Option(
             "--plan",
-            help="Measure a few steps, print what the run will take in memory, time and disk, and stop.",
+            help="Measure a few steps, print the memory, time and disk the run needs, and exit.",
         ),
     ] = False,
     price_per_hour: Annotated[
         float | None,
         typer.Option(
-            help="With --plan: price of all machines, to print what the run will cost.",
+            help="With --plan: price of all machines, to print the cost of the run.",
             metavar="NUMBER",
             min=0.0,
         ),
@@ -50,9 +50,9 @@ def pretrain(
 ) -> None:
     """Pretrain a language model."""
     if not plan and (as_json or price_per_hour is not None):
-        raise ConfigError("--json and --price-per-hour go with --plan; add it.")
+        raise ConfigError("--json and --price-per-hour need --plan; add it.")
     if price_per_hour is not None and not math.isfinite(price_per_hour):
-        raise ConfigError(f"--price-per-hour {price_per_hour} is no price; write for example 2.50.")
+        raise ConfigError(f"--price-per-hour {price_per_hour} is not a price; write for example 2.50.")
     resolved = read_config(ctx, preset, config)
     if print_config:
         if is_main_process():
@@ -71,13 +71,13 @@ def pretrain(
 def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: bool) -> None:
     from minimind.planning.plan import plan_run
 
-    found = plan_run(config, price_per_hour=price_per_hour, quiet=as_json)
+    run_plan = plan_run(config, price_per_hour=price_per_hour, quiet=as_json)
     if not is_main_process():
         return
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(run_plan.to_dict(), indent=1))
         return
-    for key, value in found.rows():
+    for key, value in run_plan.rows():
         typer.echo(f"{key + ':' if key else '':<12} {value}")
-    for problem in found.problems:
+    for problem in run_plan.problems:
         typer.echo(f"warning: {problem}")

@@ -1,4 +1,4 @@
-"""`minimind-train reproduce`: the command that repeats a run, and what has changed since."""
+"""`minimind-train reproduce`: print the command that repeats a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 
 def reproduce(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
     check_data: Annotated[
         bool,
-        typer.Option("--check-data", help="Tokenize text that is not in the cache, to compare its content."),
+        typer.Option("--check-data", help="Tokenize data that is not in the cache, to compare its content."),
     ] = False,
 ) -> None:
-    """Print the command that repeats a run; warnings of what has changed since go to standard error."""
+    """Print the command that repeats a run; warn on standard error of what changed since."""
     from minimind.runs.record import read_run
     from minimind.runs.reproduce import reproduce as find
 

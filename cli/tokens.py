@@ -1,4 +1,4 @@
-"""`minimind-train tokenize` and `minimind-train tokenizer`: text to tokens, ahead of a run."""
+"""`minimind-train tokenize` and `minimind-train tokenizer`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from .examples import examples
 from .help import HelpCommand, HelpGroup
 from .options import LENIENT, parse_config, parse_settings, with_options
 
-app = typer.Typer(cls=HelpGroup, help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"))
+app = typer.Typer(cls=HelpGroup, help="Train or inspect a tokenizer.", epilog=examples("tokenizer"))
 
 
 @with_options(DataConfig)
 def tokenize(
     ctx: typer.Context,
-    config: Annotated[
-        str | None, typer.Option(help="A TOML file of options; flags override it.", metavar="PATH")
-    ] = None,
+    config: Annotated[str | None, typer.Option(help="TOML file of options.", metavar="PATH")] = None,
     **_: Any,
 ) -> None:
-    """Tokenize training text ahead of a run, and report on it."""
+    """Tokenize training data into the cache, and report on it."""
     resolved = parse_config(ctx, file=config)
     from minimind.data.prepare import prepare_data
     from minimind.tokenizer import load_tokenizer
@@ -50,33 +48,31 @@ def tokenize(
 class TokenizerOptions:
     """Tokenizer"""
 
-    output_dir: Annotated[str, FieldInfo("Folder for the tokenizer.", metavar="FOLDER")] = "tokenizer"
-    vocab_size: Annotated[int, FieldInfo("Entries, special tokens among them.", minimum=1)] = 6400
+    output_dir: Annotated[str, FieldInfo("Folder of the new tokenizer.", metavar="FOLDER")] = "tokenizer"
+    vocab_size: Annotated[int, FieldInfo("Vocabulary size, including special tokens.", minimum=1)] = 6400
     data: Annotated[
         tuple[str, ...],
         FieldInfo(
-            "Text to learn from: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
+            "Training data: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
             metavar="PATH",
-            default_text="text embedded in Python",
+            default_text="the documentation built into Python",
         ),
     ] = ()
-    text_key: Annotated[str, FieldInfo("Field of a JSONL object or parquet row that holds the text.")] = (
-        "text"
-    )
+    text_key: Annotated[str, FieldInfo("JSONL key or Parquet column of the text.")] = "text"
     bad_lines: Annotated[
-        Literal["error", "skip"], FieldInfo("Stop at a line that cannot be read, or count it and go on.")
+        Literal["error", "skip"], FieldInfo("Stop at an invalid line, or skip and count it.")
     ] = "error"
 
 
 @app.command(cls=HelpCommand, context_settings=LENIENT, epilog=examples("tokenizer train"))
 @with_options(TokenizerOptions)
 def train(ctx: typer.Context, **_: Any) -> None:
-    """Learn a tokenizer from text and save it in the format of Hugging Face."""
+    """Train a tokenizer and save it in Hugging Face format."""
     options = parse_settings(ctx, TokenizerOptions)
     folder = Path(options.output_dir)
     if (folder / "tokenizer.json").exists():
-        raise ConfigError(f"--output-dir {folder} already holds a tokenizer; name another folder.")
+        raise ConfigError(f"--output-dir {folder} already holds a tokenizer; choose another folder.")
     from rich.console import Console
     from rich.progress import Progress
 
@@ -85,15 +81,15 @@ def train(ctx: typer.Context, **_: Any) -> None:
     bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
     task = bar.add_task("reading", total=None)
 
-    def texts() -> Iterator[str]:
-        yield from _texts(options, lambda done, total: bar.update(task, completed=done, total=total))
-        # How long the merges take is not known ahead.
-        bar.update(task, description="learning", total=None)
+    def documents() -> Iterator[str]:
+        yield from _documents(options, lambda done, total: bar.update(task, completed=done, total=total))
+        # The duration of learning the merges is unknown.
+        bar.update(task, description="learning merges", total=None)
 
     with bar:
-        tokenizer = train_tokenizer(texts(), options.vocab_size)
+        tokenizer = train_tokenizer(documents(), options.vocab_size)
     tokenizer.save(folder)
-    typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
+    typer.echo(f"{tokenizer.vocab_size} tokens in {folder}; use it with --tokenizer {folder}")
 
 
 @app.command(cls=HelpCommand, epilog=examples("tokenizer inspect"))
@@ -101,16 +97,16 @@ def inspect(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="A tokenizer.json or its folder; by default the one in the package.", metavar="[PATH]"
+            help="A tokenizer.json or its folder; by default the built-in tokenizer.", metavar="[PATH]"
         ),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.", metavar="TEXT")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to tokenize.", metavar="TEXT")] = None,
 ) -> None:
-    """Show what a tokenizer is made of, and what it makes of a text."""
+    """Show a tokenizer's vocabulary and special tokens, and tokenize a sample."""
     from minimind.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    typer.echo(f"entries      {tokenizer.vocab_size}")
+    typer.echo(f"vocabulary   {tokenizer.vocab_size}")
     for role in ("bos", "eos", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
         typer.echo(f"{role}          {token} {tokenizer.decode([token], skip_special_tokens=False)}")
@@ -123,8 +119,8 @@ def inspect(
         typer.echo(f"{len(ids)} tokens, {size} bytes, {size / len(ids):.2f} bytes per token")
 
 
-def _texts(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
-    """Yield the documents asked for, and show how many bytes of the files are read."""
+def _documents(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
+    """Yield the documents, and report the bytes read."""
     from minimind.data.builtin_corpus import embedded_documents
     from minimind.data.readers import Reading, TextFile, find_files
 

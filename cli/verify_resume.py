@@ -1,12 +1,10 @@
-"""`minimind-train verify-resume`: whether a run with these options can be stopped and resumed."""
+"""`minimind-train verify-resume`: compare a resumed run with an uninterrupted one."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from minimind.config.options import CONFIG_SECTIONS
 
@@ -15,10 +13,12 @@ from .config_options import ConfigFile, Preset, read_config
 from .options import with_options
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from minimind.runs.verify_resume import ComparedStep, ResumeCheck
 
-# Rows of the table at either end and on either side of the stop.
-ROWS_SHOWN = 3
+# Steps shown at either end and on either side of the stop and of the first difference.
+STEPS_SHOWN = 3
 
 
 @with_options(*CONFIG_SECTIONS, hidden=upstream_flags.HIDDEN)
@@ -26,15 +26,15 @@ def verify_resume(
     ctx: typer.Context,
     steps: Annotated[int, typer.Option(help="Optimizer steps to train.", metavar="INTEGER")] = 20,
     processes: Annotated[
-        int, typer.Option(help="Processes that the second half runs on, on this machine.", metavar="INTEGER")
+        int, typer.Option(help="Processes of the second half, on this machine.", metavar="INTEGER")
     ] = 1,
     preset: Preset = None,
     config: ConfigFile = None,
     **_: Any,
 ) -> None:
-    """Train some steps in one go and in two halves, and compare rows and losses.
+    """Train with and without an interruption, and compare data order and losses.
 
-    Takes the options of pretrain, works in temporary folders, and exits with 1 where the two differ.
+    Takes the options of pretrain, writes to temporary folders, and exits with 1 if the two runs differ.
     """
     resolved = read_config(ctx, preset, config)
     from minimind.runs.verify_resume import verify_resume as verify
@@ -42,6 +42,8 @@ def verify_resume(
     check = verify(
         resolved, steps, processes=processes, note=lambda text: typer.echo(f"{text} ...", err=True)
     )
+    from rich.console import Console
+
     Console().print(_table(check))
     typer.echo(_verdict(check))
     if check.first_difference is not None:
@@ -49,31 +51,33 @@ def verify_resume(
 
 
 def _table(check: ResumeCheck) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
-    for heading in ("step", "", "straight", "resumed", "difference", "rows"):
+    for heading in ("step", "", "uninterrupted", "resumed", "difference", "data"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = check.compared[-1].step
-    parting = check.first_difference
-    shown_before = 0
+    difference = check.first_difference
+    last_shown = 0
     for one in check.compared:
-        near = {0, check.stopped_after, last, parting.step if parting else last}
-        if not any(abs(one.step - step) < ROWS_SHOWN for step in near):
+        shown = {0, check.stopped_after, last, difference.step if difference else last}
+        if not any(abs(one.step - step) < STEPS_SHOWN for step in shown):
             continue
-        if one.step > shown_before + 1:
+        if one.step > last_shown + 1:
             table.add_row("...")
-        shown_before = one.step
-        table.add_row(*_row(one))
+        last_shown = one.step
+        table.add_row(*_cells(one))
     return table
 
 
-def _row(one: ComparedStep) -> list[str]:
+def _cells(one: ComparedStep) -> list[str]:
     return [
         str(one.step),
         "validation" if one.what == "val_loss" else "loss",
         f"{one.straight:.6f}",
         f"{one.resumed:.6f}",
         "none" if one.difference == 0 else f"{one.difference:.1e}",
-        "same" if one.same_rows else "other",
+        "same" if one.same_rows else "different",
     ]
 
 
@@ -82,18 +86,18 @@ def _verdict(check: ResumeCheck) -> str:
     how = f"stopped after step {check.stopped_after} and resumed"
     if check.processes > 1:
         how += f" on {check.processes} processes"
-    parting = check.first_difference
-    if parting is None and check.largest_difference == 0:
-        return f"equal: {last} steps, {how}, have the same rows and losses to the last bit."
-    if parting is None:
+    difference = check.first_difference
+    if difference is None and check.largest_difference == 0:
+        return f"equal: {last} steps, {how}: same data, losses equal to the last bit."
+    if difference is None:
         return (
-            f"equal: {last} steps, {how}, have the same rows, and losses that differ by at most "
-            f"{check.largest_difference:.1e} of their value (up to {check.tolerance:g} is rounding)."
+            f"equal: {last} steps, {how}: same data, losses differ by at most {check.largest_difference:.1e} "
+            f"relative (tolerance {check.tolerance:g} for rounding)."
         )
-    if not parting.same_rows:
-        return f"NOT equal: {how}, the run trains on other rows from step {parting.step} on."
-    allowed = f"; up to {check.tolerance:g} is rounding" if check.tolerance else ""
+    if not difference.same_rows:
+        return f"NOT equal: {how}, the run trains on different data from step {difference.step}."
+    allowed = f"; tolerance {check.tolerance:g}" if check.tolerance else ""
     return (
-        f"NOT equal: {how}, the run has another {parting.what} at step {parting.step}: {parting.resumed!r} "
-        f"instead of {parting.straight!r} (a difference of {parting.difference:.1e} of its value{allowed})."
+        f"NOT equal: {how}, {difference.what} {difference.resumed!r} at step {difference.step} instead of "
+        f"{difference.straight!r} (relative difference {difference.difference:.1e}{allowed})."
     )

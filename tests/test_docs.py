@@ -20,7 +20,7 @@ from minimind.modeling.config import MiniMindConfig
 from minimind.planning.memory import optimizer_bytes
 from minimind.runs.info import SHAPE
 from minimind_cli.app import app
-from minimind_cli.options import LENIENT, normalise, typed_values, unknown_words
+from minimind_cli.options import LENIENT, normalize, typed_values, unknown_args
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -94,7 +94,7 @@ ALL_COMMANDS = sorted({(page, shlex.join(words)) for page in NAMES for words in 
 
 def parse(words: list[str]) -> list[str]:
     """Return what the program would say against a command line; nothing is run."""
-    words = normalise(words, PretrainConfig)
+    words = normalize(words, PretrainConfig)
     command = get_command(app)
     while hasattr(command, "commands") and not words[0].startswith("-"):
         if words[0] not in command.commands:
@@ -113,7 +113,7 @@ def parse(words: list[str]) -> list[str]:
     if command.context_settings != LENIENT:
         return []
     _, problems = parse_values(PretrainConfig, typed_values(context, PretrainConfig))
-    return [*unknown_words(context), *problems]
+    return [*unknown_args(context), *problems]
 
 
 @pytest.mark.parametrize(("page", "line"), ALL_COMMANDS)

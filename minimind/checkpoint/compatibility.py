@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config.options import PretrainConfig
+from ..config.schema import flag_of, schema_of
 from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
@@ -117,7 +118,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
     refused, changed = [], []
     for key, reason in REFUSED.items():
         if _differ(key, saved, now):
-            give = f"give {_spelled(key, saved[key])}"
+            give = f"give {_spell(key, saved[key])}"
             refused.append(f"{_change(key, saved, now)}: {reason.format(give=give, old=saved[key])}.")
     for key, effect in CHANGED.items():
         if _differ(key, saved, now):
@@ -142,7 +143,7 @@ def _plain(value: Any) -> Any:
 def _change(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = (_short(values[key]) for values in (saved, now))
     worked_out = key in ("data_mixture", "norm_topk_prob") or key.endswith("fingerprint")
-    name = key.replace("_", " ") if worked_out else _flag(key)
+    name = key.replace("_", " ") if worked_out else flag_of(key)
     return f"{name} {old} → {new}"
 
 
@@ -151,15 +152,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:12] + "..."
 
 
-def _spelled(key: str, value: Any) -> str:
-    """Return an option as it is typed."""
-    if isinstance(value, bool):
-        return _flag(key) if value else _flag("no_" + key)
-    return f"{_flag(key)} {value}"
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+def _spell(key: str, value: Any) -> str:
+    """Return an option as typed; empty for a value that is no option."""
+    field = schema_of(PretrainConfig).get(key)
+    return " ".join(field.spell(value)) if field else ""
 
 
 def settings_of_run(

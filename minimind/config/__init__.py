@@ -1,4 +1,4 @@
-"""The configuration of a run: options, presets, and how they are read and written."""
+"""Configuration of a run: options, presets, and their TOML and command-line formats."""
 
 from __future__ import annotations
 

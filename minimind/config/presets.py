@@ -1,4 +1,4 @@
-"""Named configurations. A preset only changes defaults: a file or a flag overrides it."""
+"""Named configurations. A preset changes defaults; a file or an option overrides it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from ..errors import ConfigError
 from ..launch_env import world_size
 from .options import AUTO, PretrainConfig
-from .schema import parse_values
+from .schema import flag_of, parse_values
 
-# A learning rate stands for each optimizer: that of the one in force becomes the default.
+# The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Learns from the embedded text in minutes on two CPU cores.
+    # Trains on the built-in corpus in minutes on two CPU cores.
     "tiny": {
         "hidden_size": 128,
         "num_hidden_layers": 4,
@@ -41,7 +41,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "intermediate_size": 2432,
     },
-    # The experts are as wide as the SwiGLU layer of minimind-3.
+    # An expert is as wide as the MLP of minimind-3.
     "minimind-3-moe": {
         "hidden_size": 768,
         "num_hidden_layers": 8,
@@ -57,7 +57,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 2048,
     },
-    # As wide, deep and inner-wide as Qwen3-0.6B, with half its heads of 128.
+    # Hidden size, layers and intermediate size of Qwen3-0.6B, with half its heads.
     "350m": {
         "hidden_size": 1024,
         "num_hidden_layers": 28,
@@ -80,7 +80,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Parameters with the tokenizer in the package (6400 entries) and tied embeddings, rounded.
+# Rounded, with the built-in tokenizer (6400 tokens) and tied embeddings.
 PRESET_PARAMETERS: Mapping[str, int] = {
     "tiny": 1_600_000,
     "minimind2-small": 26_000_000,
@@ -91,7 +91,7 @@ PRESET_PARAMETERS: Mapping[str, int] = {
     "1b": 1_000_000_000,
 }
 
-# A run that sets one of these has chosen the size of its model.
+# Options that choose the size of the model.
 SHAPE_OPTIONS = frozenset(
     {
         "hidden_size",
@@ -106,26 +106,26 @@ SHAPE_OPTIONS = frozenset(
 
 
 def size_text(name: str) -> str:
-    """Return the size of a preset as people write it, such as `26M`."""
+    """Return the number of parameters of a preset, such as `26M`."""
     count = PRESET_PARAMETERS[name]
     return f"{count / 1e9:g}B" if count >= 1e9 else f"{count / 1e6:g}M"
 
 
 def default_preset(shape_given: bool, has_gpu: bool) -> str | None:
-    """Return the preset of a run that names none: `tiny` where nothing else would finish in minutes.
+    """Return the default preset: `tiny` if neither the user nor a GPU calls for a larger model.
 
     Args:
-        shape_given: an option, a file or a preset has chosen the size of the model.
-        has_gpu: the run will train on a GPU.
+        shape_given: an option, a file or a preset chooses the size of the model.
+        has_gpu: the run trains on a GPU.
     """
     return None if shape_given or has_gpu else "tiny"
 
 
 def preset_config(name: str, **overrides: Any) -> PretrainConfig:
-    """Return the configuration of a preset with some values changed.
+    """Return the configuration of a preset with overrides.
 
     Raises:
-        ConfigError: for an unknown preset or wrong values; all of them are listed.
+        ConfigError: lists an unknown preset and all invalid values.
     """
     return resolve(preset=name, flags=overrides)
 
@@ -137,16 +137,16 @@ def resolve(
     file_name: str = "--config",
     flags: Mapping[str, Any] | None = None,
 ) -> PretrainConfig:
-    """Build a configuration: preset < file < flags.
+    """Build a configuration; flags override the file, which overrides the preset.
 
     Args:
-        preset: a name in `PRESETS`; a `preset` key in the file counts where this is None.
+        preset: a name in `PRESETS`; by default the `preset` key of the file.
         file: keys and values of a TOML file.
-        file_name: how errors name that file.
-        flags: values from the command line or from keyword arguments, as strings or typed.
+        file_name: its name in errors.
+        flags: values of the command line or of keyword arguments, as strings or typed.
 
     Raises:
-        ConfigError: with every wrong value, unknown key and conflict found.
+        ConfigError: lists every invalid value, unknown key and conflict.
     """
     file_values = dict(file or {})
     file_preset = file_values.pop("preset", None)
@@ -156,32 +156,32 @@ def resolve(
         problems.append(f"--preset {preset} is not known; choose one of {', '.join(PRESETS)}.")
     merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
     rates: Mapping[str, float] = merged.pop("learning_rate", {})
-    refused: set[str] = set()
-    rows: int | None = None
+    rejected: set[str] = set()
+    micro_batch: int | None = None
     for values, name in ((file_values, file_name), (flags or {}, None)):
-        parsed, wrong = parse_values(PretrainConfig, values, name)
-        # A lower layer's step size gives way to the one the higher layer sets.
+        parsed, invalid = parse_values(PretrainConfig, values, name)
+        # Either option sets the global batch: the higher layer wins.
         if parsed.get("global_batch_size") is not None:
             merged.pop("accumulation_steps", None)
         if parsed.get("accumulation_steps") is not None:
             merged.pop("global_batch_size", None)
         if isinstance(merged.get("batch_size"), int):
-            rows = merged["batch_size"]
+            micro_batch = merged["batch_size"]
         merged.update(parsed)
-        problems += wrong
-        refused |= {key.replace("-", "_") for key in values} - parsed.keys()
-    if merged.get("batch_size") == AUTO and rows is not None and merged.get("global_batch_size") is None:
-        # Where `auto` takes the place of a number, the step keeps the rows that it had.
-        rounds = merged.pop("accumulation_steps", None) or 1
-        merged["global_batch_size"] = rows * rounds * world_size()
+        problems += invalid
+        rejected |= {key.replace("-", "_") for key in values} - parsed.keys()
+    if merged.get("batch_size") == AUTO and micro_batch and merged.get("global_batch_size") is None:
+        # `auto` in place of a number keeps the global batch.
+        accumulation = merged.pop("accumulation_steps", None) or 1
+        merged["global_batch_size"] = micro_batch * accumulation * world_size()
     if merged.get("learning_rate") is None:
         merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
     try:
         config = PretrainConfig(**merged)
     except ConfigError as error:
-        # A default that stands in for a refused value must not be blamed.
-        flags_refused = ["--" + name.replace("_", "-") for name in refused]
-        problems += [line for line in error.problems if not any(flag in line for flag in flags_refused)]
+        # Do not report conflicts with the default in place of a rejected value.
+        rejected_flags = [flag_of(name) for name in rejected]
+        problems += [line for line in error.problems if not any(flag in line for flag in rejected_flags)]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)

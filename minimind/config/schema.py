@@ -1,6 +1,7 @@
-"""Typed settings on frozen dataclasses: read from strings or TOML, check, write back.
+"""Parse, validate and write the fields of frozen configuration dataclasses.
 
-A field is declared once as `name: Annotated[type, Option(...)] = default`; everything else follows.
+A field is declared once, as `name: Annotated[type, FieldInfo(...)] = default`. Command-line options, TOML
+keys, help and documentation are derived from it.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from typing import Any
 from ..errors import ConfigError
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-# What fits into the integers of tensors and files.
+# Integers in tensors and files have 64 bits.
 LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What is said about one field besides its type and default.
+    """Metadata of a field besides its type and default.
 
     Attributes:
-        help: one sentence for `--help` and the documentation.
-        aliases: further flags that set the same field.
-        minimum: smallest value allowed.
-        above: the value must be larger than this.
-        maximum: largest value allowed.
-        below: the value must be smaller than this.
-        default_text: shown as the default where the default is worked out later.
-        metavar: what stands for the value in `--help`, where the type says too little.
-        synonyms: pairs of another spelling of a value and the value.
-        common: `--help` shows the option; the others are shown by `--help-all`.
+        help: text for `--help` and the documentation.
+        aliases: other flags of the field.
+        minimum: smallest valid value.
+        above: exclusive lower bound.
+        maximum: largest valid value.
+        below: exclusive upper bound.
+        default_text: shown as the default if the default is computed at run time.
+        metavar: placeholder of the value in `--help`; by default from the type.
+        synonyms: pairs of an alternative spelling and the value it stands for.
+        common: shown by `--help`; `--help-all` shows all options.
     """
 
     help: str
@@ -56,17 +57,17 @@ class FieldInfo:
 
 @dataclass(frozen=True)
 class ConfigField:
-    """One field of a settings dataclass, with its type taken apart.
+    """Schema of one field of a configuration dataclass.
 
     Attributes:
-        name: field name, which is also the TOML key.
+        name: name of the field and of the TOML key.
         kind: `int`, `float`, `bool` or `str`.
-        choices: the allowed strings, empty where any will do.
+        choices: the valid strings; empty if any string is valid.
         repeatable: the field holds a tuple of `kind`.
         optional: the field may be None.
-        words: strings allowed besides values of `kind`.
+        keywords: valid strings besides values of `kind`, such as `auto`.
         default: the dataclass default.
-        option: what was declared beside the type.
+        info: the declared metadata.
     """
 
     name: str
@@ -74,20 +75,35 @@ class ConfigField:
     choices: tuple[str, ...]
     repeatable: bool
     optional: bool
-    words: tuple[str, ...]
+    keywords: tuple[str, ...]
     default: Any
-    option: FieldInfo
+    info: FieldInfo
 
     @property
     def flag(self) -> str:
-        """The command-line spelling, such as `--learning-rate`."""
-        return "--" + self.name.replace("_", "-")
+        """The command-line option, such as `--learning-rate`."""
+        return flag_of(self.name)
+
+    @property
+    def negative_flag(self) -> str:
+        """The option that turns a switch off, such as `--no-packing`."""
+        return flag_of("no_" + self.name)
+
+    def spell(self, value: Any) -> list[str]:
+        """Return the command-line arguments that set the field to `value`."""
+        if self.kind is bool and value is not None:
+            return [self.flag if value else self.negative_flag]
+        args: list[str] = []
+        for item in value if self.repeatable else (value,):
+            text = "none" if item is None else repr(item) if isinstance(item, float) else str(item)
+            args += [f"{self.flag}={text}"] if text.startswith("-") or not text else [self.flag, text]
+        return args
 
     @property
     def default_text(self) -> str:
-        """The default as help and documentation show it."""
-        if self.option.default_text is not None:
-            return self.option.default_text
+        """The default for help and documentation."""
+        if self.info.default_text is not None:
+            return self.info.default_text
         if self.default is None or self.default == ():
             return "none"
         if isinstance(self.default, tuple):
@@ -96,106 +112,111 @@ class ConfigField:
 
     @property
     def range_text(self) -> str:
-        """The values allowed, such as `at least 0 and below 1`; empty where any will do."""
-        option = self.option
+        """The valid range, such as `at least 0 and below 1`; empty if unbounded."""
+        info = self.info
         bounds = {
-            "at least": option.minimum,
-            "above": option.above,
-            "at most": option.maximum,
-            "below": option.below,
+            "at least": info.minimum,
+            "above": info.above,
+            "at most": info.maximum,
+            "below": info.below,
         }
-        return " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{name} {bound:.10g}" for name, bound in bounds.items() if bound is not None)
 
     @property
     def metavar(self) -> str:
-        """What a value looks like, such as `INTEGER` or `cosine|linear`."""
+        """Placeholder of the value, such as `INTEGER` or `cosine|linear`."""
         if self.choices:
             return "|".join(self.choices)
-        if self.option.metavar is not None:
-            return self.option.metavar
+        if self.info.metavar is not None:
+            return self.info.metavar
         kind = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}[self.kind]
-        return "|".join((kind, *self.words))
+        return "|".join((kind, *self.keywords))
+
+
+def flag_of(name: str) -> str:
+    """Return the command-line option of a field name."""
+    return "--" + name.replace("_", "-")
 
 
 @cache
 def schema_of(cls: type) -> Mapping[str, ConfigField]:
-    """Return the settings of a dataclass by name, in the order they were declared."""
+    """Return the fields of a configuration dataclass by name, in order of declaration."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: _setting(field, hints[field.name]) for field in dataclasses.fields(cls)}
+    return {field.name: _config_field(field, hints[field.name]) for field in dataclasses.fields(cls)}
 
 
-def _setting(field: dataclasses.Field[Any], hint: Any) -> ConfigField:
-    kind, option = typing.get_args(hint)
+def _config_field(field: dataclasses.Field[Any], hint: Any) -> ConfigField:
+    kind, info = typing.get_args(hint)
     repeatable = optional = False
     choices: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
     if typing.get_origin(kind) is tuple:
         repeatable, kind = True, typing.get_args(kind)[0]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         first, *others = (arg for arg in typing.get_args(kind) if arg is not types.NoneType)
         optional = types.NoneType in typing.get_args(kind)
-        kind, words = first, tuple(word for other in others for word in typing.get_args(other))
+        kind, keywords = first, tuple(word for other in others for word in typing.get_args(other))
     if typing.get_origin(kind) is typing.Literal:
         choices, kind = typing.get_args(kind), str
-    return ConfigField(field.name, kind, choices, repeatable, optional, words, field.default, option)
+    return ConfigField(field.name, kind, choices, repeatable, optional, keywords, field.default, info)
 
 
-def range_problems(settings: Any) -> Iterator[str]:
-    """Yield a sentence for each field whose value has the wrong type or lies outside its range."""
-    for setting in schema_of(settings.__class__).values():
-        value = getattr(settings, setting.name)
-        if setting.repeatable and not isinstance(value, tuple):
-            yield f"{setting.flag} {value!r} is not a tuple; write ({value!r},)."
+def range_problems(config: Any) -> Iterator[str]:
+    """Yield a sentence for each field whose value has the wrong type or is out of range."""
+    for field in schema_of(config.__class__).values():
+        value = getattr(config, field.name)
+        if field.repeatable and not isinstance(value, tuple):
+            yield f"{field.flag} {value!r} is not a tuple; write ({value!r},)."
             continue
-        for one in value if setting.repeatable else (value,):
-            if (problem := _problem(setting, one)) is not None:
+        for item in value if field.repeatable else (value,):
+            if (problem := _problem(field, item)) is not None:
                 yield problem
 
 
-def _problem(setting: ConfigField, value: Any) -> str | None:
-    if (value is None and setting.optional) or (isinstance(value, str) and value in setting.words):
+def _problem(field: ConfigField, value: Any) -> str | None:
+    if (value is None and field.optional) or (isinstance(value, str) and value in field.keywords):
         return None
-    given = f"{setting.flag} {value}"
-    if setting.choices:
-        if value in setting.choices:
+    given = f"{field.flag} {value}"
+    if field.choices:
+        if value in field.choices:
             return None
-        return f"{given} is not known; choose {_either(setting.choices)}."
-    right = isinstance(value, (int, float) if setting.kind is float else setting.kind)
-    if not right or (setting.kind is not bool and isinstance(value, bool)):
-        return f"{given} is not {_article(setting)}; write {_example(setting)}."
+        return f"{given} is not known; choose {_either(field.choices)}."
+    has_type = isinstance(value, (int, float) if field.kind is float else field.kind)
+    if not has_type or (field.kind is not bool and isinstance(value, bool)):
+        return f"{given} is not {_article(field)}; write {_example(field)}."
     if isinstance(value, str) and not value.isascii() and _SURROGATES.search(value):
-        # Bytes of a command line that are no text come as halves of surrogate pairs, which no file takes.
-        return f"{setting.flag} holds bytes that are not UTF-8; write it, or name the file, in UTF-8."
-    if setting.kind not in (int, float):
+        # Python decodes invalid bytes of a command line to lone surrogates, which no file can hold.
+        return f"{field.flag} is not valid UTF-8; write it, or name the file, in UTF-8."
+    if field.kind not in (int, float):
         return None
-    option = setting.option
+    info = field.info
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        return f"{setting.flag} is too large; write {_example(setting)}."
+        return f"{field.flag} is too large; write {_example(field)}."
     if not math.isfinite(value):
-        return f"{given} is not a finite number; write {_example(setting)}."
-    outside = (
-        (option.minimum is not None and value < option.minimum)
-        or (option.above is not None and value <= option.above)
-        or (option.maximum is not None and value > option.maximum)
-        or (option.below is not None and value >= option.below)
+        return f"{given} is not a finite number; write {_example(field)}."
+    out_of_range = (
+        (info.minimum is not None and value < info.minimum)
+        or (info.above is not None and value <= info.above)
+        or (info.maximum is not None and value > info.maximum)
+        or (info.below is not None and value >= info.below)
     )
-    # Where it is not the default anyway, none is a value like the others.
-    none = ", or none" if setting.optional and setting.default is not None else ""
-    return f"{given} is out of range; it must be {setting.range_text}{none}." if outside else None
+    # If the default is not None, None is a value that can be given.
+    none = ", or none" if field.optional and field.default is not None else ""
+    return f"{given} is out of range; it must be {field.range_text}{none}." if out_of_range else None
 
 
 def parse_values(
     cls: type, values: Mapping[str, Any], file_name: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Turn the strings of a command line, or the values of a TOML file, into field values.
+    """Parse the strings of a command line, or the values of a TOML file, into field values.
 
     Args:
-        cls: the settings dataclass.
+        cls: the configuration dataclass.
         values: by field name; a repeatable field takes a sequence or one value.
-        file_name: the file that the values come from; problems begin with it.
+        file_name: the file of the values; it begins each problem.
 
     Returns:
-        The values by field name, and one sentence for each that is wrong.
+        The valid values by field name, and a sentence for each invalid one.
     """
     known = schema_of(cls)
     where = f"{file_name}: " if file_name else ""
@@ -207,43 +228,43 @@ def parse_values(
             table = "; write its keys without a table header." if isinstance(raw, dict) else ""
             problems.append(f"{where}unknown key '{key}'{table or suggestion(name, known)}")
             continue
-        setting = known[name]
-        many = raw if isinstance(raw, (list, tuple)) and setting.repeatable else (raw,)
-        converted = tuple(_convert(setting, one) for one in many)
-        faults = [where + fault for one in converted if (fault := _problem(setting, one)) is not None]
-        problems += faults
-        if not faults:
-            parsed[name] = converted if setting.repeatable else converted[0]
+        field = known[name]
+        items = raw if isinstance(raw, (list, tuple)) and field.repeatable else (raw,)
+        converted = tuple(_convert(field, item) for item in items)
+        wrong = [where + problem for item in converted if (problem := _problem(field, item)) is not None]
+        problems += wrong
+        if not wrong:
+            parsed[name] = converted if field.repeatable else converted[0]
     return parsed, problems
 
 
-def _convert(setting: ConfigField, raw: Any) -> Any:
-    """Return `raw` as the field's type where that is possible without guessing, else `raw` itself."""
-    if setting.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        # TOML has integers of any length.
+def _convert(field: ConfigField, raw: Any) -> Any:
+    """Return `raw` as the type of the field if it can be converted without guessing, else unchanged."""
+    if field.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        # Integers of TOML have any length.
         return float(raw) if abs(raw) <= LARGEST_INTEGER else raw
-    if setting.kind is str or not isinstance(raw, str):
-        return dict(setting.option.synonyms).get(raw, raw) if isinstance(raw, str) else raw
-    if setting.kind is bool:
+    if field.kind is str or not isinstance(raw, str):
+        return dict(field.info.synonyms).get(raw, raw) if isinstance(raw, str) else raw
+    if field.kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(raw.lower(), raw)
     try:
         number = float(raw)
     except ValueError:
         return raw
-    if setting.kind is float:
+    if field.kind is float:
         return number
     try:
         return int(raw)
     except ValueError:
-        # 1e9 is how people write a number of tokens.
+        # People write numbers of tokens as 1e9.
         return int(number) if math.isfinite(number) and number.is_integer() else raw
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a TOML file, unchecked; see `parse_values`.
+    """Return the keys and values of a TOML file; `parse_values` validates them.
 
     Raises:
-        ConfigError: when the file cannot be read or is not TOML.
+        ConfigError: the file cannot be read or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -260,21 +281,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_toml(settings: Any, panels: Sequence[type]) -> str:
-    """Return settings as TOML that `read_toml` and `parse_values` turn back into equal values.
+def write_toml(config: Any, sections: Sequence[type]) -> str:
+    """Return a configuration as TOML that `read_toml` and `parse_values` read back to equal values.
 
     Args:
-        settings: the dataclass instance.
-        panels: the base dataclasses it is made of; each becomes a headed paragraph.
+        config: the dataclass instance.
+        sections: its base dataclasses; each becomes a section with a comment as heading.
     """
     lines: list[str] = []
-    for panel in panels:
-        lines += ["", f"# {panel.__doc__}"] if lines else [f"# {panel.__doc__}"]
-        for name, setting in schema_of(panel).items():
-            value = getattr(settings, name)
-            # TOML has no null: an unset value stands as a comment that says what it will become.
+    for section in sections:
+        lines += ["", f"# {section.__doc__}"] if lines else [f"# {section.__doc__}"]
+        for name, field in schema_of(section).items():
+            value = getattr(config, name)
+            # TOML has no null: write an unset value as a comment with its default.
             lines.append(
-                f"# {name}: {setting.default_text}" if value is None else f"{name} = {_toml_value(value)}"
+                f"# {name}: {field.default_text}" if value is None else f"{name} = {_toml_value(value)}"
             )
     return "\n".join(lines) + "\n"
 
@@ -291,7 +312,7 @@ def _toml_value(value: Any) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown name: the nearest known one, or a full stop."""
+    """Return the end of a sentence about an unknown name: the closest known name, or a full stop."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else "."
 
@@ -300,13 +321,13 @@ def _either(choices: Sequence[str]) -> str:
     return ", ".join(choices[:-1]) + f" or {choices[-1]}"
 
 
-def _article(setting: ConfigField) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[setting.kind]
+def _article(field: ConfigField) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[field.kind]
 
 
-def _example(setting: ConfigField) -> str:
-    if setting.default is not None and not isinstance(setting.default, tuple):
-        return " or ".join((f"for example {_toml_value(setting.default)}", *setting.words))
+def _example(field: ConfigField) -> str:
+    if field.default is not None and not isinstance(field.default, tuple):
+        return " or ".join((f"for example {_toml_value(field.default)}", *field.keywords))
     return {int: "for example 8", float: "for example 0.001", bool: "true or false", str: "text in quotes"}[
-        setting.kind
+        field.kind
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..config.command_line import option_words
+from ..config.command_line import to_argv
 from ..config.options import ModelConfig, PretrainConfig
 from ..config.schema import schema_of
 from ..distributed.accelerator import choose_precision
@@ -84,7 +84,7 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     words = (
         *_launcher(launch),
         "pretrain",
-        *option_words(_asked_for(config, tokenizer)),
+        *to_argv(_asked_for(config, tokenizer)),
         f"--output-dir={target}",
     )
     return Reproduction(words, variables, tuple(warnings))

@@ -13,7 +13,7 @@ import typer
 import minimind
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, TrainingError
-from minimind_cli.app import SHARED, app
+from minimind_cli.app import DISTRIBUTED, app
 
 Command = Callable[..., Any]
 
@@ -59,7 +59,7 @@ def test_a_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]
     done = run(words[0], "Once upon a time " * 20, *words[1:])
     assert done.code == 2
     assert done.err == (
-        "error: Once upon a time Once upon a time Once u... is too long for the name of a file or folder.\n"
+        "error: Once upon a time Once upon a time Once u... is too long for a file name; give a path.\n"
     )
 
 
@@ -81,7 +81,7 @@ def test_one_process_speaks_for_all(
     rank: str | None,
 ) -> None:
     monkeypatch.setitem(sys.modules, "minimind.training.pretrain", fail_with(error))  # type: ignore[arg-type]
-    monkeypatch.setattr("minimind_cli.app.SECONDS_TO_SPEAK", 0)
+    monkeypatch.setattr("minimind_cli.app.REPORT_DELAY_SECONDS", 0)
     if rank is None:
         monkeypatch.delenv("RANK", raising=False)
     else:
@@ -93,7 +93,7 @@ def test_one_process_speaks_for_all(
     assert done.err.splitlines() == (signed if rank == "1" else lines)
 
 
-@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands.keys() - SHARED))  # type: ignore[attr-defined]
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands.keys() - DISTRIBUTED))  # type: ignore[attr-defined]
 def test_a_command_that_processes_would_all_repeat_is_refused_under_a_launcher(
     run: Command, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -101,8 +101,8 @@ def test_a_command_that_processes_would_all_repeat_is_refused_under_a_launcher(
     done = run(command, "out")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        f"error: {command} works in one process and 2 were launched (WORLD_SIZE); run it without a launcher: "
-        f"minimind-train {command} ...\n"
+        f"error: {command} runs in a single process, but 2 were launched (WORLD_SIZE); run it without "
+        f"a launcher: minimind-train {command} ...\n"
     )
 
 

@@ -50,7 +50,7 @@ def test_damage_shows_with_its_reason(run: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     assert "model.safetensors is damaged" in lines(run / "checkpoints")[3]
-    assert "contents not checked" in lines(run, "--no-verify")[3]
+    assert "checksums not verified" in lines(run, "--no-verify")[3]
     file.unlink()
     assert "model.safetensors is missing" in lines(run, "--no-verify")[3]
 

@@ -55,14 +55,14 @@ def test_a_word_too_many_is_told_without_an_option_that_there_is_not(run: Comman
     done = run("decay trunk another --tokens 5")
     assert (done.code, calls) == (2, [])
     assert done.err == (
-        "error: unexpected word 'another'; values follow an option; see minimind-train decay --help.\n"
+        "error: unexpected argument 'another'; values follow an option; see minimind-train decay --help.\n"
     )
 
 
 def test_without_tokens_it_says_what_to_give(run: Command, calls: list[Call]) -> None:
     done = run("decay out")
     assert done.code == 2
-    assert done.err.startswith("error: --tokens is missing; say for how many tokens")
+    assert done.err.startswith("error: --tokens is missing; give the length of the decay")
     assert calls == []
 
 

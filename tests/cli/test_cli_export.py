@@ -61,7 +61,7 @@ def test_what_was_written_is_said_in_a_few_lines(run: Command, calls: list[Any])
         "wrote    new: huggingface, float16, 30.0M parameters, 52.3 MB",
         "         model.safetensors (52.0 MB)",
         "         tokenizer.json (329 kB)",
-        "checked  what was written reads back as what was read, in this precision",
+        "verified re-read and compared with the source, all tensors equal",
         "note     something to know.",
         f'next     python -c "from transformers import pipeline; print({call})"',
         "next     vllm serve new",
@@ -86,7 +86,7 @@ def test_the_next_command_suits_the_format(run: Command, calls: list[Any], forma
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("export out", "--output is missing; name a new folder for the model."),
+        ("export out", "--output is missing; give a new folder for the model."),
         (
             "export out --output x --format onnx",
             "--format onnx is not known; choose huggingface, minimind or gguf.",

@@ -73,7 +73,7 @@ def test_the_standard_input_is_a_prompt(run: Command, folder: Path, monkeypatch:
     ("stdin", "sentence"),
     [
         (io.TextIOWrapper(io.BytesIO("漢字".encode("gbk")), "utf-8"), "the standard input is not UTF-8 text"),
-        (None, "there is no standard input; write the prompt after the model."),
+        (None, "there is no standard input; give the prompt after the model."),
     ],
 )
 def test_a_standard_input_that_is_no_text_is_refused(
@@ -138,7 +138,7 @@ def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
         (["--top-k", "0"], "--top-k 0 is out of range; it must be at least 1, or none."),
         (["--temperature", "hot"], "--temperature hot is not a number"),
         (["--tempature", "1"], "No such option: --tempature"),
-        (["-5 degrees"], "No such option: -5. A prompt that begins with a dash stands behind -- at the end."),
+        (["-5 degrees"], "No such option: -5. Put a prompt that begins with a dash after --."),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_read(run: Command, words: list[str], sentence: str) -> None:

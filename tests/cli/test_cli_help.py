@@ -56,7 +56,7 @@ def test_an_example_names_a_command_and_its_options(line: str) -> None:
 # Every help that can be printed: a command, and the options of the command line that print it.
 LONG = ("pretrain", "bench", "tokenize", "verify-resume")
 PAGES = [(name, "--help") for name in COMMANDS] + [(name, "--help-all") for name in LONG]
-COMMON = {setting.flag for setting in schema_of(PretrainConfig).values() if setting.option.common}
+COMMON = {field.flag for field in schema_of(PretrainConfig).values() if field.info.common}
 
 
 @pytest.fixture(params=[50, 80, 120])
@@ -120,7 +120,7 @@ def test_examples_can_be_copied(run: Command, width: int, name: str) -> None:
 @pytest.mark.parametrize("name", LONG)
 def test_help_shows_the_common_options_and_help_all_the_others(run: Command, name: str) -> None:
     known = {param.opts[0] for param in COMMANDS[name].params if not param.hidden} | {"--help"}
-    of_runs = {setting.flag for setting in schema_of(PretrainConfig).values()} & known
+    of_runs = {field.flag for field in schema_of(PretrainConfig).values()} & known
     short, full = run(f"{name} --help").out, run(f"{name} --help-all").out
     assert shown_options(short) == known - of_runs | (COMMON & known)
     assert shown_options(full) == known
@@ -131,16 +131,16 @@ def test_help_shows_the_common_options_and_help_all_the_others(run: Command, nam
 def test_help_all_shows_every_option_of_a_run_with_its_help_and_default(run: Command) -> None:
     out = run("pretrain --help_all").out
     sections = re.findall(r"^(\S.*):$", out, re.M)
-    assert sections == ["Options", *(panel.__doc__ for panel in CONFIG_SECTIONS), "Examples"]
+    assert sections == ["Options", *(section.__doc__ for section in CONFIG_SECTIONS), "Examples"]
     entries = {
         entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in re.split(r"\n(?=  --)", out)
     }
-    for setting in schema_of(PretrainConfig).values():
-        entry = entries[setting.flag]
-        assert setting.option.help in entry
-        default = setting.default_text
-        if isinstance(setting.default, bool):
-            default = setting.flag if setting.default else setting.flag.replace("--", "--no-", 1)
+    for field in schema_of(PretrainConfig).values():
+        entry = entries[field.flag]
+        assert field.info.help in entry
+        default = field.default_text
+        if isinstance(field.default, bool):
+            default = field.flag if field.default else field.flag.replace("--", "--no-", 1)
         assert (f"[default: {default}]" in entry) is (default != "none")
     assert "--num-workers" not in out
 

@@ -48,7 +48,7 @@ def test_compare_prints_tables_and_takes_names_for_text(run: Command, tmp_path: 
     assert done.code == 0, done.err
     assert "[red]a" in done.out
     assert done.out.count("--learning-rate") == 1
-    for words in ("training loss", "bits/byte after so many tokens", "options that differ"):
+    for words in ("training loss", "bits/byte at equal tokens", "options that differ"):
         assert words in done.out
     assert "code, packages" not in done.out, "nothing of these differs"
     assert "wrote" not in done.out

@@ -48,7 +48,7 @@ OPTIONS: dict[str, tuple[str | None, dict[str, object]]] = {
     "--wandb_project": ("MiniMind-Pretrain", {"project": "MiniMind-Pretrain"}),
     "--use_compile": ("0", {"compile": False}),
 }
-PASSED_OVER = {"--save_weight", "--device", "--num_workers"}
+IGNORED = {"--save_weight", "--device", "--num_workers"}
 
 
 def words_of(flag: str) -> list[str]:
@@ -65,7 +65,7 @@ def test_an_option_of_the_original_means_the_same_or_is_said_to_mean_nothing(
     assert done.code == 0
     expected = {"num_hidden_layers": 3, **OPTIONS[flag][1]}
     assert trained == [PretrainConfig(**expected)]
-    said = [f"{flag.replace('_', '-')} {OPTIONS[flag][0]} is passed over: "] if flag in PASSED_OVER else []
+    said = [f"{flag.replace('_', '-')} {OPTIONS[flag][0]} is ignored: "] if flag in IGNORED else []
     assert len(done.err.splitlines()) == len(said)
     assert all(text in done.err for text in said)
 
@@ -93,7 +93,7 @@ def test_the_device_cpu_is_taken_and_others_are_left_to_the_machine(
     done = run("pretrain", "--hidden_size", "64", "--device", device)
     assert done.code == 0
     assert os.environ.get("ACCELERATE_USE_CPU") == cpu
-    assert ("passed over" in done.err) is (cpu is None)
+    assert ("is ignored" in done.err) is (cpu is None)
     assert len(trained) == 1
 
 
@@ -135,7 +135,7 @@ def test_the_run_nearest_to_the_original_has_its_values(run: Command, trained: l
 def test_the_page_on_migration_tells_our_defaults() -> None:
     plain = PretrainConfig()
     plain = dataclasses.replace(plain, learning_rate=plain.peak_learning_rate)
-    by_flag = {setting.flag: getattr(plain, name) for name, setting in schema_of(PretrainConfig).items()}
+    by_flag = {field.flag: getattr(plain, name) for name, field in schema_of(PretrainConfig).items()}
     rows = re.findall(
         r"^\| `--\w+` \| [^|]* \| `(--[\w-]+)[^|]*` \| `(\w[^`]*)`",
         MIGRATION.read_text(encoding="utf-8"),

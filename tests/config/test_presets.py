@@ -121,7 +121,7 @@ def test_problems_of_all_layers_are_reported_together() -> None:
         "run.toml: unknown key 'bach_size'; did you mean 'batch_size'?",
         "run.toml: --epochs 0 is out of range; it must be at least 1.",
         "--learning-rate fast is not a number; write for example 0.001.",
-        "--val-data needs --data: name the training text too.",
+        "--val-data needs --data; give the training data too.",
     ]
 
 

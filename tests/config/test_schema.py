@@ -97,7 +97,7 @@ def test_text_becomes_the_type_of_its_field(name: str, text: object, value: obje
         (
             "title",
             "a\udcff",
-            "--title holds bytes that are not UTF-8; write it, or name the file, in UTF-8.",
+            "--title is not valid UTF-8; write it, or name the file, in UTF-8.",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import minimind.runs.changes as changes_module
-from minimind.config.command_line import option_words
+from minimind.config.command_line import to_argv
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.presets import PRESETS, preset_config
 from minimind.config.schema import write_toml
@@ -26,7 +26,7 @@ from minimind.runs.reproduce import Reproduction, reproduce
 from minimind.tracking.environment import describe_environment
 from minimind.training.pretrain import pretrain
 from minimind_cli.config_options import read_config
-from minimind_cli.options import normalise
+from minimind_cli.options import normalize
 from minimind_cli.pretrain import pretrain as command
 from support import tiny_runs
 
@@ -44,7 +44,7 @@ def read_back(words: list[str], monkeypatch: pytest.MonkeyPatch) -> PretrainConf
 
     note.__signature__ = command.__signature__  # type: ignore[attr-defined]
     app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(note)
-    result = CliRunner().invoke(app, normalise(words, PretrainConfig))
+    result = CliRunner().invoke(app, normalize(words, PretrainConfig))
     assert result.exit_code == 0, (result.output, result.exception)
     return read[0]
 
@@ -85,20 +85,20 @@ def configs(draw: st.DrawFn) -> PretrainConfig:
 def test_the_words_give_the_same_options_back(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = shlex.split(shlex.join(option_words(config)))
+    words = shlex.split(shlex.join(to_argv(config)))
     assert read_back(words, monkeypatch) == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_two_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = option_words(preset_config(name))
+    words = to_argv(preset_config(name))
     assert len(words) == 2
     assert read_back(words, monkeypatch) == preset_config(name)
 
 
 def test_plain_defaults_still_name_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one, a machine without a GPU would train another model."""
-    words = option_words(PretrainConfig())
+    words = to_argv(PretrainConfig())
     assert words == ["--hidden-size", "512"]
     assert read_back(words, monkeypatch) == PretrainConfig()
 
