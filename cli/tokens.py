@@ -1,4 +1,4 @@
-"""`minimind-train tokenize` and `minimind-train tokenizer`: text to tokens, ahead of a run."""
+"""`minimind-train tokenize` and `minimind-train tokenizer`: tokenize data, train and inspect tokenizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .examples import examples
 from .help import HelpCommand, HelpGroup
 from .options import LENIENT, parse_config, parse_settings, with_options
 
-app = typer.Typer(cls=HelpGroup, help="Train a tokenizer, or look into one.", epilog=examples("tokenizer"))
+app = typer.Typer(cls=HelpGroup, help="Train a tokenizer, or inspect one.", epilog=examples("tokenizer"))
 
 
 @with_options(DataConfig)
@@ -29,7 +29,7 @@ def tokenize(
     ] = None,
     **_: Any,
 ) -> None:
-    """Tokenize training text ahead of a run, and report on it."""
+    """Tokenize the data of a run in advance, and print its statistics."""
     resolved = parse_config(ctx, file=config)
     from minimind.data.prepare import prepare_data
     from minimind.tokenizer import load_tokenizer
@@ -51,32 +51,34 @@ class TokenizerOptions:
     """Tokenizer"""
 
     output_dir: Annotated[str, FieldInfo("Folder for the tokenizer.", metavar="FOLDER")] = "tokenizer"
-    vocab_size: Annotated[int, FieldInfo("Entries, special tokens among them.", minimum=1)] = 6400
+    vocab_size: Annotated[int, FieldInfo("Size of the vocabulary, including special tokens.", minimum=1)] = (
+        6400
+    )
     data: Annotated[
         tuple[str, ...],
         FieldInfo(
-            "Text to learn from: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
+            "Training data: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
             metavar="PATH",
             default_text="text embedded in Python",
         ),
     ] = ()
-    text_key: Annotated[str, FieldInfo("Field of a JSONL object or parquet row that holds the text.")] = (
+    text_key: Annotated[str, FieldInfo("Field of a JSON object or Parquet row that contains the text.")] = (
         "text"
     )
     bad_lines: Annotated[
-        Literal["error", "skip"], FieldInfo("Stop at a line that cannot be read, or count it and go on.")
+        Literal["error", "skip"], FieldInfo("Stop at an invalid line, or skip and count it.")
     ] = "error"
 
 
 @app.command(cls=HelpCommand, context_settings=LENIENT, epilog=examples("tokenizer train"))
 @with_options(TokenizerOptions)
 def train(ctx: typer.Context, **_: Any) -> None:
-    """Learn a tokenizer from text and save it in the format of Hugging Face."""
+    """Train a tokenizer and save it in the Hugging Face format."""
     options = parse_settings(ctx, TokenizerOptions)
     folder = Path(options.output_dir)
     if (folder / "tokenizer.json").exists():
-        raise ConfigError(f"--output-dir {folder} already holds a tokenizer; name another folder.")
+        raise ConfigError(f"--output-dir {folder} already contains a tokenizer; choose another folder.")
     from rich.console import Console
     from rich.progress import Progress
 
@@ -85,15 +87,15 @@ def train(ctx: typer.Context, **_: Any) -> None:
     bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
     task = bar.add_task("reading", total=None)
 
-    def texts() -> Iterator[str]:
-        yield from _texts(options, lambda done, total: bar.update(task, completed=done, total=total))
-        # How long the merges take is not known ahead.
-        bar.update(task, description="learning", total=None)
+    def documents() -> Iterator[str]:
+        yield from _documents(options, lambda done, total: bar.update(task, completed=done, total=total))
+        # The duration of the merges is unknown.
+        bar.update(task, description="training", total=None)
 
     with bar:
-        tokenizer = train_tokenizer(texts(), options.vocab_size)
+        tokenizer = train_tokenizer(documents(), options.vocab_size)
     tokenizer.save(folder)
-    typer.echo(f"{tokenizer.vocab_size} entries in {folder}; train with it by --tokenizer {folder}")
+    typer.echo(f"{tokenizer.vocab_size} entries in {folder}; use it with --tokenizer {folder}")
 
 
 @app.command(cls=HelpCommand, epilog=examples("tokenizer inspect"))
@@ -101,12 +103,12 @@ def inspect(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="A tokenizer.json or its folder; by default the one in the package.", metavar="[PATH]"
+            help="A tokenizer.json or its folder; default: the one in the package.", metavar="[PATH]"
         ),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Show how this text is tokenized.", metavar="TEXT")] = None,
+    text: Annotated[str | None, typer.Option(help="Tokenize this text.", metavar="TEXT")] = None,
 ) -> None:
-    """Show what a tokenizer is made of, and what it makes of a text."""
+    """Show a tokenizer's vocabulary and special tokens, and tokenize a sample."""
     from minimind.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
@@ -123,13 +125,13 @@ def inspect(
         typer.echo(f"{len(ids)} tokens, {size} bytes, {size / len(ids):.2f} bytes per token")
 
 
-def _texts(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
-    """Yield the documents asked for, and show how many bytes of the files are read."""
-    from minimind.data.builtin_corpus import embedded_documents
+def _documents(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
+    """Yield the documents, and report progress in bytes of the files."""
+    from minimind.data.builtin_corpus import builtin_documents
     from minimind.data.readers import Reading, TextFile, find_files
 
     if not options.data:
-        yield from embedded_documents()
+        yield from builtin_documents()
         return
     files = find_files(options.data, "--data")
     total, before = sum(file.stat().st_size for file in files), 0

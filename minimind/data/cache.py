@@ -1,4 +1,4 @@
-"""A folder of finished builds: each is built once, under a lock, and is whole or not there at all."""
+"""A folder of builds: each is built once, under a file lock, and appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ except ImportError:  # Windows: without the lock two processes may both build; t
 
 _MANIFEST = "manifest.json"
 _BUILDING = ".building-"
-# A build elsewhere that wrote nothing for so long is taken for dead.
+# A build of another machine that wrote nothing for this long is removed.
 _STALE_SECONDS = 24 * 3600.0
 
 Build = Callable[[Path], Mapping[str, Any]]
 
 
 def open_or_build(cache_dir: Path, key: str, build: Build) -> tuple[Path, dict[str, Any], bool]:
-    """Return the folder and manifest of a build, building it first where it is not there or not whole.
+    """Return the folder and manifest of a build; build it when it is missing or incomplete.
 
     Args:
-        cache_dir: folder of all builds; made if needed.
-        key: names this build.
-        build: writes files into the folder it is given and returns what the manifest shall hold.
+        cache_dir: folder of all builds; created if needed.
+        key: name of this build.
+        build: writes files into the given folder and returns the manifest.
 
     Returns:
         The folder, its manifest, and whether this call built it.
@@ -52,7 +52,7 @@ def open_or_build(cache_dir: Path, key: str, build: Build) -> tuple[Path, dict[s
 
 
 def find(cache_dir: Path, key: str) -> dict[str, Any] | None:
-    """Return the manifest of a build that is there and whole, else None."""
+    """Return the manifest of a complete build, or None."""
     return _whole(cache_dir / key)
 
 
@@ -67,12 +67,12 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
-        # What lies at the place now is damaged, or _whole would have found it.
+        # An existing folder is damaged, or _whole would have found it.
         shutil.rmtree(folder, ignore_errors=True)
         try:
             draft.rename(folder)
         except OSError:
-            # A machine that does not share the lock was first; its build is as good as this one.
+            # Another machine, which does not share the lock, finished first; its build is equal.
             if (theirs := _whole(folder)) is None:
                 raise
             return theirs
@@ -83,7 +83,7 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished build whose files have the sizes they should have."""
+    """Return the manifest of a complete build whose files have the recorded sizes."""
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
@@ -94,19 +94,19 @@ def _whole(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, waiting for it."""
+    """Wait for an exclusive lock on a file and hold it."""
     if fcntl is None:
         yield
         return
     with path.open("a") as file:
-        # Some network file systems have no locks; the rename still keeps builds whole.
+        # Some network file systems have no locks; the rename still publishes complete builds only.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _remove_stale(cache_dir: Path, key: str) -> None:
-    """Remove what builds that died have left behind, of any key; the caller holds the lock of `key`."""
+    """Remove the drafts of dead builds of any key; the caller holds the lock of `key`."""
     for draft in cache_dir.glob(f"*{_BUILDING}*"):
         name, _, builder = draft.name.partition(_BUILDING)
         host, _, pid = builder.rpartition("-")
@@ -121,7 +121,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # It belongs to someone else.
+    except OSError:  # It belongs to another user.
         return True
     return True
 
@@ -134,7 +134,7 @@ def _last_written(folder: Path) -> float:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system lets folders be synced."""
+    """Force a rename to the disk, where the system supports syncing folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
