@@ -358,7 +358,7 @@ def test_too_little_text_says_how_many_entries_it_gave():
         train_tokenizer([], 6400)
     with pytest.raises(DataError, match="enough for only 272 of"):
         train_tokenizer(["every pair once"], 6400)
-    with pytest.raises(DataError, match=r"gave only (2[789]\d|3\d\d) of"):
+    with pytest.raises(DataError, match=r"enough for only (2[789]\d|3\d\d) of"):
         train_tokenizer(["the fox the fox the fox"], 6400)
 
 
