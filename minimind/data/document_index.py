@@ -10,13 +10,14 @@ A split `train` has three files, all int64:
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .checksums import ChecksummedFile
 
 BLOCK_TOKENS = 1 << 18
 
@@ -62,8 +63,8 @@ class IndexWriter:
         self._folder, self._split, self._block_tokens = folder, split, block_tokens
         self._last_begin = -1
         self._lengths: Counter[tuple[int, int]] = Counter()
-        self._offsets = (folder / f"{split}.offsets").open("wb")
-        self._blocks = (folder / f"{split}.blocks").open("wb")
+        self._offsets = ChecksummedFile(folder / f"{split}.offsets")
+        self._blocks = ChecksummedFile(folder / f"{split}.blocks")
         self._offsets.write(np.zeros(1, np.int64).tobytes())
 
     def append(self, lengths: NDArray[np.int64], part: int = 0) -> None:
@@ -73,7 +74,7 @@ class IndexWriter:
         marks = np.append(self._last_begin, begins) // self._block_tokens
         heads = np.flatnonzero(marks[1:] > marks[:-1])
         self._blocks.write(np.stack((self.num_documents + heads, begins[heads]), axis=1).tobytes())
-        self._offsets.write(ends.data)
+        self._offsets.write(ends.tobytes())
         self._last_begin, self.num_tokens = int(begins[-1]), int(ends[-1])
         self.num_documents += len(lengths)
         values, counts = np.unique(lengths, return_counts=True)
@@ -87,18 +88,16 @@ class IndexWriter:
         reaches = (self.num_tokens - 1) // self._block_tokens > self._last_begin // self._block_tokens
         ends = [end] * (1 + (reaches and self.num_documents > 0))
         self._blocks.write(np.array(ends, np.int64).tobytes())
-        with (self._folder / f"{self._split}.lengths").open("wb") as file:
-            rows = [(*key, count) for key, count in sorted(self._lengths.items())]
-            file.write(np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, 3).T).data)
-        for written in (self._offsets, self._blocks):
-            written.flush()
-            os.fsync(written.fileno())
+        lengths = ChecksummedFile(self._folder / f"{self._split}.lengths")
+        rows = [(*key, count) for key, count in sorted(self._lengths.items())]
+        lengths.write(np.array(rows, np.int64).reshape(-1, 3).T.tobytes())
+        for written in (self._offsets, self._blocks, lengths):
             written.close()
 
     def abandon(self) -> None:
         """Close the files of a build that failed."""
-        self._offsets.close()
-        self._blocks.close()
+        self._offsets.abandon()
+        self._blocks.abandon()
 
 
 def read_blocks(folder: Path, split: str) -> NDArray[np.int64]:

@@ -87,11 +87,12 @@ def window_batch(shards: TokenShards, windows: EvalWindows, chosen: slice, pad_t
     documents = np.zeros(shape, np.int64)
     document_ids = np.zeros(shape, np.int32)
     several = False
+    offsets = shards.offsets[:]
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
     for sequence, (start, stop, first) in enumerate(zip(starts, stops, firsts, strict=True)):
         tokens = shards.tokens(int(start), int(stop) + 1)
         places = np.arange(start, stop + 1)
-        document = np.searchsorted(shards.offsets, places, side="right") - 1
+        document = np.searchsorted(offsets, places, side="right") - 1
         counts = (document[1:] == document[:-1]) & (places[1:] >= first)
         used = slice(0, len(tokens) - 1)
         inputs[sequence, used] = tokens[:-1]
@@ -101,5 +102,5 @@ def window_batch(shards: TokenShards, windows: EvalWindows, chosen: slice, pad_t
         # Padding counts as a further document.
         document_ids[sequence] = document[-2] - document[0] + 1
         document_ids[sequence, used] = document[:-1] - document[0]
-        positions[sequence, used] = places[:-1] - np.maximum(shards.offsets[document[:-1]], start)
+        positions[sequence, used] = places[:-1] - np.maximum(offsets[document[:-1]], start)
     return EvalBatch(inputs, labels, document_ids if several else None, positions, documents)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from .sources import DataSource, read_sources
 from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 
 # Part of every cache key: increase when the files of a build change.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,11 @@ def prepare_data(
 
     cache_dir = cache_folder(config)
     try:
-        folder, manifest, built = open_or_build(cache_dir, key, build)
+        opened = open_or_build(cache_dir, key, build)
     except OSError as error:
         raise _unwritable(cache_dir, error) from error
-    train, validation = (_open(folder, split, manifest) for split in SPLITS)
+    manifest = opened.manifest
+    train, validation = (_open(opened.folder, split, manifest) for split in SPLITS)
     assert train is not None
     if train.num_tokens <= config.max_seq_len:
         raise DataError(
@@ -134,14 +136,19 @@ def prepare_data(
         )
     weights = tuple(source.weight for source in sources if source.weight is not None)
     packed, padded = sequence_costs(train.length_counts, config.max_seq_len)
+    report = DataReport.from_dict(manifest["report"])
+    if opened.corrupt is not None:
+        corrupt = f"the token cache was corrupt and was built again: {opened.corrupt}."
+        warnings.warn(corrupt, stacklevel=2)
+        report = dataclasses.replace(report, notes=(*report.notes, corrupt))
     report = dataclasses.replace(
-        DataReport.from_dict(manifest["report"]),
+        report,
         seq_len=config.max_seq_len,
         packed=packed,
         padded=padded,
         mixture=_mixture(config, sources, train) if weights else (),
     )
-    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), built, weights)
+    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), opened.built, weights)
 
 
 def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -> str | None:

@@ -1,23 +1,24 @@
 """Tokens on disk: memory-mapped shards of documents end to end, and their index.
 
 A split `train` is the files `train-00000.bin`, `train-00001.bin`, … (tokens, uint16 or uint32, a document
-never spans two files) and the index of `document_index`.
+never spans two files) and the index of `document_index`. Each file has checksums; see `checksums`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
-import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checksums import CheckedArray, ChecksummedFile
 from .document_index import BLOCK_TOKENS, IndexWriter, read_blocks, read_length_counts, read_parts
 
 SHARD_TOKENS = 1 << 28
@@ -40,11 +41,13 @@ class SplitIndex:
         dtype: name of the token type.
         shard_tokens: tokens in each shard.
         num_documents: documents in all shards.
+        content: hash (hex) of all tokens and document lengths.
     """
 
     dtype: str
     shard_tokens: tuple[int, ...]
     num_documents: int
+    content: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -70,42 +73,41 @@ class ShardWriter:
     shard_tokens: int = SHARD_TOKENS
     block_tokens: int = BLOCK_TOKENS
     _written: list[int] = field(default_factory=list, init=False)
-    _tokens_file: BinaryIO | None = field(default=None, init=False)
+    _tokens_file: ChecksummedFile | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._index = IndexWriter(self.folder, self.split, self.block_tokens)
+        self._content = hashlib.blake2b(digest_size=16)
 
     def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64], part: int = 0) -> None:
         """Add documents: their tokens end to end, their lengths, and the source of --data."""
         if not len(lengths):
             return
         if self._tokens_file is None or self._written[-1] >= self.shard_tokens:
-            self._finish(self._tokens_file)
-            name = _shard_name(self.split, len(self._written))
-            self._tokens_file = (self.folder / name).open("wb")
+            if self._tokens_file is not None:
+                self._tokens_file.close()
+            self._tokens_file = ChecksummedFile(self.folder / _shard_name(self.split, len(self._written)))
             self._written.append(0)
-        self._tokens_file.write(tokens.astype(self.dtype, copy=False).data)
+        data = tokens.astype(self.dtype, copy=False).tobytes()
+        self._tokens_file.write(data)
+        self._content.update(data)
+        self._content.update(lengths.astype(np.int64, copy=False).tobytes())
         self._written[-1] += len(tokens)
         self._index.append(lengths, part)
 
     def close(self) -> SplitIndex:
         """Force the files to the disk and return the index."""
-        self._finish(self._tokens_file)
+        if self._tokens_file is not None:
+            self._tokens_file.close()
         self._index.close()
-        return SplitIndex(self.dtype.name, tuple(self._written), self._index.num_documents)
+        content = self._content.hexdigest()
+        return SplitIndex(self.dtype.name, tuple(self._written), self._index.num_documents, content)
 
     def abandon(self) -> None:
         """Close the files of a build that failed."""
         if self._tokens_file is not None:
-            self._tokens_file.close()
+            self._tokens_file.abandon()
         self._index.abandon()
-
-    @staticmethod
-    def _finish(file: BinaryIO | None) -> None:
-        if file is not None:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
 
 
 class TokenShards:
@@ -114,41 +116,45 @@ class TokenShards:
     Attributes:
         num_documents: documents in the split.
         num_tokens: tokens, including start and end tokens.
-        offsets: (documents + 1,) int64, the start of each document; memory-mapped.
+        offsets: (documents + 1,) int64, the start of each document; memory-mapped and
+            checked on first use.
         blocks: (blocks + 1, 2) int64, the first document of each block and its start.
         parts: the documents of each source of --data.
         length_counts: (2, L) int64, document lengths, ascending, and their counts.
         fingerprint: identifies the documents, the tokenizer and the split.
+        content: hash (hex) of all tokens and document lengths.
     """
 
     def __init__(self, folder: Path, split: str, index: SplitIndex, fingerprint: str) -> None:
         self.num_documents = index.num_documents
         self.num_tokens = index.num_tokens
         self.fingerprint = fingerprint
+        self.content = index.content
         self._dtype = np.dtype(index.dtype)
         self._ends = np.cumsum(index.shard_tokens, dtype=np.int64)
         self._begins = self._ends - np.array(index.shard_tokens, np.int64)
         self._maps: WeakSet[mmap.mmap] = WeakSet()
         # Mapped on first use; limited because each map keeps a file open.
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(
-            lambda number: self._map(folder / _shard_name(split, number), self._dtype)
+            lambda number: self._open(folder / _shard_name(split, number), self._dtype)
         )
-        self.offsets: NDArray[np.int64] = self._map(folder / f"{split}.offsets", np.dtype(np.int64))
+        # A shard that is mapped again is not checked again.
+        self._unchecked: dict[Path, NDArray[np.bool_]] = {}
+        self.offsets = self._open(folder / f"{split}.offsets", np.dtype(np.int64))
         self.blocks = read_blocks(folder, split)
         self.parts = read_parts(folder, split)
         self.length_counts = read_length_counts(folder, split)
 
-    def _map(self, path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._maps.add(mapped)
-        # Views of the array keep the map alive after its eviction from the cache.
-        return np.frombuffer(mapped, dtype)
+    def _open(self, path: Path, dtype: np.dtype[Any]) -> CheckedArray:
+        opened = CheckedArray(path, dtype, self._unchecked.get(path))
+        self._unchecked[path] = opened.unchecked
+        self._maps.add(opened.mapped)
+        return opened
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(documents,) tokens of each document; a new array of 8 bytes a document."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets[:])
 
     def document(self, i: int) -> NDArray[Any]:
         """Return the tokens of one document."""
@@ -178,7 +184,9 @@ class TokenShards:
             for shard in np.unique(shards[low:high]).tolist():
                 here = low + np.flatnonzero(shards[low:high] == shard)
                 source = starts[here] - int(self._begins[shard])
-                _copy_spans(self._shard(shard), source, out, begins[here], lengths[here])
+                tokens = self._shard(shard)
+                tokens.check_spans(source, lengths[here])
+                _copy_spans(tokens.array, source, out, begins[here], lengths[here])
         return out
 
     def release_pages(self) -> None:

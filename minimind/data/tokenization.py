@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DataError
 from .readers import Reading
 from .shards import ShardWriter, SplitIndex, token_dtype
 
@@ -165,6 +166,11 @@ def encode(
                 writers[split].append(kept, ids.lengths[chosen], batch.part)
                 hashes[split].write(batch.hashes[chosen].data)
                 contents[split].update(batch.hashes[chosen].data)
+                if len(kept) and (largest := int(kept.max())) >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"--tokenizer returned the id {largest}, outside its vocabulary of "
+                        f"{tokenizer.vocab_size} entries; save or download the tokenizer again."
+                    )
                 if split == "train":
                     encoded.token_counts += np.bincount(kept, minlength=tokenizer.vocab_size)
             if progress is not None:
