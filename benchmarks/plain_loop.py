@@ -40,7 +40,7 @@ import torch
 
 from minimind import PretrainConfig, load_tokenizer, pretrain
 from minimind.config.presets import PRESETS, preset_config
-from minimind.data.builtin_corpus import embedded_documents
+from minimind.data.builtin_corpus import builtin_documents
 from minimind.data.prepare import prepare_data
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.training.build_model import resolve_model_config
@@ -152,7 +152,7 @@ def run_apart(contender: str, options: argparse.Namespace) -> dict[str, Any] | N
 def _embedded_corpus(folder: Path) -> str:
     path = folder / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for text in embedded_documents():
+        for text in builtin_documents():
             file.write(json.dumps({"text": text}) + "\n")
     return str(path)
 

@@ -20,7 +20,7 @@ from statistics import mean
 
 import torch
 
-from minimind.data.builtin_corpus import embedded_documents
+from minimind.data.builtin_corpus import builtin_documents
 
 # A part is the mean of so many reports; the first ones are warm-up: compilation, allocator, clocks.
 REPORTS_OF_PART = 8
@@ -54,7 +54,7 @@ def main() -> None:
 
 def write_corpus(path: Path) -> str:
     with path.open("w", encoding="utf-8") as file:
-        for text in embedded_documents():
+        for text in builtin_documents():
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     return str(path)
 

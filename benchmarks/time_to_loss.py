@@ -33,7 +33,7 @@ from plain_loop import Documents, hugging_face_model
 
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import PRESETS, preset_config
-from minimind.data.builtin_corpus import embedded_documents
+from minimind.data.builtin_corpus import builtin_documents
 from minimind.data.loader import evaluation_batches
 from minimind.data.prepare import prepare_data
 from minimind.distributed.accelerator import start_accelerator
@@ -88,7 +88,7 @@ def main() -> None:
 
 def write_documents(options: argparse.Namespace, folder: Path) -> str:
     """Write train.jsonl and val.jsonl, and say what is in them."""
-    texts = list(embedded_documents())
+    texts = list(builtin_documents())
     for path in options.data:
         texts += [json.loads(line)["text"] for line in Path(path).read_text("utf-8").split("\n") if line]
     random.Random(0).shuffle(texts)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from minimind.data.builtin_corpus import embedded_documents
+from minimind.data.builtin_corpus import builtin_documents
 from minimind.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 HAN = re.compile(r"[\u3400-\u9fff]")
@@ -168,7 +168,7 @@ def collect(sources: list[Path], budget: int) -> dict[str, dict[str, list[str]]]
     """Return texts by language and source, each language within `budget` bytes; duplicates are dropped."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     seen = set()
-    streams = [("embedded", embedded_documents()), *((str(source), documents(source)) for source in sources)]
+    streams = [("embedded", builtin_documents()), *((str(source), documents(source)) for source in sources)]
     for name, stream in streams:
         times: Counter[str] = Counter()
         for text in stream:
@@ -230,7 +230,7 @@ def main() -> None:
     tokenizer.save(args.out)
     print(f"trained in {time.perf_counter() - start:.0f} s; fingerprint {tokenizer.fingerprint}")
 
-    measured = [("embedded", list(embedded_documents()))]
+    measured = [("embedded", list(builtin_documents()))]
     measured += [(name, [text]) for name, text in EVERYDAY.items()]
     measured += [(path.name, list(documents(path))) for path in args.on]
     for path in [args.out, *args.compare]:

@@ -41,7 +41,7 @@ from typing import Any
 import psutil
 import torch
 
-from minimind.data.builtin_corpus import embedded_documents
+from minimind.data.builtin_corpus import builtin_documents
 
 PARTS = ("equality", "resume", "killed", "speed", "saves")
 WAYS = ("DDP", "FSDP2")
@@ -370,7 +370,7 @@ def last_words(text: str) -> str:
 def write_corpus(path: Path, size: int | None) -> Path:
     """Write the text that Python carries as JSONL, or about `size` bytes of it."""
     with path.open("w", encoding="utf-8") as file:
-        for text in embedded_documents():
+        for text in builtin_documents():
             if size is not None and file.tell() >= size:
                 break
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

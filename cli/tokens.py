@@ -121,11 +121,11 @@ def inspect(
 
 def _documents(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
     """Yield the documents, and report the bytes read."""
-    from minimind.data.builtin_corpus import embedded_documents
+    from minimind.data.builtin_corpus import builtin_documents
     from minimind.data.readers import Reading, TextFile, find_files
 
     if not options.data:
-        yield from embedded_documents()
+        yield from builtin_documents()
         return
     files = find_files(options.data, "--data")
     total, before = sum(file.stat().st_size for file in files), 0

@@ -1,8 +1,7 @@
-"""Text to token ids and back: load a tokenizer, train one, and know how many bytes each id stands for.
+"""Load, train and apply tokenizers, and return the bytes that each id stands for.
 
-The tokenizer in the package is a byte-level BPE of 6400 entries; any `tokenizer.json` can take its place.
-Here text is always text: a document that contains the letters of a special token is encoded as those
-letters, so it can neither end a document early nor open a chat turn.
+The tokenizer in the package is a byte-level BPE of 6400 entries; any `tokenizer.json` can replace it. The
+name of a special token in a document is encoded as plain text: it can neither end a document nor open a turn.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ PACKAGED = Path(__file__).parent / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
-"""First entries of a tokenizer trained here: padding, start, end, and 13 that later training may name."""
+"""First entries of a trained tokenizer: padding, start, end, and 13 reserved ones."""
 
-# The split of Qwen2: contractions, words with one leading mark, digits one by one, runs of marks, space.
+# The pattern of Qwen2: contractions, words with one leading mark, single digits, punctuation, white space.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# What tokens are called where no tokenizer_config.json says it, in order of preference.
+# Common names of each role, for tokenizers without a tokenizer_config.json, in order of preference.
 _KNOWN_NAMES = {
     "bos_token": ("<|im_start|>", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
     "eos_token": ("<|im_end|>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "[SEP]"),
@@ -44,13 +43,13 @@ _KNOWN_NAMES = {
 _BYTE_SYMBOLS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 _FIX = (
-    "Give a tokenizer.json or the folder that holds one; transformers writes it with "
+    "Pass a tokenizer.json or its folder; transformers writes it with "
     "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
 )
 _PIECE_CHARACTERS = 1 << 16
 
-# Unless this is set when a process forks, tokenizers prints a warning in the child, even if that only runs an
-# unrelated command. A child has none of the Rust threads and would wait for them for ever.
+# Unless this is set when a process forks, tokenizers prints a warning in the child, even for an unrelated
+# command. A child has none of the Rust threads and would deadlock.
 if "TOKENIZERS_PARALLELISM" not in os.environ:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if hasattr(os, "register_at_fork"):
@@ -61,11 +60,11 @@ class Tokenizer:
     """A tokenizer and the roles of its special tokens.
 
     Attributes:
-        vocab_size: entries, reserved ones included; every id is below it.
-        bos_token_id: starts a document, None where the vocabulary has no such token.
-        eos_token_id: ends a document.
-        pad_token_id: fills rows; the end token where the vocabulary has no padding.
-        chat_template: for those who train further; passed on as it was found, None where there is none.
+        vocab_size: entries, including reserved ones; every id is below it.
+        bos_token_id: start token of a document, or None.
+        eos_token_id: end token of a document.
+        pad_token_id: padding; the end token if the vocabulary has no padding token.
+        chat_template: passed on unchanged for later training, or None.
         fingerprint: SHA-256 (hex) of the vocabulary, the rules and the roles.
     """
 
@@ -82,14 +81,14 @@ class Tokenizer:
         pad_token: str | None = None,
         chat_template: Any = None,
     ) -> None:
-        """Take over `backend`, whose vocabulary holds the tokens named."""
+        """Wrap `backend`, whose vocabulary contains the named tokens."""
         pad_token = pad_token or eos_token
         self._roles = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.chat_template = chat_template
-        # A tokenizer.json may carry the cut-off and padding of some earlier use.
+        # A tokenizer.json may contain truncation and padding settings.
         backend.no_truncation()
         backend.no_padding()
-        # A role must be a special token, or decoding would print it and text could spell it. Its id stays.
+        # A role must be a special token: otherwise decoding prints it and text can produce it. Its id stays.
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         for name in self._roles.values():
             if name is not None and name not in special:
@@ -107,18 +106,18 @@ class Tokenizer:
         self._byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
         self._added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in self._added.items() if token.special)
-        self._struck = self._ids_text_can_spell(rules["model"])
+        self._stripped_ids = self._special_ids_in_text(rules["model"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # The switch is no part of a pickled backend.
+        # A pickled backend loses this setting.
         self._backend.encode_special_tokens = True
 
-    def _ids_text_can_spell(self, model: Mapping[str, Any]) -> frozenset[int]:
-        """Return the special ids to strike from encoded text; an unknown token without a role stays.
+    def _special_ids_in_text(self, model: Mapping[str, Any]) -> frozenset[int]:
+        """Return the special ids to remove from encoded text; an unknown token without a role stays.
 
-        Byte-level BPE cannot reach a special token from text. Unigram and word vocabularies can, as their
-        special tokens are pieces like any other.
+        Byte-level BPE never encodes text as a special token. Unigram and word vocabularies can, because their
+        special tokens are ordinary pieces.
         """
         names = [self._added[id].content for id in self._special_ids]
         spelled = self._backend.encode_batch(names + [f"a{name}" for name in names], add_special_tokens=False)
@@ -137,8 +136,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without start or end tokens, encoded on all cores.
 
-        Half a surrogate pair is not Unicode text and has no bytes: it is encoded as U+FFFD. Two halves that
-        belong together are encoded as the character they stand for.
+        Half a surrogate pair has no UTF-8 encoding and becomes U+FFFD; two matching halves become their
+        character.
         """
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -146,19 +145,19 @@ class Tokenizer:
             halves = (text.encode("utf-16-le", "surrogatepass") for text in texts)
             texts = [half.decode("utf-16-le", "replace") for half in halves]
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        if self._struck:
-            return [[id for id in encoding.ids if id not in self._struck] for encoding in encodings]
+        if self._stripped_ids:
+            return [[id for id in encoding.ids if id not in self._stripped_ids] for encoding in encodings]
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of some ids; bytes that are no valid UTF-8 show as U+FFFD."""
+        """Return the text of some ids; invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def bytes_per_token(self) -> np.ndarray:
         """Return the UTF-8 bytes each id stands for, float32 (V,), 0 for special and unused ids.
 
-        Byte-level: summed over an encoded text this is exactly its length in bytes, provided that the
-        tokenizer does not normalize text. Other vocabularies: what the id adds to the text of the one before.
+        Byte-level: the sum over an encoded text is exactly its length in bytes, unless the tokenizer
+        normalizes text. Other vocabularies: the bytes that the id adds to decoded text.
         """
         sizes = np.zeros(self.vocab_size, dtype=np.float32)
         vocabulary = self._backend.get_vocab()
@@ -198,21 +197,21 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        path: a `tokenizer.json` or a folder that holds one; None takes the one in the package. A file
-            `NAME.json` finds its roles in `NAME_config.json` beside it, else by the names in common use.
+        path: a `tokenizer.json` or its folder; None loads the one in the package. The roles of `NAME.json`
+            are read from `NAME_config.json` beside it, otherwise found by common names.
 
     Raises:
-        ConfigError: when there is no tokenizer at the path or nothing in it can end a document.
+        ConfigError: when the path has no tokenizer or the tokenizer has no end token.
     """
     file = PACKAGED if path is None else Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
     rules = _read_json(file)
     if "model" not in rules:
-        raise ConfigError(f"--tokenizer {file} holds no tokenizer: it has no 'model'. {_FIX}")
+        raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {_FIX}")
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
-    except Exception as error:  # what the Rust side raises has no type of its own
+    except Exception as error:  # the Rust extension raises plain Exception
         raise ConfigError(
             f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
             "Save it again with the transformers installed here, or update tokenizers."
@@ -222,7 +221,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     bos, eos, pad = (_find_role(role, backend, config, file) for role in _KNOWN_NAMES)
     if eos is None:
         raise ConfigError(
-            f"--tokenizer {file} has no token that ends a document. Name one of its tokens in a file "
+            f"--tokenizer {file} has no end-of-document token. Name one of its tokens in "
             f'{config_file.name} beside it: {{"eos_token": "..."}}.'
         )
     template = config.get("chat_template")
@@ -244,7 +243,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _template_beside(file: Path) -> str | None:
-    """Return the chat template that transformers 5 puts into a file of its own, None where it has not."""
+    """Return the chat template from the separate file that transformers 5 writes, or None."""
     template = file.with_name("chat_template.jinja")
     try:
         return template.read_text(encoding="utf-8")
@@ -255,7 +254,7 @@ def _template_beside(file: Path) -> str | None:
 
 
 def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> str | None:
-    """Return the token the config names for a role, else the first known name in the vocabulary."""
+    """Return the token that the config names for a role, otherwise the first known name in the vocabulary."""
     named = config.get(role)
     if isinstance(named, dict):
         named = named.get("content")
@@ -264,29 +263,29 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
             f"--tokenizer {file}: the vocabulary has no {named!r}, the {role} that {file.stem}_config.json "
             "beside it names. Correct the name there."
         )
-    # A config that says null means it, except that documents must end.
+    # An explicit null is respected, except for the end token, which is required.
     if named is None and (role not in config or role == "eos_token"):
         named = next((name for name in _KNOWN_NAMES[role] if backend.token_to_id(name) is not None), None)
     return named
 
 
 def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None = None) -> None:
-    """Raise ConfigError, saying what would do, when the model has too few rows for the tokenizer.
+    """Raise ConfigError when the model's embedding is smaller than the tokenizer's vocabulary.
 
     Args:
-        tokenizer: for the model.
-        model_vocab_size: rows of its embedding.
-        model: where its weights lie; None for one that is still to be made, whose size can be chosen.
+        tokenizer: the tokenizer of the model.
+        model_vocab_size: entries of its embedding.
+        model: path of its weights; None for a new model, whose --vocab-size can be chosen.
     """
     if tokenizer.vocab_size > model_vocab_size:
         if model is not None:
             raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, but the embedding of {model} only "
-                f"{model_vocab_size} rows; name the one it was trained with by --tokenizer."
+                f"the tokenizer has {tokenizer.vocab_size} entries, but the embedding of {model} has "
+                f"only {model_vocab_size}; pass the tokenizer it was trained with as --tokenizer."
             )
         raise ConfigError(
             f"--vocab-size {model_vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries. "
-            f"Leave the option out, give at least {tokenizer.vocab_size}, or choose another --tokenizer."
+            f"Remove the option, pass at least {tokenizer.vocab_size}, or choose another --tokenizer."
         )
 
 
@@ -300,25 +299,25 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE of the package's kind.
 
-    At most `max_bytes` of the text are kept: a random sample in which every document, or piece of 65,536
-    characters of a long one, has the same chance. The same texts in the same order give the same tokenizer.
+    At most `max_bytes` are kept: a uniform random sample of the documents, long ones in pieces of 65,536
+    characters. The same documents in the same order give the same tokenizer.
 
     Args:
-        texts: documents, read once.
-        vocab_size: entries, of which 256 are the bytes and 16 are special.
-        max_bytes: UTF-8 bytes to train on; Chinese takes about 60 times as much memory, English far less.
-        seed: of the sampling.
+        texts: the documents; iterated once.
+        vocab_size: entries, including 256 bytes and 16 special tokens.
+        max_bytes: UTF-8 bytes to train on; Chinese needs about 60 times this in memory, English far less.
+        seed: seeds the sampling.
         progress: called with (documents read, bytes read) after each document.
 
     Raises:
-        ConfigError: when `vocab_size` leaves no room for the bytes and the special tokens.
-        DataError: when the text is too small or too uniform to fill the vocabulary.
+        ConfigError: when `vocab_size` is too small for the bytes and the special tokens.
+        DataError: when the data is too small or too uniform to fill the vocabulary.
     """
     smallest = len(_BYTE_SYMBOLS) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ConfigError(
             f"--vocab-size {vocab_size} is too small for a tokenizer: 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens need {smallest}. Give at least {smallest}."
+            f"special tokens need {smallest}. Pass at least {smallest}."
         )
     backend = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
@@ -330,15 +329,15 @@ def train_tokenizer(
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(_BYTE_SYMBOLS),
-        max_token_length=24,  # in bytes: long rules and runs of spaces are not worth an entry
+        max_token_length=24,  # in bytes: excludes long rulers and runs of spaces
         show_progress=False,
     )
     backend.train_from_iterator(sample_text(texts, max_bytes, seed, progress), trainer)
     entries = backend.get_vocab_size(with_added_tokens=True)
     if entries < vocab_size:
         raise DataError(
-            f"the text gave only {entries} of the {vocab_size} entries asked for; "
-            f"give more text, or --vocab-size {entries}."
+            f"the data is enough for only {entries} of {vocab_size} entries; "
+            f"add data, or pass --vocab-size {entries}."
         )
     pad, bos, eos = SPECIAL_TOKENS[:3]
     return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad)
@@ -347,7 +346,7 @@ def train_tokenizer(
 def sample_text(
     texts: Iterable[str], max_bytes: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[str]:
-    """Yield at most `max_bytes` of the texts, in pieces: those that drew the smallest random numbers."""
+    """Yield a random sample of pieces, at most `max_bytes`: those with the smallest random numbers."""
     draw = random.Random(seed)
     kept: list[tuple[float, int, str]] = []
     kept_bytes = bytes_read = documents = 0
@@ -361,19 +360,19 @@ def sample_text(
                 heapq.heappush(kept, (-number, size, piece))
                 kept_bytes += size
             while kept_bytes > max_bytes:
-                # Later numbers above it would be dropped too: the sample is as if drawn from everything.
+                # Later pieces above the threshold would be dropped too, so the sample stays uniform.
                 largest, size, _ = heapq.heappop(kept)
                 threshold = -largest
                 kept_bytes -= size
         if progress is not None:
             progress(documents, bytes_read)
     while kept:
-        # Handed over and let go, so that the trainer's counts grow while the sample shrinks.
+        # Popped, so that the sample shrinks while the trainer's counts grow.
         yield kept.pop()[2].encode("utf-8", "replace").decode()
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either whole or not there."""
+    """Write a JSON file atomically."""
     draft = file.with_name(f"{file.name}.tmp")
     draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, file)

@@ -268,7 +268,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused():
     with pytest.raises(ConfigError, match=r"--vocab-size 6399 .* 6400 entries.*at least 6400"):
         check_vocab(SHIPPED, 6399)
     # The size of a model that is there cannot be chosen.
-    with pytest.raises(ConfigError, match=r"the embedding of out/model only 6399 rows; name .* --tokenizer"):
+    with pytest.raises(ConfigError, match=r"the embedding of out/model has only 6399; pass .* --tokenizer"):
         check_vocab(SHIPPED, 6399, "out/model")
 
 
@@ -279,7 +279,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused():
         ("not JSON", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
         ("[1, 2]", "not a JSON object"),
-        ('{"vocab": {}}', "holds no tokenizer: it has no 'model'"),
+        ('{"vocab": {}}', "is not a tokenizer: it has no 'model'"),
         ('{"model": {"type": "Unheard of"}}', "cannot read it"),
     ],
 )
@@ -293,7 +293,7 @@ def test_what_is_no_tokenizer_is_refused(content, message, tmp_path):
 
 def test_a_tokenizer_without_an_end_token_is_refused_with_the_fix(tmp_path):
     file = saved(words("<unk>", "a", "b"), tmp_path)
-    with pytest.raises(ConfigError, match=r'no token that ends.*tokenizer_config\.json.*"eos_token"'):
+    with pytest.raises(ConfigError, match=r'no end-of-document token.*tokenizer_config\.json.*"eos_token"'):
         load_tokenizer(file)
 
 
@@ -354,11 +354,11 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
 
 
 def test_too_little_text_says_how_many_entries_it_gave():
-    with pytest.raises(DataError, match=r"gave only 272 of the 6400 entries.*--vocab-size 272"):
+    with pytest.raises(DataError, match=r"enough for only 272 of 6400 entries.*--vocab-size 272"):
         train_tokenizer([], 6400)
-    with pytest.raises(DataError, match="gave only 272 of"):
+    with pytest.raises(DataError, match="enough for only 272 of"):
         train_tokenizer(["every pair once"], 6400)
-    with pytest.raises(DataError, match=r"gave only (2[789]\d|3\d\d) of"):
+    with pytest.raises(DataError, match=r"enough for only (2[789]\d|3\d\d) of"):
         train_tokenizer(["the fox the fox the fox"], 6400)
 
 

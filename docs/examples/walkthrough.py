@@ -16,9 +16,9 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from minimind.data.builtin_corpus import embedded_documents
+from minimind.data.builtin_corpus import builtin_documents
 
-documents = list(islice(embedded_documents(), 40))
+documents = list(islice(builtin_documents(), 40))
 folder = Path("walkthrough")
 folder.mkdir(exist_ok=True)
 corpus = folder / "corpus.jsonl"

@@ -1,1 +1,1 @@
-"""From text files to rows of tokens: sources, token cache, packing, order, loader."""
+"""From text files to token sequences: readers, token cache, packing, sampling order, loader."""

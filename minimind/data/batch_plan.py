@@ -1,4 +1,4 @@
-"""How the rows of one optimizer step are divided among processes and micro-batches."""
+"""Divide the sequences of one optimizer step among processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The size of a step and of its parts.
+    """Sizes of the global batch and of its micro-batches.
 
     Attributes:
-        micro_batch_size: rows that one process runs at once.
-        accumulation_steps: micro-batches that one process runs before the optimizer steps.
-        num_processes: data-parallel processes.
+        micro_batch_size: sequences in one micro-batch of one process.
+        accumulation_steps: micro-batches of one process per optimizer step.
+        num_processes: data-parallel world size.
     """
 
     micro_batch_size: int
@@ -30,41 +30,41 @@ class BatchPlan:
         return self.micro_batch_size * self.accumulation_steps * self.num_processes
 
 
-def rows_of_a_step(config: PretrainConfig, num_processes: int) -> int:
-    """Return the rows of one optimizer step over all processes.
+def sequences_per_step(config: PretrainConfig, num_processes: int) -> int:
+    """Return the sequences of one optimizer step over all processes.
 
-    With `--batch-size auto` and no global batch they are those of the default micro-batch.
+    With `--batch-size auto` and no global batch size, the default micro-batch size counts.
     """
     if config.global_batch_size is not None:
         return config.global_batch_size
-    rows = config.batch_size if isinstance(config.batch_size, int) else DEFAULT_BATCH_SIZE
-    return rows * (config.accumulation_steps or 1) * num_processes
+    sequences = config.batch_size if isinstance(config.batch_size, int) else DEFAULT_BATCH_SIZE
+    return sequences * (config.accumulation_steps or 1) * num_processes
 
 
-def micro_batches_to_try(rows: int) -> list[int]:
-    """Return divisors of the rows of one process in a step, from 1 to all, each at least twice the last."""
-    sizes = [rows]
+def candidate_micro_batches(sequences: int) -> list[int]:
+    """Return divisors of the sequences of one process per step, each at least twice the previous."""
+    sizes = [sequences]
     while sizes[0] > 1:
-        sizes.insert(0, next(size for size in range(sizes[0] // 2, 0, -1) if rows % size == 0))
+        sizes.insert(0, next(size for size in range(sizes[0] // 2, 0, -1) if sequences % size == 0))
     return sizes
 
 
 def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
-    """Work out the accumulation that gives the wanted global batch; `auto` is settled before.
+    """Return the accumulation steps that give the global batch size; resolve `auto` first.
 
     Raises:
-        ConfigError: when the global batch is not a multiple of the rows of one round of micro-batches;
-            the message lists global batches and micro-batches that would do.
+        ConfigError: when --global-batch-size is not a multiple of --batch-size times the world size; the
+            message lists valid sizes.
     """
     batch_size = config.batch_size
-    assert isinstance(batch_size, int), "auto_batch_size.resolve_batch_size comes first"
-    rows = batch_size * num_processes
+    assert isinstance(batch_size, int), "call auto_batch_size.resolve_batch_size first"
+    sequences = batch_size * num_processes
     wanted = config.global_batch_size
     if wanted is None:
         return BatchPlan(batch_size, config.accumulation_steps or 1, num_processes)
-    if wanted % rows == 0:
-        return BatchPlan(batch_size, wanted // rows, num_processes)
-    below, above = wanted // rows * rows, math.ceil(wanted / rows) * rows
+    if wanted % sequences == 0:
+        return BatchPlan(batch_size, wanted // sequences, num_processes)
+    below, above = wanted // sequences * sequences, math.ceil(wanted / sequences) * sequences
     globals_that_fit = " or ".join(str(size) for size in (below, above) if size)
     per_process = wanted // num_processes
     fitting = [size for size in range(1, per_process + 1) if wanted % (size * num_processes) == 0]
@@ -75,27 +75,27 @@ def plan_batches(config: PretrainConfig, num_processes: int) -> BatchPlan:
         micro = f", or a number of processes that divides {wanted}"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     raise ConfigError(
-        f"--global-batch-size {wanted} is not a multiple of {rows} rows "
+        f"--global-batch-size {wanted} is not a multiple of {sequences} sequences "
         f"(--batch-size {batch_size} x {processes}); "
         f"use --global-batch-size {globals_that_fit}{micro}."
     )
 
 
-def fitted_to(config: PretrainConfig, num_processes: int) -> PretrainConfig:
-    """Return the configuration with the largest micro-batch, up to its own, that gives the same global batch.
+def fit_micro_batch(config: PretrainConfig, num_processes: int) -> PretrainConfig:
+    """Return the configuration with the largest micro-batch, at most its own, for the same global batch.
 
     Raises:
-        ConfigError: where the rows of a step cannot be shared by so many processes.
+        ConfigError: when the world size does not divide the global batch.
     """
     if not isinstance(config.batch_size, int):
         return config
-    rows = config.global_batch_size or config.batch_size
-    share, rest = divmod(rows, num_processes)
+    sequences = config.global_batch_size or config.batch_size
+    share, rest = divmod(sequences, num_processes)
     if rest:
-        fewer = max(number for number in range(1, num_processes) if rows % number == 0)
+        fewer = max(number for number in range(1, num_processes) if sequences % number == 0)
         raise ConfigError(
-            f"a step of the run has {rows} rows, which {num_processes} processes cannot share equally; take "
-            f"{fewer}."
+            f"{num_processes} processes cannot share the run's global batch of {sequences} sequences; "
+            f"use {fewer}."
         )
     most = min(config.batch_size, share)
     return dataclasses.replace(
@@ -113,10 +113,10 @@ def count_steps(
     """Return the number of optimizer steps of a run: the first of --epochs, --max-steps and --max-tokens.
 
     Args:
-        config: the limits.
-        steps_per_epoch: optimizer steps in one pass, the last of which may be short.
-        tokens_per_epoch: real input tokens in one pass.
-        tokens_per_step: real input tokens in a full step, on average.
+        config: holds the three limits.
+        steps_per_epoch: optimizer steps in one epoch; the last may have fewer sequences.
+        tokens_per_epoch: real input tokens in one epoch.
+        tokens_per_step: mean real input tokens in a full step.
     """
     steps = config.epochs * steps_per_epoch
     if config.max_steps is not None:
@@ -128,8 +128,8 @@ def count_steps(
     return max(steps, 1)
 
 
-def most_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
-    """Return the most input tokens that a run can see."""
+def max_training_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
+    """Return the upper limit of input tokens of a run."""
     tokens = config.epochs * tokens_per_epoch
     if config.max_steps is not None:
         tokens = min(tokens, config.max_steps * plan.global_batch_size * config.max_seq_len)

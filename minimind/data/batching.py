@@ -1,6 +1,6 @@
-"""One process's share of each optimizer step, as numpy arrays, with what all processes must agree on.
+"""Build one process's share of each optimizer step as numpy arrays, with counts over all processes.
 
-A accumulation steps, B rows of a micro-batch, W processes; G = A*B*W rows of a step.
+Shapes: A accumulation steps, B sequences of a micro-batch, W processes, G = A*B*W sequences of a step.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from numpy.typing import NDArray
 
 from .batch_plan import BatchPlan
 from .mixture import MixedOrder
-from .packing import PackedSequences, PaddedSequences, Piece, Rows, WindowSequences
+from .packing import PackedSequences, PaddedSequences, Piece, SequenceArrays, WindowSequences
 from .sampler import SequenceOrder, Window
 from .shards import TokenShards
 
 
 @dataclass(frozen=True)
 class StepSequences:
-    """The rows of one process in one step.
+    """The sequences of one process in one step.
 
     Attributes:
-        rows: A*B rows, micro-batch after micro-batch; the missing ones of a short step are padding.
-        num_targets: targets in the whole step, over all processes.
-        num_tokens: real input tokens in the whole step.
-        num_sequences: sequences in the whole step.
-        epoch: the pass.
-        step_in_epoch: the step within the pass.
-        digest: tells the rows of the step and their order from any other.
+        arrays: A*B sequences, micro-batch after micro-batch; a short step ends in padding.
+        num_targets: targets in the step, over all processes.
+        num_tokens: real input tokens in the step, over all processes.
+        num_sequences: sequences in the step, over all processes.
+        epoch: index of the epoch.
+        step_in_epoch: index of the step in the epoch.
+        digest: identifies the sequences of the step and their order.
     """
 
-    rows: Rows
+    arrays: SequenceArrays
     num_targets: int
     num_tokens: int
     num_sequences: int
@@ -43,88 +43,88 @@ class StepSequences:
 
 
 @dataclass(frozen=True)
-class _OpenWindow:
-    window: Window
-    rows: WindowSequences
+class StepBuilder:
+    """Builds the steps of one process.
 
+    A step is G consecutive sequences of the order. Micro-batch k of process r takes its sequences k*B*W + r*B
+    to k*B*W + (r+1)*B, so a step depends neither on the world size nor on the micro-batch size.
 
-def step_rows(
-    shards: TokenShards,
-    order: SequenceOrder | MixedOrder,
-    *,
-    seq_len: int,
-    packing: bool,
-    plan: BatchPlan,
-    process_index: int,
-    pad_token_id: int,
-    epoch: int,
-    row: int,
-) -> Iterator[StepSequences]:
-    """Yield this process's part of every step from `row` to the end of the pass.
-
-    A step is G rows that follow one another in the order, and micro-batch k of process r is rows
-    k*B*W + r*B to k*B*W + (r+1)*B of it, so that the rows of a step depend neither on the number of processes
-    nor on the size of a micro-batch. What all processes must agree on is counted from the lengths of
-    documents; tokens are read for this process's rows alone where a row is one document.
+    Attributes:
+        shards: the tokens.
+        order: the order of the sequences.
+        seq_len: input tokens of a sequence.
+        packing: documents end to end in full sequences; otherwise one document per sequence.
+        plan: sizes of a step.
+        process_index: rank of this process.
+        pad_token_id: input id of padding.
     """
-    kind = PackedSequences if packing else PaddedSequences
-    windows = order.windows(epoch, row)
-    opened: list[_OpenWindow] = []
-    size = plan.global_batch_size
-    own = _own_places(plan, process_index)
-    for start in range(row, order.num_sequences, size):
-        stop = min(start + size, order.num_sequences)
-        while not opened or opened[-1].window.end_row < stop:
-            window = next(windows)
-            opened.append(_OpenWindow(window, kind(shards, window, seq_len, pad_token_id)))
-        opened = [one for one in opened if one.window.end_row > start]
-        rows = Rows.blank(len(own), seq_len, packing=packing, pad_token_id=pad_token_id)
-        num_targets = num_tokens = 0
-        digest = hashlib.blake2b(np.array([epoch, start], np.int64).tobytes(), digest_size=16)
-        for one in opened:
-            first, end = one.window.first_row, one.window.end_row
-            cut = one.window.order[max(start - first, 0) : stop - first]
-            num_targets += int(one.rows.targets[cut].sum())
-            num_tokens += int(one.rows.inputs[cut].sum())
-            digest.update(one.rows.identities[cut].tobytes())
-            places = start + own
-            here = (places >= first) & (places < min(end, stop))
-            if here.any():
-                one.rows.fill(rows, here, one.window.order[places[here] - first])
-        yield StepSequences(
-            rows, num_targets, num_tokens, stop - start, epoch, start // size, digest.hexdigest()
-        )
 
+    shards: TokenShards
+    order: SequenceOrder | MixedOrder
+    seq_len: int
+    packing: bool
+    plan: BatchPlan
+    process_index: int
+    pad_token_id: int = 0
 
-def step_pieces(
-    shards: TokenShards,
-    order: SequenceOrder | MixedOrder,
-    *,
-    seq_len: int,
-    packing: bool,
-    plan: BatchPlan,
-    process_index: int,
-    epoch: int,
-    row: int,
-) -> list[tuple[int, list[Piece]]]:
-    """Return what each of this process's rows of the step at `row` is made of, as `step_rows` lays them.
+    def steps(self, epoch: int, first_sequence: int = 0) -> Iterator[StepSequences]:
+        """Yield this process's part of each step from `first_sequence` to the end of the epoch.
 
-    Returns:
-        A*B pairs of the row's number in the pass and its pieces, none for a row of padding.
-    """
-    kind = PackedSequences if packing else PaddedSequences
-    places = row + _own_places(plan, process_index)
-    found: dict[int, list[Piece]] = {}
-    for window in order.windows(epoch, row):
-        if window.first_row >= row + plan.global_batch_size:
-            break
-        rows = kind(shards, window, seq_len, 0)
-        for place in places[(places >= window.first_row) & (places < window.end_row)].tolist():
-            found[place] = rows.pieces(int(window.order[place - window.first_row]))
-    return [(place, found.get(place, [])) for place in places.tolist()]
+        Counts over all processes come from document lengths. Without packing, only the tokens of this
+        process's sequences are read.
+        """
+        windows = self.order.windows(epoch, first_sequence)
+        opened: list[tuple[Window, WindowSequences]] = []
+        own = self._own_positions()
+        for start in range(first_sequence, self.order.num_sequences, self.plan.global_batch_size):
+            stop = min(start + self.plan.global_batch_size, self.order.num_sequences)
+            while not opened or opened[-1][0].end_sequence < stop:
+                window = next(windows)
+                opened.append((window, self._cut(window)))
+            opened = [pair for pair in opened if pair[0].end_sequence > start]
+            arrays = SequenceArrays.blank(
+                len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
+            )
+            num_targets = num_tokens = 0
+            digest = hashlib.blake2b(np.array([epoch, start], np.int64).tobytes(), digest_size=16)
+            positions = start + own
+            for window, sequences in opened:
+                first, end = window.first_sequence, window.end_sequence
+                in_step = window.order[max(start - first, 0) : stop - first]
+                num_targets += int(sequences.targets[in_step].sum())
+                num_tokens += int(sequences.inputs[in_step].sum())
+                digest.update(sequences.identities[in_step].tobytes())
+                here = (positions >= first) & (positions < min(end, stop))
+                if here.any():
+                    sequences.fill(arrays, here, window.order[positions[here] - first])
+            step_in_epoch = start // self.plan.global_batch_size
+            yield StepSequences(
+                arrays, num_targets, num_tokens, stop - start, epoch, step_in_epoch, digest.hexdigest()
+            )
 
+    def pieces(self, epoch: int, first_sequence: int) -> list[tuple[int, list[Piece]]]:
+        """Return the documents in each of this process's sequences of the step at `first_sequence`.
 
-def _own_places(plan: BatchPlan, process_index: int) -> NDArray[np.int64]:
-    """Return (A*B,) which rows of a step this process takes."""
-    shape = (plan.accumulation_steps, plan.num_processes, plan.micro_batch_size)
-    return np.arange(plan.global_batch_size).reshape(shape)[:, process_index].reshape(-1)
+        Returns:
+            A*B pairs of the sequence's position in the epoch and its pieces; padding has no pieces.
+        """
+        positions = first_sequence + self._own_positions()
+        found: dict[int, list[Piece]] = {}
+        for window in self.order.windows(epoch, first_sequence):
+            first, end = window.first_sequence, window.end_sequence
+            if first >= first_sequence + self.plan.global_batch_size:
+                break
+            sequences = self._cut(window)
+            for position in positions[(positions >= first) & (positions < end)].tolist():
+                found[position] = sequences.pieces(int(window.order[position - first]))
+        return [(position, found.get(position, [])) for position in positions.tolist()]
+
+    def _cut(self, window: Window) -> WindowSequences:
+        kind = PackedSequences if self.packing else PaddedSequences
+        return kind(self.shards, window, self.seq_len, self.pad_token_id)
+
+    def _own_positions(self) -> NDArray[np.int64]:
+        """Return (A*B,) the positions in a step that this process takes."""
+        plan = self.plan
+        shape = (plan.accumulation_steps, plan.num_processes, plan.micro_batch_size)
+        return np.arange(plan.global_batch_size).reshape(shape)[:, self.process_index].reshape(-1)

@@ -1,7 +1,7 @@
-"""Training text that every Python carries with it: its language reference and its library's docstrings.
+"""The corpus embedded in every Python installation: the language reference and the library's docstrings.
 
-A run without `--data` trains on this text, so that a first model needs no download. It is English prose
-written by people, about 2 MB, and all about one subject.
+A run without `--data` trains on it, so a first model needs no download. It is about 2 MB of English prose on
+one subject.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Raise when the same sources give other documents, so that tokens cached before are not taken for these.
+# Increase when the same sources give other documents, which invalidates cached tokens.
 _REVISION = 1
-# Tests and tables hold little prose; installed packages are not part of Python.
+# Tests and tables contain little prose; installed packages are not part of Python.
 _SKIPPED = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "ensurepip"}
     | {"site-packages", "dist-packages"}
@@ -29,13 +29,13 @@ _SMALLEST_DOCUMENT = 200
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def embedded_documents() -> Iterator[str]:
+def builtin_documents() -> Iterator[str]:
     """Yield the documents, in the same order on every call.
 
-    First the topics of the language reference (what `help("while")` shows), then one document for each
-    library module (its docstring and those of its functions) and one for each class with its methods. A
-    docstring met before is left out, so is a document of less than 200 characters. Where Python's library
-    lies in an archive or without its sources, there is less text, down to none.
+    First the topics of the language reference (`help("while")`), then one document for each library module
+    (its docstring and those of its functions) and one for each class with its methods. Repeated docstrings
+    and documents below 200 characters are dropped. A Python library in an archive or without sources has
+    fewer documents, possibly none.
     """
     yield from dict.fromkeys(text.strip() for _, text in _topics())
     seen: set[str] = set()
@@ -47,10 +47,10 @@ def embedded_documents() -> Iterator[str]:
                 yield "\n\n\n".join(f"{title}\n\n{text}" for title, text in fresh)
 
 
-def embedded_fingerprint() -> str:
-    """Return a hash (hex) that changes when the documents may, from the sources they are taken from.
+def builtin_fingerprint() -> str:
+    """Return a hash (hex) of the path, size and modification time of all source files.
 
-    Files are told by path, size and time, not read: that would cost every start of a run half a second.
+    Reading the files instead would cost half a second at every start of a run.
     """
     digest = hashlib.sha256(f"{_REVISION} {sys.version_info[:3]}".encode())
     for name, text in _topics():
@@ -64,7 +64,7 @@ def embedded_fingerprint() -> str:
 def _topics() -> list[tuple[str, str]]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package it separately
         return []
     return sorted(topics.items())
 
@@ -74,7 +74,7 @@ def _library() -> list[tuple[str, Path]]:
     root = sysconfig.get_paths()["stdlib"]
     found = []
     for folder, folders, files in os.walk(root):
-        # What is passed over is not even walked: installed packages may be a hundred times the library.
+        # Do not walk installed packages, which may be a hundred times the library.
         folders[:] = filter(_is_read, folders)
         above = Path(folder).relative_to(root).parts
         for name in files:
@@ -86,7 +86,7 @@ def _library() -> list[tuple[str, Path]]:
 
 
 def _is_read(name: str) -> bool:
-    # A folder whose name is not that of a package, such as config-3.12, holds build files.
+    # A folder whose name is no identifier, such as config-3.12, contains build files.
     return name not in _SKIPPED and name.isidentifier()
 
 
@@ -94,7 +94,7 @@ def _documents(module: str, file: Path) -> Iterator[list[tuple[str, str]]]:
     """Yield the sections (title, text) of a module's own document, then those of each of its classes."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's sources
+            warnings.simplefilter("ignore")  # deprecated escapes in third-party sources
             tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return

@@ -1,59 +1,81 @@
-"""A folder of finished builds: each is built once, under a lock, and is whole or not there at all."""
+"""A folder of builds: each is built once, under a file lock, and appears only when it is complete."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .checksums import MANIFEST, corrupt_chunk
 
 try:
     import fcntl
 except ImportError:  # Windows: without the lock two processes may both build; the first to finish wins.
     fcntl = None  # type: ignore[assignment]
 
-_MANIFEST = "manifest.json"
 _BUILDING = ".building-"
-# A build elsewhere that wrote nothing for so long is taken for dead.
+# A smaller build is checked when it is opened, a larger one as it is read.
+_CHECK_BYTES = 1 << 26
+# A build of another machine that wrote nothing for this long is removed.
 _STALE_SECONDS = 24 * 3600.0
 
 Build = Callable[[Path], Mapping[str, Any]]
 
 
-def open_or_build(cache_dir: Path, key: str, build: Build) -> tuple[Path, dict[str, Any], bool]:
-    """Return the folder and manifest of a build, building it first where it is not there or not whole.
+@dataclass(frozen=True)
+class Opened:
+    """A complete build.
+
+    Attributes:
+        folder: of its files.
+        manifest: as `build` returned it, with the sizes of the files.
+        built: whether this call built it.
+        corrupt: why an earlier build was replaced, naming the file, or None.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    built: bool = False
+    corrupt: str | None = None
+
+
+def open_or_build(cache_dir: Path, key: str, build: Build) -> Opened:
+    """Open a build; build it first when it is missing, incomplete or corrupt.
 
     Args:
-        cache_dir: folder of all builds; made if needed.
-        key: names this build.
-        build: writes files into the folder it is given and returns what the manifest shall hold.
-
-    Returns:
-        The folder, its manifest, and whether this call built it.
+        cache_dir: folder of all builds; created if needed.
+        key: name of this build.
+        build: writes files into the given folder and returns the manifest.
 
     Raises:
-        OSError: when the cache cannot be written.
+        OSError: when the cache cannot be written, or a file does not read back as it was written.
     """
     folder = cache_dir / key
-    if (manifest := _whole(folder)) is not None:
-        return folder, manifest, False
+    if isinstance(manifest := _check(folder), dict):
+        return Opened(folder, manifest)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _locked(cache_dir / f"{key}.lock"):
         # Another process may have built it while this one waited.
-        if (manifest := _whole(folder)) is not None:
-            return folder, manifest, False
+        if isinstance(manifest := _check(folder), dict):
+            return Opened(folder, manifest)
         _remove_stale(cache_dir, key)
-        return folder, _build(folder, build), True
+        return Opened(folder, _build(folder, build), True, manifest)
 
 
 def find(cache_dir: Path, key: str) -> dict[str, Any] | None:
-    """Return the manifest of a build that is there and whole, else None."""
-    return _whole(cache_dir / key)
+    """Return the manifest of a complete build, or None."""
+    manifest = _check(cache_dir / key)
+    return manifest if isinstance(manifest, dict) else None
 
 
 def _build(folder: Path, build: Build) -> dict[str, Any]:
@@ -62,18 +84,23 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
     draft.mkdir()
     try:
         manifest = dict(build(draft))
-        manifest["files"] = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
-        with (draft / _MANIFEST).open("w", encoding="utf-8") as file:
+        files = sorted(draft.iterdir())
+        manifest["files"] = {file.name: file.stat().st_size for file in files}
+        manifest["checksums"] = {file.name: _crc(file) for file in files if file.suffix == ".crc"}
+        manifest["checksum"] = _checksum(manifest)
+        with (draft / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
-        # What lies at the place now is damaged, or _whole would have found it.
+        if isinstance(reason := _check(draft, limit=None), str):
+            raise OSError(errno.EIO, f"a new build does not read back: {reason}")
+        # An existing folder is damaged, or _check would have accepted it.
         shutil.rmtree(folder, ignore_errors=True)
         try:
             draft.rename(folder)
         except OSError:
-            # A machine that does not share the lock was first; its build is as good as this one.
-            if (theirs := _whole(folder)) is None:
+            # Another machine, which does not share the lock, finished first; its build is equal.
+            if not isinstance(theirs := _check(folder), dict):
                 raise
             return theirs
         _sync_folder(folder.parent)
@@ -82,34 +109,66 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished build whose files have the sizes they should have."""
+def _check(folder: Path, limit: int | None = _CHECK_BYTES) -> dict[str, Any] | str | None:
+    """Return the manifest of a complete build, why it is corrupt, or None if there is no build.
+
+    Sizes, the manifest, the tables and the checksums are always checked; tokens and offsets only if the build
+    has at most `limit` bytes. Those of larger builds are checked when they are read; see `CheckedArray`.
+    """
+    path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if sizes == manifest["files"] else None
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        if manifest["checksum"] != _checksum(manifest):
+            return f"{path} does not match its checksum"
+        files: dict[str, int] = manifest["files"]
+        for name, size in files.items():
+            if (folder / name).stat().st_size != size:
+                return f"{folder / name} has not its size of {size:,} bytes"
+        for name, expected in manifest["checksums"].items():
+            if _crc(folder / name) != expected:
+                return f"{folder / name} does not match its checksum"
+        whole = limit is None or sum(files.values()) <= limit
+        for name in files:
+            small = not name.endswith((".crc", ".bin", ".offsets"))
+            checked = f"{name}.crc" in files and (whole or small)
+            if checked and (start := corrupt_chunk(folder / name)) is not None:
+                return f"{folder / name} does not match its checksum at byte {start:,}"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing" if folder.is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{path} cannot be read"
+    return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _crc(file: Path) -> int:
+    return zlib.crc32(file.read_bytes())
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, waiting for it."""
+    """Wait for an exclusive lock on a file and hold it."""
     if fcntl is None:
         yield
         return
     with path.open("a") as file:
-        # Some network file systems have no locks; the rename still keeps builds whole.
+        # Some network file systems have no locks; the rename still publishes complete builds only.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _remove_stale(cache_dir: Path, key: str) -> None:
-    """Remove what builds that died have left behind, of any key; the caller holds the lock of `key`."""
+    """Remove the drafts of dead builds of any key; the caller holds the lock of `key`."""
     for draft in cache_dir.glob(f"*{_BUILDING}*"):
         name, _, builder = draft.name.partition(_BUILDING)
         host, _, pid = builder.rpartition("-")
+        if not host or not pid.isdecimal():
+            continue  # not one of ours
         here = fcntl is not None and host == socket.gethostname()
         dead = here and (name == key or not _alive(int(pid)))
         if dead or time.time() - _last_written(draft) > _STALE_SECONDS:
@@ -121,7 +180,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # It belongs to someone else.
+    except OSError:  # It belongs to another user.
         return True
     return True
 
@@ -134,7 +193,7 @@ def _last_written(folder: Path) -> float:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system lets folders be synced."""
+    """Force a rename to the disk, where the system supports syncing folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

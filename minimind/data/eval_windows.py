@@ -1,6 +1,6 @@
-"""A split cut into windows for an evaluation: every token that follows another in its document, once.
+"""Cut a split into evaluation windows: each token except the first of a document is a target exactly once.
 
-W windows, B rows, T tokens in the longest of them.
+Shapes: W windows, B sequences of a batch, T tokens of the longest one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .shards import TokenShards
 
 @dataclass(frozen=True)
 class EvalWindows:
-    """Spans of a split: inputs from `start` to before `stop`, targets from `first_target` to `stop`.
+    """Spans of a split: inputs [start, stop), targets [first_target, stop].
 
     Attributes:
         start: (W,) int64.
         stop: (W,) int64.
-        first_target: (W,) int64, the first token that counts as a target; what lies before is context only.
+        first_target: (W,) int64, the first target; tokens before it are context only.
     """
 
     start: NDArray[np.int64]
@@ -32,20 +32,20 @@ class EvalWindows:
         return len(self.start)
 
     def share(self, process_index: int, num_processes: int) -> EvalWindows:
-        """Return the part of one process, longest windows first, so that those of a batch are alike."""
+        """Return the windows of one process, longest first, so that a batch has similar lengths."""
         order = np.argsort(self.start - self.stop, kind="stable")[process_index::num_processes]
         return EvalWindows(self.start[order], self.stop[order], self.first_target[order])
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Windows as rows, padded on the right; see `data.loader.MicroBatch`.
+    """Windows as a batch, padded on the right; see `data.loader.MicroBatch`.
 
     Attributes:
         input_ids: (B, T) int64.
         labels: (B, T) int64, the token after each, -100 where none counts.
-        document_ids: (B, T) int32, None where no row holds more than one document.
-        position_ids: (B, T) int32, the position within document and row.
+        document_ids: (B, T) int32, None when each sequence is one document.
+        position_ids: (B, T) int32, the position within document and sequence.
         documents: (B, T) int64, the document of the split that each belongs to.
     """
 
@@ -57,7 +57,7 @@ class EvalBatch:
 
 
 def packed_windows(shards: TokenShards, length: int) -> EvalWindows:
-    """Return the rows that packed training has, in order: documents end to end, cut every `length` tokens."""
+    """Return the sequences of packed training, in order: documents end to end, cut every `length` tokens."""
     start = np.arange(0, max(shards.num_tokens - 1, 0), length, dtype=np.int64)
     return EvalWindows(start, np.minimum(start + length, shards.num_tokens - 1), start + 1)
 
@@ -79,27 +79,28 @@ def document_windows(shards: TokenShards, length: int, stride: int) -> EvalWindo
     return EvalWindows(start, stop, first_target)
 
 
-def window_rows(shards: TokenShards, windows: EvalWindows, rows: slice, pad_token_id: int) -> EvalBatch:
-    """Return some windows as rows."""
-    starts, stops, firsts = windows.start[rows], windows.stop[rows], windows.first_target[rows]
+def window_batch(shards: TokenShards, windows: EvalWindows, chosen: slice, pad_token_id: int) -> EvalBatch:
+    """Return the chosen windows as a batch."""
+    starts, stops, firsts = windows.start[chosen], windows.stop[chosen], windows.first_target[chosen]
     shape = len(starts), int((stops - starts).max())
     inputs, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
     documents = np.zeros(shape, np.int64)
     document_ids = np.zeros(shape, np.int32)
     several = False
+    offsets = shards.offsets[:]
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
-    for row, (start, stop, first) in enumerate(zip(starts, stops, firsts, strict=True)):
+    for sequence, (start, stop, first) in enumerate(zip(starts, stops, firsts, strict=True)):
         tokens = shards.tokens(int(start), int(stop) + 1)
         places = np.arange(start, stop + 1)
-        document = np.searchsorted(shards.offsets, places, side="right") - 1
+        document = np.searchsorted(offsets, places, side="right") - 1
         counts = (document[1:] == document[:-1]) & (places[1:] >= first)
         used = slice(0, len(tokens) - 1)
-        inputs[row, used] = tokens[:-1]
-        labels[row, used] = np.where(counts, tokens[1:].astype(np.int64), IGNORED)
-        documents[row, used] = document[:-1]
+        inputs[sequence, used] = tokens[:-1]
+        labels[sequence, used] = np.where(counts, tokens[1:].astype(np.int64), IGNORED)
+        documents[sequence, used] = document[:-1]
         several |= bool(document[-2] != document[0])
-        # Padding is one more document.
-        document_ids[row] = document[-2] - document[0] + 1
-        document_ids[row, used] = document[:-1] - document[0]
-        positions[row, used] = places[:-1] - np.maximum(shards.offsets[document[:-1]], start)
+        # Padding counts as a further document.
+        document_ids[sequence] = document[-2] - document[0] + 1
+        document_ids[sequence, used] = document[:-1] - document[0]
+        positions[sequence, used] = places[:-1] - np.maximum(offsets[document[:-1]], start)
     return EvalBatch(inputs, labels, document_ids if several else None, positions, documents)

@@ -1,6 +1,6 @@
-"""Optimizer steps as tensors on the device: rows built ahead in a thread, copied while the device computes.
+"""Load optimizer steps as device tensors, built ahead in a thread and copied while the device computes.
 
-B rows of a micro-batch, T inputs in a row.
+Shapes: B sequences of a micro-batch, T input tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..config.options import PretrainConfig
 from .batch_plan import BatchPlan, count_steps
-from .batching import StepSequences, step_pieces, step_rows
+from .batching import StepBuilder, StepSequences
 from .mixture import MixedOrder
 from .packing import IGNORED, Piece
 from .sampler import SequenceOrder
@@ -28,10 +28,8 @@ from .shards import TokenShards
 Item = TypeVar("Item")
 
 _POLL_SECONDS = 0.1
-
-
 _STEPS_AHEAD = 4
-# Trimmed rows are as long as a multiple of this, which arithmetic units like.
+# Trim to a multiple of this length, which suits matrix units.
 _TRIM_TO = 32
 
 _Tensors = tuple[torch.Tensor, torch.Tensor | None]
@@ -43,9 +41,9 @@ class MicroBatch:
 
     Attributes:
         input_ids: (B, T) int64.
-        shift_labels: (B, T) int64, the token that follows each input; -100 where none is to be predicted.
-        document_ids: (B, T) int32, counts the documents within a row; None where a row is one document.
-        position_ids: (B, T) int32, from 0 at each row and each document; None where a row is one document.
+        shift_labels: (B, T) int64, the token after each input; -100 is ignored by the loss.
+        document_ids: (B, T) int32, index of the document in the sequence; None for one document each.
+        position_ids: (B, T) int32, position in sequence and document; None for one document each.
     """
 
     input_ids: torch.Tensor
@@ -59,13 +57,13 @@ class StepBatch:
     """This process's part of one optimizer step; the counts are over all processes.
 
     Attributes:
-        micro_batches: as many as there are accumulation steps, in every step.
+        micro_batches: one per accumulation step.
         num_targets: labels other than -100.
         num_tokens: real input tokens.
-        num_sequences: sequences, fewer than a global batch at the end of a pass.
-        epoch: the pass.
-        step_in_epoch: the step within the pass.
-        digest: tells these rows in this order from any others.
+        num_sequences: sequences; fewer than a global batch at the end of an epoch.
+        epoch: index of the epoch.
+        step_in_epoch: index of the step in the epoch.
+        digest: identifies these sequences and their order.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -78,14 +76,14 @@ class StepBatch:
 
 
 class Loader:
-    """Yields the steps of each pass over a split.
+    """Yields the steps of each epoch over a split.
 
     Attributes:
-        sequences_per_epoch: sequences in an epoch.
-        steps_per_epoch: optimizer steps in a pass; the last may be short.
-        tokens_per_epoch: real input tokens in a pass. Packed: all tokens but the last of the stream. Padded:
-            of each document all tokens but the last, at most T. With weights: full rows, or what the
-            documents of so many rows hold on average.
+        sequences_per_epoch: sequences per epoch.
+        steps_per_epoch: optimizer steps per epoch; the last may have fewer sequences.
+        tokens_per_epoch: real input tokens per epoch. Packed: all tokens except the last of the stream.
+            Padded: all tokens of each document except the last, at most T. With weights: full sequences, or
+            the mean over as many documents.
     """
 
     def __init__(
@@ -103,34 +101,34 @@ class Loader:
         trim: bool = False,
         weights: Sequence[float] = (),
     ) -> None:
-        """Work out the sizes of a pass; nothing is read yet.
+        """Compute the sizes of an epoch; no tokens are read yet.
 
         Args:
-            shards: the tokenized text.
+            shards: the tokens of one split.
             seq_len: T.
-            packing: documents end to end in full rows; else one document a row.
+            packing: documents end to end in full sequences; otherwise one document per sequence.
             plan: sizes of a step.
-            seed: of the order, together with the pass.
-            process_index: which part of each step is this process's.
+            seed: determines the order, together with the epoch.
+            process_index: rank of this process.
             device: where the tensors go.
-            pad_token_id: input where there is no token.
-            shuffle: without it every pass has the order of the shards.
-            trim: cut off columns that are padding in all rows of a step. Less to compute, but shapes change,
-                which compiled code would pay for.
-            weights: share of the tokens that each part of the shards gives, 1 in all; without them every
-                pass reads all documents once.
+            pad_token_id: input id of padding.
+            shuffle: False keeps the order of the shards in every epoch.
+            trim: drop trailing columns that are padding in all sequences of a step. Saves computation, but
+                shapes change between steps, so compiled code recompiles.
+            weights: share of the tokens of each part of the shards, summing to 1; empty reads every document
+                once per epoch.
         """
-        self._shards, self._seq_len, self._packing, self._plan = shards, seq_len, packing, plan
-        self._process_index, self._pad_token_id = process_index, pad_token_id
+        self._shards, self._plan = shards, plan
         self._trim = trim and not packing
         self._device = torch.device(device)
-        self._order: SequenceOrder | MixedOrder
+        order: SequenceOrder | MixedOrder
         if weights:
-            self._order = MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed)
+            order = MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed)
         else:
-            self._order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+            order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+        self._builder = StepBuilder(shards, order, seq_len, packing, plan, process_index, pad_token_id)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self.sequences_per_epoch = self._order.num_sequences
+        self.sequences_per_epoch = order.num_sequences
         self.steps_per_epoch = -(-self.sequences_per_epoch // plan.global_batch_size)
         if packing:
             self.tokens_per_epoch = self.sequences_per_epoch * seq_len if weights else shards.num_tokens - 1
@@ -138,55 +136,36 @@ class Loader:
             lengths, counts = shards.length_counts
             self.tokens_per_epoch = int((lengths - 1).clip(max=seq_len) @ counts)
 
-    def steps(self, epoch: int, row: int = 0) -> Generator[StepBatch, None, None]:
-        """Yield the steps of a pass from global row `row` on; finding that row does not replay the others."""
-        steps = step_rows(
-            self._shards,
-            self._order,
-            seq_len=self._seq_len,
-            packing=self._packing,
-            plan=self._plan,
-            process_index=self._process_index,
-            pad_token_id=self._pad_token_id,
-            epoch=epoch,
-            row=row,
-        )
+    def steps(self, epoch: int, first_sequence: int = 0) -> Generator[StepBatch, None, None]:
+        """Yield the steps of an epoch from the global position `first_sequence`, which is found directly."""
+        steps = self._builder.steps(epoch, first_sequence)
         for step, tensors, copied in prefetch(map(self._to_device, steps), _STEPS_AHEAD):
             if copied is not None:
-                _hand_over(tensors, copied)
+                _synchronize(tensors, copied)
             yield self._step_batch(step, tensors)
 
-    def step(self, epoch: int, row: int) -> StepBatch:
-        """Return the step of a pass that begins at global row `row`."""
-        with closing(self.steps(epoch, row)) as steps:
+    def step(self, epoch: int, first_sequence: int) -> StepBatch:
+        """Return the step of an epoch that begins at the global position `first_sequence`."""
+        with closing(self.steps(epoch, first_sequence)) as steps:
             return next(steps)
 
-    def pieces(self, epoch: int, row: int) -> list[tuple[int, list[Piece]]]:
-        """Return the number in the pass and the pieces of documents of each row of `step(epoch, row)`.
+    def pieces(self, epoch: int, first_sequence: int) -> list[tuple[int, list[Piece]]]:
+        """Return the position in the epoch and the pieces of each sequence of `step(epoch, first_sequence)`.
 
-        The rows are in the order of the micro-batches; one of padding has no pieces.
+        Sequences are in the order of the micro-batches; padding has no pieces.
         """
-        return step_pieces(
-            self._shards,
-            self._order,
-            seq_len=self._seq_len,
-            packing=self._packing,
-            plan=self._plan,
-            process_index=self._process_index,
-            epoch=epoch,
-            row=row,
-        )
+        return self._builder.pieces(epoch, first_sequence)
 
     def tokens(self, piece: Piece) -> list[int]:
-        """Return the tokens of a piece, with the last target that is no input."""
+        """Return the tokens of a piece, including the target after its last input."""
         start = int(self._shards.offsets[piece.document]) + piece.start
         stop = min(start + piece.length + 1, int(self._shards.offsets[piece.document + 1]))
         return self._shards.tokens(start, stop).tolist()
 
     def _to_device(self, step: StepSequences) -> tuple[StepSequences, _Tensors, torch.cuda.Event | None]:
-        """Start the copy of a step's rows; runs in the thread."""
-        wide = torch.from_numpy(_trimmed(step.rows.wide) if self._trim else step.rows.wide)
-        narrow = None if step.rows.narrow is None else torch.from_numpy(step.rows.narrow)
+        """Start the non-blocking copy of a step; runs in the prefetch thread."""
+        wide = torch.from_numpy(_trimmed(step.arrays.wide) if self._trim else step.arrays.wide)
+        narrow = None if step.arrays.narrow is None else torch.from_numpy(step.arrays.narrow)
         if self._stream is None:
             return step, (wide.to(self._device), narrow if narrow is None else narrow.to(self._device)), None
         with torch.cuda.stream(self._stream):
@@ -229,8 +208,8 @@ def evaluation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield one process's micro-batches of a split, in the order of the shards.
 
-    Every process gets equally many, `max_batches` at most; rows that are missing at the end have no targets.
-    The rows of the first n batches depend only on n and on how many rows all processes run at once.
+    Every process gets the same number, at most `max_batches`; padding at the end has no targets. The
+    sequences of the first n batches depend only on n and on the batch size over all processes.
     """
     plan = BatchPlan(batch_size, 1, num_processes)
     loader = Loader(
@@ -249,14 +228,14 @@ def evaluation_batches(
 
 
 def _trimmed(wide: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return inputs and labels (2, B, T) without the last columns, where no row has a target."""
+    """Return inputs and labels (2, B, T) without the trailing columns that have no target."""
     used = np.flatnonzero((wide[1] != IGNORED).any(axis=0))
     length = int(used[-1]) + 1 if len(used) else 1
     return np.ascontiguousarray(wide[:, :, : -(-length // _TRIM_TO) * _TRIM_TO])
 
 
-def _hand_over(tensors: _Tensors, copied: torch.cuda.Event) -> None:
-    """Make the consumer's stream wait for the copy, and keep the memory until that stream is done with it."""
+def _synchronize(tensors: _Tensors, copied: torch.cuda.Event) -> None:
+    """Make the current stream wait for the copy, and keep the memory until that stream has used it."""
     current = torch.cuda.current_stream()
     current.wait_event(copied)
     for tensor in tensors:
@@ -264,29 +243,31 @@ def _hand_over(tensors: _Tensors, copied: torch.cuda.Event) -> None:
             tensor.record_stream(current)
 
 
-def steps_in_all(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
+def count_total_steps(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
     """Return the number of optimizer steps of a run."""
-    # All rows but the last of a pass are full when packed; padded ones are as long as their documents.
-    row = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.sequences_per_epoch
+    # Packed sequences are full, except the last of an epoch; padded ones are as long as their documents.
+    mean_length = (
+        config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.sequences_per_epoch
+    )
     return count_steps(
         config,
         steps_per_epoch=loader.steps_per_epoch,
         tokens_per_epoch=loader.tokens_per_epoch,
-        tokens_per_step=plan.global_batch_size * row,
+        tokens_per_step=plan.global_batch_size * mean_length,
     )
 
 
 class _End:
-    """Marks the end of the items, and carries the error that ended them."""
+    """Marks the end of the items and carries the error, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 def prefetch(items: Iterator[Item], depth: int) -> Iterator[Item]:
-    """Yield the items of an iterator, which runs in a thread at most `depth` items ahead.
+    """Yield the items of an iterator that runs in a thread at most `depth` items ahead.
 
-    What it raises is raised here. Closing this generator, or dropping it, stops the thread.
+    Its exceptions are raised here. Closing or deleting this generator stops the thread.
     """
     queue: Queue[Item | _End] = Queue(depth)
     stop = threading.Event()
@@ -304,7 +285,7 @@ def prefetch(items: Iterator[Item], depth: int) -> Iterator[Item]:
                 if stop.is_set():
                     return
             put(_End())
-        except BaseException as error:  # The consumer raises it: a silent thread would hang the run.
+        except BaseException as error:  # Raised by the consumer, which would hang otherwise.
             put(_End(error))
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)

@@ -1,6 +1,6 @@
-"""Token rows from the documents of a window: packed end to end, or one document a row.
+"""Cut the documents of a window into sequences: packed end to end, or one document per sequence.
 
-B rows, T inputs in a row, R rows of a window.
+Shapes: B sequences of a batch, T input tokens of a sequence, R sequences of a window.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a document that lies in one row; its last token may be a target only.
+    """The part of a document in one sequence; its last token may only be a target.
 
     Attributes:
         document: index in the split.
-        start: first of its tokens in the row, counted within the document.
+        start: its first token in the sequence, counted from the start of the document.
         length: input tokens.
     """
 
@@ -35,20 +35,20 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Arrays of rows; what is never filled in is a row without targets.
+class SequenceArrays:
+    """Sequences as arrays; initially padding without targets.
 
     Attributes:
         wide: (2, B, T) int64: inputs, and labels shifted so that `labels[t]` follows `inputs[t]`.
-        narrow: (2, B, T) int32: document ids and positions; None where a row is one document.
+        narrow: (2, B, T) int32: document ids and positions; None when each sequence is one document.
     """
 
     wide: NDArray[np.int64]
     narrow: NDArray[np.int32] | None
 
     @classmethod
-    def blank(cls, count: int, seq_len: int, *, packing: bool, pad_token_id: int) -> Rows:
-        """Return `count` rows of padding."""
+    def blank(cls, count: int, seq_len: int, *, packing: bool, pad_token_id: int) -> SequenceArrays:
+        """Return `count` padding sequences."""
         wide = np.empty((2, count, seq_len), np.int64)
         wide[0], wide[1] = pad_token_id, IGNORED
         if not packing:
@@ -59,52 +59,52 @@ class Rows:
 
 
 class WindowSequences(Protocol):
-    """The rows of one window, numbered as they are cut.
+    """The sequences of one window, in the order in which they are cut.
 
     Attributes:
-        inputs: (R,) real input tokens of each row.
-        targets: (R,) targets of each row.
-        identities: (R, 4) first document, first token in it, last document, end in it.
+        inputs: (R,) real input tokens of each sequence.
+        targets: (R,) targets of each sequence.
+        identities: (R, 4) first document, its first token, last document, end of its tokens.
     """
 
     inputs: NDArray[np.int64]
     targets: NDArray[np.int64]
     identities: NDArray[np.int64]
 
-    def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
-        """Write the rows `which` of the window at the places `at` of `rows`."""
+    def fill(self, arrays: SequenceArrays, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        """Write the sequences `which` of the window to the positions `at` of `arrays`."""
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return what a row is made of; the k-th piece has document id k in it."""
+    def pieces(self, sequence: int) -> list[Piece]:
+        """Return the pieces of a sequence; the k-th piece has document id k."""
 
 
 class PackedSequences:
-    """Documents laid end to end and cut into rows of T inputs; see `WindowSequences`.
+    """Documents end to end, cut into sequences of T inputs; see `WindowSequences`.
 
-    A document that a cut divides goes on in the next row. Nothing is truncated: a row looks one token ahead
-    for its last label, so every token but each document's first is a target exactly once. Positions begin
-    at 0 with each row and with each document, and no attention crosses either.
+    A document that is cut continues in the next sequence. Nothing is truncated: a sequence reads one token
+    ahead for its last label, so each token except the first of a document is a target exactly once. Positions
+    start at 0 in each sequence and each document, and attention crosses neither.
     """
 
     def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
         self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id
-        rows = len(window.order)
+        num_sequences = len(window.order)
         first, end = shards.offsets[window.documents], shards.offsets[window.documents + 1]
-        # Places are counted from the window's first token; the first document may begin before it.
+        # Positions are relative to the window's first token; the first document may begin before it.
         stops = np.cumsum(end - first) - window.skip
         starts = stops - (end - first)
-        used = (stops > 0) & (starts < rows * seq_len + 1)
+        used = (stops > 0) & (starts < num_sequences * seq_len + 1)
         documents, starts, stops, first = (a[used] for a in (window.documents, starts, stops, first))
-        length = min(int(stops[-1]), rows * seq_len + 1)
+        length = min(int(stops[-1]), num_sequences * seq_len + 1)
         self._documents, self._starts, self._stops = documents, starts, stops
-        # Where each document's part in this window lies in the shards, and its tokens.
+        # Start in the shards and length of each document's part in this window.
         self._spans = (first - np.minimum(starts, 0), np.minimum(stops, length) - np.maximum(starts, 0))
-        # (R*T+1,) whether a document begins here; the padding after the stream counts as one that does.
-        self._begins = np.zeros(rows * seq_len + 1, bool)
+        # (R*T+1,) whether a document begins here; padding counts as documents of one token.
+        self._begins = np.zeros(num_sequences * seq_len + 1, bool)
         self._begins[starts[starts >= 0]] = True
         self._begins[length:] = True
-        edges = np.arange(rows + 1) * seq_len
-        # The last token of all is no input: nothing follows it.
+        edges = np.arange(num_sequences + 1) * seq_len
+        # The last token of the stream has no label, so it is no input.
         self.inputs = np.diff(np.minimum(edges, length - 1))
         self.targets = seq_len - np.add.reduceat(self._begins[1:], edges[:-1], dtype=np.int64)
         head = np.searchsorted(stops, edges[:-1], side="right")
@@ -114,24 +114,24 @@ class PackedSequences:
             (documents[head], edges[:-1] - starts[head], documents[tail], last + 1 - starts[tail]), axis=1
         )
 
-    def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
-        """Write the rows `which` of the window at the places `at` of `rows`."""
-        assert rows.narrow is not None
-        # (B, T+1) with the token ahead; each window is a view, so that only whole rows are copied.
+    def fill(self, arrays: SequenceArrays, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        """Write the sequences `which` of the window to the positions `at` of `arrays`."""
+        assert arrays.narrow is not None
+        # (B, T+1) with the token ahead; views, so that only the chosen sequences are copied.
         tokens = sliding_window_view(self._tokens, self._seq_len + 1)[:: self._seq_len][which]
         begins = sliding_window_view(self._begins, self._seq_len + 1)[:: self._seq_len][which]
-        rows.wide[0, at] = tokens[:, :-1]
-        rows.wide[1, at] = np.where(begins[:, 1:], np.int64(IGNORED), tokens[:, 1:])
+        arrays.wide[0, at] = tokens[:, :-1]
+        arrays.wide[1, at] = np.where(begins[:, 1:], np.int64(IGNORED), tokens[:, 1:])
         begins[:, 0] = False
         heads = begins[:, :-1]
         places = np.arange(self._seq_len, dtype=np.int32)
-        rows.narrow[0, at] = np.cumsum(heads, axis=1, dtype=np.int32)
-        rows.narrow[1, at] = places - np.maximum.accumulate(heads * places, axis=1)
+        arrays.narrow[0, at] = np.cumsum(heads, axis=1, dtype=np.int32)
+        arrays.narrow[1, at] = places - np.maximum.accumulate(heads * places, axis=1)
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return what a row is made of; the k-th piece has document id k in it."""
-        begin = row * self._seq_len
-        end = begin + int(self.inputs[row])
+    def pieces(self, sequence: int) -> list[Piece]:
+        """Return the pieces of a sequence; the k-th piece has document id k."""
+        begin = sequence * self._seq_len
+        end = begin + int(self.inputs[sequence])
         first = int(np.searchsorted(self._stops, begin, side="right"))
         stop = int(np.searchsorted(self._starts, end, side="left"))
         return [
@@ -143,7 +143,7 @@ class PackedSequences:
 
     @cached_property
     def _tokens(self) -> NDArray[Any]:
-        """(R*T+1,) the tokens of the window, padding after the stream's end."""
+        """(R*T+1,) the tokens of the window, padded after the end of the stream."""
         first, lengths = self._spans
         tokens = self._shards.gather(first, lengths)
         self._shards.release_pages()
@@ -151,30 +151,30 @@ class PackedSequences:
 
 
 class PaddedSequences:
-    """One document a row, truncated to T inputs and padded; see `WindowSequences`."""
+    """One document per sequence, truncated to T inputs and padded; see `WindowSequences`."""
 
     def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
         self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id
-        # What the window before has read is not read again in this pass.
+        # The previous window is not read again in this epoch.
         shards.release_pages()
         self._first = shards.offsets[window.documents]
         lengths = shards.offsets[window.documents + 1] - self._first
-        # The last token of a document is only ever a target.
+        # The last token of a document is only a target.
         self.inputs = np.minimum(lengths - 1, seq_len)
         self.targets = self.inputs
         ids = window.documents
         self.identities = np.stack((ids, np.zeros_like(ids), ids, self.inputs), axis=1)
 
-    def fill(self, rows: Rows, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
-        """Write the rows `which` of the window at the places `at` of `rows`."""
+    def fill(self, arrays: SequenceArrays, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        """Write the sequences `which` of the window to the positions `at` of `arrays`."""
         inputs = self.inputs[which, None]
         places = np.arange(self._seq_len + 1)
         tokens = np.full((len(which), self._seq_len + 1), self._pad, np.int64)
         tokens[places <= inputs] = self._shards.gather(self._first[which], self.inputs[which] + 1)
         real = places[:-1] < inputs
-        rows.wide[0, at] = np.where(real, tokens[:, :-1], self._pad)
-        rows.wide[1, at] = np.where(real, tokens[:, 1:], IGNORED)
+        arrays.wide[0, at] = np.where(real, tokens[:, :-1], self._pad)
+        arrays.wide[1, at] = np.where(real, tokens[:, 1:], IGNORED)
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return what a row is made of: one piece."""
-        return [Piece(int(self.identities[row, 0]), 0, int(self.inputs[row]))]
+    def pieces(self, sequence: int) -> list[Piece]:
+        """Return the one piece of a sequence."""
+        return [Piece(int(self.identities[sequence, 0]), 0, int(self.inputs[sequence]))]

@@ -1,4 +1,4 @@
-"""From a configuration to token shards: found in the cache, or built once."""
+"""Open the token shards of a configuration, tokenizing its data once into the cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +17,38 @@ from ..config.options import PretrainConfig
 from ..errors import DataError
 from .cache import find, open_or_build
 from .document_index import read_length_counts
-from .mixture import passes_per_epoch
+from .mixture import source_epochs
 from .readers import Reading, TextFile, find_files, identify
-from .report import Amount, DataReport, MixtureReport, SourceReport, SplitReport, length_quantiles, row_costs
+from .report import (
+    Amount,
+    DataReport,
+    MixtureReport,
+    SourceReport,
+    SplitReport,
+    length_quantiles,
+    sequence_costs,
+)
 from .shards import SplitIndex, TokenShards
-from .sources import Entry, read_entries
+from .sources import DataSource, read_sources
 from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 
-# Part of every fingerprint: a change of what encoding writes makes older caches unused.
-_FORMAT = 2
+# Part of every cache key: increase when the files of a build change.
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenized text, ready to train on.
+    """Tokenized data, ready for training.
 
     Attributes:
-        train: the training text.
-        validation: the held-out text, None without any.
-        report: what is in them.
-        fingerprint: tells these documents, their order and the tokenizer from any others; the same wherever
-            the text lies and whenever it was written, so that a run can go on after its files were moved.
-        built: the text was tokenized just now rather than found in the cache.
-        weights: share of the training tokens that each entry of --data gives, 1 in all; empty where every
-            document is read once in a pass.
+        train: the training split.
+        validation: the held-out split, or None.
+        report: statistics of both.
+        fingerprint: identifies the documents, their order and the tokenizer. Independent of paths and
+            modification times, so a run can resume after its files were moved.
+        built: whether this call tokenized the data rather than finding it in the cache.
+        weights: share of the training tokens of each source of --data, summing to 1; empty when an epoch
+            reads every document once.
     """
 
     train: TokenShards
@@ -51,22 +60,22 @@ class PreparedData:
 
     @property
     def mixture(self) -> str:
-        """The weights and the documents that they apply to, as one text; `none` without weights.
+        """The weights and the number of documents of each, or `none`.
 
-        Together with `fingerprint` it tells the order of the rows from any other.
+        With `fingerprint` it identifies the order of the sequences.
         """
         return mixture_text(self.weights, [part.num_documents for part in self.train.parts])
 
 
 @dataclass(frozen=True)
-class EmbeddedText:
-    """The text in the package and in the Python installation, used when --data names none."""
+class BuiltinCorpus:
+    """The corpus embedded in Python, the default of --data."""
 
     def documents(self, reading: Reading) -> Iterator[str]:
-        """Yield its documents; see `sources.TextFile.documents`."""
-        from .builtin_corpus import embedded_documents
+        """Yield its documents; see `readers.TextFile.documents`."""
+        from .builtin_corpus import builtin_documents
 
-        for text in embedded_documents():
+        for text in builtin_documents():
             if text and not text.isspace():
                 yield text
             else:
@@ -78,22 +87,22 @@ def prepare_data(
     tokenizer: DocumentTokenizer,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedData:
-    """Open the tokenized text of a run, tokenizing it first where the cache has none.
+    """Open the tokenized data of a run; tokenize it first if the cache does not have it.
 
-    Call it before processes are joined: one process of a machine builds under a file lock, the others wait
-    for the lock and then open what it built.
+    Call it before the process group is initialized: one process per machine builds under a file lock, the
+    others wait for the lock and open the result.
 
     Args:
         config: the data options.
-        tokenizer: its fingerprint is part of the cache's.
-        progress: called during a build with bytes read and bytes in all (0 where unknown).
+        tokenizer: its fingerprint is part of the cache key.
+        progress: called during a build with bytes read and total bytes (0 if unknown).
 
     Raises:
-        DataError: for text that is missing, cannot be read or is too little, and for a cache folder that
-            cannot be written.
+        DataError: for data that is missing, unreadable or too small, and for a cache folder that cannot be
+            written.
     """
-    entries = read_entries(config.data)
-    named, identities = _sources(config, entries)
+    sources = read_sources(config.data)
+    named, identities = _sources(config, sources)
     settings = _cache_settings(config, identities, tokenizer)
     key = _hash(settings)
     total = sum(identity.get("size", 0) for identity in identities)
@@ -114,35 +123,41 @@ def prepare_data(
 
     cache_dir = cache_folder(config)
     try:
-        folder, manifest, built = open_or_build(cache_dir, key, build)
+        opened = open_or_build(cache_dir, key, build)
     except OSError as error:
         raise _unwritable(cache_dir, error) from error
-    train, validation = (_open(folder, split, manifest) for split in SPLITS)
+    manifest = opened.manifest
+    train, validation = (_open(opened.folder, split, manifest) for split in SPLITS)
     assert train is not None
     if train.num_tokens <= config.max_seq_len:
         raise DataError(
-            f"{_wanted(config)} holds {train.num_tokens} tokens for training, not enough for one row of "
-            f"--max-seq-len {config.max_seq_len}; add text or lower --max-seq-len."
+            f"{_data_option(config)} has {train.num_tokens} training tokens, fewer than one sequence of "
+            f"--max-seq-len {config.max_seq_len}; add data or lower --max-seq-len."
         )
-    weights = tuple(entry.weight for entry in entries if entry.weight is not None)
-    packed, padded = row_costs(train.length_counts, config.max_seq_len)
+    weights = tuple(source.weight for source in sources if source.weight is not None)
+    packed, padded = sequence_costs(train.length_counts, config.max_seq_len)
+    report = DataReport.from_dict(manifest["report"])
+    if opened.corrupt is not None:
+        corrupt = f"the token cache was corrupt and was built again: {opened.corrupt}."
+        warnings.warn(corrupt, stacklevel=2)
+        report = dataclasses.replace(report, notes=(*report.notes, corrupt))
     report = dataclasses.replace(
-        DataReport.from_dict(manifest["report"]),
+        report,
         seq_len=config.max_seq_len,
         packed=packed,
         padded=padded,
-        mixture=_mixture(config, entries, train) if weights else (),
+        mixture=_mixture(config, sources, train) if weights else (),
     )
-    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), built, weights)
+    return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), opened.built, weights)
 
 
 def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -> str | None:
-    """Return the fingerprint of the text of a run, None where it would have to be tokenized first.
+    """Return the fingerprint of the data of a run, or None if it is not in the cache.
 
     Raises:
-        DataError: for text that is missing.
+        DataError: for data that is missing.
     """
-    _, identities = _sources(config, read_entries(config.data))
+    _, identities = _sources(config, read_sources(config.data))
     manifest = find(cache_folder(config), _hash(_cache_settings(config, identities, tokenizer)))
     return None if manifest is None else _hash(manifest["fingerprints"])
 
@@ -150,7 +165,7 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -
 def _cache_settings(
     config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: DocumentTokenizer
 ) -> dict[str, Any]:
-    """Return everything that tells a build from any other."""
+    """Return everything that a build depends on."""
     return {
         "format": _FORMAT,
         "sources": identities,
@@ -162,7 +177,7 @@ def _cache_settings(
 
 
 def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
-    """Return weights and the number of documents that each applies to, such as `70% of 120 documents`."""
+    """Return weights and the number of documents of each, such as `70% of 120 documents`."""
     parts = (
         f"{weight * 100:.10g}% of {number} documents"
         for weight, number in zip(weights, documents, strict=False)
@@ -171,28 +186,28 @@ def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
 
 
 def _mixture(
-    config: PretrainConfig, entries: Sequence[Entry], train: TokenShards
+    config: PretrainConfig, sources: Sequence[DataSource], train: TokenShards
 ) -> tuple[MixtureReport, ...]:
-    """Return what the weights mean.
+    """Return the effect of the weights.
 
     Raises:
-        DataError: where an entry with a weight has no training text.
+        DataError: when a source with a weight has no training documents.
     """
     mixed = []
-    for number, entry in enumerate(entries):
+    for number, source in enumerate(sources):
         part = train.parts[number] if number < len(train.parts) else None
         if part is None or not part.num_documents:
             raise DataError(
-                f"--data {entry.pattern} has a weight but holds no text for training; leave it out, add text "
-                "or lower --val-fraction."
+                f"--data {source.pattern} has a weight but no training documents; remove it, add data or "
+                "lower --val-fraction."
             )
         mixed.append(part)
     assert len(mixed) == len(train.parts)
-    weights = [entry.weight or 0.0 for entry in entries]
-    passes = passes_per_epoch(mixed, weights, seq_len=config.max_seq_len, packing=config.packing)
+    weights = [source.weight or 0.0 for source in sources]
+    epochs = source_epochs(mixed, weights, seq_len=config.max_seq_len, packing=config.packing)
     return tuple(
-        MixtureReport(entry.pattern, weight, part.num_tokens, number)
-        for entry, weight, part, number in zip(entries, weights, mixed, passes, strict=True)
+        MixtureReport(source.pattern, weight, part.num_tokens, number)
+        for source, weight, part, number in zip(sources, weights, mixed, epochs, strict=True)
     )
 
 
@@ -208,20 +223,20 @@ def default_cache_dir() -> Path:
 
 
 def _sources(
-    config: PretrainConfig, entries: Sequence[Entry]
+    config: PretrainConfig, sources: Sequence[DataSource]
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
-    """Return the named sources of a run, and what tells whether one of them has changed."""
+    """Return the named files of a run, and the identity of each, which changes with its content."""
     if not config.data:
-        from .builtin_corpus import embedded_fingerprint
+        from .builtin_corpus import builtin_fingerprint
 
-        assignment = Assignment(EmbeddedText(), "train", config.val_fraction)
-        return [("embedded text", assignment)], [{"embedded": embedded_fingerprint()}]
+        assignment = Assignment(BuiltinCorpus(), "train", config.val_fraction)
+        return [("embedded text", assignment)], [{"embedded": builtin_fingerprint()}]
     held_out = 0.0 if config.val_data else config.val_fraction
     named, identities = [], []
     wanted = [
         (path, "--data", "train", held_out, part)
-        for part, entry in enumerate(entries)
-        for path in entry.files
+        for part, source in enumerate(sources)
+        for path in source.files
     ]
     wanted += [
         (path, "--val-data", "validation", 0.0, 0) for path in find_files(config.val_data, "--val-data")
@@ -229,25 +244,24 @@ def _sources(
     for path, option, split, share, part in wanted:
         source = TextFile(path, option, config.text_key, config.bad_lines)
         named.append((str(path), Assignment(source, split, share, part)))
-        # The cache tells which documents came from which entry, but not the entries' weights.
+        # The cache key contains the source of each document, but not the weights.
         identities.append({"split": split, "entry": part, **identify(path, option)})
     return named, identities
 
 
 def _refuse_unusable(config: PretrainConfig, encoded: Encoded) -> None:
-    """Raise DataError where a split that was asked for has no text."""
+    """Raise DataError when a requested split has no documents."""
     train, validation = encoded.counts[:, :, 0].sum(0).tolist()
-    left_out = sum(r.empty + r.bad_lines.total() for r in encoded.readings)
+    dropped = sum(r.empty + r.bad_lines.total() for r in encoded.readings)
     if not train and validation and not config.val_data:
         raise DataError(
             f"--val-fraction {config.val_fraction:g} holds out all {validation} documents of "
-            f"{_wanted(config)}; lower it, or add text."
+            f"{_data_option(config)}; lower it, or add data."
         )
     if not train or (config.val_data and not validation):
-        name = "--val-data " + " ".join(config.val_data) if train else _wanted(config)
+        name = "--val-data " + " ".join(config.val_data) if train else _data_option(config)
         raise DataError(
-            f"{name} holds no text ({left_out} documents were empty or could not be read); "
-            "name a file with text in it."
+            f"{name} has no text ({dropped} documents were empty or invalid); name a file with text."
         )
 
 
@@ -270,10 +284,10 @@ def _report(
     notes = []
     if validation is None and config.val_fraction > 0:
         notes.append(
-            f"--val-fraction {config.val_fraction:g} chose none of {train.amount.documents} documents, "
-            "so there is no validation; raise it or give --val-data."
+            f"--val-fraction {config.val_fraction:g} selected none of {train.amount.documents} documents, "
+            "so there is no validation; raise it or pass --val-data."
         )
-    packed, padded = row_costs(read_length_counts(folder, "train"), config.max_seq_len)
+    packed, padded = sequence_costs(read_length_counts(folder, "train"), config.max_seq_len)
     sources = tuple(
         SourceReport(name, Amount(*counts[0]), Amount(*counts[1]), reading.empty, dict(reading.bad_lines))
         for name, counts, reading in zip(names, encoded.counts.tolist(), encoded.readings, strict=True)
@@ -304,17 +318,17 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _wanted(config: PretrainConfig) -> str:
-    return "--data " + " ".join(config.data) if config.data else "the embedded text"
+def _data_option(config: PretrainConfig) -> str:
+    return "--data " + " ".join(config.data) if config.data else "the embedded corpus"
 
 
 def _unwritable(cache_dir: Path, error: OSError) -> DataError:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return DataError(
-            f"the disk of the token cache {cache_dir} is full; free some space, or name another disk with "
-            "--cache-dir."
+            f"the disk of the token cache {cache_dir} is full; free some space, or set --cache-dir to "
+            "another disk."
         )
     return DataError(
         f"the token cache {cache_dir} cannot be written ({error.strerror or error}); "
-        "name a folder that can with --cache-dir."
+        "set --cache-dir to a writable folder."
     )

@@ -1,4 +1,4 @@
-"""Made-up text in the form of token shards, for measurements of speed."""
+"""Token shards of random tokens, for speed measurements."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 from .shards import ShardWriter, TokenShards, token_dtype
 
-# Tokens of a document, on average.
+# Mean tokens per document.
 _DOCUMENT = 300
 
 
 def random_shards(folder: Path, vocab_size: int) -> TokenShards:
-    """Write a few million random tokens in documents of varied length; the same on every call.
+    """Write a few million random tokens in documents of varied lengths; equal on every call.
 
     Args:
-        folder: made here.
-        vocab_size: token ids are below it.
+        folder: created here.
+        vocab_size: upper limit of the ids.
     """
     rng = np.random.default_rng(0)
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Text files to documents: JSONL, plain text and parquet, one document in memory at a time."""
+"""Read documents from JSONL, plain text and Parquet files, one document in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from typing import Any, BinaryIO, Literal
 from ..errors import DataError
 
 FORMATS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
-# A plain text file longer than this becomes several documents, so that it never has to fit in memory.
+# Longer plain text files become several documents, so that they need not fit in memory.
 TEXT_PIECE_BYTES = 1 << 20
 _PROBE_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
-_FIX = "mend it, or pass --bad-lines skip to count such lines and go on."
+_FIX = "fix it, or pass --bad-lines skip to skip and count invalid lines."
 
 
 def find_files(patterns: Sequence[str], option: str) -> list[Path]:
-    """Return the text files that files, folders and globs stand for, each once, folders in sorted order.
+    """Return the data files of paths, folders and globs, each once, folders in sorted order.
 
     Args:
-        patterns: what the user wrote; `~` is expanded.
+        patterns: paths, folders or globs; `~` is expanded.
         option: `--data` or `--val-data`, named in errors.
 
     Raises:
-        DataError: for a path that does not exist, matches nothing, or has a suffix that is not read.
+        DataError: for a path that does not exist or matches no file, and for an unknown suffix.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -45,31 +45,31 @@ def _matches(pattern: str, option: str) -> list[Path]:
     readable = ", ".join(FORMATS)
     if path.is_file():
         if format_of(path) is None:
-            raise DataError(f"{option} {pattern} has a suffix that is not read; use one of {readable}.")
+            raise DataError(f"{option} {pattern} has an unknown suffix; use one of {readable}.")
         return [path.resolve()]
     if path.is_dir():
         candidates = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     elif glob.has_magic(pattern):
         candidates = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
     else:
-        raise DataError(f"{option} {pattern} does not exist; give the path of a file, a folder or a glob.")
+        raise DataError(f"{option} {pattern} does not exist; pass a file, a folder or a glob.")
     files = sorted(candidate.resolve() for candidate in candidates if format_of(candidate))
     if not files:
-        where = "holds" if path.is_dir() else "matches"
-        raise DataError(f"{option} {pattern} {where} no file that can be read; use one of {readable}.")
+        where = "contains" if path.is_dir() else "matches"
+        raise DataError(f"{option} {pattern} {where} no data file; use one of {readable}.")
     return files
 
 
 def format_of(path: Path) -> str | None:
-    """Return which of `FORMATS` a file name ends in, None for any other."""
+    """Return the suffix of a file name in `FORMATS`, or None."""
     return next((suffix for suffix in FORMATS if path.name.lower().endswith(suffix)), None)
 
 
 def identify(path: Path, option: str) -> dict[str, Any]:
-    """Return what tells a changed file from an unchanged one: path, size, time, and three small probes.
+    """Return the identity of a file's content: path, size, modification time and three samples.
 
     Raises:
-        DataError: for a file that cannot be read.
+        DataError: for an unreadable file.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -90,12 +90,12 @@ def identify(path: Path, option: str) -> dict[str, Any]:
 
 @dataclass
 class Reading:
-    """What was met while one file was read.
+    """Counts of one file while it is read.
 
     Attributes:
-        empty: documents of white space only, which are dropped.
-        bad_lines: lines that could not be read, by reason; filled only where they are skipped.
-        done_bytes: bytes of the file, as it lies on the disk, read so far.
+        empty: documents of only white space, which are dropped.
+        bad_lines: skipped invalid lines by reason.
+        done_bytes: bytes of the file on the disk read so far.
     """
 
     empty: int = 0
@@ -104,18 +104,18 @@ class Reading:
 
 
 class _LineError(Exception):
-    """A line that cannot be read; the argument is the reason."""
+    """An invalid line; the argument is the reason."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of text.
+    """One data file.
 
     Attributes:
-        path: where it is; the suffix tells the format.
+        path: the suffix determines the format.
         option: the option that named it, for errors.
-        text_key: the field of a JSONL object or parquet row that holds the text.
-        bad_lines: whether a line that cannot be read raises, or is counted.
+        text_key: field of a JSON object or Parquet row that contains the text.
+        bad_lines: raise for an invalid line, or count it.
     """
 
     path: Path
@@ -124,10 +124,10 @@ class TextFile:
     bad_lines: Literal["error", "skip"] = "error"
 
     def documents(self, reading: Reading) -> Iterator[str]:
-        """Yield the documents, none of them empty, and count in `reading` what is left out.
+        """Yield the non-empty documents and count dropped ones in `reading`.
 
         Raises:
-            DataError: with file and line, for a line that cannot be read; or for a file that cannot.
+            DataError: with file and line for an invalid line, or for an unreadable file.
         """
         suffix = format_of(self.path)
         try:
@@ -169,7 +169,7 @@ class TextFile:
             line = carried + line
             carried = b""
             if not line.endswith(b"\n"):
-                # A line cut by its length may end inside a character, whose bytes join the next piece.
+                # A line cut by its length may end inside a character; its bytes join the next piece.
                 cut = _whole_characters(line)
                 line, carried = line[:cut], line[cut:]
             try:
@@ -188,7 +188,7 @@ class TextFile:
     def _lines(
         self, file: BinaryIO, raw: BinaryIO, reading: Reading, limit: int
     ) -> Iterator[tuple[int, bytes]]:
-        """Yield (line number, bytes) with at most `limit` bytes at a time, -1 for whole lines."""
+        """Yield (line number, bytes), at most `limit` bytes at a time; -1 for whole lines."""
         number = 1
         first = True
         while True:
@@ -227,14 +227,14 @@ class TextFile:
                 yield from self._parquet_rows(file, reading)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
-                f"{self.option}: {self.path} is not a sound parquet file ({error}); "
-                "write or download it again."
+                f"{self.option}: {self.path} is not a valid Parquet file ({error}); "
+                "download or write it again."
             ) from error
 
     def _parquet_rows(self, file: Any, reading: Reading) -> Iterator[str]:
-        rows, size = max(file.metadata.num_rows, 1), self.path.stat().st_size
+        num_rows, size = max(file.metadata.num_rows, 1), self.path.stat().st_size
         row = 0
-        # Small batches, and one thread: pyarrow otherwise decodes whole row groups ahead.
+        # Small batches and one thread: otherwise pyarrow decodes whole row groups ahead.
         for batch in file.iter_batches(batch_size=256, columns=[self.text_key], use_threads=False):
             for value in batch.column(0):
                 row += 1
@@ -242,13 +242,13 @@ class TextFile:
                     yield _checked_text(_python_value(value))
                 except _LineError as bad:
                     self._bad(row, str(bad), reading)
-            reading.done_bytes = size * row // rows
+            reading.done_bytes = size * row // num_rows
 
 
 def _unreadable(path: Path, option: str, error: OSError) -> DataError:
     return DataError(
         f"{option}: {path} cannot be read ({error.strerror or error}); "
-        "check that it exists, that you may read it and that the disk is sound."
+        "check that it exists, its permissions and the disk."
     )
 
 
@@ -266,7 +266,7 @@ def _text_of_json(line: bytes, text_key: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            # JSON can spell half of a surrogate pair, which is no character.
+            # JSON can escape half of a surrogate pair, which is no character.
             raise _LineError("half of a surrogate pair in the text") from error
     return text
 
@@ -292,7 +292,7 @@ def _decode(line: bytes) -> str:
 
 
 def _whole_characters(data: bytes) -> int:
-    """Return how many bytes at the start of `data` do not include a last, unfinished UTF-8 character."""
+    """Return the length of `data` without an incomplete UTF-8 character at its end."""
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:

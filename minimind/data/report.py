@@ -1,4 +1,4 @@
-"""What is in the training text: sizes, lengths, duplicates, what was left out, what a row length costs."""
+"""Statistics of the data: sizes, lengths, duplicates, dropped documents, cost of the sequence length."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SOURCES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Amount:
-    """How much text there is.
+    """The size of some documents.
 
     Attributes:
-        documents: documents that are not empty.
-        text_bytes: bytes of their text in UTF-8.
-        tokens: tokens, with those that begin and end documents.
+        documents: non-empty documents.
+        text_bytes: UTF-8 bytes of their text.
+        tokens: tokens, including start and end tokens.
     """
 
     documents: int = 0
@@ -31,7 +31,7 @@ class Amount:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text per token, 0 where there is no token."""
+        """Bytes of text per token, 0 without tokens."""
         return self.text_bytes / self.tokens if self.tokens else 0.0
 
     def __str__(self) -> str:
@@ -43,14 +43,14 @@ class Amount:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One file, or the embedded text.
+    """One file, or the embedded corpus.
 
     Attributes:
         name: path of the file.
-        train: what of it is trained on.
-        validation: what of it is held out.
-        empty: documents of white space only, dropped.
-        bad_lines: lines skipped, by reason.
+        train: its training documents.
+        validation: its held-out documents.
+        empty: documents of only white space, dropped.
+        bad_lines: skipped lines by reason.
     """
 
     name: str
@@ -62,12 +62,12 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The training or the validation text as a whole.
+    """The training or the validation split.
 
     Attributes:
-        amount: how much.
-        lengths: quantiles of the tokens in a document: p10, p50, p90, p99 and max.
-        duplicates: documents equal to an earlier one of the split, by a 64-bit hash.
+        amount: its size.
+        lengths: quantiles of tokens per document: p10, p50, p90, p99 and max.
+        duplicates: documents equal to an earlier one of the split, by 64-bit hash.
     """
 
     amount: Amount
@@ -77,11 +77,11 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class SequenceCost:
-    """What rows of one length cost in one of the two ways to fill them.
+    """The cost of a sequence length, packed or padded.
 
     Attributes:
-        truncated: share of the tokens that are never trained on because a row ended.
-        padding: share of the computation spent on padding.
+        truncated: share of the tokens lost to truncation.
+        padding: share of the positions that are padding.
     """
 
     truncated: float
@@ -90,13 +90,13 @@ class SequenceCost:
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """What one entry of --data with a weight gives.
+    """One source of --data with a weight.
 
     Attributes:
-        name: the entry, without its weight.
-        weight: its share of the training tokens, of 1.
-        tokens: the training tokens it holds.
-        passes: how many times an epoch reads all of them; below 1 where an epoch reads a part.
+        name: the source, without its weight.
+        weight: its share of the training tokens.
+        tokens: its training tokens.
+        passes: how often one epoch reads the source; below 1 when it reads a part.
     """
 
     name: str
@@ -110,20 +110,20 @@ class MixtureReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Everything known about the text of a run.
+    """Statistics of the data of a run.
 
     Attributes:
-        sources: one entry for each file, in order.
-        train: the training text.
-        validation: the held-out text, None without any.
-        validation_in_train: validation documents that are also trained on.
-        vocab_size: entries of the vocabulary.
-        unused_vocabulary: entries that never occur in the training text.
-        seq_len: the row length that the costs below are for.
-        packed: cost of packed rows.
-        padded: cost of one document a row.
-        notes: what the user should know besides, in sentences.
-        mixture: one entry for each --data where they have weights, in order.
+        sources: one per file, in order.
+        train: the training split.
+        validation: the held-out split, or None.
+        validation_in_train: validation documents that are also training documents.
+        vocab_size: size of the vocabulary.
+        unused_vocabulary: ids that never occur in the training split.
+        seq_len: sequence length of the costs below.
+        packed: cost with packing.
+        padded: cost of one document per sequence.
+        notes: further remarks, as sentences.
+        mixture: one per source of --data, in order; empty without weights.
     """
 
     sources: tuple[SourceReport, ...]
@@ -139,12 +139,12 @@ class DataReport:
     mixture: tuple[MixtureReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as values that JSON holds."""
+        """Return the report as JSON-serializable values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataReport:
-        """Return the report that `to_dict` wrote, also after a passage through JSON."""
+        """Return the report of `to_dict`, also after JSON serialization."""
         sources = tuple(
             SourceReport(
                 **{**source, "train": Amount(**source["train"]), "validation": Amount(**source["validation"])}
@@ -166,23 +166,22 @@ class DataReport:
         )
 
     def lines(self) -> list[str]:
-        """Return the report as lines for people."""
+        """Return the report as printable lines."""
         lines = [f"training    {self.train.amount}"]
         if self.validation is not None:
             lines.append(f"validation  {self.validation.amount}")
         lines += [f"mixture     {entry}" for entry in self.mixture]
-        lines.append(f"lengths     {_quantile_text(self.train.lengths)} tokens a document")
+        lines.append(f"lengths     {_quantile_text(self.train.lengths)} tokens per document")
         lines.append(
-            f"rows        of {self.seq_len}: packed {self.packed.truncated:.1%} of the text lost, "
-            f"{self.packed.padding:.1%} padding; one document a row {self.padded.truncated:.1%} lost, "
-            f"{self.padded.padding:.1%} padding"
+            f"packing     sequences of {self.seq_len}: {self.packed.padding:.1%} padding, nothing truncated; "
+            f"without packing {self.padded.padding:.1%} padding, {self.padded.truncated:.1%} truncated"
         )
-        lines.append(f"vocabulary  {self.unused_vocabulary:,} of {self.vocab_size:,} entries never occur")
+        lines.append(f"vocabulary  {self.unused_vocabulary:,} of {self.vocab_size:,} ids never occur")
         if duplicates := self.train.duplicates:
             lines.append(f"duplicates  {duplicates:,} training documents repeat an earlier one")
         if self.validation_in_train:
             lines.append(
-                f"overlap     {self.validation_in_train:,} validation documents are also in the training text"
+                f"overlap     {self.validation_in_train:,} validation documents are also training documents"
             )
         if empty := sum(source.empty for source in self.sources):
             lines.append(f"empty       {empty:,} documents dropped")
@@ -197,25 +196,25 @@ class DataReport:
 
 
 def length_quantiles(length_counts: NDArray[np.int64]) -> dict[str, int]:
-    """Return exact quantiles: the smallest length that at least that share of the documents does not exceed.
+    """Return exact quantiles: the smallest length that at least this share of the documents does not exceed.
 
     Args:
-        length_counts: (2, L) lengths ascending and how often each occurs.
+        length_counts: (2, L) lengths, ascending, and their counts.
     """
     lengths, counts = length_counts
     reached = np.cumsum(counts)
-    # Ceil in integers: 0.9 * 10 must be the ninth document, whatever binary fractions make of it.
+    # Integer ceiling, so that 0.9 * 10 is exactly the ninth document.
     ranks = {name: -(-int(reached[-1]) * round(share * 100) // 100) for name, share in QUANTILES.items()}
     return {name: int(lengths[np.searchsorted(reached, rank)]) for name, rank in ranks.items()}
 
 
-def row_costs(length_counts: NDArray[np.int64], seq_len: int) -> tuple[SequenceCost, SequenceCost]:
-    """Return the cost of packed rows and of one document a row, exact from the lengths alone."""
+def sequence_costs(length_counts: NDArray[np.int64], seq_len: int) -> tuple[SequenceCost, SequenceCost]:
+    """Return the cost with and without packing, computed exactly from the lengths."""
     lengths, counts = length_counts
     tokens, documents = int(lengths @ counts), int(counts.sum())
-    # The last token of a document or of the stream is only ever a target.
-    packed_rows = max(-(-(tokens - 1) // seq_len), 1)
-    packed = SequenceCost(truncated=0.0, padding=1 - (tokens - 1) / (packed_rows * seq_len))
+    # The last token of a document or of the stream is only a target.
+    num_packed = max(-(-(tokens - 1) // seq_len), 1)
+    packed = SequenceCost(truncated=0.0, padding=1 - (tokens - 1) / (num_packed * seq_len))
     lost = int(np.maximum(lengths - seq_len - 1, 0) @ counts)
     inputs = int(np.minimum(lengths - 1, seq_len) @ counts)
     padded = SequenceCost(truncated=lost / tokens, padding=1 - inputs / (documents * seq_len))
@@ -232,7 +231,7 @@ def _source_text(source: SourceReport) -> str:
         for amount, use in ((source.train, "trained on"), (source.validation, "held out"))
         if amount.documents
     ]
-    return "; ".join(parts) or "nothing that can be used"
+    return "; ".join(parts) or "no documents"
 
 
 def _quantile_text(lengths: Mapping[str, int]) -> str:

@@ -1,9 +1,9 @@
-"""The order of documents and rows in one pass, a function of (seed, epoch) alone.
+"""The order of documents and sequences in one epoch, a function of (seed, epoch) alone.
 
-Documents lie in blocks of about 256K tokens, as they follow one another on the disk. A pass permutes the
-blocks, and the documents within each block; laid end to end they are the stream that rows are cut from. The
-rows of 64 blocks on end, a window, are permuted once more. Reading stays local, nothing as large as the
-corpus is ever permuted, and any place of a pass is found without going through what comes before it.
+Documents are stored in blocks of about 256K tokens. Each epoch permutes the blocks and the documents within
+each block. The permuted documents, end to end, are the stream that is cut into sequences. The sequences of 64
+consecutive blocks, a window, are permuted once more. Reads stay local, no permutation is as large as the
+corpus, and any position of an epoch is found directly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .shards import TokenShards
 
 WINDOW_BLOCKS = 64
 
-_BLOCKS, _DOCUMENTS, _ROWS = range(3)
+_BLOCKS, _DOCUMENTS, _SEQUENCES = range(3)
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,28 @@ class Window:
     """Rows that follow one another in the order, and the documents that they are cut from.
 
     Attributes:
-        first_row: where in the pass the window's rows begin.
-        order: (R,) the i-th row of the window in the order is the one cut at place `order[i]`.
+        first_sequence: position in the epoch of the window's first sequence.
+        order: (R,) the i-th sequence of the window is the `order[i]`-th one cut from its documents.
         documents: (n,) ids of the documents, in stream order.
-        skip: tokens at the head of `documents` that belong to the rows of the window before; packed only.
+        skip: leading tokens of `documents` that belong to the previous window; packed only.
     """
 
-    first_row: int
+    first_sequence: int
     order: NDArray[np.int64]
     documents: NDArray[np.int64]
     skip: int
 
     @property
-    def end_row(self) -> int:
-        """Where in the pass the rows of the next window begin."""
-        return self.first_row + len(self.order)
+    def end_sequence(self) -> int:
+        """Position in the epoch of the first sequence after the window."""
+        return self.first_sequence + len(self.order)
 
 
 class SequenceOrder:
-    """The order of the rows of each pass.
+    """The order of the sequences of each epoch.
 
     Attributes:
-        num_sequences: sequences in a pass.
+        num_sequences: sequences per epoch.
     """
 
     def __init__(
@@ -60,20 +60,20 @@ class SequenceOrder:
         shuffle: bool = True,
         window_blocks: int = WINDOW_BLOCKS,
     ) -> None:
-        """Look up the blocks; nothing that grows with the documents is read.
+        """Read the table of blocks, the only part that grows with the corpus (16 bytes per 256K tokens).
 
         Args:
             shards: the documents.
-            seq_len: inputs in a row.
-            packing: rows are cut from the stream; else each document is a row.
-            seed: of all permutations.
-            shuffle: without it the order is that of the shards.
+            seq_len: input tokens of a sequence.
+            packing: cut sequences from the stream; otherwise each document is one sequence.
+            seed: seeds all permutations.
+            shuffle: False keeps the order of the shards.
             window_blocks: blocks in a window.
         """
         self._seq_len, self._packing = seq_len, packing
         self._seed, self._shuffle = seed % 2**64, shuffle
         self._window_blocks = window_blocks
-        # (blocks + 1,) the first document of each block, and where it begins: in tokens, or in documents.
+        # (blocks + 1,) the first document of each block, and its start in tokens or documents.
         self._bounds = shards.blocks[:, 0]
         self._begins = shards.blocks[:, 1] if packing else self._bounds
         if packing:
@@ -82,19 +82,21 @@ class SequenceOrder:
         else:
             self.num_sequences = shards.num_documents
 
-    def windows(self, epoch: int, row: int = 0) -> Iterator[Window]:
-        """Yield the windows of a pass, in order, from the one that holds `row` on."""
+    def windows(self, epoch: int, sequence: int = 0) -> Iterator[Window]:
+        """Yield the windows of an epoch, in order, from the one that holds `sequence` on."""
         blocks = self._permutation(epoch, _BLOCKS, 0, len(self._bounds) - 1)
         sizes = np.diff(self._begins)[blocks]
-        # (blocks + 1,) where each block of the pass begins in the stream: in tokens, or in documents.
+        # (blocks + 1,) the start of each permuted block in the stream, in tokens or documents.
         begins = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
         heads = begins[:: self._window_blocks]
-        per_row = self._seq_len if self._packing else 1
-        # A row belongs to the window in which it begins.
-        first_rows = np.append(np.minimum(-(-heads // per_row), self.num_sequences), self.num_sequences)
-        first = int(np.searchsorted(first_rows, row, side="right")) - 1
-        for window in range(first, len(first_rows) - 1):
-            begin, end = int(first_rows[window]), int(first_rows[window + 1])
+        per_sequence = self._seq_len if self._packing else 1
+        # A sequence belongs to the window in which it begins.
+        first_sequences = np.append(
+            np.minimum(-(-heads // per_sequence), self.num_sequences), self.num_sequences
+        )
+        first = int(np.searchsorted(first_sequences, sequence, side="right")) - 1
+        for window in range(first, len(first_sequences) - 1):
+            begin, end = int(first_sequences[window]), int(first_sequences[window + 1])
             if begin < end:
                 yield self._window(epoch, window, begin, end, blocks, begins)
 
@@ -102,25 +104,25 @@ class SequenceOrder:
         self,
         epoch: int,
         window: int,
-        first_row: int,
-        end_row: int,
+        first_sequence: int,
+        end_sequence: int,
         blocks: NDArray[np.int64],
         begins: NDArray[np.int64],
     ) -> Window:
-        # A packed row looks one token ahead, and the last row of a window goes on in the next window's block.
-        per_row, ahead = (self._seq_len, 1) if self._packing else (1, 0)
-        start, stop = first_row * per_row, min(end_row * per_row + ahead, int(begins[-1]))
+        # A packed sequence reads one token ahead; the last one of a window may end in the next window.
+        per_sequence, ahead = (self._seq_len, 1) if self._packing else (1, 0)
+        start, stop = first_sequence * per_sequence, min(end_sequence * per_sequence + ahead, int(begins[-1]))
         low = int(np.searchsorted(begins, start, side="right")) - 1
         high = int(np.searchsorted(begins, stop, side="left"))
         documents = np.concatenate([self._block(epoch, int(block)) for block in blocks[low:high]])
         skip = start - int(begins[low])
         if not self._packing:
-            documents, skip = documents[skip : skip + end_row - first_row], 0
-        order = self._permutation(epoch, _ROWS, window, end_row - first_row)
-        return Window(first_row, order, documents, skip)
+            documents, skip = documents[skip : skip + end_sequence - first_sequence], 0
+        order = self._permutation(epoch, _SEQUENCES, window, end_sequence - first_sequence)
+        return Window(first_sequence, order, documents, skip)
 
     def _block(self, epoch: int, block: int) -> NDArray[np.int64]:
-        """Return the documents of a block in this pass's order."""
+        """Return the documents of a block, permuted."""
         first, end = int(self._bounds[block]), int(self._bounds[block + 1])
         return first + self._permutation(epoch, _DOCUMENTS, block, end - first)
 
@@ -131,10 +133,9 @@ class SequenceOrder:
 
 
 def permutation(seed: int, number: int, stream: tuple[int, int, int], size: int) -> NDArray[np.int64]:
-    """Return a permutation that depends on the seed, a number such as the pass, and the stream alone.
+    """Return a permutation of `size` elements that depends only on the arguments.
 
-    Philox's raw output and a stable sort are fixed for ever, where `Generator.permutation` may change with
-    the version of numpy.
+    `Generator.permutation` may change between versions of numpy; Philox's raw output does not.
     """
     key = np.array([seed, number], np.uint64)
     philox = np.random.Philox(key=key, counter=np.array([0, *stream], np.uint64))

@@ -1,50 +1,53 @@
-"""Tokens on disk: memory-mapped shards of documents laid end to end, and where each document begins.
+"""Tokens on disk: memory-mapped shards of documents end to end, and their index.
 
 A split `train` is the files `train-00000.bin`, `train-00001.bin`, … (tokens, uint16 or uint32, a document
-never crosses files) and the index of its documents; see `document_index`.
+never spans two files) and the index of `document_index`. Each file has checksums; see `checksums`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
-import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checksums import CheckedArray, ChecksummedFile
 from .document_index import BLOCK_TOKENS, IndexWriter, read_blocks, read_length_counts, read_parts
 
 SHARD_TOKENS = 1 << 28
-# Token files that are mapped at once; a window of the order reads from half as many.
+# Token files mapped at once; a window of the order reads from at most half as many.
 OPEN_SHARDS = 128
 _GATHER_TOKENS = 1 << 18
 _LONG_SPAN = 128
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest type that holds every token id."""
+    """Return the smallest unsigned type for all token ids."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """What must be known to open one split.
+    """Describes the files of one split.
 
     Attributes:
-        dtype: name of the tokens' type.
-        shard_tokens: tokens in each shard file.
-        num_documents: documents in all of them.
+        dtype: name of the token type.
+        shard_tokens: tokens in each shard.
+        num_documents: documents in all shards.
+        content: hash (hex) of all tokens and document lengths.
     """
 
     dtype: str
     shard_tokens: tuple[int, ...]
     num_documents: int
+    content: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -54,13 +57,13 @@ class SplitIndex:
 
 @dataclass
 class ShardWriter:
-    """Writes one split; memory does not grow with it.
+    """Writes one split in constant memory.
 
     Attributes:
-        folder: where the files go.
+        folder: of the files.
         split: `train` or `validation`.
         dtype: type of a token.
-        shard_tokens: a new file begins when one has reached this many tokens.
+        shard_tokens: start a new file after this many tokens.
         block_tokens: size of a block; see `document_index`.
     """
 
@@ -70,42 +73,41 @@ class ShardWriter:
     shard_tokens: int = SHARD_TOKENS
     block_tokens: int = BLOCK_TOKENS
     _written: list[int] = field(default_factory=list, init=False)
-    _tokens_file: BinaryIO | None = field(default=None, init=False)
+    _tokens_file: ChecksummedFile | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._index = IndexWriter(self.folder, self.split, self.block_tokens)
+        self._content = hashlib.blake2b(digest_size=16)
 
     def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64], part: int = 0) -> None:
-        """Add documents: `tokens` end to end, `lengths` of each, which entry of --data they belong to."""
+        """Add documents: their tokens end to end, their lengths, and the source of --data."""
         if not len(lengths):
             return
         if self._tokens_file is None or self._written[-1] >= self.shard_tokens:
-            self._finish(self._tokens_file)
-            name = _shard_name(self.split, len(self._written))
-            self._tokens_file = (self.folder / name).open("wb")
+            if self._tokens_file is not None:
+                self._tokens_file.close()
+            self._tokens_file = ChecksummedFile(self.folder / _shard_name(self.split, len(self._written)))
             self._written.append(0)
-        self._tokens_file.write(tokens.astype(self.dtype, copy=False).data)
+        data = tokens.astype(self.dtype, copy=False).tobytes()
+        self._tokens_file.write(data)
+        self._content.update(data)
+        self._content.update(lengths.astype(np.int64, copy=False).tobytes())
         self._written[-1] += len(tokens)
         self._index.append(lengths, part)
 
     def close(self) -> SplitIndex:
-        """Bring everything to the disk and return the index."""
-        self._finish(self._tokens_file)
+        """Force the files to the disk and return the index."""
+        if self._tokens_file is not None:
+            self._tokens_file.close()
         self._index.close()
-        return SplitIndex(self.dtype.name, tuple(self._written), self._index.num_documents)
+        content = self._content.hexdigest()
+        return SplitIndex(self.dtype.name, tuple(self._written), self._index.num_documents, content)
 
     def abandon(self) -> None:
         """Close the files of a build that failed."""
         if self._tokens_file is not None:
-            self._tokens_file.close()
+            self._tokens_file.abandon()
         self._index.abandon()
-
-    @staticmethod
-    def _finish(file: BinaryIO | None) -> None:
-        if file is not None:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
 
 
 class TokenShards:
@@ -113,49 +115,53 @@ class TokenShards:
 
     Attributes:
         num_documents: documents in the split.
-        num_tokens: tokens, with those that begin and end documents.
-        offsets: (documents + 1,) int64, where each document begins; mapped, so read only where it is used.
-        blocks: (blocks + 1, 2) int64, the first document of each block and where it begins.
-        parts: what each entry of --data gave.
-        length_counts: (2, L) int64, each document length that occurs and how often, ascending.
-        fingerprint: tells this text, tokenizer and split from any other.
+        num_tokens: tokens, including start and end tokens.
+        offsets: (documents + 1,) int64, the start of each document; memory-mapped and
+            checked on first use.
+        blocks: (blocks + 1, 2) int64, the first document of each block and its start.
+        parts: the documents of each source of --data.
+        length_counts: (2, L) int64, document lengths, ascending, and their counts.
+        fingerprint: identifies the documents, the tokenizer and the split.
+        content: hash (hex) of all tokens and document lengths.
     """
 
     def __init__(self, folder: Path, split: str, index: SplitIndex, fingerprint: str) -> None:
         self.num_documents = index.num_documents
         self.num_tokens = index.num_tokens
         self.fingerprint = fingerprint
+        self.content = index.content
         self._dtype = np.dtype(index.dtype)
         self._ends = np.cumsum(index.shard_tokens, dtype=np.int64)
         self._begins = self._ends - np.array(index.shard_tokens, np.int64)
         self._maps: WeakSet[mmap.mmap] = WeakSet()
-        # Mapped when read, and no more at once than systems let a process open: a map holds its file open.
+        # Mapped on first use; limited because each map keeps a file open.
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(
-            lambda number: self._map(folder / _shard_name(split, number), self._dtype)
+            lambda number: self._open(folder / _shard_name(split, number), self._dtype)
         )
-        self.offsets: NDArray[np.int64] = self._map(folder / f"{split}.offsets", np.dtype(np.int64))
+        # A shard that is mapped again is not checked again.
+        self._unchecked: dict[Path, NDArray[np.bool_]] = {}
+        self.offsets = self._open(folder / f"{split}.offsets", np.dtype(np.int64))
         self.blocks = read_blocks(folder, split)
         self.parts = read_parts(folder, split)
         self.length_counts = read_length_counts(folder, split)
 
-    def _map(self, path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._maps.add(mapped)
-        # Views of the array keep the map, whatever the cache forgets.
-        return np.frombuffer(mapped, dtype)
+    def _open(self, path: Path, dtype: np.dtype[Any]) -> CheckedArray:
+        opened = CheckedArray(path, dtype, self._unchecked.get(path))
+        self._unchecked[path] = opened.unchecked
+        self._maps.add(opened.mapped)
+        return opened
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(documents,) tokens of each document; a new array of 8 bytes a document."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets[:])
 
     def document(self, i: int) -> NDArray[Any]:
         """Return the tokens of one document."""
         return self.tokens(int(self.offsets[i]), int(self.offsets[i + 1]))
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the tokens of a span of the split; a view where the span lies within one file."""
+        """Return the tokens of a span of the split; a view if the span is in one file."""
         shard = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
@@ -167,22 +173,24 @@ class TokenShards:
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
     def gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
-        """Return spans of tokens end to end; no span may cross a document."""
+        """Return spans of tokens end to end; each span must be within one document."""
         ends = np.cumsum(lengths)
         out = np.empty(int(ends[-1]) if len(ends) else 0, self._dtype)
         shards = np.searchsorted(self._ends, starts, side="right")
         begins = ends - lengths
-        # In pieces, so that the indices below stay small beside the tokens.
+        # In pieces, which bounds the memory of the indices below.
         bounds = np.unique(np.searchsorted(begins, np.arange(0, len(out), _GATHER_TOKENS)))
         for low, high in pairwise([*bounds.tolist(), len(ends)]):
             for shard in np.unique(shards[low:high]).tolist():
                 here = low + np.flatnonzero(shards[low:high] == shard)
                 source = starts[here] - int(self._begins[shard])
-                _copy_spans(self._shard(shard), source, out, begins[here], lengths[here])
+                tokens = self._shard(shard)
+                tokens.check_spans(source, lengths[here])
+                _copy_spans(tokens.array, source, out, begins[here], lengths[here])
         return out
 
     def release_pages(self) -> None:
-        """Let go of the pages read so far, so that resident memory stays small however much is read."""
+        """Drop resident pages, so that resident memory does not grow with what was read."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in list(self._maps):
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -200,7 +208,7 @@ def _copy_spans(
         for a, b, n in zip(source_starts.tolist(), target_starts.tolist(), lengths.tolist(), strict=True):
             target[b : b + n] = source[a : a + n]
         return
-    # Short spans: one gather by index costs less than a Python step for each.
+    # Short spans: one gather by index is faster than a Python loop.
     within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     target[within + np.repeat(target_starts, lengths)] = source[within + np.repeat(source_starts, lengths)]
 

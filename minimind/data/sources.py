@@ -1,4 +1,4 @@
-"""What --data names: paths, each with the share of the training tokens it is to give, if one is asked for."""
+"""Parse the values of --data: paths with optional weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .readers import find_files
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One --data.
+class DataSource:
+    """One value of --data.
 
     Attributes:
-        pattern: the file, folder or glob, without its weight.
-        weight: its share of the training tokens, of 1 over all entries; None where none has a weight.
-        files: what the pattern stands for.
+        pattern: the file, folder or glob, without the weight.
+        weight: its share of the training tokens; the shares sum to 1. None without weights.
+        files: the files of the pattern.
     """
 
     pattern: str
@@ -26,14 +26,14 @@ class Entry:
     files: tuple[Path, ...]
 
 
-def read_entries(values: Sequence[str], option: str = "--data") -> list[Entry]:
-    """Return what the values of --data name; `corpus.jsonl:0.7` is a path and a weight.
+def read_sources(values: Sequence[str], option: str = "--data") -> list[DataSource]:
+    """Return the sources of --data; `corpus.jsonl:0.7` is a path and a weight.
 
-    Without weights a file that several entries name belongs to the first of them.
+    Without weights, a file that several sources name belongs to the first of them.
 
     Raises:
-        DataError: for a path that leads nowhere, weights that are not above 0 or that some entries lack, and
-            for a file that two entries with weights name.
+        DataError: for a path that does not exist, an invalid or missing weight, and a file that two sources
+            with weights name.
     """
     read = [split_weight(value, option) for value in values]
     weighted = [value for value, (_, weight) in zip(values, read, strict=True) if weight is not None]
@@ -45,7 +45,7 @@ def read_entries(values: Sequence[str], option: str = "--data") -> list[Entry]:
         )
     total = math.fsum(weight for _, weight in read if weight is not None)
     owners: dict[Path, str] = {}
-    entries = []
+    sources = []
     for value, (pattern, weight) in zip(values, read, strict=True):
         files = [path for path in find_files([pattern], option) if weighted or path not in owners]
         if weighted and (twice := next((path for path in files if path in owners), None)) is not None:
@@ -54,12 +54,12 @@ def read_entries(values: Sequence[str], option: str = "--data") -> list[Entry]:
                 "belong to only one of them."
             )
         owners.update(dict.fromkeys(files, value))
-        entries.append(Entry(pattern, None if weight is None else weight / total, tuple(files)))
-    return entries
+        sources.append(DataSource(pattern, None if weight is None else weight / total, tuple(files)))
+    return sources
 
 
 def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]:
-    """Return the path and the weight of `PATH:WEIGHT`; a path that exists as it is written has no weight.
+    """Return the path and the weight of `PATH:WEIGHT`; a path that exists as written has no weight.
 
     Raises:
         DataError: for a weight that is not a number above 0 and below 1e100.
@@ -75,10 +75,10 @@ def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]
                 f"{option} {value}: '{tail}' is not a weight; write a number, as in {pattern}:0.5."
             ) from None
         return value, None
-    # Of larger ones the sum might be none; not a number is neither above nor below.
+    # The sum of larger weights may overflow; NaN fails both comparisons.
     if not 0 < weight < 1e100:
         raise DataError(
-            f"{option} {value}: a weight must be a number above 0 and below 1e100; leave {pattern} out if it "
-            "shall not be trained on."
+            f"{option} {value}: a weight must be a number above 0 and below 1e100; remove {pattern} if you "
+            "do not want to train on it."
         )
     return pattern, weight

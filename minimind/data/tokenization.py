@@ -1,4 +1,4 @@
-"""Documents to token shards: read, tokenize on all cores, write, and count what the report needs."""
+"""Tokenize documents into token shards on all cores, and count what the report needs."""
 
 from __future__ import annotations
 
@@ -17,54 +17,55 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DataError
 from .readers import Reading
 from .shards import ShardWriter, SplitIndex, token_dtype
 
 SPLITS = ("train", "validation")
-# Large enough to keep all threads of the tokenizer busy, small enough for few megabytes in flight.
+# Large enough for all threads of the tokenizer, small enough to keep few megabytes in flight.
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 4096
 
 
 class DocumentTokenizer(Protocol):
-    """What is needed of a tokenizer here; `minimind.tokenizer.Tokenizer` has it."""
+    """The interface of a tokenizer; implemented by `minimind.tokenizer.Tokenizer`."""
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary."""
+        """Size of the vocabulary."""
 
     @property
     def bos_token_id(self) -> int | None:
-        """Begins a document, where there is such a token."""
+        """Start token of a document, or None."""
 
     @property
     def eos_token_id(self) -> int:
-        """Ends a document."""
+        """End token of a document."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells this tokenizer from any other."""
+        """Identifies the tokenizer."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, without those that begin and end a document."""
+        """Return the ids of each text, without start and end tokens."""
 
 
 class DocumentSource(Protocol):
-    """Anything that yields documents; `sources.TextFile` does."""
+    """Anything that yields documents, such as `readers.TextFile`."""
 
     def documents(self, reading: Reading) -> Iterator[str]:
-        """Yield documents and count in `reading` what is left out."""
+        """Yield documents and count dropped ones in `reading`."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which split the documents of a source belong to.
+    """Assigns the documents of a file to a split.
 
     Attributes:
         source: the documents.
         split: `train` or `validation`.
-        held_out: share of a training source's documents, chosen by content, that goes to validation.
-        part: the entry of --data that the source belongs to; the entries come in order.
+        held_out: share of the documents, chosen by content hash, that goes to validation.
+        part: index of the source of --data; must not decrease.
     """
 
     source: DocumentSource
@@ -75,16 +76,16 @@ class Assignment:
 
 @dataclass
 class Encoded:
-    """What encoding left behind.
+    """The result of encoding.
 
     Attributes:
-        splits: how to open each split, also one without documents.
+        splits: describes the files of each split, also of an empty one.
         counts: (sources, splits, 3) int64: documents, bytes of text, tokens.
-        readings: what was met in each source.
-        token_counts: (V,) int64, how often each id occurs in the training split.
-        duplicates: documents of each split that equal an earlier one of the same split.
-        shared: validation documents that are also in the training split.
-        fingerprints: of each split's documents and their order, wherever they were read from.
+        readings: counts of dropped documents per source.
+        token_counts: (V,) int64, count of each id in the training split.
+        duplicates: documents equal to an earlier one of the same split, per split.
+        shared: validation documents that are also training documents.
+        fingerprints: of each split's documents and their order, independent of paths.
     """
 
     splits: dict[str, SplitIndex]
@@ -98,7 +99,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Documents on their way through; arrays have one entry for each."""
+    """Documents of one batch; arrays have one element per document."""
 
     texts: list[str]
     source: NDArray[np.int32]
@@ -115,7 +116,7 @@ class _Ids:
 
 
 def content_hash(data: bytes) -> int:
-    """Return 64 bits that depend on the text alone; the same in every version and on every machine."""
+    """Return a 64-bit hash of the text, equal in every version and on every machine."""
     digest = hashlib.blake2b(data, digest_size=8, key=b"minimind document")
     return int.from_bytes(digest.digest(), "little")
 
@@ -128,17 +129,17 @@ def encode(
 ) -> Encoded:
     """Tokenize all sources into `folder`, each document as [bos] ids [eos].
 
-    Reading, tokenizing and writing overlap: while one thread turns Python lists into arrays, another has the
-    tokenizer's own threads at work. Documents keep the order of the sources.
+    Reading, tokenizing and writing overlap: one thread converts lists to arrays while the tokenizer's own
+    threads encode the next batch. Documents keep the order of the sources.
 
     Args:
         assignments: the sources and their splits.
-        tokenizer: its `encode_batch` must release the interpreter lock to be fast.
+        tokenizer: its `encode_batch` should release the GIL.
         folder: an existing folder.
         progress: called with the bytes read so far.
 
     Raises:
-        DataError: for a source that cannot be read.
+        DataError: for an unreadable source.
         OSError: when `folder` cannot be written.
     """
     dtype = token_dtype(tokenizer.vocab_size)
@@ -165,6 +166,11 @@ def encode(
                 writers[split].append(kept, ids.lengths[chosen], batch.part)
                 hashes[split].write(batch.hashes[chosen].data)
                 contents[split].update(batch.hashes[chosen].data)
+                if len(kept) and (largest := int(kept.max())) >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"--tokenizer returned the id {largest}, outside its vocabulary of "
+                        f"{tokenizer.vocab_size} entries; save or download the tokenizer again."
+                    )
                 if split == "train":
                     encoded.token_counts += np.bincount(kept, minlength=tokenizer.vocab_size)
             if progress is not None:
@@ -178,7 +184,7 @@ def encode(
 
 
 def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iterator[_Batch]:
-    """Yield documents of all sources in batches of about half a megabyte, of one entry each."""
+    """Yield the documents of all sources in batches of about half a megabyte, each of one part."""
     texts: list[str] = []
     columns: tuple[list[int], list[int], list[int]] = ([], [], [])
     size = 0
@@ -217,7 +223,7 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
 def _tokenized(
     batches: Iterator[_Batch], tokenizer: DocumentTokenizer, dtype: np.dtype[Any]
 ) -> Iterator[tuple[_Batch, _Ids]]:
-    """Yield each batch with its ids, in order, while the next ones are being tokenized."""
+    """Yield each batch with its ids, in order, while the next ones are tokenized."""
     workers = max(2, min(8, os.cpu_count() or 2))
     pending: deque[tuple[_Batch, Future[_Ids]]] = deque()
     with ThreadPoolExecutor(workers, "tokenize") as pool:
@@ -250,7 +256,7 @@ def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bo
 
 
 def _count_duplicates(encoded: Encoded, files: Mapping[str, IO[bytes]]) -> None:
-    """Count equal documents by their hashes: the one place whose memory grows, by 9 bytes a document."""
+    """Count equal documents by their hashes, with 9 bytes of memory per document."""
     hashes = {}
     for split, file in files.items():
         file.seek(0)

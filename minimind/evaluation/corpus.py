@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from ..config.options import AUTO, PretrainConfig
-from ..data.eval_windows import EvalBatch, document_windows, packed_windows, window_rows
+from ..data.eval_windows import EvalBatch, document_windows, packed_windows, window_batch
 from ..data.packing import IGNORED
 from ..data.prepare import prepare_data
 from ..data.shards import TokenShards
-from ..data.sources import Entry, read_entries
+from ..data.sources import DataSource, read_sources
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..distributed.collectives import sum_over_processes
 from ..distributed.consistency import check_same_on_all_ranks, run_signature, weights_fingerprint
@@ -114,7 +114,7 @@ def evaluate_text(
     if config.mixed_precision == "auto":
         config = dataclasses.replace(config, mixed_precision="no")
     check_launch(config)
-    entries = read_entries(config.data)
+    entries = read_sources(config.data)
     if any(entry.weight is not None for entry in entries):
         raise ConfigError("--data has a weight, which only training can use; leave it out.")
     if config.batch_size == AUTO:
@@ -177,7 +177,7 @@ def _sums(
     sums = np.zeros((3, num_files * ranges))
     for first in range(0, len(windows), batch_size):
         chosen = slice(first, first + batch_size)
-        rows = window_rows(shards, windows, chosen, tokenizer.pad_token_id)
+        rows = window_batch(shards, windows, chosen, tokenizer.pad_token_id)
         losses = _losses(model, rows, accelerator)
         counted = rows.labels != IGNORED
         # Context of 1, 2-3, 4-7, ... tokens: the target after position p has seen p + 1.
@@ -212,7 +212,9 @@ def _losses(model: MiniMindForCausalLM, rows: EvalBatch, accelerator: Accelerato
     return losses.view_as(labels).cpu().double().numpy()
 
 
-def _report(model: str, length: int, entries: Sequence[Entry], sums: NDArray[np.float64]) -> TextEvaluation:
+def _report(
+    model: str, length: int, entries: Sequence[DataSource], sums: NDArray[np.float64]
+) -> TextEvaluation:
     by_file = sums.sum(1)
     sources, first = [], 0
     for entry in entries:

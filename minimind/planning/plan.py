@@ -16,7 +16,7 @@ from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.files import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
 from ..config.options import PretrainConfig, evaluation_interval
 from ..data.batch_plan import BatchPlan, plan_batches
-from ..data.loader import Loader, steps_in_all
+from ..data.loader import Loader, count_total_steps
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import check_launch, choose_precision
@@ -95,7 +95,7 @@ def plan_run(
         device="cpu",
         weights=data.weights,
     )
-    total_steps = steps_in_all(config, loader, batches)
+    total_steps = count_total_steps(config, loader, batches)
     total_tokens = round(total_steps / loader.steps_per_epoch * loader.tokens_per_epoch)
     damaged: list[str] = []
     checkpoint_to_resume = _checkpoint(config, damaged.append)

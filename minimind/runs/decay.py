@@ -11,7 +11,7 @@ from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..checkpoint.train_state import TrainState
 from ..config.options import PretrainConfig
 from ..config.schema import schema_of
-from ..data.batch_plan import fitted_to
+from ..data.batch_plan import fit_micro_batch
 from ..distributed.heartbeat import first_choice, started_before
 from ..errors import CheckpointError, ConfigError
 from ..launch_env import is_main_process, world_size
@@ -113,7 +113,7 @@ def decay_config(
         output_dir=str(output_dir),
         run_name=None if trunk.run_name is None else f"{trunk.run_name}-decay-{state.step}",
     )
-    return fitted_to(changed, world_size())
+    return fit_micro_batch(changed, world_size())
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, list[StoredCheckpoint]]:

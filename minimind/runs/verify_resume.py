@@ -23,7 +23,7 @@ import torch
 from ..config.options import CONFIG_SECTIONS, PretrainConfig
 from ..config.presets import resolve
 from ..config.schema import read_toml, write_toml
-from ..data.batch_plan import fitted_to, rows_of_a_step
+from ..data.batch_plan import fit_micro_batch, sequences_per_step
 from ..distributed.accelerator import choose_precision
 from ..errors import ConfigError, TrainingError, UserError
 from ..io.atomic import write_text
@@ -133,7 +133,7 @@ def verify_resume(
             tracker=("none",),
             resume=None,
             output_dir=str(straight),
-            global_batch_size=rows_of_a_step(config, 1),
+            global_batch_size=sequences_per_step(config, 1),
             accumulation_steps=None,
         )
         note(f"training {steps} steps in one go")
@@ -146,7 +146,7 @@ def verify_resume(
         if processes == 1:
             _train(short, None)
         else:
-            _train_launched(fitted_to(short, processes), processes, Path(name))
+            _train_launched(fit_micro_batch(short, processes), processes, Path(name))
         compared = tuple(_compared(RunFolder(straight), RunFolder(parted)))
     if not any(one.step == steps and math.isfinite(one.straight) for one in compared):
         raise TrainingError(f"no loss was reported at step {steps}; is the loss finite in an ordinary run?")

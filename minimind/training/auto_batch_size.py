@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ..config.options import AUTO, PretrainConfig
-from ..data.batch_plan import BatchPlan, micro_batches_to_try, rows_of_a_step
+from ..data.batch_plan import BatchPlan, candidate_micro_batches, sequences_per_step
 from ..data.prepare import default_cache_dir
 from ..data.random_tokens import random_shards
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -70,7 +70,7 @@ def resolve_batch_size(
     if config.batch_size != AUTO:
         return config
     processes = accelerator.num_processes
-    total = rows_of_a_step(config, processes)
+    total = sequences_per_step(config, processes)
     if total % processes:
         raise ConfigError(
             f"--global-batch-size {total} cannot be shared equally by {processes} processes; give a multiple "
@@ -198,7 +198,7 @@ def _measure(
         ConfigError: where nothing fits.
     """
     device = accelerator.device
-    sizes = micro_batches_to_try(rows)
+    sizes = candidate_micro_batches(rows)
     tokens = FIRST_TOKENS.get(device.type, FIRST_TOKENS_ELSEWHERE)
     first = max((size for size in sizes if size * config.max_seq_len <= tokens), default=1)
     limit = TIME_LIMIT.get(device.type, TIME_LIMIT_ELSEWHERE)

@@ -19,8 +19,8 @@ from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.options import AUTO, PretrainConfig, due, evaluation_interval
-from ..data.batch_plan import BatchPlan, most_tokens, plan_batches
-from ..data.loader import Loader, evaluation_batches, steps_in_all
+from ..data.batch_plan import BatchPlan, max_training_tokens, plan_batches
+from ..data.loader import Loader, count_total_steps, evaluation_batches
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
@@ -130,7 +130,7 @@ def pretrain(
         model = build_model(config, shape, model_factory, progress.note)
         # Of a subclass too the shape does not tell what it computes.
         custom = None if type(model) is MiniMindForCausalLM else _describe(model)
-        length = most_tokens(config, plan, data.train.num_tokens)
+        length = max_training_tokens(config, plan, data.train.num_tokens)
         model, optimizer, compiled = compile_and_wrap(config, shape, plan, accelerator, model, tokens=length)
         loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
 
@@ -140,7 +140,7 @@ def pretrain(
             keep_every=config.keep_every,
             on_error=partial(_save_failed, config, progress, stop),
         )
-        total_steps = steps_in_all(config, loader, plan)
+        total_steps = count_total_steps(config, loader, plan)
         settings = settings_of_run(config, shape, plan, tokenizer, data)
         settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
         # For those who read the weights without the run.

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from minimind.config.options import PretrainConfig
 from minimind.data.batch_plan import (
     BatchPlan,
+    candidate_micro_batches,
     count_steps,
-    micro_batches_to_try,
     plan_batches,
-    rows_of_a_step,
+    sequences_per_step,
 )
 from minimind.errors import ConfigError
 
@@ -39,14 +39,14 @@ def test_global_size_stays_while_processes_and_micro_batches_change(batch, proce
 
 @given(rows=st.integers(1, 5000))
 def test_micro_batches_to_try_make_up_a_step_and_are_few(rows):
-    sizes = micro_batches_to_try(rows)
+    sizes = candidate_micro_batches(rows)
     assert (sizes[0], sizes[-1]) == (1, rows)
     assert all(rows % size == 0 for size in sizes)
     assert all(large >= 2 * small for small, large in pairwise(sizes))
 
 
 def test_micro_batches_of_a_power_of_two_are_the_powers_below():
-    assert micro_batches_to_try(32) == [1, 2, 4, 8, 16, 32]
+    assert candidate_micro_batches(32) == [1, 2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_micro_batches_of_a_power_of_two_are_the_powers_below():
 )
 def test_auto_leaves_a_step_the_rows_of_the_default(options, rows):
     config = PretrainConfig(**options)
-    assert rows_of_a_step(config, 2) == rows
+    assert sequences_per_step(config, 2) == rows
     if options["batch_size"] != "auto":
         assert plan_batches(config, 2).global_batch_size == rows
 
@@ -90,7 +90,7 @@ def test_refusal_names_the_options_and_the_values_that_fit():
     with pytest.raises(ConfigError) as caught:
         plan_batches(PretrainConfig(batch_size=16, global_batch_size=200), 4)
     assert str(caught.value) == (
-        "--global-batch-size 200 is not a multiple of 64 rows (--batch-size 16 x 4 processes); "
+        "--global-batch-size 200 is not a multiple of 64 sequences (--batch-size 16 x 4 processes); "
         "use --global-batch-size 192 or 256, or --batch-size 10."
     )
     with pytest.raises(ConfigError, match=r"\(--batch-size 3 x 1 process\)"):

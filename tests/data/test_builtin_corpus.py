@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minimind.data import builtin_corpus as embedded
-from minimind.data.builtin_corpus import embedded_documents, embedded_fingerprint
+from minimind.data.builtin_corpus import builtin_documents, builtin_fingerprint
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def prose(word: str) -> str:
 
 
 def test_python_carries_some_megabytes_of_prose():
-    documents = list(embedded_documents())
+    documents = list(builtin_documents())
     assert len(documents) > 500
     assert 1_000_000 < sum(len(text.encode()) for text in documents) < 20_000_000
     assert any("Abstract Syntax Trees" in text or 'The "while" statement' in text for text in documents)
@@ -43,7 +43,7 @@ def test_python_carries_some_megabytes_of_prose():
 def test_order_and_fingerprint_are_the_same_in_another_process():
     script = (
         "import hashlib; from minimind.data.builtin_corpus import *; "
-        "print(hashlib.sha256(repr(list(embedded_documents())).encode()).hexdigest(), embedded_fingerprint())"
+        "print(hashlib.sha256(repr(list(builtin_documents())).encode()).hexdigest(), builtin_fingerprint())"
     )
     runs = {
         subprocess.run(
@@ -56,7 +56,7 @@ def test_order_and_fingerprint_are_the_same_in_another_process():
         for seed in ("1", "2")
     }
     assert len(runs) == 1
-    assert embedded_fingerprint() in runs.pop()
+    assert builtin_fingerprint() in runs.pop()
 
 
 def test_a_module_and_each_of_its_classes_are_documents(library):
@@ -78,7 +78,7 @@ class Thing:
         """Of the inner class."""
 ''',
     )
-    assert list(embedded_documents()) == [
+    assert list(builtin_documents()) == [
         f"pkg\n\n{prose('module')}\n\nIndented.\n\n\npkg.function\n\nOf the function.",
         f"pkg.Thing\n\n{prose('thing')}\n\n\npkg.Thing.method\n\nOf the method."
         "\n\n\npkg.Thing.Inner\n\nOf the inner class.",
@@ -90,44 +90,44 @@ def test_tests_tables_packages_and_tiny_documents_are_left_out(library):
         library(name, f'"""{prose(name)}"""')
     library("tiny.py", '"""Too small."""')
     library("kept.py", f'"""{prose("kept")}"""')
-    assert list(embedded_documents()) == [f"kept\n\n{prose('kept')}"]
+    assert list(builtin_documents()) == [f"kept\n\n{prose('kept')}"]
 
 
 def test_a_docstring_met_before_is_left_out(library):
     library("a.py", f'"""{prose("same")}"""')
     library("b.py", f'"""{prose("same")}"""')
-    assert list(embedded_documents()) == [f"a\n\n{prose('same')}"]
+    assert list(builtin_documents()) == [f"a\n\n{prose('same')}"]
 
 
 def test_sources_that_cannot_be_read_are_passed_over(library, recwarn):
     library("broken.py", "def (:")
     library("binary.py", b"\x00\xff\xfe")
     library("escape.py", f'"""{prose("odd")} \\d"""')
-    assert list(embedded_documents()) == [f"escape\n\n{prose('odd')} \\d"]
+    assert list(builtin_documents()) == [f"escape\n\n{prose('odd')} \\d"]
     assert not recwarn.list
 
 
 def test_without_a_library_or_a_reference_there_is_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python.zip")})
-    topics = list(embedded_documents())
+    topics = list(builtin_documents())
     assert 50 < len(topics) < 200
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert list(embedded_documents()) == []
-    assert embedded_fingerprint() == embedded_fingerprint()
+    assert list(builtin_documents()) == []
+    assert builtin_fingerprint() == builtin_fingerprint()
 
 
 def test_fingerprint_changes_with_the_sources(library, tmp_path):
     library("a.py", f'"""{prose("one")}"""')
-    before = embedded_fingerprint()
-    assert embedded_fingerprint() == before
+    before = builtin_fingerprint()
+    assert builtin_fingerprint() == before
     library("a.py", f'"""{prose("another")}"""')
-    assert embedded_fingerprint() != before
-    changed = embedded_fingerprint()
+    assert builtin_fingerprint() != before
+    changed = builtin_fingerprint()
     library("b.py", "")
-    assert embedded_fingerprint() != changed
-    changed = embedded_fingerprint()
+    assert builtin_fingerprint() != changed
+    changed = builtin_fingerprint()
     os.utime(tmp_path / "b.py", (0, 0))
-    assert embedded_fingerprint() != changed
+    assert builtin_fingerprint() != changed
 
 
 def test_the_fingerprint_reads_no_file_and_walks_no_installed_packages(library, tmp_path, monkeypatch):
@@ -137,5 +137,5 @@ def test_the_fingerprint_reads_no_file_and_walks_no_installed_packages(library, 
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: walked.append(str(folder)) or scan(folder))
     monkeypatch.setattr(Path, "open", None)
-    embedded_fingerprint()
+    builtin_fingerprint()
     assert walked == [str(tmp_path)]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.data.eval_windows import document_windows, packed_windows, window_rows
+from minimind.data.eval_windows import document_windows, packed_windows, window_batch
 from minimind.data.loader import evaluation_batches
 from minimind.data.packing import IGNORED
 from support.made_text import write_shards
@@ -41,7 +41,7 @@ def test_every_token_that_follows_another_is_a_target_once(
     for process in range(processes):
         windows = whole.share(process, processes)
         for first in range(0, len(windows), 3):
-            rows = window_rows(shards, windows, slice(first, first + 3), pad_token_id=60_000)
+            rows = window_batch(shards, windows, slice(first, first + 3), pad_token_id=60_000)
             assert rows.input_ids.shape[1] <= length
             for row, place in zip(*np.nonzero(rows.labels != IGNORED), strict=True):
                 token, before = int(rows.labels[row, place]), int(rows.input_ids[row, place])
@@ -63,7 +63,7 @@ def test_every_token_that_follows_another_is_a_target_once(
 
 def test_packed_windows_are_the_rows_of_a_validation(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [30, 5, 1, 44, 2, 18, 60, 7])
-    rows = window_rows(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
+    rows = window_batch(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
     batches = evaluation_batches(
         shards, seq_len=16, packing=True, batch_size=20, process_index=0, num_processes=1, device="cpu"
     )

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.data.batch_plan import BatchPlan
-from minimind.data.batching import step_rows
+from minimind.data.batching import StepBuilder
 from minimind.data.loader import Loader
-from minimind.data.mixture import MixedOrder, passes_per_epoch
+from minimind.data.mixture import MixedOrder, source_epochs
 
 PAD = 999_999
 ONE_PROCESS = BatchPlan(4, 1, 1)
@@ -41,7 +41,7 @@ def order_of(shards, weights, *, seq_len, packing, seed=7):
 
 def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row=0, seed=7):
     return list(
-        step_rows(
+        StepBuilder(
             shards,
             order_of(shards, weights, seq_len=seq_len, packing=packing, seed=seed),
             seq_len=seq_len,
@@ -49,9 +49,7 @@ def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row
             plan=plan,
             process_index=process,
             pad_token_id=PAD,
-            epoch=epoch,
-            row=row,
-        )
+        ).steps(epoch, row)
     )
 
 
@@ -66,7 +64,7 @@ def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
             row
             for k in range(plan.accumulation_steps)
             for part in step
-            for row in zip(*(a[k * b : (k + 1) * b].tolist() for a in part.rows.wide), strict=True)
+            for row in zip(*(a[k * b : (k + 1) * b].tolist() for a in part.arrays.wide), strict=True)
         ]
         rows += together[: step[0].num_sequences]
     return rows
@@ -153,7 +151,7 @@ def test_shares_are_met_within_each_window_of_a_larger_corpus(make_shards):
         met += (int(sizes[~second].sum()), int(sizes[second].sum()))
         # At its ends a window has documents in part: the next one has them too.
         assert sizes[second].sum() / sizes.sum() == pytest.approx(0.75, abs=0.03)
-    passes = passes_per_epoch(shards.parts, (0.25, 0.75), seq_len=32, packing=True)
+    passes = source_epochs(shards.parts, (0.25, 0.75), seq_len=32, packing=True)
     assert passes[1] == pytest.approx(0.75 * shards.num_tokens / shards.parts[1].num_tokens, rel=1e-3)
     assert passes[1] > 5
 

@@ -1,4 +1,4 @@
-"""Rows and their order: every token is trained on once, whatever the processes, and any row can be found."""
+"""Sequences and their order: each token is a target once on any world size; any position is found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.data.batch_plan import BatchPlan
-from minimind.data.batching import step_rows
+from minimind.data.batching import StepBuilder
 from minimind.data.sampler import SequenceOrder
 
 PAD = 999_999
@@ -27,7 +27,7 @@ def steps_of(
     sizes = {"window_blocks": 3} if small else {}
     order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle, **sizes)
     return list(
-        step_rows(
+        StepBuilder(
             shards,
             order,
             seq_len=seq_len,
@@ -35,9 +35,7 @@ def steps_of(
             plan=plan,
             process_index=process,
             pad_token_id=PAD,
-            epoch=epoch,
-            row=row,
-        )
+        ).steps(epoch, row)
     )
 
 
@@ -51,7 +49,7 @@ def global_rows(shards, plan, **kwargs):
         step = []
         for k in range(plan.accumulation_steps):
             for part in parts:
-                arrays = [*part.rows.wide, *(part.rows.narrow if part.rows.narrow is not None else ())]
+                arrays = [*part.arrays.wide, *(part.arrays.narrow if part.arrays.narrow is not None else ())]
                 b = plan.micro_batch_size
                 step += zip(*(a[k * b : (k + 1) * b].tolist() for a in arrays), strict=True)
         labels = [row[1] for row in step]
@@ -170,7 +168,7 @@ def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
     shards = make_shards(lengths.tolist(), shard_tokens=1 << 20, block_tokens=1 << 18)
     seen = np.zeros(shards.num_tokens, np.int64)
     order = SequenceOrder(shards, seq_len=128, packing=True, seed=1, window_blocks=4)
-    steps = step_rows(
+    steps = StepBuilder(
         shards,
         order,
         seq_len=128,
@@ -178,11 +176,9 @@ def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
         plan=BatchPlan(512, 1, 1),
         process_index=0,
         pad_token_id=0,
-        epoch=0,
-        row=0,
-    )
+    ).steps(0, 0)
     for step in steps:
-        labels = step.rows.wide[1]
+        labels = step.arrays.wide[1]
         seen += np.bincount(labels[labels != -100], minlength=shards.num_tokens)
     firsts = np.zeros(shards.num_tokens, bool)
     firsts[shards.offsets[:-1]] = True
@@ -200,5 +196,5 @@ def test_finding_a_row_touches_only_its_window(make_shards, monkeypatch):
         lambda self, *args: sorted_keys.append(args[3]) or permutation(self, *args),
     )
     window = next(islice(order.windows(0, order.num_sequences - 1), 1))
-    assert window.first_row <= order.num_sequences - 1 < window.end_row
+    assert window.first_sequence <= order.num_sequences - 1 < window.end_sequence
     assert len(sorted_keys) <= 1 + 5 + 1

@@ -204,13 +204,13 @@ def test_validation_files_are_all_validation(tmp_path, corpus, tokenizer):
     assert data.train.num_documents == 300
     assert data.report.validation_in_train == 2
     assert data.report.validation.duplicates == 1
-    assert "2 validation documents are also in the training text" in "\n".join(data.report.lines())
+    assert "2 validation documents are also training documents" in "\n".join(data.report.lines())
 
 
 def test_no_document_held_out_is_said_and_not_an_error(tmp_path, corpus, tokenizer):
     data = prepare_data(config_for(tmp_path, corpus, val_fraction=1e-9), tokenizer)
     assert data.validation is None
-    assert "--val-fraction 1e-09 chose none of 300 documents" in data.report.notes[0]
+    assert "--val-fraction 1e-09 selected none of 300 documents" in data.report.notes[0]
 
 
 def test_the_report_counts_what_is_there(tmp_path, tokenizer):
@@ -246,9 +246,9 @@ def test_progress_reaches_the_size_of_the_files(tmp_path, corpus, tokenizer):
 @pytest.mark.parametrize(
     ("texts", "values", "message"),
     [
-        ([], {}, r"--data .*a\.jsonl holds no text"),
-        (["  ", ""], {}, r"holds no text \(2 documents were empty"),
-        (["short"], {}, r"holds 7 tokens for training, .* --max-seq-len 32; add text or lower"),
+        ([], {}, r"--data .*a\.jsonl has no text"),
+        (["  ", ""], {}, r"has no text \(2 documents were empty"),
+        (["short"], {}, r"has 7 training tokens, .* --max-seq-len 32; add data or lower"),
         (["one document"], {"val_fraction": 0.999999}, r"--val-fraction 0.999999 holds out all 1 documents"),
     ],
 )
@@ -260,7 +260,7 @@ def test_too_little_text_is_a_clear_error(tmp_path, tokenizer, texts, values, me
 
 def test_an_empty_validation_file_is_named(tmp_path, corpus, tokenizer):
     empty = write_jsonl(tmp_path / "v.jsonl", [])
-    with pytest.raises(DataError, match=r"--val-data .*v\.jsonl holds no text"):
+    with pytest.raises(DataError, match=r"--val-data .*v\.jsonl has no text"):
         prepare_data(config_for(tmp_path, corpus, val_data=(str(empty),)), tokenizer)
 
 
@@ -280,14 +280,14 @@ def test_a_cache_that_is_no_folder_names_the_cache_option(tmp_path, corpus, toke
 
 def test_without_data_the_embedded_text_is_used(tmp_path, tokenizer, monkeypatch):
     embedded = types.ModuleType("minimind.data.builtin_corpus")
-    embedded.embedded_documents = lambda: iter(["some embedded text", " ", "and more of it, for a row"])
-    embedded.embedded_fingerprint = lambda: "first"
+    embedded.builtin_documents = lambda: iter(["some embedded text", " ", "and more of it, for a row"])
+    embedded.builtin_fingerprint = lambda: "first"
     monkeypatch.setitem(sys.modules, embedded.__name__, embedded)
     data = prepare_data(config_for(tmp_path), tokenizer)
     assert texts_of(data.train, tokenizer) == ["some embedded text", "and more of it, for a row"]
     assert data.report.sources[0].empty == 1
     assert not prepare_data(config_for(tmp_path), tokenizer).built
-    embedded.embedded_fingerprint = lambda: "second"
+    embedded.builtin_fingerprint = lambda: "second"
     assert prepare_data(config_for(tmp_path), tokenizer).built
 
 

@@ -127,7 +127,7 @@ def test_parquet_rows(tmp_path):
     with pytest.raises(DataError, match=r"no column 'body'; set --text-key to one of text, n"):
         read(path, text_key="body")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"a\.parquet is not a sound parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a valid Parquet file"):
         read(path)
 
 
@@ -152,10 +152,10 @@ def test_folders_and_globs_are_sorted_and_files_come_once(tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("missing.jsonl", r"--val-data .*missing\.jsonl does not exist; give"),
-        ("*.jsonl", r"--val-data .*\*\.jsonl matches no file that can be read; use one of \.jsonl"),
-        ("a.csv", r"--val-data .*a\.csv has a suffix that is not read; use one of \.jsonl"),
-        ("", r"--val-data .* holds no file that can be read"),
+        ("missing.jsonl", r"--val-data .*missing\.jsonl does not exist; pass"),
+        ("*.jsonl", r"--val-data .*\*\.jsonl matches no data file; use one of \.jsonl"),
+        ("a.csv", r"--val-data .*a\.csv has an unknown suffix; use one of \.jsonl"),
+        ("", r"--val-data .* contains no data file"),
     ],
 )
 def test_paths_that_lead_nowhere_name_the_option(tmp_path, pattern, message):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.data.batch_plan import BatchPlan
-from minimind.data.batching import step_rows
+from minimind.data.batching import StepBuilder
 from minimind.data.document_index import BLOCK_TOKENS, IndexWriter, Part, read_blocks, read_parts
 from minimind.data.loader import Loader
 from minimind.data.mixture import MixedOrder
@@ -54,7 +54,7 @@ def test_the_order_without_weights_is_fixed_for_ever(make_shards, packing, diges
     shards = make_shards([i * 37 % 90 + 2 for i in range(400)] + [700], block_tokens=32)
     order = SequenceOrder(shards, seq_len=16, packing=packing, seed=5, window_blocks=4)
     digests = hashlib.sha256()
-    for step in step_rows(
+    for step in StepBuilder(
         shards,
         order,
         seq_len=16,
@@ -62,9 +62,7 @@ def test_the_order_without_weights_is_fixed_for_ever(make_shards, packing, diges
         plan=BatchPlan(8, 1, 1),
         process_index=0,
         pad_token_id=0,
-        epoch=3,
-        row=0,
-    ):
+    ).steps(3, 0):
         digests.update(step.digest.encode())
     assert digests.hexdigest()[:32] == digest
 

@@ -8,7 +8,7 @@ import pytest
 
 from minimind.config.options import PretrainConfig
 from minimind.data.prepare import prepare_data
-from minimind.data.sources import read_entries, split_weight
+from minimind.data.sources import read_sources, split_weight
 from minimind.errors import DataError
 from support.made_text import write_jsonl
 
@@ -24,14 +24,14 @@ def two(tmp_path, monkeypatch):
 
 
 def test_weights_are_normalised_and_paths_keep_their_order(two):
-    entries = read_entries(["a.jsonl:3", "*b.jsonl:1"])
+    entries = read_sources(["a.jsonl:3", "*b.jsonl:1"])
     assert [entry.weight for entry in entries] == [0.75, 0.25]
     assert [list(entry.files) for entry in entries] == [[two[0]], [two[1]]]
     assert [entry.pattern for entry in entries] == ["a.jsonl", "*b.jsonl"]
 
 
 def test_without_weights_the_first_entry_that_names_a_file_has_it(two):
-    entries = read_entries(["b.jsonl", "*.jsonl"])
+    entries = read_sources(["b.jsonl", "*.jsonl"])
     assert [entry.weight for entry in entries] == [None, None]
     assert [list(entry.files) for entry in entries] == [[two[1]], [two[0]]]
 
@@ -66,24 +66,24 @@ def test_a_weight_that_is_no_share_is_refused(two, weight):
     with pytest.raises(
         DataError, match=rf"--data a\.jsonl:{re.escape(weight)}: a weight must be a number above 0"
     ):
-        read_entries([f"a.jsonl:{weight}", "b.jsonl:1"])
+        read_sources([f"a.jsonl:{weight}", "b.jsonl:1"])
 
 
 def test_a_weight_that_is_no_number_is_told(two):
     with pytest.raises(DataError, match=r"--data a\.jsonl:0,7: '0,7' is not a weight; .* a\.jsonl:0\.5"):
-        read_entries(["a.jsonl:0,7"])
+        read_sources(["a.jsonl:0,7"])
 
 
 def test_weights_for_some_entries_only_are_refused_with_the_fix(two):
     with pytest.raises(
         DataError, match=r"--data b\.jsonl:1 has a weight and --data a\.jsonl has none; .* a\.jsonl:0\.5"
     ):
-        read_entries(["a.jsonl", "b.jsonl:1"])
+        read_sources(["a.jsonl", "b.jsonl:1"])
 
 
 def test_a_file_in_two_entries_with_weights_is_refused(two):
     with pytest.raises(DataError, match=r"--data a\.jsonl:1 and --data \*\.jsonl:2 both name .*a\.jsonl"):
-        read_entries(["a.jsonl:1", "*.jsonl:2"])
+        read_sources(["a.jsonl:1", "*.jsonl:2"])
 
 
 def config_for(tmp_path, *data, **values):
@@ -123,7 +123,7 @@ def test_the_report_tells_the_epochs_of_each_entry(two, tmp_path, tokenizer):
 def test_an_entry_with_a_weight_and_no_text_is_refused(two, tmp_path, tokenizer, empty_first):
     write_jsonl(tmp_path / "empty.jsonl", ["  "])
     values = ["a.jsonl:1", "empty.jsonl:1"]
-    with pytest.raises(DataError, match=r"--data empty\.jsonl has a weight but holds no text for training"):
+    with pytest.raises(DataError, match=r"--data empty\.jsonl has a weight but no training documents"):
         prepare_data(config_for(tmp_path, *(values[::-1] if empty_first else values)), tokenizer)
 
 

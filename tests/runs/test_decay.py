@@ -243,7 +243,7 @@ def test_processes_that_cannot_share_a_step_are_told_how_many_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(ConfigError, match=r"8 rows, which 6 processes cannot .*; take 4\."):
+    with pytest.raises(ConfigError, match=r"6 processes cannot share .* 8 sequences; use 4\."):
         decay_config(checkpoint(tmp_path, 50, lr_schedule="constant"), 1000, tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DynamoBackend
 
 from minimind import MiniMindConfig, MiniMindForCausalLM, PretrainConfig, preset_config, pretrain
-from minimind.data.batch_plan import BatchPlan, most_tokens
+from minimind.data.batch_plan import BatchPlan, max_training_tokens
 from minimind.distributed.accelerator import wants_compile
 from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
@@ -123,7 +123,7 @@ def test_by_default_a_gpu_compiles_where_it_pays(device: str, does_pay: bool, co
 )
 def test_the_tightest_limit_tells_how_long_a_run_is(limits: dict[str, Any], tokens: int) -> None:
     config = dataclasses.replace(PretrainConfig(), max_seq_len=128, **limits)
-    assert most_tokens(config, BatchPlan(2, 2, 1), 10_000) == tokens
+    assert max_training_tokens(config, BatchPlan(2, 2, 1), 10_000) == tokens
 
 
 @pytest.mark.parametrize(
