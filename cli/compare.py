@@ -31,7 +31,7 @@ def compare(
         ("", found.outcome),
         ("validation bits/byte after so many tokens", found.equal_tokens),
         ("options that differ", found.options),
-        ("code, packages, data and device that differ", found.surroundings),
+        ("code, packages, data and device that differ", found.environment),
     )
     for title, rows in tables:
         if rows:

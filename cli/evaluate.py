@@ -27,7 +27,7 @@ from minimind.run_folder import RunFolder
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.evaluation.corpus import Part, TextEvaluation
+    from minimind.evaluation.corpus import Breakdown, CorpusEvaluation
     from minimind.evaluation.validation import Evaluation
 
 # Columns that a table needs: numbers, and some room for names.
@@ -147,12 +147,12 @@ def _progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print(found: TextEvaluation) -> None:
+def _print(found: CorpusEvaluation) -> None:
     total = found.total
     typer.echo(f"model  {found.model}")
     loss, perplexity, bits_per_byte = _shown(total)
     typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
-    rows: list[tuple[str, Part]] = []
+    rows: list[tuple[str, Breakdown]] = []
     for source in found.sources:
         rows.append((source.name, source))
         if len(source.files) > 1:
@@ -162,7 +162,7 @@ def _print(found: TextEvaluation) -> None:
     _print_table("context", [(part.name, part) for part in found.contexts])
 
 
-def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
+def _print_table(heading: str, rows: Iterable[tuple[str, Breakdown]]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column(heading, overflow="fold")
     for name in ("tokens", "loss", "perplexity", "bits/byte"):

@@ -106,15 +106,15 @@ def generate(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minimind.formats.open_model import load_with_tokenizer
     from minimind.generation.sampling import Sampling
-    from minimind.generation.text import make_decoder
+    from minimind.generation.text import make_engine
 
     names = {field.name for field in dataclasses.fields(Sampling)}
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     source, loaded, tokenizer = load_with_tokenizer(model, options.tokenizer)
     for note in source.notes:
         typer.echo(f"note: {note}", err=True)
-    decoder = make_decoder(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
-    writer = _Writer(decoder, tokenizer, sampling, options)
+    engine = make_engine(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
+    writer = _Writer(engine, tokenizer, sampling, options)
     if asks:
         _ask(writer, as_json)
     elif as_json:
@@ -129,7 +129,7 @@ def generate(
 class _Writer:
     """Writes and prints continuations."""
 
-    decoder: InferenceEngine
+    engine: InferenceEngine
     tokenizer: Tokenizer
     sampling: Sampling
     options: GenerateOptions
@@ -141,7 +141,7 @@ class _Writer:
         typer.echo(prompt, nl=False)
         with _whole_line():
             for piece in stream_text(
-                self.decoder, self.tokenizer, prompt, self.sampling,
+                self.engine, self.tokenizer, prompt, self.sampling,
                 max_new_tokens=self.options.max_new_tokens, seed=self.options.seed,
             ):  # fmt: skip
                 typer.echo(piece, nl=False)
@@ -164,7 +164,7 @@ class _Writer:
         from minimind.generation.text import continue_texts
 
         texts = continue_texts(
-            self.decoder, self.tokenizer, prompts, self.sampling,
+            self.engine, self.tokenizer, prompts, self.sampling,
             max_new_tokens=self.options.max_new_tokens, seed=seed,
         )  # fmt: skip
         return [dataclasses.asdict(text) for text in texts]

@@ -73,7 +73,7 @@ def _row(one: ComparedStep) -> list[str]:
         f"{one.straight:.6f}",
         f"{one.resumed:.6f}",
         "none" if one.difference == 0 else f"{one.difference:.1e}",
-        "same" if one.same_rows else "other",
+        "same" if one.same_data else "other",
     ]
 
 
@@ -90,7 +90,7 @@ def _verdict(check: ResumeCheck) -> str:
             f"equal: {last} steps, {how}, have the same rows, and losses that differ by at most "
             f"{check.largest_difference:.1e} of their value (up to {check.tolerance:g} is rounding)."
         )
-    if not parting.same_rows:
+    if not parting.same_data:
         return f"NOT equal: {how}, the run trains on other rows from step {parting.step} on."
     allowed = f"; up to {check.tolerance:g} is rounding" if check.tolerance else ""
     return (
