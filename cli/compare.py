@@ -37,7 +37,7 @@ def compare(
         ("", found.outcome),
         ("validation bits/byte at equal tokens", found.equal_tokens),
         ("options that differ", found.options),
-        ("code, packages, data and device that differ", found.surroundings),
+        ("code, packages, data and device that differ", found.environment),
     )
     for title, rows in tables:
         if rows:

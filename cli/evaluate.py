@@ -23,7 +23,7 @@ from minimind.run_folder import RunFolder
 from .options import parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.evaluation.corpus import Part, TextEvaluation
+    from minimind.evaluation.corpus import Breakdown, CorpusEvaluation
     from minimind.evaluation.validation import Evaluation
 
 # Minimum width of a table, in columns.
@@ -144,12 +144,12 @@ def _progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print(result: TextEvaluation) -> None:
+def _print(result: CorpusEvaluation) -> None:
     total = result.total
     typer.echo(f"model  {result.model}")
     loss, perplexity, bits_per_byte = _metrics(total)
     typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
-    rows: list[tuple[str, Part]] = []
+    rows: list[tuple[str, Breakdown]] = []
     for source in result.sources:
         rows.append((source.name, source))
         if len(source.files) > 1:
@@ -159,7 +159,7 @@ def _print(result: TextEvaluation) -> None:
     _print_table("context", [(part.name, part) for part in result.contexts])
 
 
-def _print_table(heading: str, rows: Iterable[tuple[str, Part]]) -> None:
+def _print_table(heading: str, rows: Iterable[tuple[str, Breakdown]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -111,14 +111,14 @@ def generate(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minimind.formats.open_model import load_with_tokenizer
     from minimind.generation.sampling import Sampling
-    from minimind.generation.text import make_decoder
+    from minimind.generation.text import make_engine
 
     names = {field.name for field in dataclasses.fields(Sampling)}
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     source, loaded, tokenizer = load_with_tokenizer(model, options.tokenizer)
     for note in source.notes:
         typer.echo(f"note: {note}", err=True)
-    engine = make_decoder(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
+    engine = make_engine(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
     printer = _Printer(engine, tokenizer, sampling, options)
     if interactive:
         _prompt_loop(printer, as_json)

@@ -77,7 +77,7 @@ def _cells(one: ComparedStep) -> list[str]:
         f"{one.straight:.6f}",
         f"{one.resumed:.6f}",
         "none" if one.difference == 0 else f"{one.difference:.1e}",
-        "same" if one.same_rows else "different",
+        "same" if one.same_data else "different",
     ]
 
 
@@ -94,7 +94,7 @@ def _verdict(check: ResumeCheck) -> str:
             f"equal: {last} steps, {how}: same data, losses differ by at most {check.largest_difference:.1e} "
             f"relative (tolerance {check.tolerance:g} for rounding)."
         )
-    if not difference.same_rows:
+    if not difference.same_data:
         return f"NOT equal: {how}, the run trains on different data from step {difference.step}."
     allowed = f"; tolerance {check.tolerance:g}" if check.tolerance else ""
     return (

@@ -1,1 +1,1 @@
-"""Loss, perplexity and bits per byte of a model on text."""
+"""Loss, perplexity and bits per byte of a model."""

@@ -1,6 +1,6 @@
-"""How well a model predicts given text: in all, by source, and by how much of a document it has seen.
+"""Evaluate a model on a corpus: in total, by source, and by length of context.
 
-Shapes: B rows, T tokens, F files, P ranges of context.
+Shapes: B sequences, T tokens, F files, P ranges of context.
 """
 
 from __future__ import annotations
@@ -36,42 +36,42 @@ from .validation import Evaluation
 
 
 @dataclass(frozen=True)
-class Part:
-    """The targets of one entry of --data, one file, or one range of context.
+class Breakdown:
+    """Results for one --data entry, one file, or one range of context.
 
     Attributes:
         name: the entry, the file, or the range, such as `16-31`.
-        evaluation: over these targets.
-        files: of an entry.
+        evaluation: over its targets.
+        files: results by file of an entry.
     """
 
     name: str
     evaluation: Evaluation
-    files: tuple[Part, ...] = ()
+    files: tuple[Breakdown, ...] = ()
 
 
 @dataclass(frozen=True)
-class TextEvaluation:
-    """What an evaluation found.
+class CorpusEvaluation:
+    """Results of an evaluation.
 
     Attributes:
-        model: where its weights lie.
-        max_seq_len: longest context.
+        model: path of the weights.
+        max_seq_len: maximum context in tokens.
         total: over all targets.
-        sources: for each entry of --data.
-        contexts: by the number of tokens that stand before the target in its document and row.
-        notes: sentences about what was assumed of the model, or passed over.
+        sources: by --data entry.
+        contexts: by the number of tokens before the target in its document and sequence.
+        notes: sentences about defaults and assumptions.
     """
 
     model: str
     max_seq_len: int
     total: Evaluation
-    sources: tuple[Part, ...]
-    contexts: tuple[Part, ...]
+    sources: tuple[Breakdown, ...]
+    contexts: tuple[Breakdown, ...]
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything in the types of JSON; a number that is not finite is None."""
+        """Return the results as JSON types; a number that is not finite is None."""
         return {
             "model": self.model,
             "max_seq_len": self.max_seq_len,
@@ -94,31 +94,31 @@ def evaluate_text(
     *,
     stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> TextEvaluation:
-    """Evaluate a model on text; under a launcher every process calls this and has all numbers in the end.
+) -> CorpusEvaluation:
+    """Evaluate a model on a corpus; under a launcher every rank calls this and gets the same result.
 
-    Every token that follows another of its document counts once. Packed, documents are cut as in training:
-    what stands before the cut is not seen after it. Otherwise each document begins a row of its own, and a
-    longer one has several; see `data.windows.document_windows`.
+    Every token that follows another in its document counts once. With packing, documents are split as in
+    training, without context across the split. Otherwise each document starts a sequence, and a longer one
+    has several; see `data.eval_windows.document_windows`.
 
     Args:
-        model: as for `model_source.open_model`.
-        config: what of it concerns the text, its rows, `batch_size`, `tokenizer` and `mixed_precision`, whose
-            `auto` is float32 here: a loss to be compared should not depend on the machine.
-        stride: tokens between the rows of one document; None is `max_seq_len`: no context twice.
-        progress: called with the rows done and all rows of this process.
+        model: see `open_model.open_model`.
+        config: data, sequence length, `batch_size`, `tokenizer` and `mixed_precision`, whose `auto` is
+            float32 here, so that losses do not depend on the machine.
+        stride: tokens between the starts of a document's sequences; None is `max_seq_len`: no overlap.
+        progress: called with the sequences done and all sequences of this process.
 
     Raises:
-        UserError: for a model, text or launch that cannot be used.
+        UserError: for an unusable model, corpus or launch.
     """
     if config.mixed_precision == "auto":
         config = dataclasses.replace(config, mixed_precision="no")
     check_launch(config)
     entries = read_sources(config.data)
     if any(entry.weight is not None for entry in entries):
-        raise ConfigError("--data has a weight, which only training can use; leave it out.")
+        raise ConfigError("--data has a weight, which is for training only; remove it.")
     if config.batch_size == AUTO:
-        raise ConfigError("--batch-size auto is for training; give a number of rows.")
+        raise ConfigError("--batch-size auto is for training only; give a number of sequences.")
     source, loaded, tokenizer = load_with_tokenizer(model, config.tokenizer)
     length = config.max_seq_len
     if length > loaded.config.max_position_embeddings:
@@ -127,14 +127,11 @@ def evaluate_text(
             f"the model in {source.path}; lower it."
         )
     if stride is not None and (config.packing or stride > length):
-        raise ConfigError(
-            f"--stride {stride} is between the rows of one document: give --no-packing too, and at most "
-            f"--max-seq-len {length}."
-        )
+        raise ConfigError(f"--stride {stride} needs --no-packing, and can be at most --max-seq-len {length}.")
     files = [file for entry in entries for file in entry.files]
-    # Each file is an entry of its own, and any amount of text will do.
-    text = dataclasses.replace(config, data=tuple(map(str, files)), val_fraction=0.0, max_seq_len=2)
-    data = prepare_data(text, tokenizer)
+    # One entry per file, and no minimum size.
+    corpus = dataclasses.replace(config, data=tuple(map(str, files)), val_fraction=0.0, max_seq_len=2)
+    data = prepare_data(corpus, tokenizer)
     with ExitStack() as closing:
         accelerator = start_accelerator(config)
         closing.callback(close_accelerator, accelerator)
@@ -166,7 +163,7 @@ def _sums(
     progress: Callable[[int, int], None],
     num_files: int,
 ) -> NDArray[np.float64]:
-    """Return (F, P, 3) sums over this process's windows: nats, targets, and their bytes of text."""
+    """Return (F, P, 3) sums over this process's windows: nats, number of targets, and their bytes."""
     length, batch_size = config.max_seq_len, int(config.batch_size)
     windows = packed_windows(shards, length) if config.packing else document_windows(shards, length, stride)
     windows = windows.share(accelerator.process_index, accelerator.num_processes)
@@ -177,35 +174,35 @@ def _sums(
     sums = np.zeros((3, num_files * ranges))
     for first in range(0, len(windows), batch_size):
         chosen = slice(first, first + batch_size)
-        rows = window_batch(shards, windows, chosen, tokenizer.pad_token_id)
-        losses = _losses(model, rows, accelerator)
-        counted = rows.labels != IGNORED
-        # Context of 1, 2-3, 4-7, ... tokens: the target after position p has seen p + 1.
-        context = np.frexp(rows.position_ids[counted] + 1)[1] - 1
-        group = np.searchsorted(ends, rows.documents[counted], side="right") * ranges + context
-        values = losses[counted], np.ones(counted.sum()), sizes[rows.labels[counted]]
+        batch = window_batch(shards, windows, chosen, tokenizer.pad_token_id)
+        losses = _losses(model, batch, accelerator)
+        counted = batch.labels != IGNORED
+        # Context of 1, 2-3, 4-7, ... tokens: the target after position p has a context of p + 1.
+        context = np.frexp(batch.position_ids[counted] + 1)[1] - 1
+        group = np.searchsorted(ends, batch.documents[counted], side="right") * ranges + context
+        values = losses[counted], np.ones(counted.sum()), sizes[batch.labels[counted]]
         for total, value in zip(sums, values, strict=True):
             total += np.bincount(group, value, len(total))
         progress(min(first + batch_size, len(windows)), len(windows))
     return sums.T.reshape(num_files, ranges, 3)
 
 
-def _losses(model: MiniMindForCausalLM, rows: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
+def _losses(model: MiniMindForCausalLM, batch: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
     """Return the (B, T) cross-entropy of each target."""
     device = accelerator.device
-    documents = rows.document_ids
+    documents = batch.document_ids
 
     def moved(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     with accelerator.autocast():
         logits = model(
-            moved(rows.input_ids),
+            moved(batch.input_ids),
             document_ids=None if documents is None else moved(documents),
-            position_ids=None if documents is None else moved(rows.position_ids),
+            position_ids=None if documents is None else moved(batch.position_ids),
         ).logits
     assert logits is not None
-    labels = moved(rows.labels)
+    labels = moved(batch.labels)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -214,24 +211,26 @@ def _losses(model: MiniMindForCausalLM, rows: EvalBatch, accelerator: Accelerato
 
 def _report(
     model: str, length: int, entries: Sequence[DataSource], sums: NDArray[np.float64]
-) -> TextEvaluation:
+) -> CorpusEvaluation:
     by_file = sums.sum(1)
     sources, first = [], 0
     for entry in entries:
         last = first + len(entry.files)
         files = tuple(
-            Part(str(file), Evaluation.of_sums(*numbers))
+            Breakdown(str(file), Evaluation.of_sums(*numbers))
             for file, numbers in zip(entry.files, by_file[first:last].tolist(), strict=True)
         )
-        sources.append(Part(entry.pattern, Evaluation.of_sums(*by_file[first:last].sum(0).tolist()), files))
+        sources.append(
+            Breakdown(entry.pattern, Evaluation.of_sums(*by_file[first:last].sum(0).tolist()), files)
+        )
         first = last
     contexts = tuple(
-        Part(_range(number, length), Evaluation.of_sums(*numbers))
+        Breakdown(_range(number, length), Evaluation.of_sums(*numbers))
         for number, numbers in enumerate(sums.sum(0).tolist())
         if numbers[1]
     )
     total = Evaluation.of_sums(*by_file.sum(0).tolist())
-    return TextEvaluation(model, length, total, tuple(sources), contexts)
+    return CorpusEvaluation(model, length, total, tuple(sources), contexts)
 
 
 def _range(number: int, length: int) -> str:

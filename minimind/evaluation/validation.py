@@ -1,4 +1,4 @@
-"""Loss on held-out text, exact over all processes."""
+"""Validation loss, exact over all processes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import nn
 from ..data.loader import MicroBatch
 from ..distributed.collectives import any_process, sum_over_processes
 
-# Batches between two looks at whether to stop: with several processes each look is a message.
+# Batches between stop checks: with several processes each check is a collective operation.
 STOP_CHECK_INTERVAL = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Loss over a set of target tokens.
 
     Attributes:
-        loss: mean cross-entropy in nats per target token, NaN where there is none.
-        bits_per_byte: cross-entropy in bits per byte of text, comparable between tokenizers; NaN where the
-            targets are end tokens only, which stand for no text.
-        tokens: target tokens counted, over all processes.
+        loss: mean cross-entropy in nats per target token, NaN without targets.
+        bits_per_byte: cross-entropy in bits per byte of text, comparable between tokenizers; NaN where all
+            targets are end tokens, which have no bytes.
+        tokens: number of target tokens, over all processes.
     """
 
     loss: float
@@ -34,7 +34,7 @@ class Evaluation:
 
     @classmethod
     def of_sums(cls, nats: float, num_tokens: float, num_bytes: float) -> Evaluation:
-        """Return the means of what was summed over targets: cross-entropy, their number, their bytes."""
+        """Return the means from sums over targets: cross-entropy, number of targets, and their bytes."""
         return cls(
             loss=nats / num_tokens if num_tokens else math.nan,
             bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
@@ -43,7 +43,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+        """exp(loss), infinite on overflow."""
         return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
@@ -56,17 +56,17 @@ def evaluate(
     *,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Measure the loss of `model` on `batches`; every process must call it with equally many batches.
+    """Evaluate `model` on `batches`; every rank must pass the same number of batches.
 
     Args:
-        model: the prepared model; its training mode is put back.
-        batches: this process's share of the rows.
-        bytes_per_token: (V,) bytes of text that each token id stands for, on the model's device.
-        accelerator: sums the counts over the processes.
-        asked_to_stop: whether this process wishes to stop.
+        model: the prepared model; its training mode is restored.
+        batches: this rank's micro-batches.
+        bytes_per_token: (V,) bytes of each token id, on the model's device.
+        accelerator: sums over the processes.
+        asked_to_stop: whether this rank requests to stop.
 
     Returns:
-        The result, or None when some process wished to stop and all left off together.
+        The result, or None when any rank requested to stop.
     """
     was_training = model.training
     model.eval()
@@ -87,7 +87,7 @@ def evaluate(
             sums.append(torch.stack((loss_sum.float(), real.sum().float(), text_bytes.float())))
     finally:
         model.train(was_training)
-    # Float64 on the host: a float32 sum of counts loses single tokens beyond 2^24.
+    # Sum in float64: float32 counts are inexact beyond 2^24.
     local = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
     nats, num_tokens, num_bytes = sum_over_processes(local, accelerator)
     return Evaluation.of_sums(nats, num_tokens, num_bytes)

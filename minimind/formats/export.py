@@ -1,4 +1,4 @@
-"""A trained model in the files of other programs, read back before they appear."""
+"""Export a model to another format, and verify the files before they are published."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ..errors import ConfigError, UserError
 from ..io.atomic import new_folder
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
-from . import gguf
-from . import huggingface as qwen3
-from . import original_minimind as upstream
+from . import gguf, huggingface, original_minimind
 from .open_model import ModelSource, open_model
 
 FORMATS = ("huggingface", "minimind", "gguf")
@@ -27,13 +25,13 @@ class Exported:
     """What an export wrote.
 
     Attributes:
-        source: what was read.
-        folder: where it lies now.
+        source: kind and path of the model that was read.
+        folder: output folder.
         format: one of `FORMATS`.
-        dtype: of the matrices.
-        config: the shape, and the tokens with a role.
-        files: bytes of each file by name, the weights among them.
-        notes: sentences about what was chosen, assumed or left out.
+        dtype: precision of the matrices.
+        config: sizes and special token ids of the model.
+        files: size in bytes of each file, by name.
+        notes: sentences about defaults and assumptions.
     """
 
     source: str
@@ -56,23 +54,23 @@ def export_model(
     max_shard_bytes: int | None = 5_000_000_000,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a model for other programs, and compare what was written with what was read.
+    """Export a model, re-read the files and compare them with the source.
 
     Args:
-        source: the folder of a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a `.pth`
-            of the original minimind; see `open_model`.
-        output: a new folder; it appears when everything in it is written and compared.
+        source: a run folder (its newest checkpoint), a checkpoint, a Hugging Face folder, or a `.pth` of the
+            original minimind; see `open_model`.
+        output: a new folder; it is renamed into place after everything in it has been verified.
         format: `huggingface` (safetensors of a Qwen3 or Qwen3-MoE), `minimind` (the original's `.pth`), or
             `gguf`.
-        dtype: float32, float16, bfloat16 or (gguf only) q8_0. `auto` keeps that of the source for
-            huggingface, and is float16 for the others.
-        model_config: of a `.pth`, a JSON file in the original's keys.
-        tokenizer: a `tokenizer.json` or its folder in place of the one that belongs to the source.
-        max_shard_bytes: of one safetensors file; None writes one.
-        overwrite: replace a model that lies at `output`.
+        dtype: float32, float16, bfloat16 or (gguf only) q8_0. `auto` keeps the source's precision for
+            huggingface, and is float16 for the other formats.
+        model_config: JSON configuration of a `.pth`, with the original's keys.
+        tokenizer: a `tokenizer.json` or its folder, instead of the source's tokenizer.
+        max_shard_bytes: size limit of one safetensors file; None writes a single file.
+        overwrite: replace an existing model at `output`.
 
     Raises:
-        UserError: for a source, shape, tokenizer or place that will not do.
+        UserError: for an unusable source, model configuration, tokenizer or output folder.
     """
     output = Path(output)
     if format not in FORMATS:
@@ -85,35 +83,27 @@ def export_model(
     if output.resolve() == found.path.resolve():
         raise ConfigError(f"--output {output} is where the model is read from; name another folder.")
     with new_folder(output, "--output", overwrite=overwrite) as folder:
-        config, own = _with_tokenizer(found, tokenizer)
+        config, chosen = _with_tokenizer(found, tokenizer)
         weights = found.weights()
         dtype = dtype if dtype != "auto" else _stored_dtype(weights) if format == "huggingface" else "float16"
-        notes = [*found.notes, *_remarks(format, config, own)]
+        notes = [*found.notes, *_notes(format, config, chosen)]
         if format == "gguf":
-            _write_gguf(folder, weights, config, own, dtype, output.resolve().name)
+            _write_gguf(folder, weights, config, chosen, dtype, output.resolve().name)
         elif format == "minimind":
-            _write_upstream(folder, weights, config, getattr(torch, dtype))
+            _write_original(folder, weights, config, getattr(torch, dtype))
         else:
             _write_huggingface(folder, weights, config, getattr(torch, dtype), max_shard_bytes)
-        if own is not None and format != "gguf":
-            own.save(folder)
+        if chosen is not None and format != "gguf":
+            chosen.save(folder)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Exported(
-        source=f"{found.what} ({found.path})",
-        folder=output,
-        format=format,
-        dtype=dtype,
-        config=config,
-        files=files,
-        notes=tuple(notes),
-    )
+    return Exported(f"{found.what} ({found.path})", output, format, dtype, config, files, tuple(notes))
 
 
 def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniMindConfig, Tokenizer | None]:
-    """Return the tokenizer to go along, and the config with the tokens that it gives a role.
+    """Return the tokenizer to export, and the config with its special token ids.
 
     Raises:
-        ConfigError: when the tokenizer has more entries than the embedding has rows.
+        ConfigError: when the tokenizer has more entries than the embedding.
     """
     tokenizer = found.tokenizer() if named is None else load_tokenizer(named)
     config = found.config
@@ -132,22 +122,22 @@ def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniM
 
 
 def _stored_dtype(weights: Mapping[str, Tensor]) -> str:
-    """Return the dtype that all weights have, float32 where they differ or are wider."""
+    """Return the common dtype of the weights; float32 where they differ or are float64."""
     dtypes = {tensor.dtype for tensor in weights.values()}
     common = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return "float32" if common == torch.float64 else str(common).removeprefix("torch.")
 
 
-def _remarks(format: str, config: MiniMindConfig, tokenizer: Tokenizer | None) -> list[str]:
-    remarks = []
+def _notes(format: str, config: MiniMindConfig, tokenizer: Tokenizer | None) -> list[str]:
+    notes = []
     if tokenizer is None and format != "minimind":
-        remarks.append("no tokenizer is known for this model, so none is written; name it by --tokenizer.")
-    if format == "minimind" and (others := list(upstream.unset_by_commands(config))):
-        remarks.append(
-            f"the original's commands build a model of {config.hidden_size} with other sizes than this one: "
-            f"{', '.join(others)}. Build it by MiniMindConfig(**settings) from the file of settings instead."
+        notes.append("this model has no tokenizer, so none is written; name one by --tokenizer.")
+    if format == "minimind" and (others := list(original_minimind.unset_by_commands(config))):
+        notes.append(
+            f"upstream's CLI cannot build this model ({', '.join(others)}); load it with "
+            "MiniMindConfig(**json) from the .config.json."
         )
-    return remarks
+    return notes
 
 
 def _write_huggingface(
@@ -157,22 +147,22 @@ def _write_huggingface(
     dtype: torch.dtype,
     max_shard_bytes: int | None,
 ) -> None:
-    qwen3.save_weights(weights, config, folder, dtype, max_shard_bytes=max_shard_bytes)
-    back = qwen3.load_config(folder)
-    _refuse([] if back == config else [qwen3.CONFIG])
-    _refuse(_differing(weights, qwen3.load_weights(folder, back), dtype))
+    huggingface.save_weights(weights, config, folder, dtype, max_shard_bytes=max_shard_bytes)
+    back = huggingface.load_config(folder)
+    _refuse([] if back == config else [huggingface.CONFIG])
+    _refuse(_differing(weights, huggingface.load_weights(folder, back), dtype))
 
 
-def _write_upstream(
+def _write_original(
     folder: Path, weights: Mapping[str, Tensor], config: MiniMindConfig, dtype: torch.dtype
 ) -> None:
-    path = upstream.save_upstream(weights, config, folder, dtype)
-    settings = folder / upstream.settings_name(path.name)
-    back = upstream.read_upstream_config(settings)
-    # The original has one YaRN or none, so only its presence is written.
+    path = original_minimind.save_upstream(weights, config, folder, dtype)
+    settings = folder / original_minimind.settings_name(path.name)
+    back = original_minimind.read_upstream_config(settings)
+    # The original has a single built-in YaRN, so only whether it is used is written.
     same = dataclasses.replace(back, rope_scaling=None) == dataclasses.replace(config, rope_scaling=None)
     _refuse([] if same else [settings.name])
-    stored = qwen3.check_weights(back, upstream.read_upstream_weights(path), str(path))
+    stored = huggingface.check_weights(back, original_minimind.read_upstream_weights(path), str(path))
     _refuse(_differing(weights, stored, dtype))
 
 
@@ -185,7 +175,9 @@ def _write_gguf(
     name: str,
 ) -> None:
     if tokenizer is None:
-        raise ConfigError("a GGUF file holds its tokenizer, and none is known here; name it by --tokenizer.")
+        raise ConfigError(
+            "a GGUF file contains the tokenizer, and this model has none; name one with --tokenizer."
+        )
     path = folder / f"{name}-{_SHORT.get(dtype, dtype)}.gguf"
     gguf.save_gguf(weights, config, tokenizer, path, dtype, name)
     _refuse(gguf.differences(path, weights, config, tokenizer, dtype, name))
@@ -194,26 +186,20 @@ def _write_gguf(
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
-def _differing(weights: Mapping[str, Tensor], back: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
-    """Return the names of tensors that did not come back as they were rounded, to the last bit."""
+def _differing(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """Return the names of tensors that differ from the rounded weights in any bit."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.contiguous().view(torch.uint8)
 
-    names = weights.keys() ^ back.keys()
-    return [
-        *sorted(names),
-        *(
-            name
-            for name in weights
-            if name in back and not torch.equal(bits(weights[name].to(dtype)), bits(back[name]))
-        ),
-    ]
+    shared = [name for name in weights if name in stored]
+    changed = [name for name in shared if not torch.equal(bits(weights[name].to(dtype)), bits(stored[name]))]
+    return [*sorted(weights.keys() ^ stored.keys()), *changed]
 
 
 def _refuse(differing: list[str]) -> None:
     if differing:
         raise UserError(
-            f"what was written does not read back as it was ({', '.join(differing[:3])}), so nothing is "
-            "kept; see whether disk and memory are sound."
+            f"verification failed: {', '.join(differing[:3])} did not read back as written; the export was "
+            "removed, check disk and memory."
         )

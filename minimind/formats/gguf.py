@@ -1,6 +1,6 @@
-"""Models in one GGUF file, which llama.cpp, Ollama and LM Studio read.
+"""Write GGUF files for llama.cpp, Ollama and LM Studio.
 
-Keys, names and types of tensors are those that llama.cpp's own converter writes for Qwen3 and Qwen3-MoE
+Metadata keys, tensor names and types match llama.cpp's converter for Qwen3 and Qwen3-MoE
 (`conversion/qwen.py` and `conversion/base.py` there). Needs the package `gguf`, which also quantizes.
 """
 
@@ -24,7 +24,7 @@ from .gguf_tokenizer import vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
-# Ours: the name of the type in `GGMLQuantizationType`, and of the whole file in `LlamaFileType`.
+# --dtype: the tensor type in `GGMLQuantizationType`, the file type in `LlamaFileType`.
 _TYPES = {
     "float32": ("F32", "ALL_F32"),
     "float16": ("F16", "MOSTLY_F16"),
@@ -66,16 +66,16 @@ def save_gguf(
 
     Args:
         weights: every parameter by its Hugging Face name, on any device; a tied matrix once.
-        config: the shape.
+        config: sizes of the model.
         tokenizer: a byte-level BPE.
-        path: the file to make.
-        dtype: of the matrices, one of `DTYPES`. q8_0 rounds to 8 bits with one scale for 32 numbers in a row;
-            matrices whose rows do not divide into 32 stay in float16. Norms and routers are in float32.
-        name: what programs call the model.
+        path: the output file.
+        dtype: precision of the matrices, one of `DTYPES`. q8_0 rounds to 8 bits with one scale per 32 values;
+            matrices whose row length is not a multiple of 32 stay in float16. Norms and routers are float32.
+        name: display name of the model.
 
     Raises:
-        ConfigError: when `gguf` is not installed, or llama.cpp has no equal of tokenizer or shape.
-        UserError: when weights are too large for the dtype, or the file cannot be written.
+        ConfigError: when `gguf` is not installed, or llama.cpp does not support the tokenizer or the model.
+        UserError: when weights overflow the dtype, or the file cannot be written.
     """
     gguf = _package()
     values = metadata(config, tokenizer, dtype, name)
@@ -104,14 +104,14 @@ def differences(
     dtype: str = "float16",
     name: str = "minimind",
 ) -> list[str]:
-    """Return what a file holds otherwise than `save_gguf` with the same arguments would have it."""
+    """Return the keys and tensors of a file that differ from what `save_gguf` writes for these arguments."""
     gguf = _package()
     reader = gguf.GGUFReader(path)
     wrong = []
     for key, value in metadata(config, tokenizer, dtype, name).items():
         field = reader.get_field(key)
         stored = None if field is None else field.contents()
-        # Numbers are stored as float32.
+        # Floats are stored as float32.
         if stored != (np.float32(value) if isinstance(value, float) else value):
             wrong.append(key)
     stored_tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -130,14 +130,14 @@ def differences(
 
 
 def metadata(config: MiniMindConfig, tokenizer: Tokenizer, dtype: str, name: str) -> dict[str, Any]:
-    """Return keys and values of a file: of the model, its shape, and its tokenizer.
+    """Return the metadata of a file: name, sizes and tokenizer of the model.
 
     Raises:
-        ConfigError: when llama.cpp has no equal of tokenizer or shape.
+        ConfigError: when llama.cpp does not support the tokenizer or the model.
     """
     gguf = _package()
     architecture = "qwen3moe" if config.use_moe else "qwen3"
-    shape = {
+    sizes = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -157,7 +157,7 @@ def metadata(config: MiniMindConfig, tokenizer: Tokenizer, dtype: str, name: str
         "general.type": "model",
         "general.name": name,
         "general.size_label": gguf.size_label(config.num_parameters(), 0, 0, 0),
-        **{f"{architecture}.{key}": value for key, value in shape.items()},
+        **{f"{architecture}.{key}": value for key, value in sizes.items()},
         "general.file_type": int(gguf.LlamaFileType[_TYPES[dtype][1]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **vocabulary(tokenizer, config.vocab_size),
@@ -165,7 +165,7 @@ def metadata(config: MiniMindConfig, tokenizer: Tokenizer, dtype: str, name: str
 
 
 def gguf_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file under llama.cpp's names.
+    """Yield the tensors with llama.cpp's names, the experts of a block stacked.
 
     Args:
         weights: every parameter by its Hugging Face name, in any order: a safetensors file has expert 10
@@ -187,13 +187,13 @@ def gguf_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _experts(config: MiniMindConfig) -> dict[str, Any]:
-    """Return the mixture of experts in llama.cpp's keys."""
+    """Return the mixture-of-experts metadata."""
     if not config.use_moe:
         return {}
     if not config.norm_topk_prob:
         raise ConfigError(
-            "llama.cpp scales the weights of a token's experts to a sum of 1, and this model was trained "
-            "without (norm_topk_prob is false); choose another --format."
+            "llama.cpp normalizes the router weights of a token to a sum of 1, and this model has "
+            "norm_topk_prob false; choose another --format."
         )
     return {
         "expert_count": config.num_experts,
@@ -203,19 +203,19 @@ def _experts(config: MiniMindConfig) -> dict[str, Any]:
 
 
 def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return YaRN in llama.cpp's keys.
+    """Return the YaRN metadata.
 
-    It multiplies cos and sin by 0.1·ln(factor) + 1 and, besides, by its `attn_factor`, where Hugging Face's
-    `attention_factor` takes the place of the first.
+    llama.cpp multiplies cos and sin by `attn_factor`·(0.1·ln(factor) + 1); Hugging Face's `attention_factor`
+    replaces the whole product.
     """
     if scaling is None:
         return {}
     fixed = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
     if any(scaling.get(key, value) != value for key, value in fixed.items()):
-        # llama.cpp has keys for the two betas, but does not look at them in a Qwen3.
+        # llama.cpp has keys for both betas, but ignores them for Qwen3.
         raise ConfigError(
-            "for this architecture llama.cpp knows YaRN only with beta_fast 32, beta_slow 1 and truncate "
-            f"true, and this model has {dict(scaling)}; choose another --format."
+            "llama.cpp supports YaRN for Qwen3 only with beta_fast 32, beta_slow 1 and truncate true, and "
+            f"this model has {dict(scaling)}; choose another --format."
         )
     factor = scaling["factor"]
     values = {
@@ -229,7 +229,7 @@ def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _encode(gguf: ModuleType, name: str, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
-    """Return a tensor as it is stored, and the type that it is stored in.
+    """Return the stored bytes of a tensor and their type.
 
     Raises:
         UserError: when finite values become infinite.
@@ -252,10 +252,10 @@ def _bytes(data: np.ndarray) -> np.ndarray:
 
 
 def _value_type(gguf: ModuleType, key: str, value: Any) -> tuple[Any, Any]:
-    """Return the type of a value, and that of its elements where it is a list."""
+    """Return the GGUF type of a metadata value, and the element type of a list."""
     types = gguf.GGUFValueType
     if isinstance(value, list):
-        # Token types are signed in llama.cpp, all other numbers are sizes and ids.
+        # Token types are signed in llama.cpp; all other integers are sizes and ids.
         return types.ARRAY, types.STRING if isinstance(value[0], str) else types.INT32
     kinds = {bool: types.BOOL, str: types.STRING, float: types.FLOAT32, int: types.UINT32}
     return kinds[type(value)], None

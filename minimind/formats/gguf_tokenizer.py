@@ -1,8 +1,7 @@
-"""A tokenizer in the metadata of a GGUF file: entries, merges, and how llama.cpp is to split text.
+"""Write a tokenizer into GGUF metadata: vocabulary, merges, and the name of the pre-tokenizer.
 
-llama.cpp splits by rules of its own, which a name in the file chooses (`llama-vocab.cpp`). Text that is split
-otherwise than in training gives other tokens without any error, so a tokenizer whose rule has no exact name
-there is refused.
+llama.cpp has built-in pre-tokenizers, which the file selects by name (`llama-vocab.cpp`). A different split
+yields different tokens without any error, so a tokenizer without an exact equivalent there is refused.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from ..tokenizer import SPLIT, Tokenizer
 # As in `enum llama_token_type`.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
-_OTHER_WAY = "write --format huggingface and try llama.cpp's convert_hf_to_gguf.py, which knows more of them"
+_OTHER_WAY = "export --format huggingface and try llama.cpp's convert_hf_to_gguf.py, which supports more"
 
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Return the metadata of a tokenizer by key, as llama.cpp's converter writes it.
+    """Return the metadata of a tokenizer, as llama.cpp's converter writes it.
 
     Args:
         tokenizer: a byte-level BPE.
-        vocab_size: rows of the embedding; those without an entry are filled up.
+        vocab_size: entries of the embedding; unused ones get placeholder tokens.
 
     Raises:
-        ConfigError: when llama.cpp has no equal of this tokenizer.
+        ConfigError: when llama.cpp has no equivalent of this tokenizer.
     """
     rules = tokenizer.rules()
     split = pre_tokenizer_name(rules)
@@ -37,14 +36,14 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.pre": split,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        # Pairs in new files of the tokenizers library, strings in old ones.
+        # Recent versions of the tokenizers library write pairs, older ones strings.
         "tokenizer.ggml.merges": [
             pair if isinstance(pair, str) else " ".join(pair) for pair in rules["model"]["merges"]
         ],
         "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
-        # As with the tokenizer itself, a prompt is what is typed.
+        # Prompts are encoded as they are, as with the tokenizer itself.
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
     }
@@ -54,35 +53,31 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(rules: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of the way a tokenizer splits text before merging.
+    """Return llama.cpp's name of a pre-tokenizer.
 
     Args:
         rules: the content of a tokenizer.json.
 
     Raises:
-        ConfigError: when it is no byte-level BPE, changes text, or splits in a way that is not known.
+        ConfigError: when it is no byte-level BPE, normalizes text, or has an unsupported pre-tokenizer.
     """
     model = rules["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
         raise ConfigError(f"the tokenizer is no byte-level BPE, which GGUF export needs; {_OTHER_WAY}.")
     normalizer = rules.get("normalizer")
-    # Qwen's files ask for NFC, which llama.cpp leaves out for all of them.
+    # Qwen's tokenizers ask for NFC, which llama.cpp ignores.
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise ConfigError(
-            f"the tokenizer changes text first ({normalizer.get('type')}), which llama.cpp does not; "
-            f"{_OTHER_WAY}."
+            f"the tokenizer normalizes text ({normalizer.get('type')}), llama.cpp does not; {_OTHER_WAY}."
         )
     steps = _steps(rules.get("pre_tokenizer"))
     for name, known in _SPLITS.items():
         if steps == known:
             return name
-    raise ConfigError(
-        f"the tokenizer splits text in a way that is not among those known here ({', '.join(_SPLITS)}); "
-        f"{_OTHER_WAY}."
-    )
+    raise ConfigError(f"the pre-tokenizer is none of those supported ({', '.join(_SPLITS)}); {_OTHER_WAY}.")
 
 
-# Steps of a pre-tokenizer as `_steps` gives them, by llama.cpp's name for all of them together.
+# Pre-tokenizers in the form of `_steps`, by their name in llama.cpp.
 _SPLITS = {
     "qwen2": [("Split", SPLIT, "Isolated", False), ("ByteLevel", False, False)],
     "gpt-2": [("ByteLevel", False, True)],
@@ -90,7 +85,7 @@ _SPLITS = {
 
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
-    """Return what a pre-tokenizer does, without the settings that change nothing."""
+    """Return the steps of a pre-tokenizer, without settings that have no effect."""
     if pre_tokenizer is None:
         return []
     kind = pre_tokenizer["type"]
@@ -106,14 +101,14 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
 
 
 def _entries(rules: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Return the text and the type of every id."""
+    """Return the string and the type of every id."""
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, id in rules["model"]["vocab"].items():
         tokens[id], types[id] = token, NORMAL
     for added in rules["added_tokens"]:
         token, id = added["content"], added["id"]
-        # Marks such as <|fim_prefix|> are not for the reader even where nothing calls them special.
+        # Markers such as <|fim_prefix|> are control tokens even where they are not declared special.
         looks_special = token.startswith("<|") and token.endswith("|>")
         tokens[id], types[id] = token, CONTROL if added["special"] or looks_special else USER_DEFINED
     return tokens, types

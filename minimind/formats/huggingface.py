@@ -1,7 +1,7 @@
-"""Models in the files that Hugging Face transformers reads.
+"""Read and write Hugging Face model folders.
 
-The architecture is Qwen3, or Qwen3-MoE for a mixture of experts, so transformers, vLLM, llama.cpp's converter
-and others need no code of ours.
+The architecture is Qwen3, or Qwen3-MoE for a mixture of experts, so transformers, vLLM and llama.cpp's
+converter load the folders without custom code.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .sharded_safetensors import INDEX, index_of, other_weights, plan_files, read_weights
 
-# As `modeling.moe.Experts` names its parameters inside a block.
+# Parameters of `modeling.moe.Experts`, stacked over the experts of a block.
 _STACK = re.compile(r"(.*\.mlp\.experts)\.((?:gate|up|down)_proj)")
-
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
-_TIED = "lm_head.weight"
+_OUTPUT = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_WHAT_TO_NAME = "name a folder with the config.json and the safetensors of a Qwen3 model"
-# Quantized weights need the code that quantized them.
+_EXPECTED = "name a folder with the config.json and the safetensors of a Qwen3 model"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,31 +56,31 @@ def save_weights(
     generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write whole weights and their config. Other files in the folder, such as a tokenizer, stay.
+    """Write weights and config; other files in the folder, such as a tokenizer, stay.
 
-    Everything is written and flushed under other names first and then renamed, so that a reader finds the
-    old model or the new one, and a full disk leaves the old one.
+    Files are written and synced under temporary names and then renamed, so that a full disk keeps the old
+    model.
 
     Args:
-        state_dict: all parameters as a model names them, on any device; a tied matrix may stand twice.
-        config: the shape.
-        folder: made where it does not exist.
-        dtype: what the weights are rounded to: float32, float16 or bfloat16.
+        state_dict: all parameters of the model, on any device; a tied output matrix is optional.
+        config: sizes and special token ids.
+        folder: created where it does not exist.
+        dtype: precision of the stored weights: float32, float16 or bfloat16.
         generation: more keys for `generation_config.json`, such as `temperature`.
-        max_shard_bytes: larger weights are spread over several files, which an index names; None writes one.
+        max_shard_bytes: shard larger weights, with an index; None writes one file.
 
     Raises:
-        UserError: when weights are too large for the dtype, or the folder cannot be written.
+        UserError: when weights overflow the dtype, or the folder cannot be written.
     """
     tensors = {
         name: tensor
         for name, tensor in to_checkpoint_names(state_dict).items()
-        if not (config.tie_word_embeddings and name == _TIED)
+        if not (config.tie_word_embeddings and name == _OUTPUT)
     }
-    # transformers 4 reads the older of the two names.
+    # transformers 4 reads `torch_dtype`.
     precision = str(dtype).removeprefix("torch.")
     described = {**config.to_dict(), "torch_dtype": precision, "dtype": precision}
-    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {name: getattr(config, name) for name in TOKEN_IDS}
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
     files = plan_files(sizes, max_shard_bytes)
     texts: dict[str, Any] = {GENERATION: {**tokens, **(generation or {})}, CONFIG: described}
@@ -113,33 +112,33 @@ def load_config(folder: Path) -> MiniMindConfig:
     """Read the `config.json` of a model folder.
 
     Raises:
-        ConfigError: when it is missing, not JSON, or describes another architecture.
+        ConfigError: when it is missing, damaged, or of another architecture.
     """
     path = Path(folder) / CONFIG
     if not Path(folder).is_dir():
-        raise ConfigError(f"{folder} is not a folder; {_WHAT_TO_NAME}.")
+        raise ConfigError(f"{folder} is not a folder; {_EXPECTED}.")
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no {CONFIG}; {_WHAT_TO_NAME}.")
+        raise ConfigError(f"{folder} holds no {CONFIG}; {_EXPECTED}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ConfigError("the file is not a JSON object.")
         return MiniMindConfig.from_dict(values)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); {_WHAT_TO_NAME}.") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); {_EXPECTED}.") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}; {_WHAT_TO_NAME}.") from error
+        raise ConfigError(f"{path} is not valid JSON: {error}; {_EXPECTED}.") from error
     except ConfigError as error:
         raise ConfigError(
-            [f"{path}: {problem.rstrip('.')}; {_WHAT_TO_NAME}." for problem in error.problems]
+            [f"{path}: {problem.rstrip('.')}; {_EXPECTED}." for problem in error.problems]
         ) from error
 
 
 def load_weights(folder: Path, config: MiniMindConfig) -> dict[str, Tensor]:
-    """Read the weights of a model folder as they are stored; see `check_weights`.
+    """Read the weights of a model folder in their stored precision; see `check_weights`.
 
     Raises:
-        ConfigError: when a file is missing or damaged, or weights and config do not belong together.
+        ConfigError: when a file is missing or damaged, or the weights do not match the config.
     """
     return check_weights(config, read_weights(Path(folder)), str(folder))
 
@@ -148,7 +147,7 @@ def load_model(folder: Path) -> MiniMindForCausalLM:
     """Read a model folder into a float32 model on the CPU.
 
     Raises:
-        ConfigError: when a file is missing or damaged, or weights and config do not belong together.
+        ConfigError: when a file is missing or damaged, or the weights do not match the config.
     """
     config = load_config(folder)
     return model_from_weights(config, read_weights(Path(folder)), str(folder))
@@ -160,61 +159,58 @@ def model_from_weights(
     """Return a float32 model with the given weights.
 
     Args:
-        config: the shape.
-        weights: every parameter by its Hugging Face name; a tied output matrix may be left out.
-        source: the file the weights come from, for errors.
+        config: sizes of the model.
+        weights: every parameter by its Hugging Face name; a tied output matrix is optional.
+        source: path of the weights, for errors.
 
     Raises:
-        ConfigError: when names or shapes differ from what the config asks for.
+        ConfigError: when names or shapes do not match the config.
     """
     weights = check_weights(config, weights, source)
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
-    # Not initialised, since every parameter is about to be overwritten; `to_empty` unties.
+    # Every parameter is overwritten, so skip the initialization; `to_empty` unties.
     model = model.to_empty(device="cpu")
     model.tie_weights()
     if config.tie_word_embeddings:
-        weights[_TIED] = weights[_EMBEDDING]
+        weights[_OUTPUT] = weights[_EMBEDDING]
     for name, tensor in to_checkpoint_names(model.state_dict()).items():
         tensor.copy_(weights[name])
     return model
 
 
 def check_weights(config: MiniMindConfig, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the weights, named as in files, if they are those that the config asks for; a tied matrix once.
+    """Return the weights by their names in files, a tied matrix once, after checking them against the config.
 
     Args:
-        config: the shape.
-        weights: every parameter as a model or a file names it; a tied output matrix may be left out.
-        source: the file the weights come from, for errors.
+        config: sizes of the model.
+        weights: every parameter by its name in a model or a file; a tied output matrix is optional.
+        source: path of the weights, for errors.
 
     Raises:
-        ConfigError: naming the first parameter that is missing, too many, or of another shape, and both
-            shapes.
+        ConfigError: naming the first parameter that is missing, unexpected, or of another shape.
     """
     with torch.device("meta"):
         expected = to_checkpoint_names(MiniMindForCausalLM(config).state_dict())
     weights = to_checkpoint_names(weights)
     if config.tie_word_embeddings:
-        del expected[_TIED]
-        output = weights.pop(_TIED, None)
+        del expected[_OUTPUT]
+        output = weights.pop(_OUTPUT, None)
         if output is not None and _EMBEDDING in weights and not torch.equal(output, weights[_EMBEDDING]):
             raise ConfigError(
-                f"{source}: {_TIED} differs from {_EMBEDDING}, but the config ties them; "
+                f"{source}: {_OUTPUT} differs from {_EMBEDDING}, but the config ties them; "
                 "set tie_word_embeddings to false."
             )
     problems = [f"{source} has no {name}." for name in sorted(expected.keys() - weights.keys())]
-    problems += [
-        f"{source} has {name}, which this model has not." for name in sorted(weights.keys() - expected.keys())
-    ]
+    problems += [f"{source} has an unexpected {name}." for name in sorted(weights.keys() - expected.keys())]
     problems += [
         f"{source}: {name} is {tuple(weights[name].shape)}, but the config makes it {tuple(tensor.shape)}."
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
     if problems:
-        more = f"{len(problems) - 1} more such differences; " if len(problems) > 1 else ""
-        raise ConfigError(f"{problems[0]} {more}Take the config that belongs to these weights.")
+        more = f"{len(problems) - 1} more differences. " if len(problems) > 1 else ""
+        raise ConfigError(f"{problems[0]} {more}Use the config.json that belongs to these weights.")
     for name, tensor in weights.items():
         if tensor.dtype not in _READABLE:
             raise ConfigError(f"{source}: {name} is {tensor.dtype}; quantized weights cannot be read.")
@@ -225,11 +221,11 @@ def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy in `dtype` on the CPU.
 
     Raises:
-        UserError: when finite values become infinite.
+        UserError: when finite values overflow.
     """
     rounded = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if not rounded.isfinite().all() and tensor.isfinite().all():
-        raise UserError(f"{name} holds values too large for {dtype}; save the model in torch.bfloat16.")
+        raise UserError(f"{name} has values too large for {dtype}; save the model in torch.bfloat16.")
     return rounded
 
 
@@ -249,10 +245,10 @@ def _flush(path: Path) -> None:
 
 
 def to_checkpoint_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a model by their names in files; all but stacked experts stay as they are.
+    """Return the weights by their names in files: stacked experts become one matrix per expert.
 
     `model.layers.0.mlp.experts.up_proj`, (E, F, C), becomes `model.layers.0.mlp.experts.0.up_proj.weight` and
-    so on, (F, C) each. These are views into the stack: what is copied into them is in the model.
+    so on, (F, C) each. These are views: copying into them fills the model.
     """
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():

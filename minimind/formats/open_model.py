@@ -1,4 +1,4 @@
-"""A trained model, wherever it lies: a run, a checkpoint, a Hugging Face folder, or the original's `.pth`."""
+"""Open a trained model from a run, a checkpoint, a Hugging Face folder, or the original's `.pth`."""
 
 from __future__ import annotations
 
@@ -23,24 +23,21 @@ from .original_minimind import (
     settings_name,
 )
 
-_KINDS = (
-    "name the folder of a run, one of its checkpoints, a Hugging Face folder with a config.json, "
-    "or a .pth of the original minimind"
-)
+_KINDS = "name a run folder, a checkpoint, a Hugging Face folder, or a .pth of the original minimind"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, its weights not yet read.
+    """A model whose weights are not read yet.
 
     Attributes:
-        path: the file or folder that holds the weights.
-        what: what it is, such as `checkpoint of step 1000`.
-        config: the shape.
-        weights: reads every parameter by its Hugging Face name as it is stored, a tied matrix once; raises
-            UserError where they are damaged or do not belong to the config.
-        tokenizer: loads the one that lies there or that the run used, None where none is known.
-        notes: sentences about what was chosen or assumed.
+        path: file or folder of the weights.
+        what: kind of source, such as `checkpoint of step 1000`.
+        config: sizes and special token ids.
+        weights: reads every parameter by its Hugging Face name in its stored precision, a tied matrix once;
+            raises UserError for damaged weights or another model's config.
+        tokenizer: loads the tokenizer beside the weights or of the run, None where there is none.
+        notes: sentences about defaults and assumptions.
     """
 
     path: Path
@@ -52,21 +49,21 @@ class ModelSource:
 
 
 def open_model(
-    path: str | Path, model_config: str | Path | None = None, *, delivered: bool = False
+    path: str | Path, model_config: str | Path | None = None, *, final: bool = False
 ) -> ModelSource:
-    """Find out what lies at a path.
+    """Open the model at a path.
 
-    Of a run this is the newest whole checkpoint, which holds the final weights in float32 when the run is
-    done; where there is none, the model folder that the run delivered. With `delivered` it is the other way
-    round.
+    A run yields its newest intact checkpoint, which holds the float32 weights; without one, its final model
+    folder. `final` prefers the final model folder.
 
     Args:
-        path: the folder of a run, a checkpoint or the folder of them, a Hugging Face folder, or a `.pth`.
-        model_config: of a `.pth`, a JSON file in the original's keys; by default the file beside it that
-            `settings_name` names, else the shape is worked out from the tensors.
+        path: a run folder, a checkpoint or the folder of checkpoints, a Hugging Face folder, or a `.pth`.
+        model_config: JSON configuration of a `.pth`, with the original's keys; by default the file beside it
+            that `settings_name` names, else the sizes are inferred from the tensors.
+        final: prefer the final model of a run to its checkpoints.
 
     Raises:
-        ConfigError: when there is nothing of the kind, or it cannot be read.
+        ConfigError: when there is no model, or it cannot be read.
         CheckpointError: when a checkpoint is damaged.
     """
     path = Path(path)
@@ -75,12 +72,12 @@ def open_model(
     if path.is_file():
         return _open_upstream(path, None if model_config is None else Path(model_config))
     if model_config is not None:
-        raise ConfigError(f"{path} has settings of its own; --model-config goes with a .pth only.")
+        raise ConfigError(f"{path} has its own configuration; --model-config is for a .pth only.")
     if (path / MANIFEST).is_file():
         return _open_checkpoint(open_checkpoint(path))
     if (path / CONFIG).is_file():
         return _open_huggingface(path)
-    if delivered and (RunFolder(path).model / CONFIG).is_file():
+    if final and (RunFolder(path).model / CONFIG).is_file():
         return _open_huggingface(RunFolder(path).model)
     if RunFolder(path).holds_a_run() or RunFolder(path).model.is_dir():
         return _open_run(RunFolder(path))
@@ -92,45 +89,45 @@ def open_model(
 def load_with_tokenizer(
     path: str | Path, tokenizer: str | None = None
 ) -> tuple[ModelSource, MiniMindForCausalLM, Tokenizer]:
-    """Read a model to use it, in float32 on the CPU; of a run the delivered one where there is one.
+    """Load a model in float32 on the CPU with its tokenizer; for a run, its final model if there is one.
 
     Args:
-        path: as for `open_model`.
-        tokenizer: a `tokenizer.json` or its folder, in place of the one that belongs to the model.
+        path: see `open_model`.
+        tokenizer: a `tokenizer.json` or its folder, instead of the model's own tokenizer.
 
     Raises:
-        UserError: when the model cannot be read, or no tokenizer is known or it has too many entries.
+        UserError: when the model cannot be read, or the tokenizer is missing or too large.
     """
-    source = open_model(path, delivered=True)
+    source = open_model(path, final=True)
     found = source.tokenizer() if tokenizer is None else load_tokenizer(tokenizer)
     if found is None:
-        raise ConfigError(f"there is no tokenizer.json beside {source.path}; name one by --tokenizer.")
+        raise ConfigError(f"there is no tokenizer.json beside {source.path}; name one with --tokenizer.")
     check_vocab(found, source.config.vocab_size, str(source.path))
     return source, model_from_weights(source.config, source.weights(), str(source.path)), found
 
 
 def _open_run(run: RunFolder) -> ModelSource:
-    passed_over: list[str] = []
+    skipped: list[str] = []
     try:
-        found = _open_checkpoint(open_checkpoint(run.path, passed_over.append))
+        found = _open_checkpoint(open_checkpoint(run.path, skipped.append))
     except CheckpointError as error:
         if not (run.model / CONFIG).is_file():
             raise
-        found, passed_over = _open_huggingface(run.model), [f"{error} The delivered model is taken."]
-    return dataclasses.replace(found, notes=(*passed_over, *found.notes))
+        found, skipped = _open_huggingface(run.model), [f"{error} The final model is used instead."]
+    return dataclasses.replace(found, notes=(*skipped, *found.notes))
 
 
 def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
     settings = checkpoint.trainer.get("settings", {})
     if settings.get("model_config") is None:
         raise CheckpointError(
-            f"{checkpoint.path} does not say the shape of its model: that is a model of your own, or it was "
-            "written by an earlier version. Name the model folder of the run if it has a config.json."
+            f"{checkpoint.path} has no model configuration: it is of a custom model or an earlier version. "
+            "Name the model folder of the run if it has a config.json."
         )
     config = MiniMindConfig.from_dict(settings["model_config"])
 
     def tokenizer() -> Tokenizer | None:
-        """Return the one of the run, which may have been moved or changed since."""
+        """Return the tokenizer of the run, which may have been moved or changed."""
         run = RunFolder(checkpoint.path.resolve().parent.parent)
         named = settings.get("tokenizer")
         for place in (run.model / "tokenizer.json", named):
@@ -139,8 +136,8 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
                 if found.fingerprint == settings.get("tokenizer_fingerprint"):
                     return found
         raise ConfigError(
-            f"the tokenizer of {checkpoint.path}, {named or 'the one in the package'}, was moved or changed "
-            "since; name it by --tokenizer."
+            f"the tokenizer of {checkpoint.path}, {named or 'the packaged one'}, was moved or changed; name "
+            "it by --tokenizer."
         )
 
     return ModelSource(
@@ -163,7 +160,7 @@ def _open_huggingface(folder: Path) -> ModelSource:
 
 def _open_upstream(path: Path, settings: Path | None) -> ModelSource:
     if path.suffix != ".pth":
-        raise ConfigError(f"{path} is no .pth; {_KINDS}.")
+        raise ConfigError(f"{path} is not a .pth; {_KINDS}.")
     stored = read_upstream_weights(path)
     beside = path.with_name(settings_name(path.name))
     notes: tuple[str, ...] = ()
@@ -171,14 +168,14 @@ def _open_upstream(path: Path, settings: Path | None) -> ModelSource:
         settings = beside
     if settings is not None:
         config = read_upstream_config(settings)
-        notes = (f"settings from {settings}.",)
+        notes = (f"configuration read from {settings}.",)
     else:
         config = infer_upstream_config(stored, str(path))
         notes = (
-            f"settings from the shapes of the tensors, with rope_theta {config.rope_theta:g}, rms_norm_eps "
-            f"{config.rms_norm_eps:g}, no YaRN{', one expert a token' if config.use_moe else ''} and "
-            f"{config.max_position_embeddings} positions, as the original's commands have them; if it was "
-            f"trained otherwise, write its settings to {beside}.",
+            f"configuration inferred from the tensors, with the original's defaults: rope_theta "
+            f"{config.rope_theta:g}, rms_norm_eps {config.rms_norm_eps:g}, no YaRN"
+            f"{', top-1 experts' if config.use_moe else ''}, {config.max_position_embeddings} positions. "
+            f"If it was trained otherwise, write its configuration to {beside}.",
         )
 
     def tokenizer() -> Tokenizer | None:

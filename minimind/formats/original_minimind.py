@@ -1,7 +1,7 @@
-"""Weights of the original minimind: a `.pth` with the half-precision state dict, and its config keys.
+"""Read and write weights of the original minimind: a `.pth` with a half-precision state dict.
 
-https://github.com/jingyaogong/minimind names parameters as Hugging Face does, so only the config differs. A
-`.pth` is a pickle, which can run code when it is read; here it is only ever read with `weights_only=True`.
+https://github.com/jingyaogong/minimind has Hugging Face parameter names, so only the config differs. A `.pth`
+is a pickle, which can run code when loaded; it is only ever read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .huggingface import model_from_weights, round_to
 
-# What the original takes where its YaRN settings leave a number out; transformers would work others out.
+# The original's defaults for missing YaRN keys; transformers has others.
 _YARN_DEFAULTS: Mapping[str, Any] = {
     "rope_type": "yarn",
     "factor": 16,
@@ -34,7 +34,7 @@ _YARN_DEFAULTS: Mapping[str, Any] = {
     "beta_slow": 1,
     "attention_factor": 1.0,
 }
-# What the original's commands cannot set: all its models have these, whatever their size.
+# Fixed by the original's CLI, whatever the size.
 _UNSET = {"vocab_size": 6400, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
           "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True}  # fmt: skip
 _UNSET_MOE = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
@@ -43,24 +43,24 @@ _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def upstream_config(values: Mapping[str, Any]) -> MiniMindConfig:
-    """Translate the settings of the original's `MiniMindConfig`.
+    """Translate the keys of the original's `MiniMindConfig`.
 
     Raises:
-        ConfigError: for a shape that cannot be built.
+        ConfigError: for an invalid configuration.
     """
     shared = {field.name for field in dataclasses.fields(MiniMindConfig)} - {"rope_scaling"}
     given = {key: value for key, value in values.items() if key in shared and value is not None}
     if given.get("use_moe"):
-        # Also for one expert a token, whose weight is then always 1.
+        # Also for top-1, where the weight is then always 1.
         given.setdefault("norm_topk_prob", True)
         given.setdefault("router_aux_loss_coef", 5e-4)
-    else:  # written all the same, and without a meaning
+    else:  # written for dense models too, without effect
         given = {key: value for key, value in given.items() if key not in _OF_EXPERTS}
     scaling = values.get("rope_scaling") if values.get("inference_rope_scaling", True) else None
     if isinstance(scaling, Mapping) and scaling:
         scaling = {**_YARN_DEFAULTS, **scaling}
     config = MiniMindConfig(**given, rope_scaling=scaling or None)
-    # The original stretches only where the table is longer than what the model was trained on.
+    # The original applies YaRN only beyond the length of training.
     stretched = config.rope_scaling
     if stretched and config.max_position_embeddings <= stretched["original_max_position_embeddings"]:
         return dataclasses.replace(config, rope_scaling={**stretched, "factor": 1.0})
@@ -68,17 +68,19 @@ def upstream_config(values: Mapping[str, Any]) -> MiniMindConfig:
 
 
 def read_upstream_config(path: Path) -> MiniMindConfig:
-    """Read the settings of the original from a JSON file.
+    """Read the original's configuration from a JSON file.
 
     Raises:
-        ConfigError: when the file is missing, not a JSON object, or a shape that cannot be built.
+        ConfigError: when the file is missing, not a JSON object, or an invalid configuration.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object; write the original's settings as key and value.")
+        raise ConfigError(
+            f"{path} is not a JSON object; write the original's configuration as keys and values."
+        )
     try:
         return upstream_config(values)
     except ConfigError as error:
@@ -86,20 +88,20 @@ def read_upstream_config(path: Path) -> MiniMindConfig:
 
 
 def upstream_settings(config: MiniMindConfig) -> dict[str, Any]:
-    """Return a config in the settings of the original, as its `MiniMindConfig(**settings)` takes them.
+    """Return a config as keyword arguments of the original's `MiniMindConfig`.
 
     Raises:
-        ConfigError: for another YaRN than the one that the original has built in.
+        ConfigError: for a YaRN that differs from the original's built-in one.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     scaling = values.pop("rope_scaling")
-    # A factor of 1 stretches nothing; that is how a YaRN that does not act yet is read.
+    # A factor of 1 has no effect: a YaRN that is not active yet is read so.
     acts = scaling is not None and (scaling["factor"] != 1 or scaling.get("attention_factor", 1) != 1)
     known = {"truncate": True, **_YARN_DEFAULTS}
     short = config.max_position_embeddings <= _YARN_DEFAULTS["original_max_position_embeddings"]
     if acts and (short or {"truncate": True, **scaling} != known):
         raise ConfigError(
-            "the original minimind knows one YaRN only (factor 16 beyond 2048 positions, attention_factor "
+            "the original minimind supports one YaRN only (factor 16 beyond 2048 positions, attention_factor "
             f"1), and this model has {dict(scaling)}; choose another --format."
         )
     return {
@@ -110,15 +112,15 @@ def upstream_settings(config: MiniMindConfig) -> dict[str, Any]:
 
 
 def unset_by_commands(config: MiniMindConfig) -> Iterator[str]:
-    """Yield `name value` for each setting that the original's commands would build otherwise.
+    """Yield `name value` for each key that the original's CLI would set to another value.
 
-    They choose `hidden_size` and `num_hidden_layers`; `head_dim` and `intermediate_size` follow from these.
+    It sets `hidden_size` and `num_hidden_layers`; `head_dim` and `intermediate_size` follow from these.
     """
-    width = config.hidden_size
+    hidden_size = config.hidden_size
     built = {
         **_UNSET,
-        "head_dim": width // _UNSET["num_attention_heads"],
-        "intermediate_size": math.ceil(width * math.pi / 64) * 64,
+        "head_dim": hidden_size // _UNSET["num_attention_heads"],
+        "intermediate_size": math.ceil(hidden_size * math.pi / 64) * 64,
     }
     if config.use_moe:
         built |= {**_UNSET_MOE, "moe_intermediate_size": built["intermediate_size"]}
@@ -128,13 +130,13 @@ def unset_by_commands(config: MiniMindConfig) -> Iterator[str]:
 
 
 def infer_upstream_config(weights: Mapping[str, Tensor], source: str) -> MiniMindConfig:
-    """Work out the shape of a state dict, with the original's constants where tensors do not show them.
+    """Infer the config of a state dict; what tensors do not show has the original's constants.
 
-    These are the positions, the base of the rotary embedding, the epsilon of norms and the experts that a
-    token passes, which none of the original's commands can change.
+    These are the positions, the RoPE base, the epsilon of the norms and the experts per token, which the
+    original's CLI cannot change.
 
     Raises:
-        ConfigError: when the tensors are not those of such a model.
+        ConfigError: when the tensors are of another architecture.
     """
     block = "model.layers.0.self_attn."
     needed = (_EMBEDDING, *(f"{block}{name}.weight" for name in ("q_norm", "q_proj", "k_proj")))
@@ -143,16 +145,15 @@ def infer_upstream_config(weights: Mapping[str, Tensor], source: str) -> MiniMin
     for name in (*needed, inner):
         if name not in weights:
             raise ConfigError(
-                f"{source} has no {name}: it is of another architecture, such as an older minimind, which "
-                "cannot be read."
+                f"{source} has no {name}: it is of another architecture, such as an older minimind."
             )
     embedding, norm, queries, keys = (weights[name] for name in needed)
     try:
-        (vocab_size, width), (head_dim,) = embedding.shape, norm.shape
+        (vocab_size, hidden_size), (head_dim,) = embedding.shape, norm.shape
         layers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")}
         settings = {
             "vocab_size": vocab_size,
-            "hidden_size": width,
+            "hidden_size": hidden_size,
             "num_hidden_layers": max(layers) + 1,
             "num_attention_heads": queries.shape[0] // head_dim,
             "num_key_value_heads": keys.shape[0] // head_dim,
@@ -165,31 +166,30 @@ def infer_upstream_config(weights: Mapping[str, Tensor], source: str) -> MiniMin
         return upstream_config(settings)
     except (ValueError, ArithmeticError, IndexError, ConfigError) as error:
         raise ConfigError(
-            f"{source} is no state dict of the original minimind, or its settings must be named by "
-            f"--model-config: {error}"
+            f"{source} is no state dict of the original minimind, or needs a --model-config: {error}"
         ) from error
 
 
 def settings_name(weights: str) -> str:
-    """Return the name of the settings that lie beside a `.pth`, such as `pretrain_512.config.json`."""
+    """Return the name of the configuration beside a `.pth`, such as `pretrain_512.config.json`."""
     return f"{weights.removesuffix('.pth')}.config.json"
 
 
 def load_upstream(path: Path, config: MiniMindConfig) -> MiniMindForCausalLM:
-    """Read the original's `.pth` into a float32 model on the CPU. No code in the file is run.
+    """Load the original's `.pth` into a float32 model on the CPU. No code in the file is run.
 
     Args:
         path: a state dict saved by its trainer, such as `pretrain_512.pth`.
-        config: from `upstream_config`; the file does not hold its own shape.
+        config: from `upstream_config`; the file does not contain it.
 
     Raises:
-        ConfigError: when the file cannot be read or does not fit the config.
+        ConfigError: when the file cannot be read or does not match the config.
     """
     return model_from_weights(config, read_upstream_weights(path), str(path))
 
 
 def read_upstream_weights(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a `.pth` on the CPU, as it is stored. No code in the file is run.
+    """Read the state dict of a `.pth` on the CPU in its stored precision. No code in the file is run.
 
     Raises:
         ConfigError: when the file cannot be read, or is no state dict.
@@ -197,7 +197,7 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a .pth file of the original minimind.")
-    _refuse_damage(path)
+    _verify_checksums(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
@@ -205,36 +205,36 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and _is_plain(value) for name, value in weights.items()
     ):
-        raise ConfigError(f"{path} holds more than weights; name a pretrain_*.pth, not a resume file.")
+        raise ConfigError(f"{path} contains more than weights; name a pretrain_*.pth, not a resume file.")
     return weights
 
 
-def _refuse_damage(path: Path) -> None:
-    """Hold each part of a file against the CRC-32 that was saved with it; torch does not look at them.
+def _verify_checksums(path: Path) -> None:
+    """Verify the CRC-32 of each part of a zip file, which torch does not.
 
     Raises:
-        ConfigError: naming the first part that differs. A file without sums passes.
+        ConfigError: naming the first part that differs. A file that is no zip archive is accepted.
     """
     with suppress(OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
-                raise ConfigError(f"{path} is damaged: {part} has not the sum that was saved; copy it again.")
+                raise ConfigError(f"{path} is corrupt: checksum mismatch in {part}; copy it again.")
 
 
 def load_error_reason(error: Exception) -> str:
-    """Return in a few words why torch could not read a file."""
+    """Return why torch could not read a file."""
     text = str(error)
     if "weights_only" in text or "Weights only" in text:
-        # Torch's own words recommend to load it so that it may run code.
+        # torch's message advises weights_only=False, which runs code.
         found = re.search(r"GLOBAL (\S+)", text)
         if found is None:
             return "torch.save did not write it, or it is damaged"
-        return f"it holds {found[1]}, which is no tensor"
+        return f"it contains {found[1]}, which is not a tensor"
     return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value is a tensor with all its numbers, neither sparse nor without any."""
+    """Return whether a value is a dense tensor with data."""
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
@@ -244,26 +244,26 @@ def save_upstream(
     folder: Path,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write weights as the original's trainer does, and their settings beside.
+    """Write weights as the original's trainer does, with their configuration beside.
 
     Args:
-        weights: every parameter by its Hugging Face name; a tied output matrix may be left out.
-        config: the shape.
+        weights: every parameter by its Hugging Face name; a tied output matrix is optional.
+        config: sizes of the model.
         folder: must exist.
-        dtype: what the weights are rounded to; the original writes float16.
+        dtype: precision of the stored weights; the original writes float16.
 
     Returns:
-        The `.pth`, under the name that the original's commands look for: `pretrain_{hidden_size}.pth`, or
+        The `.pth`, named as the original's CLI expects: `pretrain_{hidden_size}.pth`, or
         `pretrain_{hidden_size}_moe.pth`.
 
     Raises:
-        ConfigError: when the original cannot express the shape.
-        UserError: when weights are too large for the dtype, or the folder cannot be written.
+        ConfigError: when the original does not support the configuration.
+        UserError: when weights overflow the dtype, or the folder cannot be written.
     """
     settings = upstream_settings(config)
     rounded = {name: round_to(name, tensor, dtype) for name, tensor in weights.items()}
     if config.tie_word_embeddings:
-        # Both names, since the original loads with strict=True, but one storage.
+        # The original loads with strict=True: write both names, with one storage.
         rounded[_OUTPUT] = rounded[_EMBEDDING]
     path = folder / f"pretrain_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
     try:

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face folder: in one safetensors file, or in several that an index names."""
+"""Read and plan the safetensors of a Hugging Face folder: one file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SHARDS = "model-?????-of-?????.safetensors"
 
 
 def plan_files(sizes: Mapping[str, int], max_bytes: int | None) -> dict[str, list[str]]:
-    """Return which tensors go into which file, in their order.
+    """Return the names of the tensors of each file, in order.
 
     Args:
         sizes: bytes of each tensor by name.
-        max_bytes: of one file; a larger tensor gets a file of its own. None puts all into one.
+        max_bytes: size limit of one file, except for a single larger tensor. None plans one file.
     """
     groups: list[list[str]] = [[]]
     filled = 0
@@ -41,13 +41,13 @@ def plan_files(sizes: Mapping[str, int], max_bytes: int | None) -> dict[str, lis
 
 
 def index_of(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of the index for the files of `plan_files`."""
+    """Return the index of the files of `plan_files`."""
     weight_map = {name: file for file, names in files.items() for name in names}
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def other_weights(folder: Path, files: Mapping[str, list[str]]) -> list[Path]:
-    """Return the weight files and the index of an earlier save, which readers would take for these."""
+    """Return weight files and the index of an earlier save, which readers would load instead."""
     found = [*folder.glob(_SHARDS), folder / WEIGHTS]
     if len(files) == 1:
         found.append(folder / INDEX)
@@ -55,29 +55,28 @@ def other_weights(folder: Path, files: Mapping[str, list[str]]) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a model folder by name, on the CPU, as they are stored.
+    """Return all tensors of a model folder by name, on the CPU, in their stored precision.
 
     Raises:
-        ConfigError: when a file is missing or damaged, or the index and the files differ.
+        ConfigError: when a file is missing or damaged, or does not match the index.
     """
-    if (folder / WEIGHTS).is_file():  # transformers prefers it to an index, too
+    if (folder / WEIGHTS).is_file():  # preferred to an index, as in transformers
         return _read_file(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ConfigError(
-            f"{folder} holds no {WEIGHTS} and no {INDEX}; save the weights as safetensors "
+            f"{folder} has no {WEIGHTS} and no {INDEX}; save the weights as safetensors "
             "(save_pretrained(folder) in transformers)."
         )
     weight_map = _read_index(folder / INDEX)
     weights: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
-        # An index from elsewhere must not lead out of the folder.
+        # An index must not refer outside the folder.
         if Path(file).name != file or not (folder / file).is_file():
-            raise ConfigError(f"{folder} holds no {file}, which {INDEX} names; copy all files of the model.")
+            raise ConfigError(f"{folder} has no {file}, which {INDEX} names; copy all files of the model.")
         weights |= _read_file(folder / file)
     if differing := sorted(weights.keys() ^ weight_map.keys()):
         raise ConfigError(
-            f"{folder}: {INDEX} and the files it names do not agree on {differing[0]}; "
-            "they are of different models, copy the model again."
+            f"{folder}: {INDEX} and its files disagree on {differing[0]}; copy the model again."
         )
     return weights
 

@@ -1,4 +1,4 @@
-"""Text continuation, one token at a time, of one prompt or of several at once.
+"""Generate token ids for one prompt or a batch of prompts.
 
 Shapes: B prompts, V vocabulary.
 """
@@ -28,22 +28,21 @@ def generate(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> list[list[int]]:
-    """Return the token ids that continue each prompt, the end token included where the model wrote it.
+    """Return the token ids that continue each prompt, including a final stop token.
 
-    Fewer than `max_new_tokens` come back when an end token is chosen or the model's positions are used up.
-    Each continuation is what its prompt alone would get, up to the rounding of float32.
+    A continuation is shorter than `max_new_tokens` after a stop token or at the model's last position. It is
+    independent of the other prompts, up to float32 rounding.
 
     Args:
-        model: dropout plays no part. A `InferenceEngine` made once serves many calls.
+        model: used without dropout. Reuse an `InferenceEngine` for several calls.
         prompts: token ids, at least one each; their lengths may differ.
-        sampling: how tokens are chosen.
-        max_new_tokens: tokens to write at most, for each prompt.
-        stop_ids: tokens that end a text.
-        seed: prompt number i draws from `seed + i`, the same on every device; None draws differently each
-            time.
+        sampling: sampling parameters.
+        max_new_tokens: maximum length of each continuation.
+        stop_ids: tokens that end a continuation.
+        seed: prompt i is sampled with `seed + i`, equally on every device; None uses a random seed.
 
     Raises:
-        ConfigError: when a prompt is empty or leaves no position to write to.
+        ConfigError: when a prompt is empty or as long as the model's positions.
     """
     written: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(
@@ -65,14 +64,14 @@ def stream(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield the next token of every prompt as it is chosen, None for one that has ended; see `generate`."""
-    decoder = model if isinstance(model, InferenceEngine) else InferenceEngine(model)
-    left = _tokens_to_write(prompts, decoder.config.max_position_embeddings, max_new_tokens)
+    """Yield the next token of each prompt, None for one that has ended; see `generate`."""
+    engine = model if isinstance(model, InferenceEngine) else InferenceEngine(model)
+    left = _new_tokens(prompts, engine.config.max_position_embeddings, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return
-    uniform = _uniforms(len(prompts), max(left), seed).to(decoder.device)
+    uniform = _uniforms(len(prompts), max(left), seed).to(engine.device)
     capacity = max(map(len, prompts)) + max(left)
-    texts, logits = decoder.begin(prompts, capacity)
+    batch, logits = engine.begin(prompts, capacity)
     seen = _seen(prompts, logits) if sampling.repetition_penalty != 1 else None
     for number in range(max(left)):
         chosen = choose(logits, sampling, seen, uniform[number])
@@ -83,32 +82,33 @@ def stream(
             return
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
-        # A text that has ended goes on unseen, so that the batch keeps its shape.
-        logits = decoder.step(texts, chosen)
+        # Continue ended sequences too, so that the batch keeps its shape.
+        logits = engine.step(batch, chosen)
 
 
-def _tokens_to_write(prompts: Sequence[Sequence[int]], positions: int, wanted: int) -> list[int]:
-    """Return how many tokens may follow each prompt."""
+def _new_tokens(prompts: Sequence[Sequence[int]], positions: int, limit: int) -> list[int]:
+    """Return the maximum number of tokens that can follow each prompt."""
     for prompt in prompts:
         if not prompt:
-            raise ConfigError("the prompt is empty; begin with at least the bos token.")
+            raise ConfigError("the prompt is empty; start with at least the bos token.")
         if len(prompt) >= positions:
             raise ConfigError(
                 f"the prompt has {len(prompt)} tokens, but the model has {positions} positions; "
                 "shorten the prompt."
             )
-    return [min(wanted, positions - len(prompt)) for prompt in prompts]
+    return [min(limit, positions - len(prompt)) for prompt in prompts]
 
 
-def _uniforms(rows: int, count: int, seed: int | None) -> Tensor:
-    """Return (count, B) numbers in [0, 1): the draws of each row, whatever else is in the batch."""
+def _uniforms(batch_size: int, count: int, seed: int | None) -> Tensor:
+    """Return (count, B) random numbers in [0, 1), those of a sequence independent of the batch."""
     if seed is None:
-        return torch.rand(count, rows, generator=_generator(None))
-    return torch.stack([torch.rand(count, generator=_generator(seed + row)) for row in range(rows)], dim=1)
+        return torch.rand(count, batch_size, generator=_generator(None))
+    draws = [torch.rand(count, generator=_generator(seed + number)) for number in range(batch_size)]
+    return torch.stack(draws, dim=1)
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    """Return a generator of its own, so that whoever else draws from torch's is not disturbed."""
+    """Return a generator separate from the global one, so that other code is not affected."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -117,8 +117,8 @@ def _generator(seed: int | None) -> torch.Generator:
 
 
 def _seen(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Return (B, V) bool: which tokens stand in each prompt."""
+    """Return (B, V) bool: the tokens that occur in each prompt."""
     seen = torch.zeros(logits.shape, dtype=torch.bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[list(prompt)] = True
+    for sequence, prompt in zip(seen, prompts, strict=True):
+        sequence[list(prompt)] = True
     return seen.to(logits.device)

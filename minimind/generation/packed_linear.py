@@ -1,6 +1,6 @@
-"""Products with fixed weights, laid out for a few rows at a time.
+"""Matrix products with fixed weights, for small batches.
 
-To write one token every weight is read once and used once, so what counts is how many bytes that is.
+Decoding a token reads every weight once, so its speed is bound by the bytes of the weights.
 
 Shapes: N outputs, C inputs.
 """
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 _LARGEST_HALF = 65504.0
 
 
-def pack(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    """Return the function from (..., C) to the outputs of some layers without bias, one after the other.
+def pack_weights(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
+    """Return a function from (..., C) to the concatenated outputs of layers without bias.
 
-    On the CPU, for float32 weights, they are copied into one matrix. Its numbers are kept in float16 where
-    that holds every one of them exactly, perhaps after a multiplication by a power of two, as it does for the
-    weights of a folder that was saved in half precision. They are made float32 again in registers, all
-    arithmetic is float32, and half as many bytes are read. Anything else is left where it is.
+    On the CPU, float32 weights are copied into one matrix. It is stored in float16 where that is exact,
+    possibly after scaling by a power of two, as for a model saved in half precision. The kernel converts to
+    float32 in registers, so all arithmetic is float32 and half as many bytes are read.
     """
     first = linears[0].weight
     if first.device.type != "cpu" or first.dtype != torch.float32:
@@ -42,15 +41,15 @@ def pack(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
 
 
 def concat_weights(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    """Return the same function as `pack`, of the layers as they are; compiled code needs no packing."""
+    """Return the function of `pack_weights` without copying weights, for compiled code."""
     return linears[0] if len(linears) == 1 else lambda x: torch.cat([f(x) for f in linears], dim=-1)
 
 
 def exact_half_scale(weight: Tensor) -> float | None:
-    """Return a power of two by which the weights become float16 numbers without any rounding, else None.
+    """Return a power of two that makes the weights exact in float16, else None; 1 is preferred.
 
-    float16 has three bits more than bfloat16 but far fewer exponents: as large a factor as fits brings small
-    weights into its range. 1 is preferred.
+    float16 has three bits more than bfloat16 but far fewer exponents: the largest possible factor brings
+    small weights into its range.
     """
     largest = float(weight.abs().max())
     if not 0 < largest < math.inf:
@@ -63,6 +62,6 @@ def exact_half_scale(weight: Tensor) -> float | None:
 
 
 def _has_half_kernel() -> bool:
-    """Whether FBGEMM is there, which multiplies float32 rows by float16 matrices; x86 only."""
+    """Whether FBGEMM is available, which multiplies float32 by float16 matrices; x86 only."""
     quantized = torch.backends.quantized
     return "fbgemm" in quantized.supported_engines and quantized.engine in ("fbgemm", "x86")

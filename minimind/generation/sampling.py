@@ -1,7 +1,7 @@
-"""Which token comes next: pure functions of logits.
+"""Choose the next token from logits.
 
-Each does what the logits processor of that name does in Hugging Face transformers, ties included, and they
-are applied in the same order. Shapes: B rows, V vocabulary.
+Each function matches the logits processor of that name in Hugging Face transformers, ties included, and they
+are applied in the same order. Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-# Below this only the most likely token has any chance, and divided logits would soon be infinite.
-_COLD = 1e-20
+# Below this sampling is greedy, since divided logits would overflow.
+_GREEDY_BELOW = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen.
+    """Sampling parameters.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token, whatever the next three say.
-        top_k: draw among so many of the most likely tokens; None draws among all.
-        top_p: draw among the fewest most likely tokens whose probabilities reach this sum.
-        min_p: draw among tokens at least this share as likely as the most likely one.
-        repetition_penalty: makes tokens that stand in the text already less likely where above 1.
+        temperature: divides the logits; 0 is greedy decoding and ignores the next three.
+        top_k: sample from this many most likely tokens; None samples from all.
+        top_p: sample from the smallest set of most likely tokens whose probabilities reach this sum.
+        min_p: sample from tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: above 1, makes tokens of the prompt and continuation less likely.
 
     Raises:
         ConfigError: for values out of range; all of them are listed.
@@ -57,17 +57,17 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, uniform: Tensor) -> Tensor:
-    """Return the next token of each row, (B,) int64.
+    """Return the next token of each sequence, (B,) int64.
 
     Args:
         logits: (B, V) float32.
-        sampling: how.
-        seen: (B, V) bool, tokens that stand in the text already; looked at for the repetition penalty only.
-        uniform: (B,) numbers in [0, 1) that decide the draws.
+        sampling: sampling parameters.
+        seen: (B, V) bool, tokens that occur in the sequence; used by the repetition penalty only.
+        uniform: (B,) uniform random numbers in [0, 1).
     """
     if sampling.repetition_penalty != 1 and seen is not None:
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature < _COLD:
+    if sampling.temperature < _GREEDY_BELOW:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
@@ -105,11 +105,11 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Return the token of each row in whose share of [0, 1) its number lies, (B,) int64."""
+    """Return tokens sampled by inverting the cumulative distribution at `uniform`, (B,) int64."""
     probabilities = logits.softmax(-1)
     sums = probabilities.cumsum(-1)
     token = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
     token = token.clamp(max=logits.shape[-1] - 1)
-    # Sums in float32 may end on a token that cannot be drawn.
+    # Rounding of the float32 sums may select a token of probability 0.
     possible = probabilities.gather(-1, token) > 0
     return torch.where(possible, token, probabilities.argmax(-1, keepdim=True))[:, 0]

@@ -1,4 +1,4 @@
-"""Prompts in, text out: what `generation` does with token ids, for people."""
+"""Generate text from prompts."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ..errors import ConfigError
 from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
 from .engine import InferenceEngine
-from .generate import SAMPLING, stream
+from .generate import SAMPLING, generate, stream
 from .sampling import Sampling
 
-# What bytes that are no whole character are shown as.
+# Stands for bytes that are not a whole character.
 _REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a model made of one prompt.
+class Completion:
+    """The continuation of one prompt.
 
     Attributes:
-        prompt: as it was given.
-        text: what follows it.
-        prompt_tokens: tokens read, the start token included.
-        tokens: tokens written, the end token included.
-        ended: "end" where the model wrote its end token, "length" where it was cut off.
+        prompt: the prompt.
+        text: the continuation.
+        prompt_tokens: tokens of the prompt, including the bos token.
+        tokens: generated tokens, including the eos token.
+        ended: "end" after the eos token, "length" at the length limit.
     """
 
     prompt: str
@@ -40,48 +40,47 @@ class Written:
 
 @dataclass
 class TextStream:
-    """Token ids in, text out as soon as it is certain: half a character waits for its other half.
+    """Incremental detokenization: yields text once its characters are complete.
 
     Attributes:
-        decode: text of some ids.
-        before: ids that are shown already, the prompt at first: decoders treat the beginning of a text in
-            their own way.
+        decode: decodes token ids.
+        before: ids that were output before, initially the prompt: decoders treat the first token specially.
     """
 
     decode: Callable[[Sequence[int]], str]
     before: list[int]
-    _waiting: list[int] = field(default_factory=list, init=False)
+    _pending: list[int] = field(default_factory=list, init=False)
 
     def push(self, token: int) -> str:
-        """Return the text that is certain with one more token, empty where none is."""
-        self._waiting.append(token)
+        """Append a token and return the text that is complete now, possibly empty."""
+        self._pending.append(token)
         text = self._new_text()
         if text.endswith(_REPLACEMENT):
             return ""
         if text:
-            # A piece that is whole serves as what stands before the next, however long the text becomes.
-            self.before, self._waiting = self._waiting, []
+            # Decode the next piece after this one alone, so that the cost does not grow.
+            self.before, self._pending = self._pending, []
         return text
 
     def end(self) -> str:
-        """Return what still waits, with U+FFFD in place of what is no character."""
+        """Return the rest, with U+FFFD for incomplete characters."""
         text = self._new_text()
-        self.before, self._waiting = self._waiting, []
+        self.before, self._pending = self._pending, []
         return text
 
     def _new_text(self) -> str:
-        return self.decode(self.before + self._waiting)[len(self.decode(self.before)) :]
+        return self.decode(self.before + self._pending)[len(self.decode(self.before)) :]
 
 
-def make_decoder(
+def make_engine(
     model: MiniMindForCausalLM, *, device: str = "auto", dtype: str = "float32", compiled: bool = False
 ) -> InferenceEngine:
-    """Return a decoder of the model on a device.
+    """Return an inference engine for the model on a device.
 
     Args:
-        model: moved there.
-        device: `auto`, which takes an accelerator if there is one, or the name of one in torch.
-        dtype: name of the precision in torch.
+        model: moved to the device.
+        device: a torch device type, or `auto` for the accelerator if there is one.
+        dtype: torch name of the precision.
         compiled: see `InferenceEngine`.
 
     Raises:
@@ -91,7 +90,7 @@ def make_decoder(
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name, for `auto` the accelerator of this machine or else the CPU.
+    """Return the device of that name; for `auto` the accelerator, or else the CPU.
 
     Raises:
         ConfigError: when there is no such device.
@@ -100,12 +99,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return found or torch.device("cpu")
     if name != "cpu" and (found is None or found.type != name):
-        raise ConfigError(f"--device {name}: torch finds no such device here; use --device cpu.")
+        raise ConfigError(f"--device {name} is not available; use --device cpu.")
     return torch.device(name)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the ids of a prompt as a document begins in training; an empty one is the beginning alone."""
+    """Return the ids of a prompt as the beginning of a document, as in training; never empty."""
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id, *ids]
@@ -120,30 +119,26 @@ def continue_texts(
     *,
     max_new_tokens: int,
     seed: int | None = None,
-) -> list[Written]:
-    """Return the continuation of each prompt; see `generation.generate`.
+) -> list[Completion]:
+    """Return the continuation of each prompt; see `generate.generate`.
 
     Raises:
-        ConfigError: when a prompt leaves no position to write to.
+        ConfigError: when a prompt is as long as the model's positions.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    written: list[list[int]] = [[] for _ in prompts]
     stop_ids = (tokenizer.eos_token_id,)
-    for tokens in stream(
+    generated = generate(
         model, encoded, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed
-    ):
-        for text, token in zip(written, tokens, strict=True):
-            if token is not None:
-                text.append(token)
+    )
     return [
-        Written(
+        Completion(
             prompt,
-            tokenizer.decode(read + ids)[len(tokenizer.decode(read)) :],
-            len(read),
+            tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :],
             len(ids),
-            "end" if ids[-1:] == [tokenizer.eos_token_id] else "length",
+            len(new),
+            "end" if new[-1:] == [tokenizer.eos_token_id] else "length",
         )
-        for prompt, read, ids in zip(prompts, encoded, written, strict=True)
+        for prompt, ids, new in zip(prompts, encoded, generated, strict=True)
     ]
 
 
@@ -156,7 +151,7 @@ def stream_text(
     max_new_tokens: int,
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt piece by piece, as it is written; see `continue_texts`."""
+    """Yield the continuation of a prompt piece by piece; see `continue_texts`."""
     encoded = encode_prompt(tokenizer, prompt)
     text = TextStream(tokenizer.decode, encoded)
     for (token,) in stream(

@@ -1,1 +1,1 @@
-"""What runs have left in their folders: read back, told, compared and repeated."""
+"""Inspect, compare, reproduce and decay finished or running runs."""

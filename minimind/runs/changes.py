@@ -1,4 +1,4 @@
-"""What has changed since a run was started that may make its repetition another run."""
+"""Find changes since a run that may make its reproduction differ."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .record import RunRecord
 def data_changes(
     run: RunRecord, config: PretrainConfig, tokenizer: Tokenizer | None, check: bool
 ) -> Iterator[str]:
-    """Yield what is not known to be the same about the text.
+    """Yield warnings about training data that changed or could not be compared.
 
     Args:
-        run: as it was.
-        config: its options with paths that hold from here.
-        tokenizer: of `config`; None where it cannot be loaded.
-        check: tokenize text that is not in the cache.
+        run: the run.
+        config: its options, with paths valid from the current folder.
+        tokenizer: tokenizer of `config`; None where it cannot be loaded.
+        check: tokenize data that is not in the cache.
     """
     recorded = run.fingerprint("training text")
     if recorded is None:
-        yield "the run did not record its text, so it could not be compared."
+        yield "the run did not record its data, so it could not be compared."
         return
     if tokenizer is None:
         return
@@ -37,19 +37,19 @@ def data_changes(
         if found is None and check:
             found = prepare_data(config, tokenizer).fingerprint
     except UserError as error:
-        yield f"the text cannot be read: {error}"
+        yield f"the data cannot be read: {error}"
         return
     if found is None:
         yield (
-            "the text was not compared: the token cache does not hold it as it lies there now; give "
-            "--check-data to tokenize it."
+            "the data was not compared, since it is not in the token cache as it is now; pass --check-data "
+            "to tokenize it."
         )
     elif found != recorded:
-        yield "the text for training or validation is not the one that the run had."
+        yield "the training or validation data has changed."
 
 
 def environment_changes(run: RunRecord) -> Iterator[str]:
-    """Yield what differs between the run's environment and this one."""
+    """Yield the differences between the run's environment and the current one."""
     then = run.environment
     if not then:
         yield "the run recorded no environment, so code, packages and device could not be compared."
@@ -85,17 +85,17 @@ def _git_changes(then: Any, now: Any) -> Iterator[str]:
 
 
 def caveats(run: RunRecord) -> Iterator[str]:
-    """Yield what about the run itself no command repeats."""
+    """Yield properties of the run that no command reproduces."""
     if run.config.resume is not None:
         yield (
-            "the run went on from a checkpoint (--resume); the command has the options of its last part and "
-            "starts from the beginning."
+            "the run was resumed (--resume); the command has the options of its last part and starts from "
+            "step 0."
         )
     if run.config.max_time is not None:
-        yield f"--max-time {run.config.max_time} ends a run by the clock, so it may end at another step."
+        yield f"--max-time {run.config.max_time} ends a run by wall time, so it may end at another step."
     if any(line.get("kind") == "rewind" for line in run.metrics):
-        yield "the run went back to a checkpoint and left rows out, which hangs on the last digits of losses."
+        yield "the run rewound after a loss spike, which depends on the last digits of the losses."
     if run.unread:
-        yield f"config.toml has {', '.join(run.unread)}, which this version does not know or take."
+        yield f"config.toml has {', '.join(run.unread)}, which this version does not support."
     if run.config.from_weight is not None:
-        yield f"the weights in {run.config.from_weight} were not compared; the run does not record them."
+        yield f"the weights in {run.config.from_weight} were not compared, since runs do not record them."

@@ -1,4 +1,4 @@
-"""Several runs side by side: what came of them, at equal tokens too, and what they differ in."""
+"""Compare runs: their outcome, also at equal tokens, and their differences."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .info import SHAPE, run_parts
 from .info_text import device_text
 from .record import BITS, LOSS, Point, RunRecord, read_run
 
-# Shares of the tokens that all runs have reached.
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
-# What is named for each run in any case, or says nothing about how it was trained.
+# Fractions of the tokens that all runs have reached.
+FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
+# Options that do not affect training.
 _NOT_COMPARED = ("output_dir", "run_name", "cache_dir", "resume", "project", "tracker")
 NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a name, and a text for each run."""
+    """One row of a table: a name, and a value for each run."""
 
     name: str
     values: tuple[str, ...]
@@ -35,16 +35,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side.
+    """Tables that compare runs.
 
     Attributes:
-        names: short and distinct.
-        runs: as their folders tell them.
-        outcome: what came of each.
-        equal_tokens: validation bits per byte after so many tokens, in proportion between two evaluations.
-        options: options that are not the same in all runs.
-        surroundings: code, packages, data and device that are not the same in all runs.
-        notes: what forbids a comparison, in sentences.
+        names: short, unique names of the runs.
+        runs: the runs.
+        outcome: results of each run.
+        equal_tokens: validation bits per byte at equal tokens, interpolated between evaluations.
+        options: options that differ.
+        environment: code, packages, data and device that differ.
+        notes: sentences about what cannot be compared.
     """
 
     names: tuple[str, ...]
@@ -52,41 +52,40 @@ class Comparison:
     outcome: tuple[Row, ...]
     equal_tokens: tuple[Row, ...]
     options: tuple[Row, ...]
-    surroundings: tuple[Row, ...]
+    environment: tuple[Row, ...]
     notes: tuple[str, ...]
 
 
 def compare_runs(paths: Sequence[Path]) -> Comparison:
-    """Read runs and put them side by side.
+    """Read runs and compare them.
 
     Raises:
-        UserError: for a folder that holds no run.
+        UserError: for a folder without a run.
     """
     runs = tuple(read_run(path) for path in paths)
-    texts = [run.fingerprint("training text") for run in runs]
+    data = [run.fingerprint("training text") for run in runs]
     notes = []
-    if len(set(texts) - {None}) > 1:
+    if len(set(data) - {None}) > 1:
         notes.append(
-            "The runs have other texts, so their validation losses and bits per byte compare only where "
-            "--val-data is the same."
+            "The runs trained on different data; losses are comparable only with the same --val-data."
         )
-    elif None in texts:
-        notes.append("Not all runs recorded their texts; see for yourself that they are the same.")
+    elif None in data:
+        notes.append("Not all runs recorded their data; check that it is the same.")
     if len({run.fingerprint("tokenizer") for run in runs} - {None}) > 1:
-        notes.append("The runs have other tokenizers: compare bits per byte, not losses or tokens.")
+        notes.append("The runs have different tokenizers: compare bits per byte, not losses or tokens.")
     return Comparison(
         names=distinct_names([Path(run.path).resolve() for run in runs]),
         runs=runs,
         outcome=tuple(Row(name, tuple(text(run) for run in runs)) for name, text in _OUTCOME.items()),
         equal_tokens=tuple(_equal_tokens(runs)),
         options=tuple(_differing_options(runs)),
-        surroundings=tuple(environment_differences(runs)),
+        environment=tuple(environment_differences(runs)),
         notes=tuple(notes),
     )
 
 
 def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Return the last parts of paths, as many of each as tell it from the others."""
+    """Return the shortest trailing parts of paths that are unique."""
     names = []
     for number, path in enumerate(paths):
         others = [other for other in paths if other != path]
@@ -96,19 +95,18 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
         ):
             parts += 1
         name = str(Path(*path.parts[-parts:]))
-        # The same folder twice.
-        again = list(paths[:number]).count(path)
-        names.append(f"{name} ({again + 1})" if again else name)
+        earlier = list(paths[:number]).count(path)
+        names.append(f"{name} ({earlier + 1})" if earlier else name)
     return tuple(names)
 
 
 def at_tokens(curve: Sequence[Point], tokens: float) -> float | None:
-    """Return a value after so many tokens, in proportion between two reports; None outside of them."""
+    """Return the value at a number of tokens by linear interpolation; None outside of the curve."""
     known = [(point.tokens, point.value) for point in curve if point.tokens is not None]
     for (low, before), (high, after) in pairwise(known):
         if low <= tokens <= high:
-            share = (tokens - low) / (high - low) if high > low else 1.0
-            return before + share * (after - before)
+            fraction = (tokens - low) / (high - low) if high > low else 1.0
+            return before + fraction * (after - before)
     return None
 
 
@@ -117,16 +115,16 @@ def _equal_tokens(runs: Sequence[RunRecord]) -> Iterable[Row]:
     reached = [curve[-1].tokens for curve in curves if curve and curve[-1].tokens]
     if len(reached) < len(runs):
         return
-    for share in SHARES:
-        tokens = share * min(tokens for tokens in reached if tokens is not None)
+    for fraction in FRACTIONS:
+        tokens = fraction * min(tokens for tokens in reached if tokens is not None)
         yield Row(count(tokens), tuple(_number(at_tokens(curve, tokens)) for curve in curves))
 
 
 def _differing_options(runs: Sequence[RunRecord]) -> Iterable[Row]:
-    for name, setting in schema_of(PretrainConfig).items():
+    for name, field in schema_of(PretrainConfig).items():
         values = [getattr(run.config, name) for run in runs]
         if name not in _NOT_COMPARED and any(value != values[0] for value in values):
-            yield Row(setting.flag, tuple(_option(value) for value in values))
+            yield Row(field.flag, tuple(_option(value) for value in values))
 
 
 def _option(value: Any) -> str:
@@ -138,9 +136,9 @@ def _option(value: Any) -> str:
 
 
 def environment_differences(runs: Sequence[RunRecord]) -> Iterable[Row]:
-    """Yield a table row for each part of the environment in which runs differ."""
+    """Yield a table row for each part of the environment that differs."""
     packages = sorted({name for run in runs for name in run.environment.get("packages") or {}})
-    facts: dict[str, Callable[[RunRecord], Any]] = {
+    columns: dict[str, Callable[[RunRecord], Any]] = {
         "training text": lambda run: (run.fingerprint("training text") or NOTHING)[:12],
         "mixture": lambda run: run.fingerprint("mixture") or NOTHING,
         "tokenizer": lambda run: (run.fingerprint("tokenizer") or NOTHING)[:12],
@@ -152,11 +150,11 @@ def environment_differences(runs: Sequence[RunRecord]) -> Iterable[Row]:
         "CUDA": lambda run: run.environment.get("cuda"),
     }
     for key in ("processes", "kind", "precision", "compiled"):
-        facts[{"kind": "strategy"}.get(key, key)] = partial(_recorded, "launch", key)
+        columns[{"kind": "strategy"}.get(key, key)] = partial(_recorded, "launch", key)
     for name in packages:
-        facts[name] = partial(_recorded, "packages", name)
-    for title, fact in facts.items():
-        values = [fact(run) for run in runs]
+        columns[name] = partial(_recorded, "packages", name)
+    for title, read in columns.items():
+        values = [read(run) for run in runs]
         if any(value != values[0] for value in values):
             yield Row(title, tuple(NOTHING if value is None else _option(value) for value in values))
 
@@ -183,7 +181,7 @@ def _best_bits(run: RunRecord) -> float | None:
 
 
 def _parameters(run: RunRecord) -> int | None:
-    """Return the parameters, from the options where there are no weights (yet)."""
+    """Return the number of parameters, from the options where there are no weights (yet)."""
     if parts := run_parts(run):
         return parts["all"]
     sizes = {name: getattr(run.config, name) for name in SHAPE}

@@ -1,12 +1,13 @@
-"""A comparison of runs as one HTML page that needs nothing else: no network, no other file.
+"""Render a comparison of runs as one self-contained HTML page.
 
-Everything that comes from the runs is escaped, and the page forbids itself by its content security policy to
-load anything, or to run any script but its own.
+Everything read from the runs is escaped, and the content security policy allows no external resource and no
+script but the page's own.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,15 +22,15 @@ from ..version import __version__
 from .compare import Comparison, Row
 from .record import BITS, LOSS, Point, RunRecord
 
-# A curve of more points is drawn by means over neighbours: a screen shows no more.
+# Longer curves are drawn as means over neighbouring points.
 MOST_POINTS = 800
-# The colours of page.css; more runs take them again with other dashes.
+# Colours in page.css; further runs reuse them with other dashes.
 COLOURS = 8
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of the page: the number of metrics.jsonl that it shows, and its words."""
+    """One chart of the page: the metric of metrics.jsonl, and its labels."""
 
     name: str
     title: str
@@ -85,7 +86,7 @@ def comparison_html(comparison: Comparison) -> str:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Return a curve of at most `most` points: means over neighbours, and both ends as they are."""
+    """Return a curve of at most `most` points: means over neighbours, and both end points."""
     if len(points) <= most:
         return list(points)
     inner, buckets = points[1:-1], most - 2
@@ -106,17 +107,11 @@ def _mean(points: Sequence[Point]) -> Point:
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:
-    """Return what the script draws."""
+    """Return the data of the charts."""
     return {
         "runs": list(comparison.names),
         "charts": [
-            {
-                "name": chart.name,
-                "title": chart.title,
-                "unit": chart.unit,
-                "digits": chart.digits,
-                "curves": [_curve(run, chart.name) for run in comparison.runs],
-            }
+            {**dataclasses.asdict(chart), "curves": [_curve(run, chart.name) for run in comparison.runs]}
             for chart in CHARTS
         ],
     }
@@ -156,9 +151,9 @@ def _charts(comparison: Comparison) -> Iterator[str]:
     yield "<noscript><p>The curves need JavaScript; the tables below do not.</p></noscript>"
     yield '<form class="controls" id="controls">'
     yield '<fieldset id="axis"><legend>Horizontal axis</legend>'
-    for number, (value, words) in enumerate((("0", "Steps"), ("1", "Tokens"), ("2", "Training time"))):
+    for number, (value, label) in enumerate((("0", "Steps"), ("1", "Tokens"), ("2", "Training time"))):
         checked = " checked" if number == 0 else ""
-        yield f'<label><input type="radio" name="axis" value="{value}"{checked}> {words}</label>'
+        yield f'<label><input type="radio" name="axis" value="{value}"{checked}> {label}</label>'
     yield '<label><input type="checkbox" name="log"> Logarithmic</label>'
     yield '<label><input type="checkbox" name="whole"> Whole height</label>'
     yield "</fieldset>"
@@ -189,28 +184,27 @@ def _charts(comparison: Comparison) -> Iterator[str]:
 
 def _tables(comparison: Comparison) -> Iterator[str]:
     tables = (
-        ("outcome", "Outcome", "What came of each run", comparison.outcome, "No run."),
+        ("outcome", "Outcome", "Results of each run", comparison.outcome, "No run."),
         (
             "equal",
             "At equal tokens",
-            "Validation bits per byte after so many training tokens, up to the most that all runs have "
-            "reached; in proportion between two evaluations",
+            "Validation bits per byte at equal training tokens, interpolated between evaluations",
             comparison.equal_tokens,
             "Not all runs have evaluations.",
         ),
         (
             "options",
             "Options that differ",
-            "Options that are not the same in all runs",
+            "Options that are not equal in all runs",
             comparison.options,
             "All runs have the same options.",
         ),
         (
-            "surroundings",
+            "environment",
             "Code, packages, data and device that differ",
-            "What the runs recorded of their surroundings, where it is not the same",
-            comparison.surroundings,
-            "All runs recorded the same.",
+            "Recorded environments, where they are not equal",
+            comparison.environment,
+            "All runs have the same environment.",
         ),
     )
     for key, title, caption, rows, nothing in tables:
@@ -224,7 +218,7 @@ def _tables(comparison: Comparison) -> Iterator[str]:
 
 
 def _table(key: str, caption: str, names: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
-    # A region that takes the focus can be scrolled by keys.
+    # A focusable region can be scrolled with the keyboard.
     yield f'<div class="scroll" role="region" aria-labelledby="{key}-caption" tabindex="0">'
     yield f'<table><caption id="{key}-caption">{escape(caption)}</caption>'
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
@@ -240,10 +234,10 @@ def _asset(name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """Return the name by which a content security policy allows a text."""
+    """Return the hash of an inline script or style for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _json(value: Any) -> str:
-    """Return JSON in which nothing can end the element that it stands in."""
+    """Return JSON that cannot close the enclosing script element."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")

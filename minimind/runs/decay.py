@@ -1,4 +1,4 @@
-"""A finished model from the stable phase of a run: a branch that decays, and a trunk that stays as it is."""
+"""Anneal: decay the learning rate from a checkpoint of a WSD or constant run, in a new run."""
 
 from __future__ import annotations
 
@@ -30,39 +30,37 @@ def decay(
     shape: Literal["linear", "sqrt"] = "linear",
     min_lr_ratio: float | None = None,
 ) -> PretrainResult:
-    """Go on from a checkpoint of a run while the learning rate falls, in a folder of its own.
+    """Continue from a checkpoint of a run with a decaying learning rate, in a new folder.
 
-    The rows are those that the run would have trained on next. Nothing in its folder is changed, so it can be
-    resumed, and decayed from elsewhere. A decay that was stopped goes on by `pretrain` with `resume`.
+    The data continues where the checkpoint stopped. The original run is not changed, so it can be resumed and
+    decayed from other steps. Resume an interrupted decay by `pretrain` with `resume`.
 
     Args:
         run: output folder of a run with the schedule `wsd` or `constant`.
         tokens: length of the decay, rounded up to whole steps.
-        from_step: steps done at the checkpoint to start from; by default the newest.
-        output_dir: of the decay; by default beside the run, named after it and the step.
-        shape: how the learning rate falls.
-        min_lr_ratio: learning rate of the last step as a share of the peak; by default that of the run.
+        from_step: step of the checkpoint; by default the newest.
+        output_dir: folder of the decay; by default beside the run, named after it and the step.
+        shape: shape of the decay.
+        min_lr_ratio: final learning rate relative to the peak; by default that of the run.
 
     Raises:
-        UserError: for a checkpoint that is not there or not of the stable phase, a folder that holds a run,
+        UserError: for a missing checkpoint or one outside of the stable phase, an output folder with a run,
             and whatever `pretrain` raises.
     """
     checkpoint, others = _checkpoint(RunFolder(run), from_step)
     if from_step is None:
-        # The run may be going on, and have a newer one when another process looks.
+        # A run in progress may save a newer one before another rank looks.
         checkpoint, others = _checkpoint(RunFolder(run), int(first_choice("decay", str(checkpoint.step))))
     beside = run.resolve()
-    folder = (
-        output_dir if output_dir is not None else beside.with_name(f"{beside.name}-decay-{checkpoint.step}")
-    )
-    # The other processes may look when the first one has begun.
+    folder = output_dir or beside.with_name(f"{beside.name}-decay-{checkpoint.step}")
+    # Other ranks may look after the main process has begun.
     if is_main_process() and not started_before() and RunFolder(folder).holds_a_run():
         raise ConfigError(
-            f"--output-dir {folder} already holds a run; go on with it by minimind-train pretrain --resume "
+            f"--output-dir {folder} already contains a run; resume it with minimind-train pretrain --resume "
             f"--output-dir {folder}, or name another folder."
         )
     config = decay_config(checkpoint, tokens, folder, shape=shape, min_lr_ratio=min_lr_ratio)
-    # Before there is a folder of the decay.
+    # Before the folder of the decay is created.
     if is_main_process() and not started_before() and (problem := checkpoint.problem()) is not None:
         advice = f"give --from-step {_listed(others)}" if others else "it is the only one"
         raise CheckpointError(f"{problem.removesuffix('.')}: the checkpoint cannot be used; {advice}.")
@@ -79,24 +77,24 @@ def decay_config(
 ) -> PretrainConfig:
     """Return the options of a decay: those of the run, with a `wsd` schedule that decays from the checkpoint.
 
-    A run that had these options from its start, without `resume`, would take the very same steps. There may
-    be more or fewer processes than the run had; the rows of a step stay.
+    A run with these options from the start, without `resume`, takes the same steps. The number of processes
+    may differ; the global batch stays.
 
     Raises:
         CheckpointError: when the checkpoint is not of a stable phase.
-        ConfigError: when the processes cannot share the rows of a step equally.
+        ConfigError: when the global batch is not divisible by the number of processes.
     """
     settings = checkpoint.trainer["settings"]
     state = TrainState(**checkpoint.trainer["state"])
     trunk = _config_of(settings)
     _refuse_unstable(checkpoint, trunk, settings, state)
-    rows = settings["global_batch_size"]
-    per_step = rows * trunk.max_seq_len if trunk.packing else state.tokens / state.step
+    global_batch_size = settings["global_batch_size"]
+    per_step = global_batch_size * trunk.max_seq_len if trunk.packing else state.tokens / state.step
     steps = max(math.ceil(tokens / per_step), 1)
     last = state.step + steps
     changed = dataclasses.replace(
         trunk,
-        global_batch_size=rows,
+        global_batch_size=global_batch_size,
         lr_schedule="wsd",
         warmup_steps=warmup_steps(trunk, settings["total_steps"]),
         decay_steps=steps,
@@ -104,9 +102,9 @@ def decay_config(
         min_lr_ratio=trunk.min_lr_ratio if min_lr_ratio is None else min_lr_ratio,
         max_steps=last,
         max_tokens=None,
-        # More passes than the run was to make, where the decay takes it beyond them.
+        # The decay may need more epochs than the run.
         epochs=max(trunk.epochs, math.ceil(last / settings["steps_per_epoch"])),
-        # A time limit is not an option of the model, and would move the decay.
+        # A time limit would move the decay.
         max_time=None,
         profile=False,
         resume=str(checkpoint.path),
@@ -117,10 +115,10 @@ def decay_config(
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, list[StoredCheckpoint]]:
-    """Return the checkpoint of a step, the newest where None is given, and all others; unverified.
+    """Return the checkpoint of a step, or the newest, and all others; unverified.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: when there is none.
     """
     found = stored_checkpoints(run.checkpoints)
     if not found:
@@ -131,17 +129,17 @@ def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, lis
         if checkpoint.step == step:
             return checkpoint, [other for other in found if other is not checkpoint]
     raise CheckpointError(
-        f"--from-step {step} has no checkpoint in {run.checkpoints}; there are those of steps "
-        f"{_listed(found)}. Runs keep more with --keep-every."
+        f"--from-step {step} has no checkpoint in {run.checkpoints}, only steps {_listed(found)}; "
+        "runs keep more with --keep-every."
     )
 
 
 def _config_of(settings: dict[str, Any]) -> PretrainConfig:
-    """Return the options that a checkpoint was written with, for any number of processes."""
+    """Return the options of a checkpoint, for any number of processes."""
     known = schema_of(PretrainConfig)
     values = {name: settings[name] for name in known if name in settings}
-    for name, setting in known.items():
-        if setting.repeatable and name in values:
+    for name, field in known.items():
+        if field.repeatable and name in values:
             values[name] = tuple(values[name])
     return PretrainConfig(**{**values, "accumulation_steps": None})
 
@@ -149,15 +147,15 @@ def _config_of(settings: dict[str, Any]) -> PretrainConfig:
 def _refuse_unstable(
     checkpoint: StoredCheckpoint, config: PretrainConfig, settings: dict[str, Any], state: TrainState
 ) -> None:
-    """Refuse a checkpoint whose learning rate is not that of the stable phase.
+    """Refuse a checkpoint outside of the stable phase.
 
     Raises:
-        CheckpointError: telling which of the checkpoints beside it would do.
+        CheckpointError: listing the usable checkpoints.
     """
     if "total_steps" not in settings:
         raise CheckpointError(
-            f"{checkpoint.path} is of an older version of minimind; go on with its run by --resume up to the "
-            "next checkpoint, and decay from that."
+            f"{checkpoint.path} is of an older version of minimind; resume its run up to the next "
+            "checkpoint, and decay from that."
         )
     phase = stable_phase(config, settings["total_steps"], state.ending)
     if phase is None:
@@ -168,12 +166,12 @@ def _refuse_unstable(
     first, last = phase
     if first <= state.step <= last:
         return
-    what = "still in its warm-up" if state.step < first else "already in its decay"
+    what = "in the warm-up" if state.step < first else "already in the decay"
     fitting = [one for one in stored_checkpoints(checkpoint.path.parent) if first <= one.step <= last]
     advice = f"give --from-step {_listed(fitting)}" if fitting else "none of its checkpoints is"
     raise CheckpointError(
-        f"{checkpoint.path} is {what}: the stable phase of its run is from step {first} to step {last}; "
-        f"{advice}. Runs keep more with --keep-every."
+        f"{checkpoint.path} is {what}: the stable phase is from step {first} to step {last}; {advice}. "
+        "Runs keep more with --keep-every."
     )
 
 

@@ -1,4 +1,4 @@
-"""What lies at a path: a run, a checkpoint, a model folder or a file of weights, and how to go on with it."""
+"""Describe a run, a checkpoint, a model folder or a weight file, and suggest next commands."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from .info_text import (
     fingerprint_rows,
     launch_text,
     loss_text,
+    measured,
     model_rows,
     time_text,
     trained_text,
@@ -39,18 +40,18 @@ from .info_text import (
 )
 from .record import RunRecord, read_run
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class Info:
-    """What was found.
+    """A description.
 
     Attributes:
         kind: `run`, `checkpoint`, `model` or `weights`.
-        values: everything, as JSON holds it.
-        rows: the same for people, in rows of a key and a value.
-        next: command lines that go on from here, each with the command of minimind-train that it uses.
+        values: everything, as JSON types.
+        rows: key and value of each printed line.
+        next: suggested command lines, each with its minimind-train command.
     """
 
     kind: str
@@ -60,27 +61,25 @@ class Info:
 
 
 def read_info(path: Path) -> Info:
-    """Say what a path holds.
+    """Describe what is at a path.
 
     Raises:
         UserError: when it is none of these, or damaged.
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(
-            f"there is nothing at {path}; name a run, a checkpoint, a model or a file of weights."
-        )
+        raise ConfigError(f"{path} does not exist; name a run, a checkpoint, a model or a weight file.")
     if path.is_file():
         return _weights(path)
     if ((path / MANIFEST).is_file() and (path / TRAINER).is_file()) or is_checkpoint_name(path.name):
         return _checkpoint(open_checkpoint(path))
     if RunFolder(path).holds_a_run():
         return _run(read_run(path))
-    if (path / _CONFIG).is_file():
+    if (path / CONFIG).is_file():
         return _model(path)
     raise ConfigError(
-        f"{path} is no run, checkpoint, model folder or file of weights; name one, such as the --output-dir "
-        "of a run."
+        f"{path} is no run, checkpoint, model folder or weight file; name one, such as the --output-dir of a "
+        "run."
     )
 
 
@@ -101,7 +100,7 @@ def _run(run: RunRecord) -> Info:
         "kind": "run",
         "path": str(run.path),
         "finished": run.finished,
-        "shape": _shape_of(run.config) if run.folder.config.is_file() else {},
+        "shape": {name: getattr(run.config, name) for name in SHAPE} if run.folder.config.is_file() else {},
         "parameters": parts,
         "steps": run.steps,
         "tokens": run.tokens,
@@ -130,12 +129,12 @@ def _run(run: RunRecord) -> Info:
         ("run", f"{run.path}, {state}"),
         *model_rows(values["shape"], parts),
         ("trained", trained_text(run.steps, run.tokens, values["passes"])),
-        ("loss", loss_text(values["loss"], best)),
-        ("time", time_text(values["began"], values["last_report"], seconds)),
-        *([("speed", f"{count(speed)} tokens/s")] if (speed := values["tokens_per_second"]) else []),
+        *measured("loss", loss_text(values["loss"], best)),
+        *measured("time", time_text(values["began"], values["last_report"], seconds)),
+        *measured("speed", f"{count(speed)} tokens/s" if (speed := values["tokens_per_second"]) else ""),
         ("device", values["device"] + launch_text(environment)),
-        ("versions", versions_text(environment)),
-        ("data", ", ".join(run.config.data) or "text embedded in Python"),
+        *measured("versions", versions_text(environment)),
+        ("data", ", ".join(run.config.data) or "built-in corpus"),
         *fingerprint_rows(values["fingerprints"]),
         (
             "disk",
@@ -156,11 +155,11 @@ def _run(run: RunRecord) -> Info:
 
 
 def _limit(run: RunRecord) -> str:
-    """Return the option that ended a finished run, which has to be raised for it to go on."""
+    """Return the option that limits a finished run, to be raised on resume."""
     if run.config.max_steps is not None and run.steps >= run.config.max_steps:
         return "--max-steps"
-    passes = run.last("epoch")
-    if run.config.max_tokens is not None and passes is not None and passes < run.config.epochs:
+    epochs = run.last("epoch")
+    if run.config.max_tokens is not None and epochs is not None and epochs < run.config.epochs:
         return "--max-tokens"
     return "--epochs"
 
@@ -196,10 +195,10 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
         "bytes": {"all": checkpoint.num_bytes},
     }
     rows = [
-        ("checkpoint", f"{checkpoint.path}, whole" + (", the best of its run" if marked else "")),
+        ("checkpoint", f"{checkpoint.path}, intact" + (", the best of its run" if marked else "")),
         *model_rows(shape, values["parameters"]),
         ("trained", trained_text(checkpoint.step, trainer.get("tokens"), None)),
-        *([("loss", f"validation {best[1]:.4f}")] if best is not None and marked else []),
+        *measured("loss", f"validation {best[1]:.4f}" if best is not None and marked else ""),
         ("written", written),
         ("versions", ", ".join(f"{name} {version}" for name, version in values["packages"].items())),
         *fingerprint_rows(fingerprints),
@@ -219,31 +218,30 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
 
 def _model(path: Path) -> Info:
     try:
-        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        shape = MiniMindConfig.from_dict(config)
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        model_config = MiniMindConfig.from_dict(config)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path / _CONFIG} cannot be read ({error}); copy it again.") from error
+        raise ConfigError(f"{path / CONFIG} cannot be read ({error}); copy it again.") from error
     except (ConfigError, AttributeError) as error:
-        raise ConfigError(f"{path / _CONFIG} describes no model of this kind: {error}") from error
+        raise ConfigError(f"{path / CONFIG} is not of a supported model: {error}") from error
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{path} holds no .safetensors; name a folder with config.json and weights.")
+        raise ConfigError(f"{path} has no .safetensors; name a folder with config.json and weights.")
     header = read_headers(files)
-    named = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
-    return _described(path, "model", header, named, folder_bytes(path))
+    return _described(path, "model", header, dataclasses.asdict(model_config), folder_bytes(path))
 
 
 def _weights(path: Path) -> Info:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ConfigError(f"{path} is no file of weights; name a .safetensors or .pth.")
+        raise ConfigError(f"{path} is no weight file; name a .safetensors or .pth.")
     return _described(path, "weights", read_headers([path]), {}, path.stat().st_size)
 
 
 def _readable(path: Path) -> Path | None:
-    """Return what the other commands take in place of weights: a .safetensors tells nothing of its shape."""
+    """Return the path that other commands accept: for a .safetensors its folder, if that has a config."""
     if path.suffix != ".safetensors":
         return path
-    known = (path.parent / _CONFIG).is_file() or (path.parent / TRAINER).is_file()
+    known = (path.parent / CONFIG).is_file() or (path.parent / TRAINER).is_file()
     return path.parent if known else None
 
 
@@ -296,12 +294,8 @@ SHAPE = (
 )
 
 
-def _shape_of(options: Any) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in SHAPE}
-
-
 def run_parts(run: RunRecord) -> dict[str, int]:
-    """Return the parameters by part, from the weights where there are any; empty where there are none."""
+    """Return the parameters by part from the newest weights; empty without weights."""
     files = [run.folder.model / "model.safetensors"]
     files += [checkpoint.path / MODEL for checkpoint in reversed(run.checkpoints)]
     for file in files:

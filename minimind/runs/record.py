@@ -1,7 +1,6 @@
-"""What a run has left in its folder, read back: options, environment, numbers, checkpoints.
+"""Read the folder of a run: options, environment, metrics, checkpoints.
 
-Runs of other versions are read as far as they can be: a file or an option that is missing or unknown is no
-error, for what there is still tells something.
+Runs of other versions are read as far as possible: missing files and unknown options are no errors.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from ..errors import ConfigError, UserError
 from ..run_folder import RunFolder
 from ..tracking.metrics_file import read_metrics
 
-# Numbers that an interval of training steps reports, and those of an evaluation.
+# Metrics of training reports and of evaluations.
 LOSS, BITS = "loss", "val_bits_per_byte"
-# What environment.json holds; anything else under these names is as good as missing.
+# Types of the keys of environment.json; values of another type are ignored.
 _KINDS = {"packages": dict, "launch": dict, "gpus": list, "working_folder": str}
 _LAUNCH_KINDS = {"processes": int, "machines": int, "kind": str, "precision": str, "variables": dict}
 
@@ -35,9 +34,9 @@ class Point:
 
     Attributes:
         step: optimizer steps done.
-        tokens: real input tokens trained, None where that is not known.
-        seconds: of training so far, over all parts of a run that was resumed; None where not known.
-        value: what was reported.
+        tokens: real input tokens trained, None where not known.
+        seconds: training time so far, over all parts of a resumed run; None where not known.
+        value: the metric.
     """
 
     step: int
@@ -48,12 +47,12 @@ class Point:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, as its folder tells it.
+    """One run, as recorded in its folder.
 
     Attributes:
-        folder: where it lies.
+        folder: paths of the run.
         config: its options.
-        unread: keys of its config.toml that this version does not know or take.
+        unread: keys of its config.toml that this version does not support.
         environment: versions, hardware, command line, launch and fingerprints.
         metrics: all reports.
     """
@@ -76,7 +75,7 @@ class RunRecord:
 
     @cached_property
     def trainer(self) -> Mapping[str, Any]:
-        """What the newest checkpoint that can be read holds besides tensors; empty without one."""
+        """The trainer state of the newest readable checkpoint; empty without one."""
         for checkpoint in reversed(self.checkpoints):
             try:
                 return checkpoint.trainer
@@ -86,14 +85,14 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done, as far as is known."""
+        """Optimizer steps done, by reports and checkpoints."""
         reported = max((line["step"] for line in self.metrics), default=0)
         saved = self.trainer.get("step")
         return max(reported, saved) if isinstance(saved, int) else reported
 
     @property
     def tokens(self) -> int | None:
-        """Real input tokens trained, None where nothing tells."""
+        """Real input tokens trained, None where not known."""
         counts = [line["tokens"] for line in self.metrics if isinstance(line.get("tokens"), int)]
         if isinstance(saved := self.trainer.get("tokens"), int):
             counts.append(saved)
@@ -101,11 +100,11 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has delivered its model."""
+        """Whether the run has saved its final model."""
         return (self.folder.model / "model.safetensors").is_file()
 
     def fingerprint(self, what: str) -> str | None:
-        """Return what tells the `tokenizer`, the `training text` or the `mixture` from any other."""
+        """Return the fingerprint of the `tokenizer`, the `training text` or the `mixture`."""
         found = self.environment.get("fingerprints")
         if isinstance(found, dict) and isinstance(found.get(what), str):
             return str(found[what])
@@ -116,17 +115,17 @@ class RunRecord:
         return None if saved is None else str(saved)
 
     def best(self) -> dict[str, Any] | None:
-        """Return the evaluation with the lowest validation loss, None without any."""
+        """Return the evaluation with the lowest validation loss, None without evaluations."""
         lines = [line for line in self.metrics if isinstance(line.get("val_loss"), int | float)]
         return min(lines, key=lambda line: line["val_loss"], default=None)
 
     def last(self, name: str) -> float | None:
-        """Return the last value of a number, None where there is none."""
+        """Return the last value of a metric, None without any."""
         values = [line[name] for line in self.metrics if isinstance(line.get(name), int | float)]
         return values[-1] if values else None
 
     def curve(self, name: str) -> list[Point]:
-        """Return all reports of a number; null ones are left out."""
+        """Return all reports of a metric; null values are skipped."""
         clock = self._clock
         return [
             Point(
@@ -141,14 +140,14 @@ class RunRecord:
 
     @cached_property
     def _clock(self) -> list[tuple[float, float, float]]:
-        """Step, tokens and seconds at each training report, from nothing on."""
+        """Step, tokens and seconds at each training report, from step 0."""
         marks = [(0.0, 0.0, 0.0)]
         offset = before = 0.0
         for line in self.metrics:
             step, tokens, elapsed = line["step"], line.get("tokens"), line.get("elapsed")
             if not isinstance(tokens, int | float) or not isinstance(elapsed, int | float):
                 continue
-            if elapsed < before:  # A part of the run that was resumed counts anew.
+            if elapsed < before:  # a resumed part restarts its clock
                 offset += before
             before = elapsed
             if step > marks[-1][0]:
@@ -164,7 +163,7 @@ def read_run(path: Path) -> RunRecord:
     """
     folder = RunFolder(Path(path))
     if not folder.holds_a_run():
-        raise ConfigError(f"{path} holds no run; name the --output-dir of one.")
+        raise ConfigError(f"{path} contains no run; name the --output-dir of one.")
     config: PretrainConfig = PretrainConfig()
     unread: tuple[str, ...] = ()
     if folder.config.is_file():
@@ -176,14 +175,14 @@ def _config(path: Path) -> tuple[PretrainConfig, tuple[str, ...]]:
     try:
         values = read_toml(path)
     except ConfigError as error:
-        # Nobody gave the option here.
+        # The file was not given by --config here.
         raise ConfigError([problem.removeprefix("--config ") for problem in error.problems]) from error
     parsed, _ = parse_values(PretrainConfig, values)
     unread = tuple(sorted(values.keys() - parsed.keys()))
     try:
         return PretrainConfig(**parsed), unread
     except ConfigError:
-        # Values that do not go together any more: shown as they are rather than not at all.
+        # Show values that are not valid together any more.
         config = PretrainConfig()
         for name, value in parsed.items():
             object.__setattr__(config, name, value)
@@ -202,12 +201,12 @@ def _environment(path: Path) -> dict[str, Any]:
 
 
 def _of_kinds(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Return what is of the kind that this version reads, and what it does not read."""
+    """Return the values, without those of an unexpected type."""
     return {name: value for name, value in values.items() if isinstance(value, kinds.get(name, object))}
 
 
 def _at(marks: list[tuple[float, float, float]], step: int, column: int) -> float | None:
-    """Return tokens (1) or seconds (2) at a step, in proportion between two reports; None without any."""
+    """Return tokens (1) or seconds (2) at a step by linear interpolation; None without reports."""
     if len(marks) < 2:
         return 0.0 if step == 0 else None
     after = bisect_left(marks, step, key=itemgetter(0))
@@ -215,5 +214,5 @@ def _at(marks: list[tuple[float, float, float]], step: int, column: int) -> floa
         return marks[-1][column]
     high = marks[after]
     low = marks[max(after - 1, 0)]
-    share = (step - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
-    return low[column] + share * (high[column] - low[column])
+    fraction = (step - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
+    return low[column] + fraction * (high[column] - low[column])

@@ -1,4 +1,4 @@
-"""The command that repeats a run, and what has changed since that may make it another run."""
+"""Return the command that reproduces a run, and warn about what has changed since."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .changes import caveats, data_changes, environment_changes
 from .record import RunRecord
 
-# What a shape has besides dropout comes from the folder of --from-weight, where there is one.
+# Options that --from-weight determines.
 _FROM_WEIGHT = tuple(
     name for name in schema_of(ModelConfig) if name not in ("dropout", "router_aux_loss_coef", "from_weight")
 )
-# What the launcher tells by variables and is told by flags of the same name.
+# Variables of the launcher that are set by flags of the same name.
 _LAUNCHER_VARIABLES = (
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE",
@@ -39,32 +39,32 @@ _PATHS = ("data", "val_data", "tokenizer", "cache_dir", "from_weight")
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How to repeat a run.
+    """How to reproduce a run.
 
     Attributes:
-        words: the command, unquoted.
-        variables: to be set in its environment.
-        warnings: what has changed since, in sentences.
+        args: the command, unquoted.
+        variables: environment variables of the command.
+        warnings: sentences about what has changed since.
     """
 
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     variables: Mapping[str, str]
     warnings: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        """The command as a shell reads it."""
+        """The command, quoted for a shell."""
         return " ".join(
-            [*(f"{name}={shlex.quote(v)}" for name, v in self.variables.items()), shlex.join(self.words)]
+            [*(f"{name}={shlex.quote(v)}" for name, v in self.variables.items()), shlex.join(self.args)]
         )
 
 
 def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
-    """Return the command that repeats a run on this machine, and what has changed since.
+    """Return the command that reproduces a run on this machine, and warnings.
 
     Args:
-        run: as its folder tells it.
-        check_data: tokenize the text again, where the cache does not hold it, to compare its fingerprint.
+        run: the run.
+        check_data: tokenize data that is not in the cache, to compare its fingerprint.
     """
     config, warnings = _absolute(run)
     tokenizer, more = _tokenizer(run, config)
@@ -72,8 +72,8 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     launch = run.environment.get("launch")
     launch = launch if isinstance(launch, dict) else {}
     if not launch:
-        warnings.append("the run did not record how its processes were started; one is assumed.")
-    config = _as_it_was(config, launch)
+        warnings.append("the run did not record its launch; one process is assumed.")
+    config = _with_recorded_defaults(config, launch)
     warnings += environment_changes(run)
     warnings += data_changes(run, config, tokenizer, check_data)
     warnings += caveats(run)
@@ -81,20 +81,16 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     if launch.get("on_cpu") and (torch.cuda.is_available() or launch.get("processes", 1) > 1):
         variables["ACCELERATE_USE_CPU"] = "true"
     target = _new_folder(run.path)
-    words = (
-        *_launcher(launch),
-        "pretrain",
-        *to_argv(_asked_for(config, tokenizer)),
-        f"--output-dir={target}",
-    )
-    return Reproduction(words, variables, tuple(warnings))
+    options = to_argv(_without_derived_sizes(config, tokenizer))
+    args = (*_launcher(launch), "pretrain", *options, f"--output-dir={target}")
+    return Reproduction(args, variables, tuple(warnings))
 
 
-def _asked_for(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
+def _without_derived_sizes(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
     """Return the options without the sizes that follow from others."""
-    settings = schema_of(PretrainConfig)
+    fields = schema_of(PretrainConfig)
     if config.from_weight is not None:
-        return dataclasses.replace(config, **{name: settings[name].default for name in _FROM_WEIGHT})
+        return dataclasses.replace(config, **{name: fields[name].default for name in _FROM_WEIGHT})
     changes: dict[str, Any] = {}
     if tokenizer is not None:
         changes["vocab_size"] = tokenizer.vocab_size
@@ -108,12 +104,12 @@ def _asked_for(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainC
     return dataclasses.replace(config, **changes)
 
 
-def _as_it_was(config: PretrainConfig, launch: Mapping[str, Any]) -> PretrainConfig:
-    """Return the options with what machine or launcher decided then, where these would decide otherwise."""
+def _with_recorded_defaults(config: PretrainConfig, launch: Mapping[str, Any]) -> PretrainConfig:
+    """Return the options with the recorded precision and compilation, where the defaults here differ."""
     changes: dict[str, Any] = {}
     precision, compiled = launch.get("precision"), launch.get("compiled")
-    decided = config.mixed_precision == "auto" and precision in ("no", "bf16", "fp16")
-    if decided and choose_precision(config) != precision:
+    recorded = config.mixed_precision == "auto" and precision in ("no", "bf16", "fp16")
+    if recorded and choose_precision(config) != precision:
         changes["mixed_precision"] = precision
     if config.compile is None and isinstance(compiled, bool) and compiled != torch.cuda.is_available():
         changes["compile"] = compiled
@@ -121,7 +117,7 @@ def _as_it_was(config: PretrainConfig, launch: Mapping[str, Any]) -> PretrainCon
 
 
 def _launcher(launch: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words before `pretrain`."""
+    """Yield the arguments before `pretrain`."""
     processes, machines = launch.get("processes", 1), launch.get("machines", 1)
     if processes == 1:
         yield "minimind-train"
@@ -144,26 +140,28 @@ def _launcher(launch: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _absolute(run: RunRecord) -> tuple[PretrainConfig, list[str]]:
-    """Return the options with paths that mean the same from here, and warnings."""
+    """Return the options with paths valid from the current folder, and warnings."""
     config = run.config
-    began_in = run.environment.get("working_folder")
-    if began_in is None or Path(began_in) == Path.cwd():
-        relative = [name for name in _PATHS if any(map(_is_relative, _texts(getattr(config, name))))]
-        if began_in is None and relative:
+    started_in = run.environment.get("working_folder")
+    if started_in is None or Path(started_in) == Path.cwd():
+        relative = [name for name in _PATHS if any(map(_is_relative, _as_tuple(getattr(config, name))))]
+        if started_in is None and relative:
             flags = ", ".join(schema_of(PretrainConfig)[name].flag for name in relative)
             return config, [
-                f"{flags} are relative to the folder that the run was started in, which it did not record."
+                f"{flags} are relative to the working folder of the run, which it did not record."
             ]
         return config, []
     changes: dict[str, Any] = {}
     for name in _PATHS:
         value = getattr(config, name)
-        moved = tuple(os.path.join(began_in, text) if _is_relative(text) else text for text in _texts(value))
+        moved = tuple(
+            os.path.join(started_in, text) if _is_relative(text) else text for text in _as_tuple(value)
+        )
         changes[name] = moved if isinstance(value, tuple) else (moved[0] if moved else None)
     return dataclasses.replace(config, **changes), []
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _as_tuple(value: Any) -> tuple[str, ...]:
     return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
@@ -172,8 +170,8 @@ def _is_relative(text: str) -> bool:
 
 
 def _new_folder(path: Path) -> Path:
-    """Return the name of a folder beside the run's where there is nothing yet."""
-    if path.name in ("", ".."):  # The run is named from within.
+    """Return an unused path beside the run."""
+    if path.name in ("", ".."):  # named from within the run
         path = path.resolve()
     number, target = 2, path.with_name(f"{path.name}-again")
     while target.exists():
@@ -190,6 +188,6 @@ def _tokenizer(run: RunRecord, config: PretrainConfig) -> tuple[Tokenizer | None
     if recorded is None:
         return tokenizer, ["the run did not record its tokenizer, so it could not be compared."]
     if recorded != tokenizer.fingerprint:
-        name = config.tokenizer or "in the package"
-        return tokenizer, [f"the tokenizer {name} is not the one that the run had."]
+        name = config.tokenizer or "of the package"
+        return tokenizer, [f"the tokenizer {name} is not that of the run."]
     return tokenizer, []

@@ -1,6 +1,6 @@
-"""The proof that a run can be stopped and resumed: train it in one go and in two parts, and compare.
+"""Verify that a run resumes exactly: train it without and with an interruption, and compare.
 
-`python -m minimind.runs.verify_resume config.toml` is what each launched process of a second part runs.
+The launched processes of the resumed part run `python -m minimind.runs.verify_resume config.toml`.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from ..launch_env import device_type
 from ..run_folder import RunFolder
 from ..training.pretrain import pretrain
 
-# Largest relative difference of a loss that counts as none where sums are taken in another order: by another
-# number of processes, or on a GPU, whose kernels do not repeat themselves to the last bit.
+# Relative differences of a loss that count as rounding: another number of processes sums in another order,
+# and GPU kernels are not deterministic to the last bit.
 TOLERANCES = {"no": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 EVALUATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class ComparedStep:
-    """One report, or one evaluation, of both runs.
+    """One report or evaluation of both runs.
 
     Attributes:
         step: optimizer steps done.
         what: `loss` or `val_loss`.
-        straight: the value in the run that never stopped, in nats per token; NaN where there is none.
-        resumed: the value in the run that was stopped.
-        same_rows: whether both had trained on the same rows in the same order up to this step.
+        straight: value of the uninterrupted run, in nats per token; NaN where missing.
+        resumed: value of the resumed run.
+        same_data: whether both trained on the same sequences in the same order up to this step.
     """
 
     step: int
     what: str
     straight: float
     resumed: float
-    same_rows: bool
+    same_data: bool
 
     @property
     def difference(self) -> float:
@@ -65,13 +65,13 @@ class ComparedStep:
 
 @dataclass(frozen=True)
 class ResumeCheck:
-    """What the comparison found.
+    """Result of the comparison.
 
     Attributes:
         compared: all reports and evaluations in order.
-        stopped_after: the step after which the second run was stopped.
-        processes: how many processes its second part ran on.
-        tolerance: largest relative difference that counts as none; 0 asks for equal bits.
+        stopped_after: step of the interruption.
+        processes: number of processes of the resumed part.
+        tolerance: largest relative difference accepted; 0 requires equal bits.
     """
 
     compared: tuple[ComparedStep, ...]
@@ -81,10 +81,10 @@ class ResumeCheck:
 
     @property
     def first_difference(self) -> ComparedStep | None:
-        """The first step at which the runs part, None where they never do."""
-        # Written so that a NaN is a difference.
+        """The first step at which the runs differ, None where they never do."""
+        # A NaN is a difference.
         return next(
-            (one for one in self.compared if not (one.same_rows and one.difference <= self.tolerance)), None
+            (one for one in self.compared if not (one.same_data and one.difference <= self.tolerance)), None
         )
 
     @property
@@ -100,30 +100,30 @@ def verify_resume(
     processes: int = 1,
     note: Callable[[str], object] = lambda text: None,
 ) -> ResumeCheck:
-    """Train `steps` steps in one go and in two halves, in temporary folders, and compare them step by step.
+    """Train `steps` steps without and with an interruption, in temporary folders, and compare the reports.
 
-    Both runs have the options given, so learning rates are those of a run of `steps` steps, except for what
-    has no part in it: every step is reported, both halves end with a short evaluation, no tracker is fed.
+    Both runs have the given options and a schedule of `steps` steps; every step is reported, both halves end
+    with a short evaluation, and no tracker is used.
 
     Args:
-        config: of the run to check.
+        config: options of the run to check.
         steps: at least 2.
-        processes: on how many processes of this machine the second half runs.
-        note: told what is being done, a sentence each.
+        processes: number of local processes of the second half.
+        note: called with progress messages.
 
     Raises:
-        UserError: for options that `pretrain` refuses too, or that cannot be compared.
-        KeyboardInterrupt: when a signal asked to stop.
+        UserError: for options that `pretrain` refuses, or that cannot be compared.
+        KeyboardInterrupt: after a stop signal.
     """
     _refuse(config, steps, processes)
     half = steps // 2
     with tempfile.TemporaryDirectory(prefix="minimind-verify-resume-") as name:
-        straight, parted = Path(name) / "straight", Path(name) / "resumed"
+        straight, resumed = Path(name) / "straight", Path(name) / "resumed"
         short = dataclasses.replace(
             config,
             max_steps=steps,
             max_tokens=None,
-            epochs=max(config.epochs, steps),  # a pass has at least one step
+            epochs=max(config.epochs, steps),  # an epoch has at least one step
             log_interval=1,
             eval_interval=half,
             eval_batches=min(config.eval_batches or EVALUATION_BATCHES, EVALUATION_BATCHES),
@@ -136,9 +136,9 @@ def verify_resume(
             global_batch_size=sequences_per_step(config, 1),
             accumulation_steps=None,
         )
-        note(f"training {steps} steps in one go")
+        note(f"training {steps} steps without interruption")
         _train(short, None)
-        short = dataclasses.replace(short, output_dir=str(parted))
+        short = dataclasses.replace(short, output_dir=str(resumed))
         note(f"training {half} steps and stopping")
         _train(short, half)
         short = dataclasses.replace(short, resume="auto")
@@ -147,9 +147,11 @@ def verify_resume(
             _train(short, None)
         else:
             _train_launched(fit_micro_batch(short, processes), processes, Path(name))
-        compared = tuple(_compared(RunFolder(straight), RunFolder(parted)))
+        compared = tuple(_compared(RunFolder(straight), RunFolder(resumed)))
     if not any(one.step == steps and math.isfinite(one.straight) for one in compared):
-        raise TrainingError(f"no loss was reported at step {steps}; is the loss finite in an ordinary run?")
+        raise TrainingError(
+            f"no loss was reported at step {steps}; check that the loss of an ordinary run is finite."
+        )
     exact = processes == 1 and device_type() == "cpu"
     return ResumeCheck(compared, half, processes, 0.0 if exact else TOLERANCES[choose_precision(config)])
 
@@ -157,16 +159,18 @@ def verify_resume(
 def _refuse(config: PretrainConfig, steps: int, processes: int) -> None:
     problems = []
     if steps < 2:
-        problems.append(f"--steps {steps} cannot be halved; give at least 2.")
+        problems.append(f"--steps {steps} is too small; give at least 2.")
     if processes < 1:
         problems.append(f"--processes {processes} is out of range; it must be at least 1.")
     if processes > 1 and config.dropout > 0:
         problems.append(
-            f"--dropout {config.dropout} draws other numbers on another number of processes, so losses would "
-            "not compare; give --dropout 0, or leave --processes out."
+            f"--dropout {config.dropout} depends on the number of processes, so losses are not comparable; "
+            "give --dropout 0, or remove --processes."
         )
     if processes > 1 and device_type() != "cpu" and processes > torch.cuda.device_count():
-        problems.append(f"--processes {processes} needs as many GPUs; here are {torch.cuda.device_count()}.")
+        problems.append(
+            f"--processes {processes} needs as many GPUs; this machine has {torch.cuda.device_count()}."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("verify-resume launches processes itself; run it without a launcher.")
     if problems:
@@ -181,10 +185,10 @@ def _train(config: PretrainConfig, stop_after: int | None) -> None:
 
 
 def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> None:
-    """Run the rest of a training on several processes of this machine.
+    """Train the second half on several processes of this machine.
 
     Raises:
-        TrainingError: when they do not get to the end, with what they said last.
+        TrainingError: when they fail, with their last output.
     """
     file = folder / "config.toml"
     write_text(file, write_toml(config, CONFIG_SECTIONS))
@@ -197,23 +201,23 @@ def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> Non
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode and not (Path(config.output_dir) / "model" / "config.json").exists():
         lines = done.stderr.splitlines()
-        said = [line for line in lines if line.startswith("error: ")] or lines[-20:]
-        raise TrainingError(f"the {processes} processes did not finish:\n" + "\n".join(said))
+        errors = [line for line in lines if line.startswith("error: ")] or lines[-20:]
+        raise TrainingError(f"the {processes} processes did not finish:\n" + "\n".join(errors))
 
 
 def _compared(straight: RunFolder, resumed: RunFolder) -> Iterator[ComparedStep]:
     """Yield reports and evaluations of both runs, matched by step."""
-    ours, theirs = _values(straight.metrics), _values(resumed.metrics)
-    # At a step the report comes before the evaluation.
-    for step, what in sorted(ours.keys() | theirs.keys()):
-        (left, left_rows), (right, right_rows) = (
-            values.get((step, what), (math.nan, None)) for values in (ours, theirs)
+    both = _values(straight.metrics), _values(resumed.metrics)
+    # `loss` sorts before `val_loss`, in the order of a step.
+    for step, what in sorted(both[0].keys() | both[1].keys()):
+        (left, left_digest), (right, right_digest) = (
+            values.get((step, what), (math.nan, None)) for values in both
         )
-        yield ComparedStep(step, what, left, right, left_rows == right_rows)
+        yield ComparedStep(step, what, left, right, left_digest == right_digest)
 
 
 def _values(metrics: Path) -> dict[tuple[int, str], tuple[float, str | None]]:
-    """Return losses and digests of the rows by step and name of the loss."""
+    """Return losses and data digests by step and name of the loss."""
     values: dict[tuple[int, str], tuple[float, str | None]] = {}
     with metrics.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
@@ -224,8 +228,8 @@ def _values(metrics: Path) -> dict[tuple[int, str], tuple[float, str | None]]:
     return values
 
 
-def _one_of_several(file: Path) -> int:
-    """Train as a file says, as one of the processes that were launched; return the exit code."""
+def _train_from_file(file: Path) -> int:
+    """Train with the options of a file, as one of the launched processes; return the exit code."""
     try:
         pretrain(resolve(file=read_toml(file), file_name=str(file)))
     except UserError as error:
@@ -235,4 +239,4 @@ def _one_of_several(file: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_one_of_several(Path(sys.argv[1])))
+    sys.exit(_train_from_file(Path(sys.argv[1])))

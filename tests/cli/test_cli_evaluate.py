@@ -92,7 +92,9 @@ def test_what_was_assumed_of_the_model_is_said(run: Command, folder: Path) -> No
         *words, "--text-key", "body", "--max-seq-len", "48", "--json", "--cache-dir", str(folder / "c")
     )
     assert done.code == 0
-    assert done.err.startswith("note: settings from the shapes of the tensors, with rope_theta 1e+06")
+    assert done.err.startswith(
+        "note: configuration inferred from the tensors, with the original's defaults: rope_theta 1e+06"
+    )
     assert json.loads(done.out)["tokens"] > 0
 
 

@@ -96,7 +96,7 @@ def test_the_next_command_suits_the_format(run: Command, calls: list[Any], forma
             "--max-shard-size big is not a size; write for example 5GB",
         ),
         ("export out --output x --dtpye f16", "unknown option --dtpye; did you mean '--dtype'?"),
-        ("export out --output x", "out does not exist; name the folder of a run"),
+        ("export out --output x", "out does not exist; name a run folder"),
     ],
 )
 def test_mistakes_are_one_line_each(run: Command, words: str, sentence: str) -> None:

@@ -151,4 +151,4 @@ def test_mistakes_are_told_before_the_model_is_read(run: Command, words: list[st
 def test_a_path_without_a_model_is_refused(run: Command, tmp_path: Path) -> None:
     done = run("generate", str(tmp_path / "nowhere"), "x")
     assert done.code == 2
-    assert "nowhere does not exist; name the folder of a run" in done.err
+    assert "nowhere does not exist; name a run folder" in done.err

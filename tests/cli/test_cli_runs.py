@@ -87,7 +87,7 @@ def test_reproduce_prints_the_command_alone_and_warns_beside_it(run: Command, tm
     assert line.startswith("minimind-train pretrain --data nowhere.jsonl")
     assert line.endswith("a-again")
     assert "warning: Python was 3.1.0" in done.err
-    assert "warning: the text cannot be read" in done.err
+    assert "warning: the data cannot be read" in done.err
 
 
 def test_a_run_named_from_within_is_repeated_beside_it(

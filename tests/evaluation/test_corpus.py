@@ -170,7 +170,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
     ("changes", "stride", "sentence"),
     [
         ({"max_seq_len": 300}, None, "--max-seq-len 300 is more than the 256 positions of the model"),
-        ({"packing": True}, 5, "--stride 5 is between the rows of one document: give --no-packing too"),
+        ({"packing": True}, 5, "--stride 5 needs --no-packing"),
         ({}, 30, "at most --max-seq-len 24"),
     ],
 )

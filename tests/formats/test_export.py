@@ -110,7 +110,7 @@ def test_nothing_is_lost_from_format_to_format(shape, dtype, seed, max_shard_byt
 def test_the_originals_file_comes_back_to_the_last_bit(shared, tmp_path, kind):
     path = shared / "compat" / f"minimind3_{kind}_tiny.pth"
     done = export_model(path, tmp_path / "hf")
-    assert any(note.startswith("settings from ") for note in done.notes)
+    assert any(note.startswith("configuration inferred ") for note in done.notes)
     export_model(tmp_path / "hf", tmp_path / "pth", "minimind")
     theirs, ours = (torch.load(file, weights_only=True) for file in (path, *(tmp_path / "pth").glob("*.pth")))
     assert bits(theirs) == bits(ours)
@@ -157,7 +157,7 @@ def test_precision_is_chosen_and_values_beyond_it_are_refused(tmp_path):
     torch.nn.init.constant_(model.model.norm.weight, 1e6)
     save_model(model, tmp_path / "large", dtype=torch.float32)
     for format in ("huggingface", "minimind"):
-        with pytest.raises(UserError, match=r"norm.weight holds values too large for torch.float16"):
+        with pytest.raises(UserError, match=r"norm.weight has values too large for torch.float16"):
             export_model(tmp_path / "large", tmp_path / format, format, dtype="float16")
         assert not (tmp_path / format).exists()
 
@@ -170,9 +170,7 @@ def test_what_does_not_read_back_as_written_is_not_kept(tmp_path, monkeypatch):
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr("minimind.formats.huggingface.save_file", spoil)
-    with pytest.raises(
-        UserError, match=r"does not read back as it was \(model.norm.weight\), so nothing is kept"
-    ):
+    with pytest.raises(UserError, match=r"verification failed: model\.norm\.weight did not read back"):
         export_model(tmp_path / "a", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
@@ -191,7 +189,7 @@ def test_names_that_are_not_known_are_refused(tmp_path):
         export_model(tmp_path / "a", tmp_path / "b", dtype="int8")
     with pytest.raises(ConfigError, match="--dtype q8_0 is for --format gguf"):
         export_model(tmp_path / "a", tmp_path / "b", dtype="q8_0")
-    with pytest.raises(ConfigError, match="a GGUF file holds its tokenizer, and none is known here"):
+    with pytest.raises(ConfigError, match="a GGUF file contains the tokenizer, and this model has none"):
         export_model(tmp_path / "a", tmp_path / "b", "gguf")
     too_small = r"the tokenizer has 6400 entries, but the embedding of .*a only 40 rows; name the one it was"
     with pytest.raises(ConfigError, match=too_small):
@@ -221,9 +219,9 @@ def test_a_tokenizer_that_is_named_goes_along_with_its_tokens(tmp_path, shared):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("missing", r"missing does not exist; name the folder of a run"),
-        ("empty", r"empty holds no model; name the folder of a run"),
-        ("notes.txt", r"notes.txt is no .pth; name the folder of a run"),
+        ("missing", r"missing does not exist; name a run folder"),
+        ("empty", r"empty holds no model; name a run folder"),
+        ("notes.txt", r"notes.txt is not a .pth; name a run folder"),
     ],
 )
 def test_what_is_no_model_is_explained(tmp_path, name, sentence):
@@ -235,7 +233,7 @@ def test_what_is_no_model_is_explained(tmp_path, name, sentence):
 
 def test_settings_go_with_a_pth_only(tmp_path):
     save(tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"has settings of its own; --model-config goes with a \.pth"):
+    with pytest.raises(ConfigError, match=r"has its own configuration; --model-config is for a \.pth"):
         export_model(tmp_path / "a", tmp_path / "b", model_config=tmp_path / "a" / "config.json")
 
 
@@ -295,7 +293,7 @@ def test_without_checkpoints_the_delivered_model_is_taken(run, tmp_path):
     shutil.rmtree(run / "checkpoints")
     done = export_model(run, tmp_path / "b")
     assert done.source == f"Hugging Face folder ({run / 'model'})"
-    assert "The delivered model is taken" in done.notes[0]
+    assert "The final model is used instead" in done.notes[0]
     assert stored(tmp_path / "b") == stored(run / "model")
     shutil.rmtree(run / "model")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
@@ -320,7 +318,7 @@ def test_a_model_of_ones_own_is_not_taken_for_ours(corpus, tmp_path):
         pass
 
     pretrain(tiny(corpus, tmp_path / "out", max_steps=1), model_factory=Own)
-    with pytest.raises(CheckpointError, match=r"does not say the shape .* a model of your own"):
+    with pytest.raises(CheckpointError, match=r"has no model configuration.* a custom model"):
         export_model(tmp_path / "out", tmp_path / "b")
 
 

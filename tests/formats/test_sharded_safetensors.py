@@ -101,18 +101,18 @@ def change_index(folder: Path, **changes: str) -> None:
 
 
 BROKEN = {
-    "a shard is missing": (lambda f: shards(f)[1].unlink(), r"holds no model-00002-of-.*copy all files"),
+    "a shard is missing": (lambda f: shards(f)[1].unlink(), r"has no model-00002-of-.*copy all files"),
     "a shard is cut off": (
         lambda f: os.truncate(shards(f)[1], 999),
         r"00002-of-.* cannot be read .* damaged",
     ),
     "a tensor is missing": (
         lambda f: change_index(f, more=shards(f)[0].name),
-        r"index.json and the files it names do not agree on more",
+        r"index.json and its files disagree on more",
     ),
     "a file elsewhere": (
         lambda f: change_index(f, more=f"../{f.name}/{shards(f)[0].name}"),
-        r"holds no \.\./.*, which model.safetensors.index.json names",
+        r"has no \.\./.*, which model.safetensors.index.json names",
     ),
     "no json": (lambda f: (f / INDEX).write_text("{"), r"cannot be read as an index"),
     "no map": (lambda f: (f / INDEX).write_text('{"weight_map": [1]}'), r"does not give each tensor a file"),

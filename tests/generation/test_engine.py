@@ -10,7 +10,7 @@ from torch import nn
 
 from minimind.generation import packed_linear as projection
 from minimind.generation.engine import InferenceEngine
-from minimind.generation.packed_linear import exact_half_scale, pack
+from minimind.generation.packed_linear import exact_half_scale, pack_weights
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 
@@ -138,7 +138,7 @@ def test_packed_products_are_those_of_the_layers(monkeypatch, half_kernel, weigh
         if weights == "tiny bfloat16":
             drawn = (drawn * 1e-5).bfloat16()
         layer.weight.data = drawn.to(getattr(torch, weights.split()[-1])).float()
-    f = pack(layers)
+    f = pack_weights(layers)
     for shape in ((1, 37), (1, 1, 37), (6, 37), (2, 90, 37)):
         x = torch.randn(shape, generator=rng)
         expected = torch.cat([x.double() @ layer.weight.double().mT for layer in layers], dim=-1)

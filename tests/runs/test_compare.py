@@ -53,11 +53,11 @@ def test_only_what_differs_is_listed(comparison: Comparison) -> None:
     options = rows(comparison.options)
     assert set(options) == {"--learning-rate", "--data"}
     assert options["--learning-rate"] == ("0.0005", "0.001")
-    surroundings = rows(comparison.surroundings)
-    assert set(surroundings) == {"torch", "git commit", HOSTILE_TEXT}
-    assert surroundings["torch"] == ("2.13.0", "2.12.0")
-    assert surroundings["git commit"] == ("aaaaaaaaaaaa", "bbbbbbbbbbbb with changes")
-    assert surroundings[HOSTILE_TEXT][0] == "–"
+    environment = rows(comparison.environment)
+    assert set(environment) == {"torch", "git commit", HOSTILE_TEXT}
+    assert environment["torch"] == ("2.13.0", "2.12.0")
+    assert environment["git commit"] == ("aaaaaaaaaaaa", "bbbbbbbbbbbb with changes")
+    assert environment[HOSTILE_TEXT][0] == "–"
 
 
 def test_bits_per_byte_are_compared_at_the_same_tokens(comparison: Comparison) -> None:
@@ -86,8 +86,8 @@ def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"training text": "x" * 32}, "other texts"),
-        ({"tokenizer": "x" * 64}, "other tokenizers"),
+        ({"training text": "x" * 32}, "trained on different data"),
+        ({"tokenizer": "x" * 64}, "different tokenizers"),
         (None, ""),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_was_not_recorded_is_not_called_another(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", environment={"fingerprints": None})
     (note,) = compare_runs([tmp_path / "a", tmp_path / "b"]).notes
-    assert note.startswith("Not all runs recorded their texts")
+    assert note.startswith("Not all runs recorded their data")
 
 
 def test_names_are_as_long_as_they_must_be() -> None:

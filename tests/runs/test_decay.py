@@ -133,7 +133,7 @@ def test_a_decay_that_was_stopped_goes_on(branched: Branched, tmp_path: Path) ->
 
 
 def test_a_folder_that_holds_a_run_is_refused(branched: Branched) -> None:
-    with pytest.raises(ConfigError, match="already holds a run; go on with it by minimind-train pretrain"):
+    with pytest.raises(ConfigError, match="already contains a run; resume it with minimind-train pretrain"):
         decay(branched.trunk, TOKENS, from_step=FROM)
 
 
@@ -190,7 +190,7 @@ def checkpoint(folder: Path, step: int, total_steps: int = 100, **options: Any) 
 def test_a_step_without_checkpoint_is_refused_with_those_there_are(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         checkpoint(tmp_path, step, lr_schedule="constant")
-    with pytest.raises(CheckpointError, match=r"--from-step 15 has no checkpoint .* steps 10, 20 or 30\."):
+    with pytest.raises(CheckpointError, match=r"--from-step 15 has no checkpoint .* steps 10, 20 or 30;"):
         decay(tmp_path, 1000, from_step=15)
 
 
@@ -211,10 +211,10 @@ def test_a_checkpoint_of_the_decay_is_refused_with_those_that_would_do(tmp_path:
         checkpoint(tmp_path, step, lr_schedule="wsd", warmup_steps=5)
     # The newest is taken by default.
     with pytest.raises(
-        CheckpointError, match=r"step-00000081 is already in its decay: .* give --from-step 40 or 80\."
+        CheckpointError, match=r"step-00000081 is already in the decay: .* give --from-step 40 or 80\."
     ):
         decay(tmp_path, 1000)
-    with pytest.raises(CheckpointError, match=r"step-00000004 is still in its warm-up: .* 40 or 80\."):
+    with pytest.raises(CheckpointError, match=r"step-00000004 is in the warm-up: .* 40 or 80\."):
         decay(tmp_path, 1000, from_step=4)
 
 

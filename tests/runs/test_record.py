@@ -94,7 +94,7 @@ def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> N
     assert run.fingerprint("tokenizer") is None
     info = read_info(tmp_path)
     assert info.values["parameters"] == {}
-    assert row(info, "model") == "8 blocks 96 wide, 8 heads, 2 key/value heads"
+    assert row(info, "model") == "8 layers, hidden size 96, 8 heads, 2 key/value heads"
     # Options that contradict each other by now.
     (tmp_path / "config.toml").write_text("hidden_size = 97\n")
     assert read_run(tmp_path).config.hidden_size == 97
@@ -115,7 +115,7 @@ def test_a_device_is_named_by_its_kind(environment: dict[str, object], text: str
 
 
 def test_a_folder_without_a_run_is_a_mistake_of_the_user(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="contains no run"):
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="is no run, checkpoint, model folder"):
         read_info(tmp_path)
@@ -220,14 +220,14 @@ def test_what_a_run_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
 
 
 def test_nothing_at_a_path_is_told_apart_from_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is nothing at .*nowhere; name a run"):
+    with pytest.raises(ConfigError, match=r"nowhere does not exist; name a run"):
         read_info(tmp_path / "nowhere")
 
 
-def test_a_damaged_checkpoint_is_not_called_whole(out: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_called_intact(out: Path, tmp_path: Path) -> None:
     copy = tmp_path / tiny_runs.last_checkpoint(out).path.name
     shutil.copytree(tiny_runs.last_checkpoint(out).path, copy)
-    assert "whole" in row(read_info(copy), "checkpoint")
+    assert "intact" in row(read_info(copy), "checkpoint")
     with (copy / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")

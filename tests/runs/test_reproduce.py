@@ -134,7 +134,7 @@ def test_the_command_repeats_a_run_to_the_last_bit(trained: Path, monkeypatch: p
     assert config.output_dir == str(trained) + "-again"
     pretrain(config)
     tiny_runs.assert_same_end(Path(config.output_dir), trained)
-    assert reproduce(read_run(trained)).words[-1].endswith("-again-2")
+    assert reproduce(read_run(trained)).args[-1].endswith("-again-2")
 
 
 def test_nothing_is_warned_of_where_nothing_changed(trained: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_page_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.Monk
     config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
     found = record(Path("runs/adamw"), config, working_folder=str(tmp_path))
     page = Path(__file__).parents[2] / "docs" / "comparing-runs.md"
-    assert f"\n{shlex.join(found.words)}\n" in page.read_text(encoding="utf-8")
+    assert f"\n{shlex.join(found.args)}\n" in page.read_text(encoding="utf-8")
 
 
 def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
@@ -182,8 +182,8 @@ def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
         "abcdef123456",
         "files differed from the git commit",
         "the device was NVIDIA H100 and is CPU",
-        "the tokenizer in the package is not the one",
-        "went on from a checkpoint",
+        "the tokenizer of the package is not that",
+        "the run was resumed",
         "--max-time 1h",
     ):
         assert words in text, words
@@ -195,13 +195,13 @@ def test_text_is_compared_by_its_content(tmp_path: Path) -> None:
     config = tiny_runs.tiny(corpus, tmp_path / "out", max_steps=2)
     pretrain(config)
     run = read_run(tmp_path / "out")
-    assert not any("text" in warning for warning in reproduce(run).warnings)
+    assert not any("data" in warning for warning in reproduce(run).warnings)
     corpus.write_text(corpus.read_text() + '{"text": "one more document"}\n')
     assert any("--check-data" in warning for warning in reproduce(run).warnings)
     checked = reproduce(run, check_data=True)
-    assert any("not the one that the run had" in warning for warning in checked.warnings)
+    assert any("data has changed" in warning for warning in checked.warnings)
     corpus.unlink()
-    assert any("the text cannot be read" in warning for warning in reproduce(run).warnings)
+    assert any("the data cannot be read" in warning for warning in reproduce(run).warnings)
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,10 @@ def test_a_run_that_recorded_little_is_repeated_with_a_warning_for_each_gap(
     text = "\n".join(found.warnings)
     for words in (
         "recorded no environment",
-        "did not record its text",
+        "did not record its data",
         "gone",
         "--data",
-        "did not record how",
+        "did not record its launch",
     ):
         assert words in text, words
 

@@ -59,7 +59,7 @@ def test_a_lost_moment_shows_in_the_first_step_that_it_matters_to(
     spoil(monkeypatch, nudge)
     parting = verify_resume(config, 4).first_difference
     assert parting is not None
-    assert (parting.step, parting.what, parting.same_rows) == (3, "loss", True)
+    assert (parting.step, parting.what, parting.same_data) == (3, "loss", True)
     assert parting.difference > 0
 
 
@@ -69,12 +69,12 @@ def test_a_lost_place_in_the_data_shows_as_other_rows(
     spoil(monkeypatch, lambda model, trainer: trainer["state"].update(row=0))
     parting = verify_resume(config, 4).first_difference
     assert parting is not None
-    assert (parting.step, parting.same_rows) == (3, False)
+    assert (parting.step, parting.same_data) == (3, False)
 
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_two_processes_go_on_with_the_same_rows(config: PretrainConfig) -> None:
+def test_two_processes_go_on_with_the_same_data(config: PretrainConfig) -> None:
     from dataclasses import replace
 
     check = verify_resume(replace(config, dropout=0.0), 4, processes=2)
@@ -96,7 +96,7 @@ def test_what_cannot_be_compared_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
-    ("resumed", "same_rows", "differs"),
+    ("resumed", "same_data", "differs"),
     [
         (2.0, True, False),
         (2.0 * (1 + 1e-6), True, False),
@@ -106,8 +106,8 @@ def test_what_cannot_be_compared_is_refused_at_once(
     ],
 )
 def test_a_difference_is_other_rows_or_a_loss_beyond_rounding(
-    resumed: float, same_rows: bool, differs: bool
+    resumed: float, same_data: bool, differs: bool
 ) -> None:
-    step = ComparedStep(3, "loss", 2.0, resumed, same_rows)
+    step = ComparedStep(3, "loss", 2.0, resumed, same_data)
     check = ResumeCheck((step,), stopped_after=1, processes=2, tolerance=1e-5)
     assert check.first_difference == (step if differs else None)
