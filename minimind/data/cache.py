@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import sync_folder, write_file
+
 try:
     import fcntl
 except ImportError:  # Windows: without the lock two processes may both build; the first to finish wins.
@@ -63,10 +65,7 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
     try:
         manifest = dict(build(draft))
         manifest["files"] = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
-        with (draft / _MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(draft / _MANIFEST, [json.dumps(manifest).encode()])
         # What lies at the place now is damaged, or _whole would have found it.
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -76,7 +75,7 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
             if (theirs := _whole(folder)) is None:
                 raise
             return theirs
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         return manifest
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -131,17 +130,3 @@ def _last_written(folder: Path) -> float:
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     except OSError:
         return 0.0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system lets folders be synced."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -121,9 +121,9 @@ class Trackers:
         """
         self.log({name: _Text(text)}, step)
 
-    def settle(self, timeout: float = CLOSE_SECONDS) -> None:
+    def flush(self, timeout: float = CLOSE_SECONDS) -> None:
         """Wait until metrics.jsonl holds, on the disk, all that was logged before; never raises."""
-        if self._feeds and self._feeds[0].settle(timeout) and self._file is not None:
+        if self._feeds and self._feeds[0].flush(timeout) and self._file is not None:
             # A file that cannot be written is reported where it is written.
             with suppress(OSError, ValueError):
                 self._file.sync()
@@ -225,14 +225,14 @@ class _Feed:
     def put(self, values: Values | None, step: int) -> None:
         self._queue.put((values, step))
 
-    def settle(self, timeout: float) -> bool:
+    def flush(self, timeout: float) -> bool:
         """Wait until the work asked for so far is done; return whether it was within `timeout` seconds."""
         done = threading.Event()
         self._queue.put(done.set)
         return done.wait(timeout)
 
     def end(self, timeout: float, last: Callable[[], None]) -> bool:
-        """Do the work asked for so far and `last`, then end the thread; return as `settle` does."""
+        """Do the work asked for so far and `last`, then end the thread; return as `flush` does."""
 
         def finish() -> None:
             self._ended = True

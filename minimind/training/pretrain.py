@@ -164,7 +164,7 @@ def pretrain(
         closing.callback(trackers.close)
         checkpoints.trackers = trackers
         # However the run ends, what it has given to be written is written first.
-        closing.callback(store.settle)
+        closing.callback(store.wait_until_written)
         epochs = total_steps / loader.steps_per_epoch
         progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs, custom))
 
@@ -215,7 +215,7 @@ def pretrain(
             run.after_step = closing.enter_context(trace).step
         run.saved_step = saved_step
         # Entered last, so left first: a process that fails by itself is not ended while it cleans up.
-        closing.enter_context(watch_peers(accelerator, place, patience, stop, store.settle))
+        closing.enter_context(watch_peers(accelerator, place, patience, stop, store.wait_until_written))
         progress.start(run.last_step(state), state.step)
         reserve_host_memory(accelerator, model, optimizer)
         _look_before_the_first_step(run, state, folder)
@@ -357,7 +357,7 @@ def _last_save(config: PretrainConfig, store: CheckpointStore) -> None:
     Raises:
         CheckpointError: where a failed save is to end the run.
     """
-    store.settle()
+    store.wait_until_written()
     if config.on_save_error == "stop":
         store.wait()
 

@@ -343,11 +343,11 @@ def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypa
     trackers = desk.open(package.__name__)
     for step in range(1, 51):
         trackers.log({"loss": 1.0}, step)
-    trackers.settle()
+    trackers.flush()
     assert [line["step"] for line in synced[-1]] == list(range(1, 51))
     release.set()
     trackers.close()
-    trackers.settle()
+    trackers.flush()
 
 
 def test_values_are_those_of_the_moment_of_logging(desk):
