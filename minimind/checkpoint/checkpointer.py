@@ -17,6 +17,7 @@ from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
 from .compatibility import changed_group_values, compare_settings
 from .files import StoredCheckpoint
+from .resume import AUTO, all_damaged
 from .state_dict import gather_state_dict, load_state_dict
 from .store import CheckpointStore
 from .train_state import TrainState
@@ -78,8 +79,11 @@ class RunCheckpoints:
             self.store.clean()
             if source is None:
                 return None, False
-            if source == "auto":
-                return self.store.latest(self.progress.warn), True
+            if source == AUTO:
+                latest = self.store.latest(self.progress.warn)
+                if latest is None and (damaged := self.store.entries()):
+                    raise all_damaged(damaged)
+                return latest, True
             checkpoint = self.store.open(Path(source))
             return checkpoint, checkpoint.path.parent.resolve() == self.store.folder.resolve()
 

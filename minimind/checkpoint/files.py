@@ -6,7 +6,6 @@ torch is imported only when tensors are read, so that listing checkpoints is fas
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..io.reading import open_regular, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -179,9 +179,9 @@ def open_checkpoint(path: Path, on_damaged: Callable[[str], None] | None = None)
 def best_checkpoint(folder: Path) -> tuple[int, float] | None:
     """Return step and validation loss of the best checkpoint in a folder, or None."""
     try:
-        record = json.loads((folder / BEST).read_bytes())
+        record = parse_json(read_bytes(folder / BEST))
         step, val_loss = int(record["step"]), float(record["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return (step, val_loss) if (folder / folder_name(step)).is_dir() else None
 
@@ -203,7 +203,7 @@ def _verify_file(file: Path, recorded: Any, *, contents: bool) -> None:
 
 def _sha256(file: Path) -> str:
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    with file.open("rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
@@ -211,7 +211,7 @@ def _sha256(file: Path) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        value = parse_json(read_bytes(file))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
@@ -228,6 +228,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
+        open_regular(file).close()
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}).") from error

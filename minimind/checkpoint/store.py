@@ -115,6 +115,7 @@ class CheckpointStore:
         self.last_error: CheckpointError | None = None
         self._on_error = on_error
         self._abandoned: set[str] = set()
+        self._valid: dict[str, bool] = {}
         # The interpreter joins executor threads at exit, so a save in progress completes.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last_job: Future[object] | None = None
@@ -146,7 +147,7 @@ class CheckpointStore:
         Args:
             snapshot: the state to write.
             first: called in the background before the checkpoint is written, for example to flush other files
-                that must be on the disk before it.
+                that must be on the disk before it. If it raises, the checkpoint is not saved.
 
         Returns:
             Seconds spent waiting for the previous save.
@@ -205,10 +206,14 @@ class CheckpointStore:
 
     def _save(self, snapshot: Snapshot, trainer: bytes, first: Callable[[], object] | None) -> None:
         self.last_error = None
-        if first is not None:
-            first()
+
+        def write() -> None:
+            if first is not None:
+                first()
+            self._write(snapshot, trainer)
+
         failed = f"the checkpoint of step {snapshot.step} was not saved"
-        if self._attempt(failed, lambda: self._write(snapshot, trainer)):
+        if self._attempt(failed, write):
             self._attempt("an old checkpoint was not removed", self._rotate)
 
     def _attempt(self, failed: str, work: Callable[[], None]) -> bool:
@@ -261,9 +266,11 @@ class CheckpointStore:
         if best is not None and folder_name(best[0]) in self._abandoned:
             (self.folder / BEST).unlink()  # or the mark would apply to a later checkpoint of the same step
         self._abandoned.discard(final.name)
+        self._valid[final.name] = True
 
     def _rotate(self) -> None:
         current = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
+        current = [entry for entry in current if self._verified(entry)]
         best = self.best()
         kept = {entry.path.name for entry in current[-self.keep :]}
         if best is not None:
@@ -276,6 +283,12 @@ class CheckpointStore:
                 # Renamed first: a half-deleted folder must not look like a checkpoint.
                 entry.path.rename(expired)
                 shutil.rmtree(expired, ignore_errors=True)
+
+    def _verified(self, entry: StoredCheckpoint) -> bool:
+        """Whether a checkpoint is valid; each is read once, and those written here are known to be valid."""
+        if entry.path.name not in self._valid:
+            self._valid[entry.path.name] = entry.problem() is None
+        return self._valid[entry.path.name]
 
     def _mark_best(self, step: int, val_loss: float) -> None:
         name = folder_name(step)

@@ -22,6 +22,14 @@ _REPLACEABLE = (".safetensors", ".json", ".pth", ".gguf")
 DISK_FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
 
 
+def cannot_write(option: str, path: Path, error: OSError) -> UserError:
+    """Return the error for a place that cannot be written; `option` is the option that names it."""
+    fix = "name another folder"
+    if error.errno in DISK_FULL:
+        fix = f"the disk of {option} is full: free space there, or name another folder"
+    return UserError(f"{option} {path} cannot be written ({error.strerror or error}); {fix}.")
+
+
 def create_file(path: Path) -> BinaryIO:
     """Open a new file for unbuffered writing, in place of any file or link of that name.
 

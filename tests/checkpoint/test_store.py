@@ -412,7 +412,7 @@ def test_an_error_of_the_disk_is_reported_and_nothing_lost(
     assert steps_of(store) == [3]
 
 
-@pytest.mark.parametrize(("owner", "call"), [(Path, "mkdir"), (Path, "rename"), (os, "open")])
+@pytest.mark.parametrize(("owner", "call"), [(Path, "mkdir"), (Path, "rename"), (atomic, "create_file")])
 def test_a_folder_that_cannot_be_written_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, call: str
 ) -> None:
