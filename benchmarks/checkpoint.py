@@ -75,7 +75,7 @@ def measure(folder: Path, repeats: int, device: str) -> list[tuple[str, float]]:
         returned, _ = timed(partial(store.save, snapshot))
         num_bytes = snapshot.num_bytes
         del snapshot
-        finished, _ = timed(store.settle)
+        finished, _ = timed(store.wait_until_written)
         store.wait()
         blocked.append(seconds + returned)
         written.append(returned + finished)

@@ -127,7 +127,7 @@ def move(checkpoint: Path, out: Path, row: int, batch_size: int) -> None:
     step = row // batch_size
     trainer = {**stored.trainer, "step": step, "state": {**stored.trainer["state"], "step": step, "row": row}}
     store = CheckpointStore(out / "checkpoints", 1)
-    store.save(Snapshot(step, stored.weights(), stored.moments(), trainer))
+    store.save(Snapshot(step, stored.weights(), stored.optimizer_state(), trainer))
     store.wait()
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from minimind.checkpoint.resume import run_to_resume
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
 from minimind.launch_env import device_type, is_main_process
-from minimind.run_folder import RunFolder
 
 from . import upstream_flags
 from .options import completing, parse_config, typed_values
@@ -46,8 +44,14 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     """
     flags, problems, notes = upstream_flags.translate(ctx)
     typed = {**flags, **typed_values(ctx, PretrainConfig)}
-    if not preset and not file and (file := _options_to_resume(typed)) is not None:
-        _print_note(f"Resuming with the options of {file}; options given here override them.")
+    if typed.get("resume") and not preset and not file:
+        output_dir = typed.get("output_dir")
+        run = run_to_resume(typed["resume"], output_dir, complete="data" in typed)
+        file = None if run.config is None else str(run.config)
+        if run.output_dir is not None:
+            flags = {**flags, "output_dir": run.output_dir}
+        if run.note is not None:
+            _print_note(run.note)
     config = parse_config(ctx, preset=preset, file=file, flags=flags, problems=problems)
     for note in notes:
         _print_note(note)
@@ -60,14 +64,6 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     if ctx.params["use_wandb"] and "wandb" not in config.tracker:
         config = dataclasses.replace(config, tracker=(*config.tracker, "wandb"))
     return config
-
-
-def _options_to_resume(typed: Mapping[str, Any]) -> str | None:
-    """Return the file with the options of the run to resume, None if there is none."""
-    if not typed.get("resume"):
-        return None
-    file = RunFolder(Path(typed.get("output_dir", PretrainConfig.output_dir))).config
-    return str(file) if file.is_file() else None
 
 
 def _print_note(text: str) -> None:

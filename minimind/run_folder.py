@@ -1,9 +1,10 @@
-"""The folder that a run leaves: where each thing lies, and that no run writes over another."""
+"""The output folder of a run: its paths, and the lock that keeps other runs out."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 from .config.options import CONFIG_SECTIONS, PretrainConfig
 from .config.schema import write_toml
 from .errors import ConfigError
-from .io.atomic import write_text
+from .io.atomic import cannot_write, remove, write_file, write_text
+from .io.lock import LockedError, hold_lock
+
+# More than the options and the description of the machine take.
+_PROBE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object per report."""
+        """Metrics: one JSON object per report."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """What the model wrote in training: one JSON object a sample."""
+        """Samples generated during training: one JSON object per sample."""
         return self.path / "samples.jsonl"
 
     @property
@@ -47,7 +52,7 @@ class RunFolder:
 
     @property
     def spikes(self) -> Path:
-        """One report for each loss that jumped or was not finite."""
+        """One report per loss spike."""
         return self.path / "spikes"
 
     @property
@@ -61,43 +66,87 @@ class RunFolder:
         return self.path / "profile"
 
     def holds_a_run(self) -> bool:
-        """Whether a run has written here before."""
+        """Whether a run has written here."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
 
-    def claim(self, *, resume: bool) -> bool:
-        """Make the folder, unless it holds another run.
+    @contextmanager
+    def claim(self, *, resume: bool, wait_seconds: float = 0.0) -> Iterator[None]:
+        """Create the folder and lock it against other runs; remove temporary files of a killed run.
 
-        Returns:
-            Whether it was not there before.
+        If an error ends the block before a new run has done a step, its options and the folder are removed
+        again.
+
+        Args:
+            resume: accept a folder that holds a run.
+            wait_seconds: how long to wait for another run in the folder to end.
 
         Raises:
-            ConfigError: when a run lies there and `resume` is off, or the folder cannot be written.
+            ConfigError: when another run uses the folder, or it holds a run and `resume` is off.
+            UserError: when the folder cannot be written.
         """
-        try:
-            taken = not resume and self.holds_a_run()
-            new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Always the same name: should a process be killed right here, the next one removes it.
-            probe = self.path / ".write-test"
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"--output-dir {self.path} cannot be written ({error.strerror}); name another folder."
-            ) from error
-        if taken:
-            raise ConfigError(
-                f"--output-dir {self.path} already holds a run; go on with it by --resume, "
-                "or name another folder."
-            )
-        return new
+        with ExitStack() as held:
+            held.callback(self._remove_if_empty)
+            try:
+                held.enter_context(hold_lock(self.path / ".lock", wait_seconds))
+                if not resume and self.holds_a_run():
+                    raise ConfigError(
+                        f"--output-dir {self.path} already holds a run; continue it with --resume, "
+                        "or name another folder."
+                    )
+                self._probe()
+            except LockedError as error:
+                raise ConfigError(
+                    f"--output-dir {self.path} is in use by another run ({error.holder}); "
+                    "wait until it ends, or name another folder."
+                ) from error
+            except OSError as error:
+                raise cannot_write("--output-dir", self.path, error) from error
+            new = not self.holds_a_run()
+            try:
+                yield
+            except Exception:
+                if new and not any(path.exists() for path in (self.metrics, self.checkpoints, self.spikes)):
+                    for path in (self.config, self.environment, self.path / "tensorboard"):
+                        remove(path)
+                raise
 
-    def remove_if_empty(self) -> None:
-        """Take the folder away again where a run failed before it wrote anything."""
-        with suppress(OSError):
-            self.path.rmdir()
+    def save_options(self, config: PretrainConfig) -> None:
+        """Write `config.toml` unless it exists, so that a run killed before its first step can be resumed.
+
+        Raises:
+            UserError: when it cannot be written.
+        """
+        if not self.config.exists():
+            self._write(self.config, write_toml(config, CONFIG_SECTIONS))
 
     def describe(self, config: PretrainConfig, environment: dict[str, Any]) -> None:
-        """Write `config.toml` and `environment.json`."""
-        write_text(self.config, write_toml(config, CONFIG_SECTIONS))
-        write_text(self.environment, json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
+        """Write `config.toml` and `environment.json`.
+
+        Raises:
+            UserError: when they cannot be written.
+        """
+        self._write(self.config, write_toml(config, CONFIG_SECTIONS))
+        self._write(self.environment, json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            write_text(path, text)
+        except OSError as error:
+            raise cannot_write("--output-dir", self.path, error) from error
+
+    def _probe(self) -> None:
+        """Find a full disk by writing a small file; remove temporary files of killed runs."""
+        for pattern in (".*.tmp", "model/.tmp*", "model/.*.tmp", "spikes/.*.tmp"):
+            for left in self.path.glob(pattern):
+                if not left.parent.is_symlink():  # never remove files outside the folder
+                    remove(left)
+        probe = self.path / ".write-test"
+        try:
+            write_file(probe, [bytes(_PROBE_BYTES)])
+        finally:
+            with suppress(OSError):
+                remove(probe)
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):
+            self.path.rmdir()

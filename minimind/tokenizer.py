@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from .errors import ConfigError, DataError
+from .io.atomic import replace_files
 
 PACKAGED = Path(__file__).parent / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
@@ -183,14 +184,18 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and the two files beside it that transformers' AutoTokenizer reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         named = {role: name for role, name in self._roles.items() if name is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        _write(folder / "special_tokens_map.json", named)
-        _write(folder / "tokenizer_config.json", {**config, **self._roles, **template})
-        _write(folder / "tokenizer.json", self.rules())
+        files = {
+            "special_tokens_map.json": named,
+            "tokenizer_config.json": {**config, **self._roles, **template},
+            "tokenizer.json": self.rules(),
+        }
+        with replace_files(Path(folder)) as written:
+            for name, content in files.items():
+                text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+                (written / name).write_text(text, encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
@@ -369,10 +374,3 @@ def sample_text(
     while kept:
         # Popped, so that the sample shrinks while the trainer's counts grow.
         yield kept.pop()[2].encode("utf-8", "replace").decode()
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    draft = file.with_name(f"{file.name}.tmp")
-    draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, file)

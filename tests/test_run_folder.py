@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,7 @@ import pytest
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
 from minimind.config.schema import parse_values, read_toml
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, DataError, UserError
 from minimind.io import atomic
 from minimind.io.atomic import write_text
 from minimind.run_folder import RunFolder
@@ -24,40 +29,130 @@ def test_folder_of_another_run_is_refused_unless_it_is_resumed(tmp_path, trace):
     else:
         (tmp_path / trace).write_text("")
     folder = RunFolder(tmp_path)
-    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume, or name another"):
-        folder.claim(resume=False)
-    folder.claim(resume=True)
+    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume, or name another"):
+        claim(folder)
+    claim(folder, resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {trace, "config.toml"}
+
+
+def claim(folder, *, resume=False, fails=False):
+    with folder.claim(resume=resume):
+        folder.save_options(PretrainConfig())
+        if fails:
+            raise DataError("no text")
 
 
 def test_new_folder_is_made_with_its_parents_and_stays_clean(tmp_path):
     folder = RunFolder(tmp_path / "a" / "b")
-    folder.claim(resume=False)
-    assert folder.path.is_dir()
-    assert list(folder.path.iterdir()) == []
-    # Claimed and not yet used: the next may have it.
-    folder.claim(resume=False)
+    with folder.claim(resume=False):
+        assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    assert not folder.path.exists()
+    with folder.claim(resume=False):
+        folder.save_options(PretrainConfig())
+    assert [path.name for path in folder.path.iterdir()] == ["config.toml"]
+
+
+def test_a_failure_before_the_first_step_leaves_no_claimed_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(DataError):
+        claim(folder, fails=True)
+    assert not folder.path.exists()
+    folder.path.mkdir()
+    folder.metrics.write_text("{}")
+    with pytest.raises(DataError):
+        claim(folder, resume=True, fails=True)
+    assert folder.config.exists()
 
 
 def test_files_that_are_no_run_do_not_matter(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    RunFolder(tmp_path).claim(resume=False)
+    with RunFolder(tmp_path).claim(resume=False):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_temporary_files_of_a_killed_run_are_removed_and_links_not_followed(tmp_path):
+    run, other = RunFolder(tmp_path / "run"), tmp_path / "other"
+    for path in (run.path / ".model.tmp" / "a", run.model / ".tmp" / "b", other / ".tmp9" / "precious"):
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    for path in (run.path / ".config.toml.tmp", run.model / ".tmpAb12", run.model / ".a.tmp", run.config):
+        path.write_text("x")
+    (run.path / "spikes").symlink_to(other)
+    with run.claim(resume=True):
+        pass
+    assert sorted(path.name for path in run.path.rglob("*")) == ["config.toml", "model", "spikes"]
+    assert (other / ".tmp9" / "precious").exists()
 
 
 def test_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--output-dir .*run cannot be written \(Not a directory\)"):
-        RunFolder(tmp_path / "file" / "run").claim(resume=False)
+    with pytest.raises(UserError, match=r"--output-dir .*run cannot be written \(Not a directory\)"):
+        claim(RunFolder(tmp_path / "file" / "run"))
 
 
-@pytest.mark.parametrize("call", ["touch", "mkdir", "exists"])
-def test_folder_without_permission_is_refused(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(("owner", "call"), [(os, "open"), (Path, "mkdir"), (Path, "exists")])
+def test_folder_without_permission_is_refused(tmp_path, monkeypatch, owner, call):
     def refuse(self, *args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, call, refuse)
-    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\); name another folder"):
-        RunFolder(tmp_path).claim(resume=False)
+    monkeypatch.setattr(owner, call, refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\); name another folder"):
+        claim(RunFolder(tmp_path))
+
+
+def test_a_full_disk_is_found_before_anything_is_changed(tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", refuse)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"--output-dir .*run cannot be written .No space left.*: free space"):
+        claim(folder)
+    assert list(tmp_path.iterdir()) == []
+    folder.path.mkdir()
+    folder.config.write_text("seed = 3")
+    with pytest.raises(UserError, match="No space left"):
+        claim(folder, resume=True)
+    assert [(path.name, path.read_text()) for path in folder.path.iterdir()] == [("config.toml", "seed = 3")]
+
+
+def test_a_folder_in_use_is_refused_with_host_and_process(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.claim(resume=False):
+        for resume in (False, True):
+            with pytest.raises(ConfigError) as caught:
+                claim(RunFolder(tmp_path / "run"), resume=resume)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            assert f"is in use by another run ({holder})" in str(caught.value)
+    claim(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_leaves_no_lock_though_its_children_survive(tmp_path):
+    reader, writer = os.pipe()
+    run = os.fork()
+    if not run:
+        with RunFolder(tmp_path / "run").claim(resume=False):
+            if not os.fork():
+                time.sleep(30)  # a worker, such as one of tokenization
+                os._exit(0)
+            os.write(writer, b"x")
+            time.sleep(30)
+    os.read(reader, 1)
+    with pytest.raises(ConfigError, match=f"process {run} on"):
+        claim(RunFolder(tmp_path / "run"))
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    claim(RunFolder(tmp_path / "run"))
+
+
+def test_another_run_is_waited_for_where_a_launcher_restarts(tmp_path):
+    held = RunFolder(tmp_path).claim(resume=False)
+    held.__enter__()
+    threading.Timer(0.3, held.__exit__, (None, None, None)).start()
+    with RunFolder(tmp_path).claim(resume=True, wait_seconds=20):
+        pass
 
 
 def test_description_reads_back_to_the_same_configuration(tmp_path):

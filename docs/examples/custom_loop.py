@@ -83,7 +83,7 @@ def train(corpus: str, folder: Path, steps: int = 200, save_every: int = 50) -> 
             done = place["step"] == steps
             if done or place["step"] % save_every == 0:
                 extra = {"step": place["step"], "place": place}
-                store.settle()  # wait for the last save: its memory is used again
+                store.wait_until_written()  # wait for the last save: its memory is used again
                 store.save(
                     gather_state_dict(accelerator, model, optimizer, extra)
                 )  # written in the background

@@ -1,1 +1,1 @@
-"""Checkpoints: their files, when they are saved and removed, and what may resume from them."""
+"""Checkpoints: files, saving and rotation, state dicts, and compatibility on resume."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: how it is saved, taken up again, and put back."""
+"""Saves, resumes and rewinds the state of a run."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import CheckpointError
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
-from .compatibility import changed_group_values, differences
+from .compatibility import changed_group_values, compare_settings
 from .files import StoredCheckpoint
+from .resume import AUTO, all_damaged
 from .state_dict import gather_state_dict, load_state_dict
 from .store import CheckpointStore
 from .train_state import TrainState
 
 
-def refuse_other_settings(checkpoint: StoredCheckpoint, settings: dict[str, Any]) -> list[str]:
-    """Return a sentence for each setting that has changed and may; see `resume.differences`.
+def check_settings(checkpoint: StoredCheckpoint, settings: dict[str, Any]) -> list[str]:
+    """Return one sentence per changed setting that may change; see `compare_settings`.
 
     Raises:
-        CheckpointError: naming what may not change.
+        CheckpointError: naming the settings that must not change.
     """
-    refused, changed = differences(checkpoint.trainer["settings"], settings)
+    refused, changed = compare_settings(checkpoint.trainer["settings"], settings)
     if refused:
         lines = "\n  ".join(refused)
-        raise CheckpointError(f"{checkpoint.path} belongs to a run with other settings:\n  {lines}")
+        raise CheckpointError(f"cannot resume from {checkpoint.path}:\n  {lines}")
     return changed
 
 
 @dataclass
 class RunCheckpoints:
-    """Connects the parts of a run with the store of its checkpoints. Every process calls every method.
+    """Connects model, optimizer and trackers of a run with its checkpoint store. Every rank calls every
+    method.
 
     Attributes:
-        store: the folder.
-        accelerator: tells and joins the processes.
+        store: the checkpoint store.
+        accelerator: the one that prepared model and optimizer.
         model: prepared.
         optimizer: prepared.
-        settings: what decides whether a checkpoint belongs to this run; see `resume.differences`.
-        progress: where warnings and notes go.
-        trackers: set before the first save; they are opened at the step that `resume` returns.
+        settings: compared with those of a checkpoint; see `compare_settings`.
+        progress: shows warnings and notes.
+        trackers: set before the first save, after `resume` has returned the step to open them at.
     """
 
     store: CheckpointStore
@@ -57,16 +59,16 @@ class RunCheckpoints:
     progress: Progress
     trackers: Trackers = field(init=False)
 
-    def resume(self, wanted: str | None, *, branch: bool = False) -> tuple[TrainState, int, dict[str, str]]:
-        """Return the state to start from, from a checkpoint if one is wanted.
+    def resume(self, source: str | None, *, branch: bool = False) -> tuple[TrainState, int, dict[str, str]]:
+        """Load a checkpoint, if one is asked for, and return the state to start from.
 
         Args:
-            wanted: None, "auto" for the newest valid one, or a path.
-            branch: the run leaves the one of the checkpoint on purpose: changes need no warning, and the
-                trackers begin new charts.
+            source: None, "auto" for the newest valid checkpoint, or a path.
+            branch: start a new run from a checkpoint of another one: without warnings about changed settings,
+                and with new charts in the trackers.
 
         Returns:
-            The state, its step if its checkpoint lies in the run's folder (else -1), and the run ids of the
+            The state, its step if the checkpoint is in the run's folder (else -1), and the run ids of the
             trackers.
 
         Raises:
@@ -75,23 +77,24 @@ class RunCheckpoints:
 
         def find() -> tuple[StoredCheckpoint | None, bool]:
             self.store.clean()
-            if wanted is None:
+            if source is None:
                 return None, False
-            if wanted == "auto":
-                return self.store.latest(self.progress.warn), True
-            checkpoint = self.store.open(Path(wanted))
+            if source == AUTO:
+                latest = self.store.latest(self.progress.warn)
+                if latest is None and (damaged := self.store.entries()):
+                    raise all_damaged(damaged)
+                return latest, True
+            checkpoint = self.store.open(Path(source))
             return checkpoint, checkpoint.path.parent.resolve() == self.store.folder.resolve()
 
         checkpoint, is_own = run_on_main_and_broadcast(self.accelerator, find)
         if checkpoint is None:
-            if wanted is not None:
-                self.progress.note(
-                    f"--resume: no checkpoint in {self.store.folder}, so the run starts from the beginning."
-                )
+            if source is not None:
+                self.progress.note(f"--resume: no checkpoint in {self.store.folder}, starting at step 0.")
             return TrainState(), -1, {}
 
         def compare() -> frozenset[str]:
-            changed = refuse_other_settings(checkpoint, self.settings)
+            changed = check_settings(checkpoint, self.settings)
             for change in changed if not branch else ():
                 self.progress.warn(change)
             return changed_group_values(checkpoint.trainer["settings"], self.settings)
@@ -100,32 +103,32 @@ class RunCheckpoints:
         trainer = load_state_dict(
             self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
         )
-        state = self._take_up(trainer)
-        self.progress.note(f"going on from step {state.step:,} ({checkpoint.path}).")
+        state = self._load_train_state(trainer)
+        self.progress.note(f"resuming from step {state.step:,} ({checkpoint.path}).")
         charts = {} if branch and not is_own else trainer["trackers"]
         return state, state.step if is_own else -1, charts
 
     def go_back(self, state: TrainState) -> None:
-        """Put model, optimizer and `state` back to the last checkpoint of this run."""
+        """Rewind model, optimizer and `state` to the last checkpoint of this run."""
 
         def find() -> tuple[StoredCheckpoint, frozenset[str]]:
-            self.store.settle()
+            self.store.wait_until_written()
             checkpoint = self.store.latest(self.progress.warn)
             if checkpoint is None:
-                raise CheckpointError(f"there is no whole checkpoint in {self.store.folder} to go back to.")
+                raise CheckpointError(f"there is no valid checkpoint in {self.store.folder} to rewind to.")
             return checkpoint, changed_group_values(checkpoint.trainer["settings"], self.settings)
 
         checkpoint, changed = run_on_main_and_broadcast(self.accelerator, find)
         trainer = load_state_dict(
             self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
         )
-        saved = self._take_up(trainer)
+        saved = self._load_train_state(trainer)
         for part in dataclasses.fields(TrainState):
             setattr(state, part.name, getattr(saved, part.name))
 
     def save(self, state: TrainState) -> None:
-        """Copy the state to the host and let the store write it in the background."""
-        self.store.settle()
+        """Copy the state to the host and write it in the background."""
+        self.store.wait_until_written()
         extra = {
             "step": state.step,
             "tokens": state.tokens,
@@ -135,16 +138,16 @@ class RunCheckpoints:
         }
         snapshot = gather_state_dict(self.accelerator, self.model, self.optimizer, extra)
         if snapshot is not None:
-            # A run that goes on from here does not repeat the reports up to here: they must survive too.
-            self.store.save(snapshot, first=self.trackers.settle)
+            # A resumed run does not repeat the reports up to this step: they must be on the disk first.
+            self.store.save(snapshot, first=self.trackers.flush)
 
     def mark_best(self, state: TrainState) -> None:
-        """Keep the checkpoint of this step from rotation: its validation loss is the lowest so far."""
+        """Protect the checkpoint of this step from rotation: its validation loss is the lowest so far."""
         if self.accelerator.is_main_process:
             self.store.mark_best(state.step, state.best_val_loss)
 
-    def _take_up(self, trainer: dict[str, Any]) -> TrainState:
-        """Return the state of a checkpoint that was restored, and give the later checkpoints up."""
+    def _load_train_state(self, trainer: dict[str, Any]) -> TrainState:
+        """Return the state of a loaded checkpoint, and abandon later checkpoints."""
         state = TrainState(**trainer["state"])
         if state.ending is not None:
             state.ending = (state.ending[0], state.ending[1])

@@ -1,4 +1,4 @@
-"""Whether a run may go on with other options than those it began with."""
+"""Which options may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
 
-_SHAPE = "the weights have another shape; {give}, or start a new run"
-_ORDER = "the rows would come in another order; {give}, or start a new run"
+_SHAPE = "the weights have a different shape; {give}, or start a new run"
+_ORDER = "the data order would change; {give}, or start a new run"
 
-# What the saved weights or the order of the rows depend on, with the reason and the way out. The names are
-# fields of the configuration and what the trainer works out: `global_batch_size` in rows, and fingerprints.
+# Settings that the saved weights or the data order depend on, with the reason and the fix: fields of the
+# configuration, `global_batch_size` in sequences, and fingerprints.
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -35,85 +35,68 @@ REFUSED: Mapping[str, str] = {
         ),
         _SHAPE,
     ),
-    "rope_theta": "the weights were trained with other positions; {give}, or start a new run",
-    "num_experts_per_tok": "the weights were trained with another number; {give}, or start a new run",
-    "norm_topk_prob": "the experts of a token were weighted otherwise; give the --from-weight that the run "
-    "began with, or start a new run",
-    "optimizer": "the saved moments are those of another optimizer; {give}, or start a new run with "
+    "rope_theta": "the weights were trained with different position embeddings; {give}, or start a new run",
+    "num_experts_per_tok": "the weights were trained with a different top-k; {give}, or start a new run",
+    "norm_topk_prob": "expert weights were normalized differently; give the original "
+    "--from-weight, or start a new run",
+    "optimizer": "the saved optimizer state is of another optimizer; {give}, or start a new run with "
     "--from-weight",
     "max_seq_len": _ORDER,
     "packing": _ORDER,
     "seed": _ORDER,
-    "global_batch_size": "a step would hold other rows; choose --batch-size and --accumulation-steps so that "
+    "global_batch_size": "each step would train on other sequences; choose --batch-size and "
+    "--accumulation-steps so that "
     "batch size x accumulation x processes is {old}, or {give}",
-    "tokenizer_fingerprint": "token ids would mean other text; name the --tokenizer the run began with, "
-    "or start a new run",
-    "data_mixture": "the rows would come in another order; give the same --data with the same weights, "
-    "or start a new run",
-    "data_fingerprint": "the training text is not the one the run began with; give the same --data, "
+    "tokenizer_fingerprint": "token ids would change their meaning; give the original --tokenizer, or "
+    "start a new run",
+    "data_mixture": "the data order would change; pass the same --data and mixture weights, or "
+    "start a new run",
+    "data_fingerprint": "the training data has changed; give the same --data, "
     "--val-data, --val-fraction, --text-key and --bad-lines, or start a new run",
 }
 
-# Sound, but the run is then no longer the one that was begun: said aloud.
+# Allowed with a warning: the results change.
 CHANGED: Mapping[str, str] = {
-    "learning_rate": "takes effect from the next step",
-    "lr_schedule": "takes effect from the next step",
-    "warmup_steps": "takes effect from the next step",
-    "min_lr_ratio": "takes effect from the next step",
-    "decay_ratio": "takes effect from the next step",
-    "decay_steps": "takes effect from the next step",
-    "decay_shape": "takes effect from the next step",
-    "weight_decay": "takes effect from the next step",
-    "beta1": "takes effect from the next step",
-    "beta2": "takes effect from the next step",
-    "grad_clip": "takes effect from the next step",
-    "dropout": "takes effect from the next step",
-    "router_aux_loss_coef": "takes effect from the next step",
-    "on_spike": "takes effect from the next step",
-    "spike_sigma": "takes effect from the next step",
+    **dict.fromkeys(
+        (
+            *("learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio"),
+            *("decay_ratio", "decay_steps", "decay_shape", "weight_decay", "beta1", "beta2", "grad_clip"),
+            *("dropout", "router_aux_loss_coef", "on_spike", "spike_sigma"),
+        ),
+        "takes effect from the next step",
+    ),
     "mixed_precision": "losses may differ in the last digits",
-    "val_data": "validation losses before and after do not compare",
+    "val_data": "validation losses before and after are not comparable",
 }
 
-# No effect on the steps themselves, or covered by a fingerprint above.
+# Without effect on the optimizer steps, or covered by a fingerprint.
 FREE: frozenset[str] = frozenset(
     {
         *("data", "val_fraction", "tokenizer", "text_key", "cache_dir", "bad_lines", "from_weight"),
-        *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile"),
-        "cuda_graphs",
-        *("activation_checkpointing", "profile"),
-        *("log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints"),
-        "keep_every",
-        *("sample_interval", "sample_prompt"),
-        *(
-            "on_save_error",
-            "max_time",
-            "dist_timeout",
-            "output_dir",
-            "resume",
-            "tracker",
-            "project",
-            "run_name",
-        ),
+        *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile", "cuda_graphs"),
+        *("activation_checkpointing", "profile", "log_interval", "eval_interval", "eval_batches"),
+        *("save_interval", "keep_checkpoints", "keep_every", "sample_interval", "sample_prompt"),
+        *("on_save_error", "max_time", "dist_timeout", "output_dir", "resume"),
+        *("tracker", "project", "run_name"),
     }
 )
 
-# Which values of the optimizer's parameter groups an option sets.
+# Keys of the optimizer's parameter groups that an option sets.
 _GROUP_VALUES = {"weight_decay": "weight_decay", "beta1": "betas", "beta2": "betas"}
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Compare the settings a checkpoint was written with to those of the run that would go on from it.
+def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Compare the settings of a checkpoint with those of the run that resumes from it.
 
-    Give values as they were worked out (`head_dim`, `vocab_size`, `global_batch_size` as numbers), not None
-    for "by default". A key that only one side has, as after an update of minimind, is not compared.
+    Values must be resolved (`head_dim`, `vocab_size`, `global_batch_size` as numbers, not None). A key that
+    only one side has, as after an update of minimind, is not compared.
 
     Args:
         saved: from the checkpoint.
         now: of this run.
 
     Returns:
-        One line for each difference that forbids going on, and one for each that is merely worth a warning.
+        One line per difference that prevents resuming, and one per difference that needs a warning.
     """
     refused, changed = [], []
     for key, reason in REFUSED.items():
@@ -127,7 +110,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
 
 
 def changed_group_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> frozenset[str]:
-    """Return the values of parameter groups that were changed on purpose; see `training_state.restore`."""
+    """Return keys of parameter groups whose options have changed; see `load_state_dict`."""
     return frozenset(value for key, value in _GROUP_VALUES.items() if _differ(key, saved, now))
 
 
@@ -136,14 +119,14 @@ def _differ(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON makes of a value: one side has been through it."""
+    """Convert a value as a JSON round trip does."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _change(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = (_short(values[key]) for values in (saved, now))
-    worked_out = key in ("data_mixture", "norm_topk_prob") or key.endswith("fingerprint")
-    name = key.replace("_", " ") if worked_out else flag_of(key)
+    derived = key in ("data_mixture", "norm_topk_prob") or key.endswith("fingerprint")
+    name = key.replace("_", " ") if derived else flag_of(key)
     return f"{name} {old} → {new}"
 
 
@@ -159,13 +142,17 @@ def _spell(key: str, value: Any) -> str:
 
 
 def settings_of_run(
-    config: PretrainConfig, shape: MiniMindConfig, plan: BatchPlan, tokenizer: Tokenizer, data: PreparedData
+    config: PretrainConfig,
+    model_config: MiniMindConfig,
+    plan: BatchPlan,
+    tokenizer: Tokenizer,
+    data: PreparedData,
 ) -> dict[str, Any]:
-    """Return everything that decides whether a checkpoint belongs to this run; see `resume.differences`."""
+    """Return the settings that are saved in checkpoints; see `compare_settings`."""
     return {
         **dataclasses.asdict(config),
         "global_batch_size": plan.global_batch_size,
-        "norm_topk_prob": shape.norm_topk_prob,
+        "norm_topk_prob": model_config.norm_topk_prob,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": data.fingerprint,
         "data_mixture": data.mixture,

@@ -1,12 +1,11 @@
-"""A checkpoint as it lies on disk: which files it has, and the proof that they are whole.
+"""Checkpoint folders on disk: file names, verification by SHA-256, and lookup.
 
-Nothing here imports torch before tensors are read, so that listing checkpoints is immediate.
+torch is imported only when tensors are read, so that listing checkpoints is fast.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..io.reading import open_regular, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class StoredCheckpoint:
 
     @cached_property
     def trainer(self) -> Mapping[str, Any]:
-        """Everything that is not a tensor.
+        """Contents of `trainer.json`: everything that is not a tensor.
 
         Raises:
             CheckpointError: when `trainer.json` cannot be read.
@@ -56,19 +56,19 @@ class StoredCheckpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the files that are there."""
+        """Size of all files."""
         return folder_bytes(self.path)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the parameters by name, on the CPU; a tied one stands under its first name only."""
+        """Return the parameters by name, on the CPU; a tied one under its first name only."""
         return _read_tensors(self.path / MODEL)
 
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Return the optimizer's tensors under `parameter|field`, on the CPU."""
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Return the optimizer's tensors, named `parameter|field`, on the CPU."""
         return _read_tensors(self.path / OPTIMIZER)
 
     def verify(self, *, contents: bool = True) -> None:
-        """Check that every file is there, has its size and (with `contents`) its SHA-256.
+        """Check that every file exists with the recorded size and (with `contents`) SHA-256.
 
         Raises:
             CheckpointError: naming the first file that is wrong.
@@ -80,7 +80,7 @@ class StoredCheckpoint:
                 f"{self.path / MANIFEST} is not format {FORMAT}: damaged, or by another version of minimind."
             )
         if manifest.get("step") != self.step:
-            raise CheckpointError(f"{self.path / MANIFEST} tells of another step than {self.step}.")
+            raise CheckpointError(f"{self.path / MANIFEST} is damaged: its step is not {self.step}.")
         for name, recorded in files.items():
             _verify_file(self.path / name, recorded, contents=contents)
 
@@ -102,15 +102,12 @@ def folder_name(step: int) -> str:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint, or what is left of one."""
+    """Whether a folder name is that of a checkpoint."""
     return _NAME.fullmatch(name) is not None
 
 
 def folder_bytes(path: Path) -> int:
-    """Return the bytes of all files in a folder; 0 where there is none.
-
-    A run may be writing there: what it removes meanwhile does not count.
-    """
+    """Return the size of all files in a folder, 0 if it does not exist."""
     num_bytes = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -131,23 +128,23 @@ def stored_checkpoints(folder: Path) -> list[StoredCheckpoint]:
 
 
 def latest_checkpoint(
-    folder: Path, on_damaged: Callable[[str], None] | None = None, *, without: Collection[str] = ()
+    folder: Path, on_damaged: Callable[[str], None] | None = None, *, exclude: Collection[str] = ()
 ) -> StoredCheckpoint | None:
-    """Return the newest checkpoint in a folder that verifies, None where there is none.
+    """Return the newest checkpoint in a folder that verifies, or None.
 
     Args:
         folder: holds `step-*` folders.
-        on_damaged: gets one sentence for each newer checkpoint that had to be passed over.
-        without: names of folders that are not looked at.
+        on_damaged: called with one sentence per newer checkpoint that is skipped as damaged.
+        exclude: names of folders to ignore.
     """
     for checkpoint in reversed(stored_checkpoints(folder)):
-        if checkpoint.path.name in without:
+        if checkpoint.path.name in exclude:
             continue
         problem = checkpoint.problem()
         if problem is None:
             return checkpoint
         if on_damaged is not None:
-            on_damaged(f"checkpoint {checkpoint.path.name} is passed over: {problem}")
+            on_damaged(f"checkpoint {checkpoint.path.name} is skipped: {problem}")
     return None
 
 
@@ -155,18 +152,18 @@ def open_checkpoint(path: Path, on_damaged: Callable[[str], None] | None = None)
     """Return a verified checkpoint.
 
     Args:
-        path: a checkpoint folder, or a run's folder or its `checkpoints` folder for the newest that verifies.
+        path: a checkpoint folder; or a run folder or its `checkpoints` folder, for the newest that verifies.
         on_damaged: as for `latest_checkpoint`.
 
     Raises:
-        CheckpointError: when there is none, or the one named is damaged; the message names the file.
+        CheckpointError: when there is none, or the named one is damaged; the message names the file.
     """
     if (path / MANIFEST).exists() or _NAME.fullmatch(path.name):
         if not path.is_dir():
             raise CheckpointError(f"there is no checkpoint at {path}.")
         step = _read_json(path / MANIFEST).get("step")
         if not isinstance(step, int):
-            raise CheckpointError(f"{path / MANIFEST} names no step; the checkpoint is damaged.")
+            raise CheckpointError(f"{path / MANIFEST} is damaged: it has no step.")
         checkpoint = StoredCheckpoint(path, step)
         checkpoint.verify()
         return checkpoint
@@ -175,16 +172,16 @@ def open_checkpoint(path: Path, on_damaged: Callable[[str], None] | None = None)
     if found is None:
         damaged = len(stored_checkpoints(folder))
         why = f"all {damaged} checkpoints are damaged" if damaged else "there is no checkpoint"
-        raise CheckpointError(f"{why} in {folder}; name another run or checkpoint folder, or start anew.")
+        raise CheckpointError(f"{why} in {folder}; name another run or checkpoint, or start a new run.")
     return found
 
 
 def best_checkpoint(folder: Path) -> tuple[int, float] | None:
-    """Return step and validation loss of the best checkpoint in a folder, None where none is marked."""
+    """Return step and validation loss of the best checkpoint in a folder, or None."""
     try:
-        record = json.loads((folder / BEST).read_bytes())
+        record = parse_json(read_bytes(folder / BEST))
         step, val_loss = int(record["step"]), float(record["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return (step, val_loss) if (folder / folder_name(step)).is_dir() else None
 
@@ -197,7 +194,7 @@ def _verify_file(file: Path, recorded: Any, *, contents: bool) -> None:
         if size != recorded["bytes"]:
             raise CheckpointError(f"{file} has {size} bytes, not the {recorded['bytes']} of {MANIFEST}.")
         if contents and _sha256(file) != recorded["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one of {MANIFEST}.")
+            raise CheckpointError(f"{file} is damaged: checksum mismatch with {MANIFEST}.")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
@@ -206,7 +203,7 @@ def _verify_file(file: Path, recorded: Any, *, contents: bool) -> None:
 
 def _sha256(file: Path) -> str:
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    with file.open("rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
@@ -214,7 +211,7 @@ def _sha256(file: Path) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        value = parse_json(read_bytes(file))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
@@ -231,6 +228,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
+        open_regular(file).close()
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}).") from error

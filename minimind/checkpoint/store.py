@@ -1,7 +1,7 @@
-"""Full training states on disk: written in the background, published whole, rotated, never half there.
+"""Saves checkpoints in a background thread, atomically, and rotates old ones.
 
-A checkpoint is written beside its place under a hidden name, forced to the disk and then renamed, so whatever
-kills the process or the machine leaves complete checkpoints and hidden remains, which `clean` removes.
+A checkpoint is written under a hidden name, flushed to the disk and renamed. A kill or power cut leaves
+complete checkpoints and hidden temporary folders, which `clean` removes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..io.atomic import sync_folder, write_file
+from ..io.atomic import publish_folder, sync_folder, write_file, write_text
 from ..io.safetensors import write_tensors
 from .files import (
     BEST,
@@ -39,7 +39,7 @@ from .files import (
     stored_checkpoints,
 )
 
-# Free space asked for beyond the tensors themselves: JSON, directory entries, what others write meanwhile.
+# Free space required beyond the tensors: JSON, directory entries, other writers.
 _SPACE_MARGIN = 16 << 20
 _ADVICE = {
     errno.ENOSPC: "free space there, or lower --keep-checkpoints",
@@ -53,46 +53,44 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state on the host, which nothing changes any more.
+    """An immutable copy of the training state in host memory.
 
     Attributes:
         step: optimizer steps done.
         weights: parameters and buffers by name, a tied one once.
-        moments: the optimizer's tensors under `parameter|field`.
-        trainer: everything else; must be representable in JSON.
+        optimizer_state: the optimizer's tensors, named `parameter|field`.
+        trainer: everything else; must be JSON-serializable.
     """
 
     step: int
     weights: Mapping[str, torch.Tensor]
-    moments: Mapping[str, torch.Tensor]
+    optimizer_state: Mapping[str, torch.Tensor]
     trainer: Mapping[str, Any]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensors in (self.weights, self.moments) for tensor in tensors.values())
+        """Size of all tensors."""
+        return sum(
+            tensor.nbytes for tensors in (self.weights, self.optimizer_state) for tensor in tensors.values()
+        )
 
     def first_not_finite(self) -> str | None:
-        """Return the name of a tensor that holds a NaN or an infinity, None where all are finite."""
-        for tensors in (self.weights, self.moments):
+        """Return the name of the first tensor with a NaN or infinity, or None."""
+        for tensors in (self.weights, self.optimizer_state):
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and tensor.numel():
-                    # One pass without a temporary; NaN comes through as both extremes.
+                    # One scan without a temporary; a NaN appears as both extremes.
                     low, high = torch.aminmax(tensor)
                     if not (math.isfinite(low) and math.isfinite(high)):
                         return name
         return None
 
-    def is_finite(self) -> bool:
-        """Whether no tensor holds a NaN or an infinity."""
-        return self.first_not_finite() is None
-
 
 class CheckpointStore:
-    """The checkpoints of one run. One process writes; any may read.
+    """The checkpoints of one run. Only one process writes.
 
     Attributes:
-        last_error: why the last save failed, None where it did not.
+        last_error: why the last save failed, or None.
     """
 
     def __init__(
@@ -103,13 +101,13 @@ class CheckpointStore:
         keep_every: int | None = None,
         on_error: Callable[[CheckpointError], None] | None = None,
     ) -> None:
-        """Name the folder; nothing is touched yet.
+        """Store the arguments; the disk is not touched.
 
         Args:
-            folder: holds the checkpoints; made at the first save.
-            keep: newest checkpoints that rotation leaves, besides the best.
-            keep_every: rotation also leaves those of every so many steps; None for none of them.
-            on_error: called from the writing thread when a save fails; training may go on.
+            folder: holds the checkpoints; created by the first save.
+            keep: number of newest checkpoints that rotation keeps, besides the best.
+            keep_every: rotation also keeps checkpoints of multiples of this step.
+            on_error: called from the background thread when a save fails.
         """
         self.folder = Path(folder)
         self.keep = keep
@@ -117,7 +115,8 @@ class CheckpointStore:
         self.last_error: CheckpointError | None = None
         self._on_error = on_error
         self._abandoned: set[str] = set()
-        # The interpreter joins the thread of an executor at exit, so a checkpoint being written is finished.
+        self._valid: dict[str, bool] = {}
+        # The interpreter joins executor threads at exit, so a save in progress completes.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last_job: Future[object] | None = None
 
@@ -126,11 +125,8 @@ class CheckpointStore:
         return stored_checkpoints(self.folder)
 
     def latest(self, on_damaged: Callable[[str], None] | None = None) -> StoredCheckpoint | None:
-        """Return the newest checkpoint of this run that verifies, leaving out those that `rewind` gave up.
-
-        `on_damaged` hears of each that was passed over.
-        """
-        return latest_checkpoint(self.folder, on_damaged, without=self._abandoned)
+        """Return the newest checkpoint that verifies and was not abandoned; see `latest_checkpoint`."""
+        return latest_checkpoint(self.folder, on_damaged, exclude=self._abandoned)
 
     @staticmethod
     def open(path: Path, on_damaged: Callable[[str], None] | None = None) -> StoredCheckpoint:
@@ -142,60 +138,59 @@ class CheckpointStore:
         return open_checkpoint(Path(path), on_damaged)
 
     def best(self) -> tuple[int, float] | None:
-        """Return step and validation loss of the best checkpoint, None while there is none."""
+        """Return step and validation loss of the best checkpoint, or None."""
         return best_checkpoint(self.folder)
 
     def save(self, snapshot: Snapshot, *, first: Callable[[], object] | None = None) -> float:
-        """Write a snapshot in the background; wait first for one that is still being written.
+        """Write a snapshot in the background, after waiting for the previous save.
 
         Args:
-            snapshot: what to write.
-            first: done in the background before anything is written, such as waiting for what must be on the
-                disk before the checkpoint is; must not raise.
+            snapshot: the state to write.
+            first: called in the background before the checkpoint is written, for example to flush other files
+                that must be on the disk before it. If it raises, the checkpoint is not saved.
 
         Returns:
-            Seconds that the caller was kept waiting for the earlier one.
+            Seconds spent waiting for the previous save.
         """
-        waited = self.settle()
-        # Encoded here, because the caller may change what it handed over.
+        waited = self.wait_until_written()
+        # Encoded here: the caller may change the dict afterwards.
         trainer = json.dumps(dict(snapshot.trainer), indent=1).encode()
-        # Popped by the job: a finished job may linger in the executor, but its snapshot must not.
+        # Popped by the job: the executor may keep a finished job, but must not keep its snapshot.
         held = [snapshot]
         self._submit(lambda: self._save(held.pop(), trainer, first))
         return waited
 
     def mark_best(self, step: int, val_loss: float) -> None:
-        """Keep the checkpoint of `step` from rotation if no kept one has a lower validation loss.
+        """Protect the checkpoint of `step` from rotation, unless the marked one has a lower validation loss.
 
-        Does nothing where no checkpoint of that step was written. Done in the background, after the saves
-        that were asked for before.
+        Does nothing if that checkpoint does not exist. Runs in the background, after earlier saves.
         """
         failed = f"step {step} was not marked as the best"
-        self._submit(lambda: self._reported(failed, lambda: self._mark_best(step, val_loss)))
+        self._submit(lambda: self._attempt(failed, lambda: self._mark_best(step, val_loss)))
 
     def rewind(self, step: int) -> None:
-        """Say that the run goes on from `step`: newer checkpoints go once the next one is safe."""
+        """Continue from `step`: newer checkpoints are removed once the next one is written."""
         self._abandoned = {entry.path.name for entry in self.entries() if entry.step > step}
 
-    def settle(self) -> float:
-        """Wait until nothing is being written; return the seconds that took. Never raises."""
+    def wait_until_written(self) -> float:
+        """Wait for background work and return the seconds that took. Never raises."""
         start = time.perf_counter()
         if self._last_job is not None:
             wait_for([self._last_job])
         return time.perf_counter() - start
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait for background work.
 
         Raises:
             CheckpointError: when the last save failed.
         """
-        self.settle()
+        self.wait_until_written()
         if self.last_error is not None:
             raise self.last_error
 
     def clean(self) -> None:
-        """Remove what a killed process left half-done. Only for the one process that writes."""
+        """Remove temporary files of a killed process. Only the process that writes may call this."""
         if not self.folder.is_dir():
             return
         for left in self.folder.glob(".step-*"):
@@ -211,25 +206,29 @@ class CheckpointStore:
 
     def _save(self, snapshot: Snapshot, trainer: bytes, first: Callable[[], object] | None) -> None:
         self.last_error = None
-        if first is not None:
-            first()
-        failed = f"the checkpoint of step {snapshot.step} was not saved"
-        if self._reported(failed, lambda: self._write(snapshot, trainer)):
-            self._reported("an old checkpoint was not removed", self._rotate)
 
-    def _reported(self, failed: str, work: Callable[[], None]) -> bool:
-        """Return whether `work` ended well; otherwise report why, in words that start with `failed`."""
+        def write() -> None:
+            if first is not None:
+                first()
+            self._write(snapshot, trainer)
+
+        failed = f"the checkpoint of step {snapshot.step} was not saved"
+        if self._attempt(failed, write):
+            self._attempt("an old checkpoint was not removed", self._rotate)
+
+    def _attempt(self, failed: str, work: Callable[[], None]) -> bool:
+        """Run `work`; return whether it succeeded, else report an error that starts with `failed`."""
         try:
             work()
             return True
         except OSError as error:
-            advice = _ADVICE.get(error.errno or 0, "see whether the disk is sound")
+            advice = _ADVICE.get(error.errno or 0, "check the disk")
             problem = f"{error.strerror or error} at {error.filename or self.folder}; {advice}."
         except CheckpointError as error:
             problem = str(error)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}."
-        # A new exception without a cause: the traceback of the old one would keep the snapshot in memory.
+        # A new exception without a cause: the old traceback would keep the snapshot in memory.
         self.last_error = CheckpointError(f"{failed}: {problem} Earlier checkpoints are untouched.")
         if self._on_error is not None:
             self._on_error(self.last_error)
@@ -238,7 +237,7 @@ class CheckpointStore:
     def _write(self, snapshot: Snapshot, trainer: bytes) -> None:
         if (name := snapshot.first_not_finite()) is not None:
             raise CheckpointError(
-                f"{name} is not finite; go on from an earlier one with a lower --learning-rate."
+                f"{name} is not finite; resume from an earlier one with a lower --learning-rate."
             )
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
@@ -250,7 +249,7 @@ class CheckpointStore:
             temporary.mkdir()
             files = {
                 MODEL: write_tensors(temporary / MODEL, snapshot.weights),
-                OPTIMIZER: write_tensors(temporary / OPTIMIZER, snapshot.moments),
+                OPTIMIZER: write_tensors(temporary / OPTIMIZER, snapshot.optimizer_state),
                 TRAINER: write_file(temporary / TRAINER, [trainer]),
             }
             manifest = {"format": FORMAT, "step": snapshot.step, "files": files}
@@ -262,25 +261,16 @@ class CheckpointStore:
             raise
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        replaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
-        if final.exists():
-            # A folder cannot be renamed over another; until the new one is in place `clean` would undo this.
-            final.rename(replaced)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(final)
-            raise
-        sync_folder(self.folder)
+        publish_folder(temporary, final, final.with_name(f".{final.name}.replaced-{os.getpid()}"))
         best = self.best()
         if best is not None and folder_name(best[0]) in self._abandoned:
-            (self.folder / BEST).unlink()  # or the mark would pass to a later checkpoint of the same step
+            (self.folder / BEST).unlink()  # or the mark would apply to a later checkpoint of the same step
         self._abandoned.discard(final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
+        self._valid[final.name] = True
 
     def _rotate(self) -> None:
         current = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
+        current = [entry for entry in current if self._verified(entry)]
         best = self.best()
         kept = {entry.path.name for entry in current[-self.keep :]}
         if best is not None:
@@ -290,9 +280,15 @@ class CheckpointStore:
         for entry in self.entries():
             if entry.path.name not in kept:
                 expired = entry.path.with_name(f".{entry.path.name}.deleted-{os.getpid()}")
-                # Renamed first, so that a half-deleted folder never looks like a checkpoint.
+                # Renamed first: a half-deleted folder must not look like a checkpoint.
                 entry.path.rename(expired)
                 shutil.rmtree(expired, ignore_errors=True)
+
+    def _verified(self, entry: StoredCheckpoint) -> bool:
+        """Whether a checkpoint is valid; each is read once, and those written here are known to be valid."""
+        if entry.path.name not in self._valid:
+            self._valid[entry.path.name] = entry.problem() is None
+        return self._valid[entry.path.name]
 
     def _mark_best(self, step: int, val_loss: float) -> None:
         name = folder_name(step)
@@ -301,10 +297,7 @@ class CheckpointStore:
         best = self.best()
         if best is not None and best[1] <= val_loss and folder_name(best[0]) not in self._abandoned:
             return
-        temporary = self.folder / f".{BEST}.tmp"
-        write_file(temporary, [json.dumps({"step": step, "val_loss": val_loss}).encode()])
-        temporary.replace(self.folder / BEST)
-        sync_folder(self.folder)
+        write_text(self.folder / BEST, json.dumps({"step": step, "val_loss": val_loss}))
         self._rotate()
 
 

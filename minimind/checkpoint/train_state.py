@@ -1,4 +1,4 @@
-"""Where a run stands: the few numbers that a checkpoint keeps beside weights and moments."""
+"""Progress of a run: the values that a checkpoint keeps beside weights and optimizer state."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import sync_folder, write_file
 from .checksums import MANIFEST, corrupt_chunk
 
 try:
@@ -88,10 +89,7 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
         manifest["files"] = {file.name: file.stat().st_size for file in files}
         manifest["checksums"] = {file.name: _crc(file) for file in files if file.suffix == ".crc"}
         manifest["checksum"] = _checksum(manifest)
-        with (draft / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(draft / MANIFEST, [json.dumps(manifest).encode()])
         if isinstance(reason := _check(draft, limit=None), str):
             raise OSError(errno.EIO, f"a new build does not read back: {reason}")
         # An existing folder is damaged, or _check would have accepted it.
@@ -103,7 +101,7 @@ def _build(folder: Path, build: Build) -> dict[str, Any]:
             if not isinstance(theirs := _check(folder), dict):
                 raise
             return theirs
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         return manifest
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -190,17 +188,3 @@ def _last_written(folder: Path) -> float:
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     except OSError:
         return 0.0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk, where the system supports syncing folders."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

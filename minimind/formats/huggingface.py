@@ -6,20 +6,18 @@ converter load the folders without custom code.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..io.atomic import replace_files
+from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .sharded_safetensors import INDEX, index_of, other_weights, plan_files, read_weights
@@ -58,8 +56,7 @@ def save_weights(
 ) -> None:
     """Write weights and config; other files in the folder, such as a tokenizer, stay.
 
-    Files are written and synced under temporary names and then renamed, so that a full disk keeps the old
-    model.
+    The files are replaced atomically: a full disk leaves the old model; see `replace_files`.
 
     Args:
         state_dict: all parameters of the model, on any device; a tied output matrix is optional.
@@ -71,6 +68,28 @@ def save_weights(
 
     Raises:
         UserError: when weights overflow the dtype, or the folder cannot be written.
+    """
+    try:
+        with replace_files(folder) as written:
+            files = write_weights(state_dict, config, written, dtype, generation, max_shard_bytes)
+        remove_other_weights(folder, files)
+    except OSError as error:
+        raise UserError(f"the model could not be written to {folder}: {error}.") from error
+
+
+def write_weights(
+    state_dict: Mapping[str, Tensor],
+    config: MiniMindConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    generation: Mapping[str, Any] | None = None,
+    max_shard_bytes: int | None = None,
+) -> list[str]:
+    """Write the files of `save_weights` into an empty folder; return the names of the weight files.
+
+    Raises:
+        OSError: when the folder cannot be written.
+        UserError: when weights are too large for the dtype.
     """
     tensors = {
         name: tensor
@@ -86,26 +105,18 @@ def save_weights(
     texts: dict[str, Any] = {GENERATION: {**tokens, **(generation or {})}, CONFIG: described}
     if len(files) > 1:
         texts = {INDEX: index_of(files, sizes), **texts}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, names in files.items():
-            rounded = {name: round_to(name, tensors[name], dtype) for name in names}
-            save_file(rounded, _temporary(folder, file), metadata={"format": "pt"})
-        for name, values in texts.items():
-            _temporary(folder, name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for name in (*files, *texts):
-            _flush(_temporary(folder, name))
-        for name in (*files, *texts):
-            os.replace(_temporary(folder, name), folder / name)
-        for stale in other_weights(folder, files):
-            stale.unlink(missing_ok=True)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the model could not be written to {folder}: {error}.") from error
-    finally:
-        for name in (*files, *texts):
-            with contextlib.suppress(OSError):
-                _temporary(folder, name).unlink()
+    for file, names in files.items():
+        rounded = {name: round_to(name, tensors[name], dtype) for name in names}
+        write_tensors(folder / file, rounded, metadata={"format": "pt"})
+    for name, values in texts.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return list(files)
+
+
+def remove_other_weights(folder: Path, files: Collection[str]) -> None:
+    """Remove weight files of an older model, such as shards, which `files` do not replace."""
+    for stale in other_weights(folder, files):
+        stale.unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> MiniMindConfig:
@@ -227,21 +238,6 @@ def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not rounded.isfinite().all() and tensor.isfinite().all():
         raise UserError(f"{name} has values too large for {dtype}; save the model in torch.bfloat16.")
     return rounded
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    return folder / f".{name}.tmp"
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_checkpoint_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

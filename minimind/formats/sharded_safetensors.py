@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def index_of(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[s
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def other_weights(folder: Path, files: Mapping[str, list[str]]) -> list[Path]:
-    """Return weight files and the index of an earlier save, which readers would load instead."""
+def other_weights(folder: Path, files: Collection[str]) -> list[Path]:
+    """Return the weight files and the index of an earlier save, which readers would take for these."""
     found = [*folder.glob(_SHARDS), folder / WEIGHTS]
     if len(files) == 1:
         found.append(folder / INDEX)

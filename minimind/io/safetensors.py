@@ -26,15 +26,17 @@ _DTYPES = {
 }
 
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Write the safetensors format: length of the header, header in JSON, then the bytes end to end.
+def write_tensors(
+    file: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write a safetensors file (header length, JSON header, tensor bytes) and `fsync` it; see `write_file`.
 
-    Written here rather than by the library, which holds the interpreter's lock meanwhile and so would stop
-    training, and which hides the number of an operating system's error.
+    The library's writer holds the GIL, which would stop training, hides the `errno` of a failed write, and
+    creates files that only their owner can read.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    # Wide types first, so that every tensor is aligned to its own width.
+    # Wide types first, so that every tensor is aligned to its item size.
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in ordered:
         tensor = tensors[name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.checkpointer import refuse_other_settings
+from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.files import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
 from ..config.options import PretrainConfig, evaluation_interval
@@ -100,7 +100,7 @@ def plan_run(
     damaged: list[str] = []
     checkpoint_to_resume = _checkpoint(config, damaged.append)
     if checkpoint_to_resume is not None:
-        refuse_other_settings(checkpoint_to_resume, settings_of_run(config, shape, batches, tokenizer, data))
+        check_settings(checkpoint_to_resume, settings_of_run(config, shape, batches, tokenizer, data))
     first_step = 0 if checkpoint_to_resume is None else min(checkpoint_to_resume.step, total_steps)
     with torch.device("meta"):
         model = MiniMindForCausalLM(shape)

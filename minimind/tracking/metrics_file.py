@@ -1,45 +1,49 @@
-"""metrics.jsonl: one JSON object a line, readable while the run goes on."""
+"""metrics.jsonl: one JSON object per line, readable while the run continues."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from ..io.append import AppendFile
 from ..io.atomic import write_text
+from ..io.reading import parse_json, read_bytes
 
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
+_log = logging.getLogger(__name__)
+
 
 class MetricsFile:
-    """Appends the numbers of a step as a line that is on its way to the disk when `write` returns.
+    """Appends one line per report.
 
     A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation`, `rewind` or `text`) and the
-    values by name, which are numbers or text; a number that is not finite is null, for JSON has no other
-    word for it.
+    values by name: numbers or strings. A number that is not finite is null, because JSON has no NaN.
+    Lines that the disk refuses stay in memory and are retried; see `AppendFile`.
     """
 
-    def __init__(self, path: Path, *, keep_to_step: int) -> None:
-        """Open the file, leaving out what an earlier run wrote beyond the step that this one goes on from.
+    def __init__(self, path: Path, *, keep_to_step: int, warn: Callable[[str], None] = _log.warning) -> None:
+        """Open the file and remove lines of later steps, which the resumed run repeats.
 
         Args:
-            path: the file; made where it is missing.
-            keep_to_step: lines of later steps go; 0 is a new start and keeps none.
+            path: the file; created if missing.
+            keep_to_step: lines of later steps are removed; 0 removes all lines.
+            warn: shows a sentence to the user.
+
+        Raises:
+            OSError: when the file cannot be rewritten; it is unchanged.
         """
-        self._path = path
+        self._path, self._warn = path, warn
         self._file = self._open(keep_to_step)
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
-        """Append one line.
-
-        Raises:
-            OSError: when the disk refuses.
-        """
+        """Append one line. Never raises OSError."""
         kind = "train"
         if any(name.startswith("val_") for name in values):
             kind = "evaluation"
@@ -50,21 +54,21 @@ class MetricsFile:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         plain = {name: _plain(value) for name, value in values.items()}
         record = {"step": step, "time": now, "kind": kind, **plain}
-        # Any script as people read it, but for what some programs take for the end of a line.
+        # Readable in any script, except for characters that some programs read as the end of a line.
         line = json.dumps(record, allow_nan=False, ensure_ascii=False).translate(_LINE_ENDS)
-        self._file.write(line + "\n")
-        self._file.flush()
+        # An unpaired surrogate becomes an escape, which is also JSON.
+        self._file.append((line + "\n").encode(errors="backslashreplace"))
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk.
+        """Wait until all lines are on the disk.
 
         Raises:
             OSError: when the disk refuses.
         """
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def go_back(self, step: int) -> None:
-        """Leave out the lines of later steps.
+        """Remove the lines of later steps.
 
         Raises:
             OSError: when the disk refuses.
@@ -72,35 +76,43 @@ class MetricsFile:
         self._file.close()
         self._file = self._open(step)
 
-    def _open(self, keep_to_step: int) -> TextIO:
-        if self._path.exists():
-            with self._path.open(encoding="utf-8", errors="replace") as old:
-                text = "".join(_lines_up_to(old, keep_to_step))
-            write_text(self._path, text)
-        # Half a pair of surrogates becomes an escape, which is JSON as well.
-        return self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
-
     def close(self) -> None:
-        """Close the file."""
+        """Write pending lines and close the file."""
         self._file.close()
+        if lost := self._file.num_pending + self._file.dropped:
+            self._warn(f"{lost} lines of {self._path} could not be written and are lost.")
+
+    def _open(self, keep_to_step: int) -> AppendFile:
+        if self._path.exists():
+            old = read_bytes(self._path).decode(errors="replace")
+            kept = "".join(_lines_up_to(old.split("\n"), keep_to_step))
+            if kept != old:
+                write_text(self._path, kept)
+        return AppendFile(self._path, self._report)
+
+    def _report(self, error: OSError) -> None:
+        self._warn(
+            f"{self._path.name} cannot be written ({error.strerror}); new lines stay in memory until the "
+            "disk of --output-dir accepts them."
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, without those that a crash, or a run that goes on, cut short.
+    """Return the lines of a file as dicts, without incomplete or damaged ones.
 
-    A number that is not finite is None, however it is written.
+    A number that is not finite is None, also where the file has `NaN` or 1e999.
+
+    Raises:
+        OSError: when `path` exists but cannot be read, or is not a regular file.
     """
     if not path.exists():
         return []
     lines = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            with suppress(ValueError):
-                line = json.loads(
-                    text, parse_float=_finite, parse_int=_of_this_world, parse_constant=lambda _: None
-                )
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    lines.append(line)
+    for text in read_bytes(path).decode(errors="replace").split("\n"):
+        with suppress(ValueError):
+            line = parse_json(text, parse_float=_finite, parse_int=_bounded, parse_constant=lambda _: None)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -109,32 +121,26 @@ def _finite(digits: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _of_this_world(digits: str) -> int | None:
-    """Return a whole number that a float can hold; no run counts as far as others go."""
+def _bounded(digits: str) -> int | None:
+    """Return an integer that a float can represent, else None."""
     return int(digits) if len(digits) <= 18 else None
 
 
 def last_with(path: Path, name: str) -> tuple[int, Any] | None:
-    """Return the last step whose line has the value `name`, and the value; None where there is none."""
-    if not path.exists():
-        return None
-    found = None
-    with path.open(encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            if name in record:
-                found = record["step"], record[name]
-    return found
+    """Return the last step whose line has the value `name`, and the value; or None."""
+    found = [(line["step"], line[name]) for line in read_metrics(path) if name in line]
+    return found[-1] if found else None
 
 
 def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:
-    """Yield the whole lines of steps up to `step`; one that a crash cut short is not whole."""
+    """Yield the complete lines of steps up to `step`."""
     for line in lines:
         try:
-            kept = step > 0 and json.loads(line)["step"] <= step
+            kept = step > 0 and parse_json(line)["step"] <= step
         except (ValueError, TypeError, KeyError):
             continue
         if kept:
-            yield line.rstrip("\n") + "\n"
+            yield line + "\n"
 
 
 def _plain(value: Any) -> int | float | str | None:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl always, TensorBoard, WandB and SwanLab as asked for."""
+"""Logs the metrics of a run to metrics.jsonl, TensorBoard, WandB and SwanLab."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import queue
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,15 @@ from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
 from ..errors import ConfigError
+from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
-from .backends import Client, HyperParameters, SwanLab, TensorBoard, WandB
+from .backends import BackgroundThread, Client, HyperParameters, SwanLab, TensorBoard, WandB
 from .metrics_file import MetricsFile
 
-# Seconds that the end of a run waits for trackers that are slow or gone.
+# Longest wait for slow trackers at the end of a run, in seconds.
 CLOSE_SECONDS = 60.0
-# SwanLab puts back signal handlers when it closes, which Python allows to the main thread alone.
-CLOSED_BY_MAIN_THREAD = ("swanlab",)
+# SwanLab restores signal handlers when it closes, which Python allows in the main thread only.
+CLOSED_BY_MAIN_THREAD = {"swanlab"}
 
 Values = Mapping[str, Any]
 
@@ -33,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_trackers(config: PretrainConfig) -> None:
-    """Refuse trackers whose packages are missing; Accelerate would leave them out without a word.
+    """Refuse trackers whose packages are missing, which Accelerate would silently skip.
 
     Raises:
         ConfigError: naming each missing package and the command that installs it.
@@ -54,11 +53,11 @@ def check_trackers(config: PretrainConfig) -> None:
 
 
 class Trackers:
-    """The trackers of a run, fed in the background so that no step waits for a disk or a network.
+    """Sends metrics to metrics.jsonl and the trackers of a run, from background threads.
 
-    metrics.jsonl has a thread of its own, which a tracker that hangs does not hold up. Only the main process
-    writes; on the others everything here does nothing. A tracker that fails is reported once and left out
-    from then on: the run and the other trackers go on.
+    metrics.jsonl has a separate thread, which a hanging tracker does not delay. Only the main process writes;
+    on other ranks every method does nothing. A tracker that fails is reported once and dropped: training
+        continues.
     """
 
     def __init__(
@@ -75,183 +74,160 @@ class Trackers:
         """Open the trackers.
 
         Args:
-            config: which trackers, under which names; sent as hyper-parameters.
-            run_folder: where metrics.jsonl, the TensorBoard events and local files of the others lie.
-            accelerator: tells the main process.
-            resume_state: what `state` returned in the run that this one goes on from.
-            start_step: the step it goes on from; what was logged beyond it goes out of metrics.jsonl and
-                out of TensorBoard's view, so that no step appears twice.
-            environment: what the run runs on, shown beside the hyper-parameters.
+            config: trackers and their names; logged as hyper-parameters.
+            run_folder: holds metrics.jsonl, TensorBoard events and local files of other trackers.
+            accelerator: identifies the main process.
+            resume_state: `state` of the run that is resumed.
+            start_step: step to resume from; later lines of metrics.jsonl are removed and later TensorBoard
+                events are invalidated, so that no step appears twice.
+            environment: description of the machine, shown beside the hyper-parameters.
             warn: shows a sentence to the user.
+
+        Raises:
+            UserError: when metrics.jsonl cannot be rewritten.
         """
         self._warn = warn
         self._ids: dict[str, str] = dict(resume_state or {})
         self._clients: dict[str, Client] = {}
-        self._feeds: tuple[_Feed, ...] = ()
+        self._threads: tuple[BackgroundThread, ...] = ()
         if not accelerator.is_main_process:
             return
-        self._file: MetricsFile | None = MetricsFile(run_folder.metrics, keep_to_step=start_step)
+        try:
+            self._file = MetricsFile(run_folder.metrics, keep_to_step=start_step, warn=warn)
+        except OSError as error:
+            raise cannot_write("--output-dir", run_folder.path, error) from error
         for name in config.tracker:
             if name != "none":
                 self._start(name, config, run_folder.path, start_step, environment or {})
-        self._feeds = (_Feed("metrics", self._write_file), _Feed("trackers", self._tell_clients))
+        self._threads = (
+            BackgroundThread("metrics", partial(self._drop, "metrics.jsonl", "failed")),
+            BackgroundThread("trackers", partial(self._drop, "trackers", "failed")),
+        )
 
     def log(self, values: Values, step: int) -> None:
-        """Take the numbers of a step; returns at once.
+        """Log metrics of a step; returns at once.
 
         Args:
-            values: numbers by name; text among them goes to metrics.jsonl alone.
+            values: numbers by name; strings go to metrics.jsonl only.
             step: optimizer steps done when they were measured.
         """
-        for feed in self._feeds:
-            feed.put(dict(values), step)
+        if self._threads:
+            to_file, to_trackers = self._threads
+            to_file.submit(partial(self._file.write, dict(values), step))
+            to_trackers.submit(partial(self._log_to_clients, dict(values), step))
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Take a text, such as a sample of what the model writes; returns at once.
+        """Log a text, such as a generated sample; returns at once.
 
         Args:
-            name: as for a number.
-            text: of any length and number of lines; the trackers show it as it is.
+            name: as for a metric.
+            text: shown by trackers with its line breaks.
             step: optimizer steps done.
         """
         self.log({name: _Text(text)}, step)
 
-    def settle(self, timeout: float = CLOSE_SECONDS) -> None:
-        """Wait until metrics.jsonl holds, on the disk, all that was logged before; never raises."""
-        if self._feeds and self._feeds[0].settle(timeout) and self._file is not None:
-            # A file that cannot be written is reported where it is written.
-            with suppress(OSError, ValueError):
-                self._file.sync()
+    def flush(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Wait until metrics.jsonl is on the disk with everything logged before.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        if self._threads:
+            self._threads[0].call(self._file.sync, timeout)
 
     def go_back(self, step: int) -> None:
-        """Take back what was logged of later steps, as far as a tracker allows; returns at once.
+        """Remove later steps from metrics.jsonl and TensorBoard; returns at once.
 
-        Out of metrics.jsonl and TensorBoard's view it goes. WandB and SwanLab keep it, and take no second
-        value for a step that they have had.
+        WandB and SwanLab keep them, and ignore a second value for a step.
         """
-        for feed in self._feeds:
-            feed.put(None, step)
+        if self._threads:
+            to_file, to_trackers = self._threads
+            to_file.submit(partial(self._file.go_back, step))
+            to_trackers.submit(partial(self._call_clients, lambda client: client.go_back(step)))
 
     def state(self) -> dict[str, str]:
-        """Return the run ids that a resumed run hands back to go on in the same charts."""
+        """Return the run ids of trackers, which a resumed run needs to continue the same charts."""
         return dict(self._ids)
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Write what is queued and close all trackers, waiting at most `timeout` seconds; safe to repeat."""
-        if not self._feeds:
+        if not self._threads:
             return
-        to_file, to_trackers = self._feeds
-        self._feeds = ()
-        ended = [to_file.end(timeout, self._close_file), to_trackers.end(timeout, self._finish_in_thread)]
-        if not all(ended):
+        to_file, to_trackers = self._threads
+        self._threads = ()
+        to_file.submit(self._file.close)
+        to_trackers.submit(lambda: self._finish(set(self._clients) - CLOSED_BY_MAIN_THREAD))
+        closed = [thread.close(timeout) for thread in (to_file, to_trackers)]
+        if not all(closed):
             self._warn(f"the trackers were still busy after {timeout:g} s; their last values may be missing.")
-        if ended[1]:
-            self._finish(name for name in self._clients if name in CLOSED_BY_MAIN_THREAD)
+        if closed[1]:
+            self._finish(set(self._clients) & CLOSED_BY_MAIN_THREAD)
 
     def _start(
         self, name: str, config: PretrainConfig, folder: Path, start_step: int, environment: Values
     ) -> None:
         try:
-            client = _make(name, config, folder, self._ids.get(name), start_step)
+            client = self._make(name, config, folder, start_step)
             client.start()
             client.describe(hyper_parameters(config), environment, start_step)
         except Exception as error:
-            self._give_up(name, "could not be started", error)
+            self._drop(name, "could not be started", error)
             return
         self._clients[name] = client
         run_id = getattr(getattr(client, "run", None), "id", None)
         if run_id is not None:
             self._ids[name] = str(run_id)
 
-    def _tell_clients(self, values: Values | None, step: int) -> None:
-        numbers = {name: value for name, value in (values or {}).items() if not isinstance(value, str)}
-        texts = {name: value for name, value in (values or {}).items() if isinstance(value, _Text)}
+    def _make(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> Client:
+        if name == "tensorboard":
+            return TensorBoard(folder, start_step, self._events_refused)
+        kind = WandB if name == "wandb" else SwanLab
+        return kind(config.project, config.run_name or folder.resolve().name, folder, self._ids.get(name))
+
+    def _log_to_clients(self, values: Values, step: int) -> None:
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        texts = {name: value for name, value in values.items() if isinstance(value, _Text)}
+
+        def log(client: Client) -> None:
+            if numbers:
+                client.log(numbers, step)
+            for title, text in texts.items():
+                client.log_text(title, text, step)
+
+        self._call_clients(log)
+
+    def _call_clients(self, function: Callable[[Client], None]) -> None:
         for name, client in list(self._clients.items()):
             try:
-                if values is None:
-                    client.go_back(step)
-                if numbers:
-                    client.log(numbers, step)
-                for title, text in texts.items():
-                    client.log_text(title, text, step)
+                function(client)
             except Exception as error:
                 del self._clients[name]
-                self._give_up(name, "failed and gets no more values", error)
-
-    def _finish_in_thread(self) -> None:
-        self._finish(name for name in self._clients if name not in CLOSED_BY_MAIN_THREAD)
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
+                self._drop(name, "failed and gets no more values", error)
 
     def _finish(self, names: Iterable[str]) -> None:
         for name in names:
             try:
                 self._clients[name].finish()
             except Exception as error:
-                self._give_up(name, "could not be closed", error)
+                self._drop(name, "could not be closed", error)
 
-    def _write_file(self, values: Values | None, step: int) -> None:
-        try:
-            if self._file is not None and values is None:
-                self._file.go_back(step)
-            elif self._file is not None and values is not None:
-                self._file.write(values, step)
-        except OSError as error:
-            self._file = None
-            self._give_up("metrics.jsonl", "cannot be written any more", error)
+    def _events_refused(self, error: OSError) -> None:
+        self._warn(
+            f"tracker tensorboard cannot write ({error.strerror}); new events stay in memory until the "
+            "disk of --output-dir accepts them."
+        )
 
-    def _give_up(self, name: str, what: str, error: Exception) -> None:
+    def _drop(self, name: str, what: str, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [""])[0]
         self._warn(f"tracker {name} {what} ({type(error).__name__}: {reason}); training goes on without it.")
 
 
-class _Feed:
-    """A queue of values, or None to go back, and the daemon thread that works it off."""
-
-    def __init__(self, name: str, work: Callable[[Values | None, int], None]) -> None:
-        self._work = work
-        self._queue: queue.Queue[tuple[Values | None, int] | Callable[[], None]] = queue.Queue()
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, values: Values | None, step: int) -> None:
-        self._queue.put((values, step))
-
-    def settle(self, timeout: float) -> bool:
-        """Wait until the work asked for so far is done; return whether it was within `timeout` seconds."""
-        done = threading.Event()
-        self._queue.put(done.set)
-        return done.wait(timeout)
-
-    def end(self, timeout: float, last: Callable[[], None]) -> bool:
-        """Do the work asked for so far and `last`, then end the thread; return as `settle` does."""
-
-        def finish() -> None:
-            self._ended = True
-            last()
-
-        self._queue.put(finish)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while not self._ended:
-            item = self._queue.get()
-            if callable(item):
-                item()
-            else:
-                self._work(*item)
-
-
 class _Text(str):
-    """A text for people, which trackers show too; other text among the values is for metrics.jsonl alone."""
+    """A text that trackers show too; other strings go to metrics.jsonl only."""
 
 
 def hyper_parameters(config: PretrainConfig) -> HyperParameters:
-    """Return the options in the types that every tracker takes; TensorBoard refuses None and lists."""
+    """Return the options as types that every tracker accepts; TensorBoard refuses None and lists."""
     values = dataclasses.asdict(config)
     for name, value in values.items():
         if isinstance(value, (tuple, list)):
@@ -261,13 +237,6 @@ def hyper_parameters(config: PretrainConfig) -> HyperParameters:
     return values
 
 
-def _make(name: str, config: PretrainConfig, folder: Path, run_id: str | None, start_step: int) -> Client:
-    if name == "tensorboard":
-        return TensorBoard(folder, start_step)
-    kind = WandB if name == "wandb" else SwanLab
-    return kind(config.project, config.run_name or folder.resolve().name, folder, run_id)
-
-
 def _installed(package: str) -> bool:
-    # A module that is loaded may lack the spec that find_spec wants.
+    # find_spec raises for a loaded module without a spec.
     return sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None

@@ -1,7 +1,9 @@
-"""What a run hands over at its end: the model folder, and a short text that the model in it wrote."""
+"""Writes the final model folder of a run, and a sample of what that model generates."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,9 +12,10 @@ from torch import nn
 
 from ..checkpoint.state_dict import gather_weights
 from ..errors import UserError
-from ..formats.huggingface import CONFIG, load_model, save_weights
+from ..formats.huggingface import CONFIG, load_model, remove_other_weights, write_weights
 from ..formats.sharded_safetensors import WEIGHTS
 from ..generation.text import continue_texts
+from ..io.atomic import replace_files
 from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
@@ -31,8 +34,10 @@ def save_final_model(
     if weights is not None:
         # A model trained in bf16 may hold what fp16 cannot; any other gains three bits by fp16.
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
-        save_weights(weights, shape, folder, dtype)
-        tokenizer.save(folder)
+        with _replace_model(folder) as written:
+            files = write_weights(weights, shape, written, dtype)
+            tokenizer.save(written)
+        remove_other_weights(folder, files)
     accelerator.wait_for_everyone()
 
 
@@ -48,18 +53,25 @@ def save_final_weights(
     """
     weights = gather_weights(accelerator, model)
     if weights is not None:
-        temporary = folder / f".{WEIGHTS}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(temporary, weights)
-            # Of a run that was begun with another model.
-            (folder / CONFIG).unlink(missing_ok=True)
-            temporary.replace(folder / WEIGHTS)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"the weights could not be written to {folder}: {error}.") from error
-        tokenizer.save(folder)
+        with _replace_model(folder) as written:
+            write_tensors(written / WEIGHTS, weights)
+            tokenizer.save(written)
+        # A run that began with the package's model may have left one.
+        (folder / CONFIG).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _replace_model(folder: Path) -> Iterator[Path]:
+    """Replace weights, config and tokenizer together; see `replace_files`."""
+    try:
+        with replace_files(folder) as written:
+            yield written
+    except OSError as error:
+        raise UserError(
+            f"the model could not be written to {folder} ({error.strerror or error}); free space on the disk "
+            "of --output-dir or allow writing there, then continue with --resume."
+        ) from error
 
 
 def write_sample(folder: Path, tokenizer: Tokenizer, seed: int, device: torch.device) -> str:

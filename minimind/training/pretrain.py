@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..checkpoint.checkpointer import RunCheckpoints
 from ..checkpoint.compatibility import settings_of_run
+from ..checkpoint.resume import check_resumable, finished_run, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
@@ -41,7 +43,7 @@ from ..schedule import learning_rates
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
-from ..tracking.metrics_file import last_with
+from ..tracking.metrics_file import last_with, read_metrics
 from ..tracking.trackers import Trackers, check_trackers
 from .auto_batch_size import resolve_batch_size
 from .build_model import ModelFactory, build_model, resolve_model_config
@@ -87,6 +89,7 @@ def pretrain(
     started = time.monotonic()
     check_trackers(config)
     folder = RunFolder(Path(config.output_dir))
+    config = dataclasses.replace(config, resume=resume_source(config.resume, folder))
     with ExitStack() as closing:
         limit = None if config.max_time is None else parse_duration(config.max_time)
         stop = closing.enter_context(StopRequest(limit, started=started))
@@ -103,8 +106,13 @@ def pretrain(
         patience = parse_duration(config.dist_timeout)
         with main_process_first(cache_folder(config), patience, progress.note):
             if is_main_process():
-                if folder.claim(resume=(config.resume is not None and not branch) or started_before()):
-                    closing.callback(folder.remove_if_empty)
+                # The processes that the launcher replaced may still be ending.
+                wait_seconds = 60.0 if restarts() else 0.0
+                resumes = (config.resume is not None and not branch) or started_before()
+                closing.enter_context(folder.claim(resume=resumes, wait_seconds=wait_seconds))
+                if config.resume == AUTO and not branch:
+                    check_resumable(folder)
+                folder.save_options(config)
                 record_start()
             # Whichever process comes first builds, and is the one to tell of it.
             builder = progress if is_main_process() else Progress()
@@ -141,6 +149,10 @@ def pretrain(
             on_error=partial(_save_failed, config, progress, stop),
         )
         total_steps = count_total_steps(config, loader, plan)
+        if config.resume == AUTO and not branch:
+            done = run_on_main_and_broadcast(accelerator, partial(finished_run, folder, total_steps))
+            if done is not None:
+                return _finished(folder, done, total_steps, progress, time.monotonic() - started)
         settings = settings_of_run(config, shape, plan, tokenizer, data)
         settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
         # For those who read the weights without the run.
@@ -166,7 +178,7 @@ def pretrain(
         closing.callback(trackers.close)
         checkpoints.trackers = trackers
         # However the run ends, what it has given to be written is written first.
-        closing.callback(store.settle)
+        closing.callback(store.wait_until_written)
         epochs = total_steps / loader.steps_per_epoch
         progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs, custom))
 
@@ -217,7 +229,7 @@ def pretrain(
             run.after_step = closing.enter_context(trace).step
         run.saved_step = saved_step
         # Entered last, so left first: a process that fails by itself is not ended while it cleans up.
-        closing.enter_context(watch_peers(accelerator, place, patience, stop, store.settle))
+        closing.enter_context(watch_peers(accelerator, place, patience, stop, store.wait_until_written))
         progress.start(run.last_step(state), state.step)
         reserve_host_memory(accelerator, model, optimizer)
         _look_before_the_first_step(run, state, folder)
@@ -249,6 +261,29 @@ def pretrain(
         # Only a run that got this far waits for the others: one that failed must not.
         accelerator.wait_for_everyone()
         return result
+
+
+def _finished(
+    folder: RunFolder, state: dict[str, Any], total_steps: int, progress: Progress, seconds: float
+) -> PretrainResult:
+    """Say that there is nothing to train, and return the result of the run that is resumed."""
+    step = state["step"]
+    progress.note(f"finished ({step:,}/{total_steps:,} steps); --max-steps or --epochs trains on.")
+    last: dict[str, Any] = {}
+    for line in read_metrics(folder.metrics):
+        last |= {name: value for name, value in line.items() if value is not None}
+    return PretrainResult(
+        model_dir=folder.model,
+        steps=step,
+        tokens=state["tokens"],
+        loss=last.get("loss", math.nan),
+        val_loss=last.get("val_loss"),
+        bits_per_byte=last.get("val_bits_per_byte"),
+        tokens_per_second=last.get("total_tokens_per_second", 0.0),
+        seconds=seconds,
+        sample="",
+        stopped=None,
+    )
 
 
 def _prepared(
@@ -359,7 +394,7 @@ def _last_save(config: PretrainConfig, store: CheckpointStore) -> None:
     Raises:
         CheckpointError: where a failed save is to end the run.
     """
-    store.settle()
+    store.wait_until_written()
     if config.on_save_error == "stop":
         store.wait()
 

@@ -39,7 +39,7 @@ def saved(folder: Path, snapshot: Snapshot | None) -> StoredCheckpoint:
 
 def assert_same(one: StoredCheckpoint | Snapshot, other: StoredCheckpoint | Snapshot) -> None:
     """Compare every tensor bit by bit, and the values of the parameter groups."""
-    for kind in ("weights", "moments"):
+    for kind in ("weights", "optimizer_state"):
         left, right = (getattr(x, kind) for x in (one, other))
         left, right = (x() if callable(x) else x for x in (left, right))
         assert left.keys() == right.keys()
@@ -83,7 +83,7 @@ def test_a_snapshot_does_not_follow_the_training(tmp_path: Path) -> None:
     topologies.train(accelerator, model, optimizer, 2, 4)
     assert snapshot is not None
     assert_same(checkpoint, snapshot)
-    assert checkpoint.moments()["norm.weight|step"].item() == 2
+    assert checkpoint.optimizer_state()["norm.weight|step"].item() == 2
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_optimizer_that_has_not_stepped_is_restored_as_such(tmp_path: Path) -
     accelerator, model, optimizer = topologies.start()
     snapshot = gather_state_dict(accelerator, model, optimizer, {"step": 0})
     checkpoint = saved(tmp_path, snapshot)
-    assert checkpoint.moments() == {}
+    assert checkpoint.optimizer_state() == {}
     load_state_dict(accelerator, model, optimizer, checkpoint)
     assert len(optimizer.optimizer.state) == 0
 
@@ -159,7 +159,7 @@ def test_missing_unknown_and_untied_parameters_are_named(tmp_path: Path) -> None
     checkpoint = saved(tmp_path, gather_state_dict(accelerator, model, optimizer, {"step": 0}))
     for options, message in (
         ({"blocks": 3}, r"it lacks blocks\.2\.linear\.weight"),
-        ({"blocks": 1}, r"it has blocks\.1\.linear\.weight, which the model has not"),
+        ({"blocks": 1}, r"it has blocks\.1\.linear\.weight, which the model does not have"),
         ({"tie": False}, r"it lacks head\.weight"),
     ):
         _, other, other_optimizer = topologies.start(**options)
@@ -187,7 +187,7 @@ def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
         load_state_dict(accelerator, model, optimizer, checkpoint)
         again = gather_state_dict(accelerator, model, optimizer, {"step": 3})
         assert again is not None
-        for kind in ("weights", "moments"):
+        for kind in ("weights", "optimizer_state"):
             for name, tensor in getattr(checkpoint, kind)().items():
                 assert torch.equal(getattr(again, kind)[name], tensor), name
         assert topologies.train(accelerator, model, optimizer, 3, 6) == pytest.approx(losses, rel=1e-4)
@@ -202,10 +202,10 @@ def test_pinned_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 1)
     addresses = []
     for step in range(3):
-        store.settle()
+        store.wait_until_written()
         snapshot = gather_state_dict(accelerator, model, optimizer, {"step": step})
         assert snapshot is not None
-        tensors = [*snapshot.weights.values(), *snapshot.moments.values()]
+        tensors = [*snapshot.weights.values(), *snapshot.optimizer_state.values()]
         addresses.append({tensor.data_ptr() for tensor in tensors})
         store.save(snapshot)
         del snapshot, tensors

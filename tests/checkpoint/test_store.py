@@ -26,6 +26,7 @@ from minimind.checkpoint import store as checkpoint_module
 from minimind.checkpoint.files import StoredCheckpoint
 from minimind.checkpoint.store import CheckpointStore, Snapshot
 from minimind.errors import CheckpointError
+from minimind.io import atomic
 from minimind.io.atomic import write_file
 from minimind.io.safetensors import write_tensors
 
@@ -36,18 +37,21 @@ def snapshot(step: int, size: int = 300) -> Snapshot:
     """A state whose every number follows from the step."""
     generator = torch.Generator().manual_seed(step)
     weights = {"a.weight": torch.randn(size, 3, generator=generator), "b": torch.full((2,), float(step))}
-    moments = {
+    optimizer_state = {
         "a.weight|exp_avg": torch.randn(size, 3, generator=generator),
         "a.weight|step": torch.tensor(float(step)),
     }
-    return Snapshot(step, weights, moments, {"step": step, "tokens": step * 1000, "lr": step / 3})
+    return Snapshot(step, weights, optimizer_state, {"step": step, "tokens": step * 1000, "lr": step / 3})
 
 
 def assert_holds(stored: StoredCheckpoint, step: int) -> None:
     expected = snapshot(step)
     assert stored.step == step
     assert stored.trainer == expected.trainer
-    for found, wanted in ((stored.weights(), expected.weights), (stored.moments(), expected.moments)):
+    for found, wanted in (
+        (stored.weights(), expected.weights),
+        (stored.optimizer_state(), expected.optimizer_state),
+    ):
         assert found.keys() == wanted.keys()
         assert all(found[name].dtype == wanted[name].dtype for name in wanted)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -281,6 +285,7 @@ def test_old_checkpoints_stay_until_the_new_one_is_in_place(
         sync(folder)
 
     monkeypatch.setattr(checkpoint_module, "sync_folder", watch)
+    monkeypatch.setattr(atomic, "sync_folder", watch)
     store.save(snapshot(2))
     store.wait()
     assert seen == [[1], [1, 2]]
@@ -356,7 +361,7 @@ def test_the_snapshot_is_let_go_when_it_is_written(
     reference = weakref.ref(state.weights["a.weight"])
     store.save(state)
     del state
-    store.settle()
+    store.wait_until_written()
     assert (store.last_error is not None) == fails
     assert reference() is None
 
@@ -394,7 +399,7 @@ def test_an_error_of_the_disk_is_reported_and_nothing_lost(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, place, raising(number))
         store.save(snapshot(2))
-        store.settle()
+        store.wait_until_written()
         with pytest.raises(CheckpointError, match=f"step 2 was not saved: {os.strerror(number)}"):
             store.wait()
     assert errors == [store.last_error]
@@ -407,15 +412,15 @@ def test_an_error_of_the_disk_is_reported_and_nothing_lost(
     assert steps_of(store) == [3]
 
 
-@pytest.mark.parametrize("call", ["mkdir", "rename", "open"])
+@pytest.mark.parametrize(("owner", "call"), [(Path, "mkdir"), (Path, "rename"), (atomic, "create_file")])
 def test_a_folder_that_cannot_be_written_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, call: str
 ) -> None:
     store = filled(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, call, raising(errno.EACCES))
+        patch.setattr(owner, call, raising(errno.EACCES))
         store.save(snapshot(2))
-        store.settle()
+        store.wait_until_written()
     assert "allow writing there, or use another --output-dir" in str(store.last_error)
     assert steps_of(store) == [1]
     assert hidden(tmp_path) == []
@@ -430,7 +435,7 @@ from minimind.checkpoint.store import CheckpointStore, Snapshot
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 store = CheckpointStore(Path({str(tmp_path)!r}), 1)
 store.save(Snapshot(2, {{"w": torch.ones(1 << 20)}}, {{}}, {{"step": 2}}))
-store.settle()
+store.wait_until_written()
 print(store.last_error)
 store.save(Snapshot(3, {{"w": torch.ones(8)}}, {{}}, {{"step": 3}}))
 store.wait()
@@ -451,20 +456,20 @@ def test_too_little_space_is_found_before_anything_is_written(
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(checkpoint_module, "write_tensors", None)
     store.save(snapshot(2))
-    store.settle()
+    store.wait_until_written()
     assert "it needs 17 MB and 10 MB are free" in str(store.last_error)
     assert "--keep-checkpoints" in str(store.last_error)
     assert steps_of(store) == [1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("part", ["weights", "moments"])
+@pytest.mark.parametrize("part", ["weights", "optimizer_state"])
 def test_a_state_that_is_not_finite_is_refused(tmp_path: Path, value: float, part: str) -> None:
     store = filled(tmp_path, 1, keep=1)
     bad = snapshot(2)
     getattr(bad, part)["spoilt"] = torch.tensor([0.0, value, 1.0])
-    assert not bad.is_finite()
-    assert snapshot(2).is_finite()
+    assert bad.first_not_finite() == "spoilt"
+    assert snapshot(2).first_not_finite() is None
     store.save(bad)
     with pytest.raises(CheckpointError, match="spoilt is not finite"):
         store.wait()

@@ -209,7 +209,7 @@ def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp
         text, _ = process.communicate(timeout=PATIENCE)
     assert "restart 1 by the launcher: going on as with --resume." in text
     assert "restart 2 by the launcher: going on as with --resume." in text
-    assert text.count("going on from step") == 2
+    assert text.count("resuming from step") == 2
     assert text.count("stopped by SIGTERM") == 1
     steps = [row["step"] for row in rows(out) if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
@@ -295,7 +295,7 @@ def test_two_machines_train_together_fail_together_and_go_on(
         text, _ = first.communicate(timeout=PATIENCE)
         second.communicate(timeout=PATIENCE)
     assert (first.returncode, second.returncode) == (0, 0), text
-    assert f"going on from step {saved}" in text
+    assert f"resuming from step {saved}" in text
     steps = [row["step"] for row in rows(out) if "loss" in row]
     assert steps == list(range(1, saved + 4))
 

@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(run, tmp_path):
     os.truncate(newest(run) / "optimizer.safetensors", 99)
     done = export_model(run, tmp_path / "b")
     assert done.source.startswith("checkpoint of step 4 (")
-    assert "step-00000008 is passed over" in done.notes[0]
+    assert "step-00000008 is skipped" in done.notes[0]
     with pytest.raises(CheckpointError, match=r"optimizer.safetensors has 99 bytes"):
         export_model(newest(run), tmp_path / "c")
 

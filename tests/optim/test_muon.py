@@ -349,7 +349,7 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
         take_step(model, optimizer, seed)
     taken = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     assert taken is not None
-    assert {key.rpartition("|")[2] for key in taken.moments} == {
+    assert {key.rpartition("|")[2] for key in taken.optimizer_state} == {
         *("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
     }
     store = CheckpointStore(tmp_path, 1)
@@ -363,7 +363,7 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
     load_state_dict(accelerator, model, optimizer, store.open(tmp_path / "step-00000003"))
     again = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     assert again is not None
-    for kind in ("weights", "moments"):
+    for kind in ("weights", "optimizer_state"):
         for name, tensor in getattr(taken, kind).items():
             assert torch.equal(tensor, getattr(again, kind)[name]), name
     groups = [json.loads(json.dumps(x.trainer["param_groups"])) for x in (taken, again)]

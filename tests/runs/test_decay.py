@@ -149,7 +149,7 @@ def test_two_processes_decay_as_one_does(tmp_path: Path) -> None:
     words = ("decay", tmp_path / "trunk", "--tokens", TOKENS, "--output-dir", tmp_path / "together")
     code, text = launch([*launcher, "-m", "minimind_cli", *words], tmp_path)
     assert code == 0, text
-    assert text.count(f"going on from step {FROM}") == text.count("trained: ") == 1
+    assert text.count(f"resuming from step {FROM}") == text.count("trained: ") == 1
     ours, theirs = (reports(tmp_path / name) for name in ("together", "alone"))
     assert ours[-1]["step"] == FROM + DECAY
     same = ("step", "digest", "learning_rate")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -15,7 +17,8 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minimind.config.options import PretrainConfig
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, UserError
+from minimind.io import append, atomic
 from minimind.run_folder import RunFolder
 from minimind.tracking.trackers import Trackers, check_trackers, hyper_parameters
 
@@ -283,18 +286,71 @@ def test_no_step_waits_for_a_tracker_that_hangs_and_the_file_is_whole_all_the_sa
     release.set()
 
 
-def test_full_disk_is_reported_once(desk, monkeypatch):
+def test_a_full_disk_loses_no_report_and_is_reported_once(desk, monkeypatch):
+    trackers = desk.open("tensorboard")
+    trackers.log({"loss": 0.0}, 0)
+    trackers.flush()
+    write = os.write
+
+    def refuse(handle, data):
+        """Write half of a record, then fail, as a disk does that fills up."""
+        write(handle, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(append.os, "write", refuse)
+        for step in (1, 2, 3):
+            trackers.log({"loss": float(step)}, step)
+        with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+            trackers.flush()
+        time.sleep(0.1)
+    trackers.log({"loss": 4.0}, 4)
+    trackers.close()
+    assert [line["loss"] for line in desk.lines()] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert scalars(desk.folder.path / "tensorboard", "loss") == [(n, float(n)) for n in range(5)]
+    assert sorted(warning.partition(" cannot")[0] for warning in desk.warnings) == [
+        "metrics.jsonl", "tracker tensorboard",
+    ]  # fmt: skip
+    assert all("No space left on device" in warning for warning in desk.warnings)
+
+
+def test_reports_that_never_fit_are_counted_at_the_end(desk, monkeypatch):
     trackers = desk.open()
 
-    def refuse(values, step):
-        raise OSError(28, "No space left on device")
+    def refuse(handle, data):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(trackers._file, "write", refuse)
-    trackers.log({"loss": 1.0}, 1)
-    trackers.log({"loss": 1.0}, 2)
-    trackers.close()
-    assert len(desk.warnings) == 1
-    assert "metrics.jsonl cannot be written any more" in desk.warnings[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(append.os, "write", refuse)
+        trackers.log({"loss": 1.0}, 1)
+        trackers.log({"loss": 1.0}, 2)
+        trackers.close()
+    assert desk.warnings[1:] == [f"2 lines of {desk.folder.metrics} could not be written and are lost."]
+
+
+def test_a_metrics_file_that_cannot_be_rewritten_is_unchanged_and_named(desk, monkeypatch):
+    desk.folder.metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 9, "loss": 1.0}\n')
+    before = desk.folder.metrics.read_text()
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fsync", refuse)
+    with pytest.raises(
+        UserError, match=r"--output-dir .*my-run cannot be written .No space left.*disk of --output"
+    ):
+        desk.open(start_step=1)
+    assert desk.folder.metrics.read_text() == before
+    assert [path.name for path in desk.folder.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_tensorboard_sorts_last_also_when_the_clock_was_set_back(desk, monkeypatch):
+    for loss, start_step, now in ((1.0, 0, 2e9), (2.0, 10, 1e9)):
+        monkeypatch.setattr("minimind.tracking.backends.time.time", lambda now=now: now)
+        trackers = desk.open("tensorboard", start_step=start_step)
+        trackers.log({"loss": loss}, 20)
+        trackers.close()
+    assert scalars(desk.folder.path / "tensorboard", "loss") == [(20, 2.0)]
 
 
 def test_only_the_main_process_writes(desk, package):
@@ -335,7 +391,7 @@ def test_text_is_readable_in_any_script_and_stays_on_its_line(desk):
     assert json.loads(line)["sample"] == text
 
 
-def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypatch):
+def test_flushed_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(FakeRun, "log", lambda self, values, step: release.wait(30))
     synced = []
@@ -343,11 +399,11 @@ def test_settled_means_on_the_disk_while_a_tracker_hangs(desk, package, monkeypa
     trackers = desk.open(package.__name__)
     for step in range(1, 51):
         trackers.log({"loss": 1.0}, step)
-    trackers.settle()
+    trackers.flush()
     assert [line["step"] for line in synced[-1]] == list(range(1, 51))
     release.set()
     trackers.close()
-    trackers.settle()
+    trackers.flush()
 
 
 def test_values_are_those_of_the_moment_of_logging(desk):
