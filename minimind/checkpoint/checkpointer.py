@@ -74,6 +74,7 @@ class RunCheckpoints:
         """
 
         def find() -> tuple[StoredCheckpoint | None, bool]:
+            self.store.settle()
             self.store.clean()
             if wanted is None:
                 return None, False
@@ -105,31 +106,13 @@ class RunCheckpoints:
         charts = {} if branch and not is_own else trainer["trackers"]
         return state, state.step if is_own else -1, charts
 
-    def go_back(self, state: TrainState) -> None:
-        """Put model, optimizer and `state` back to the last checkpoint of this run."""
-
-        def find() -> tuple[StoredCheckpoint, frozenset[str]]:
-            self.store.settle()
-            checkpoint = self.store.latest(self.progress.warn)
-            if checkpoint is None:
-                raise CheckpointError(f"there is no whole checkpoint in {self.store.folder} to go back to.")
-            return checkpoint, changed_group_values(checkpoint.trainer["settings"], self.settings)
-
-        checkpoint, changed = run_on_main_and_broadcast(self.accelerator, find)
-        trainer = load_state_dict(
-            self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
-        )
-        saved = self._take_up(trainer)
-        for part in dataclasses.fields(TrainState):
-            setattr(state, part.name, getattr(saved, part.name))
-
     def save(self, state: TrainState) -> None:
         """Copy the state to the host and let the store write it in the background."""
         self.store.settle()
         extra = {
             "step": state.step,
             "tokens": state.tokens,
-            "state": dataclasses.asdict(dataclasses.replace(state, stopping=False)),
+            "state": dataclasses.replace(state, stopping=False).to_dict(),
             "settings": self.settings,
             "trackers": self.trackers.state(),
         }
@@ -145,9 +128,7 @@ class RunCheckpoints:
 
     def _take_up(self, trainer: dict[str, Any]) -> TrainState:
         """Return the state of a checkpoint that was restored, and give the later checkpoints up."""
-        state = TrainState(**trainer["state"])
-        if state.ending is not None:
-            state.ending = (state.ending[0], state.ending[1])
+        state = TrainState.from_dict(trainer["state"])
         best = self.store.best()
         if best is not None and best[0] <= state.step:
             state.best_val_loss = min(state.best_val_loss, best[1])

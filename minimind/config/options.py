@@ -343,6 +343,15 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
         """The peak learning rate in force: as given, else what suits the optimizer."""
         return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between two evaluations."""
+        return self.eval_interval or self.save_interval
+
+    def saves_after(self, step: int) -> bool:
+        """Return whether a checkpoint is due after `step`."""
+        return step % self.save_interval == 0 or (self.keep_every is not None and step % self.keep_every == 0)
+
     def _cross_problems(self) -> Iterator[str]:
         """Yield what is wrong between options that are right on their own."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -397,18 +406,3 @@ def _divisors(n: int) -> str:
 
 
 CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something done every `interval` steps is done after `step`."""
-    return step % interval == 0
-
-
-def save_due(step: int, config: PretrainConfig) -> bool:
-    """Whether a checkpoint is written after `step`."""
-    return due(step, config.save_interval) or (config.keep_every is not None and due(step, config.keep_every))
-
-
-def evaluation_interval(config: PretrainConfig) -> int:
-    """Steps between two evaluations."""
-    return config.eval_interval or config.save_interval

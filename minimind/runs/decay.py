@@ -87,7 +87,7 @@ def decay_config(
         ConfigError: when the processes cannot share the rows of a step equally.
     """
     settings = checkpoint.trainer["settings"]
-    state = TrainState(**checkpoint.trainer["state"])
+    state = TrainState.from_dict(checkpoint.trainer["state"])
     trunk = _config_of(settings)
     _refuse_unstable(checkpoint, trunk, settings, state)
     rows = settings["global_batch_size"]
@@ -159,7 +159,7 @@ def _refuse_unstable(
             f"{checkpoint.path} is of an older version of minimind; go on with its run by --resume up to the "
             "next checkpoint, and decay from that."
         )
-    phase = stable_phase(config, settings["total_steps"], state.ending)
+    phase = stable_phase(config, settings["total_steps"], state.decay_window)
     if phase is None:
         raise CheckpointError(
             f"{checkpoint.path} is of a run with --lr-schedule {config.lr_schedule}, which has no stable "

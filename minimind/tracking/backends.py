@@ -1,7 +1,7 @@
-"""TensorBoard, WandB and SwanLab behind one interface: start, describe, log, log a text, go back, finish.
+"""TensorBoard, WandB and SwanLab behind one interface: start, describe, log, log a text, finish.
 
 Accelerate's tracker classes do the talking. Added is what they leave out: the description of a run where
-people look for it, texts, going back, and that nothing secret is collected.
+people look for it, texts, and that nothing secret is collected.
 """
 
 from __future__ import annotations
@@ -55,13 +55,6 @@ class TensorBoard(TensorBoardTracker):
         self.writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
         self.writer.flush()
 
-    def go_back(self, step: int) -> None:
-        """Void what was logged of later steps."""
-        self.finish()
-        # A new file of events tells TensorBoard from which step on the old ones do not count.
-        self.init_kwargs["purge_step"] = step + 1
-        self.start()
-
 
 class WandB(WandBTracker):
     """A run of WandB, with its local files in the folder `wandb` of the run."""
@@ -94,9 +87,6 @@ class WandB(WandBTracker):
 
         self.run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
 
-    def go_back(self, step: int) -> None:
-        """Do nothing: WandB takes nothing back."""
-
 
 class SwanLab(SwanLabTracker):
     """An experiment of SwanLab, with its local files in the folder `swanlab` of the run."""
@@ -127,9 +117,6 @@ class SwanLab(SwanLabTracker):
         import swanlab
 
         self.run.log({name: swanlab.Text(text)}, step=step)
-
-    def go_back(self, step: int) -> None:
-        """Do nothing: SwanLab takes nothing back."""
 
 
 Client = TensorBoard | WandB | SwanLab

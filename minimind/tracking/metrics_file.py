@@ -63,15 +63,6 @@ class MetricsFile:
         """
         os.fsync(self._file.fileno())
 
-    def go_back(self, step: int) -> None:
-        """Leave out the lines of later steps.
-
-        Raises:
-            OSError: when the disk refuses.
-        """
-        self._file.close()
-        self._file = self._open(step)
-
     def _open(self, keep_to_step: int) -> TextIO:
         if self._path.exists():
             with self._path.open(encoding="utf-8", errors="replace") as old:

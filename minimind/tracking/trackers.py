@@ -128,15 +128,6 @@ class Trackers:
             with suppress(OSError, ValueError):
                 self._file.sync()
 
-    def go_back(self, step: int) -> None:
-        """Take back what was logged of later steps, as far as a tracker allows; returns at once.
-
-        Out of metrics.jsonl and TensorBoard's view it goes. WandB and SwanLab keep it, and take no second
-        value for a step that they have had.
-        """
-        for feed in self._feeds:
-            feed.put(None, step)
-
     def state(self) -> dict[str, str]:
         """Return the run ids that a resumed run hands back to go on in the same charts."""
         return dict(self._ids)
@@ -168,13 +159,11 @@ class Trackers:
         if run_id is not None:
             self._ids[name] = str(run_id)
 
-    def _tell_clients(self, values: Values | None, step: int) -> None:
-        numbers = {name: value for name, value in (values or {}).items() if not isinstance(value, str)}
-        texts = {name: value for name, value in (values or {}).items() if isinstance(value, _Text)}
+    def _tell_clients(self, values: Values, step: int) -> None:
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        texts = {name: value for name, value in values.items() if isinstance(value, _Text)}
         for name, client in list(self._clients.items()):
             try:
-                if values is None:
-                    client.go_back(step)
                 if numbers:
                     client.log(numbers, step)
                 for title, text in texts.items():
@@ -197,11 +186,9 @@ class Trackers:
             except Exception as error:
                 self._give_up(name, "could not be closed", error)
 
-    def _write_file(self, values: Values | None, step: int) -> None:
+    def _write_file(self, values: Values, step: int) -> None:
         try:
-            if self._file is not None and values is None:
-                self._file.go_back(step)
-            elif self._file is not None and values is not None:
+            if self._file is not None:
                 self._file.write(values, step)
         except OSError as error:
             self._file = None
@@ -213,16 +200,16 @@ class Trackers:
 
 
 class _Feed:
-    """A queue of values, or None to go back, and the daemon thread that works it off."""
+    """A queue of values, and the daemon thread that works it off."""
 
-    def __init__(self, name: str, work: Callable[[Values | None, int], None]) -> None:
+    def __init__(self, name: str, work: Callable[[Values, int], None]) -> None:
         self._work = work
-        self._queue: queue.Queue[tuple[Values | None, int] | Callable[[], None]] = queue.Queue()
+        self._queue: queue.Queue[tuple[Values, int] | Callable[[], None]] = queue.Queue()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, values: Values | None, step: int) -> None:
+    def put(self, values: Values, step: int) -> None:
         self._queue.put((values, step))
 
     def settle(self, timeout: float) -> bool:
