@@ -40,10 +40,10 @@ from minimind.distributed.accelerator import start_accelerator, wants_compile
 from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim.build import build_optimizer, set_learning_rate
-from minimind.schedule import learning_rates
+from minimind.schedule import LearningRateSchedule
 from minimind.tokenizer import load_tokenizer
 from minimind.training.build_model import build_model, resolve_model_config
-from minimind.training.trainer import forward_loss
+from minimind.training.step import forward_loss
 
 RATES = {
     "muon": (2e-3, 4e-3, 8e-3),
@@ -177,10 +177,10 @@ class Bench:
         for group in optimizer.param_groups:
             if any(parameter is embedding for parameter in group["params"]):
                 group["lr_scale"] = embedding_lr
-        rate = learning_rates(config, self.total_steps)
+        rate = LearningRateSchedule(config, self.total_steps).at
         losses: list[torch.Tensor] = []
         for step, batch in zip(range(self.total_steps), self._steps(), strict=False):
-            set_learning_rate(optimizer, rate(step, None))
+            set_learning_rate(optimizer, rate(step))
             (micro_batch,) = batch.micro_batches
             loss = forward_loss(self.model, micro_batch) / max(batch.num_targets, 1)
             loss.backward()

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minimind.config.options import PretrainConfig
-from minimind.schedule import decay_steps_due, learning_rates, lr_factor, stable_phase, warmup_steps
+from minimind.schedule import LearningRateSchedule, decay_steps_due, lr_factor, stable_phase, warmup_steps
 
 FALLING = ("cosine", "linear", "wsd")
 
@@ -102,14 +102,14 @@ def test_run_shorter_than_its_warm_up_has_the_rates_of_the_long_run():
 
 @pytest.mark.parametrize(("total", "warmup"), [(10, 0), (1000, 20), (1_000_000, 1000)])
 def test_default_warm_up_is_two_percent_up_to_a_thousand(total, warmup):
-    rate = learning_rates(PretrainConfig(learning_rate=1.0, lr_schedule="constant"), total)
+    rate = LearningRateSchedule(PretrainConfig(learning_rate=1.0, lr_schedule="constant"), total).at
     reached = next(step for step in range(total) if rate(step) == 1.0)
     assert reached == max(warmup - 1, 0)
 
 
 def test_rates_are_the_peak_times_the_factor():
     config = PretrainConfig(learning_rate=4e-3, lr_schedule="linear", warmup_steps=4, min_lr_ratio=0.25)
-    rate = learning_rates(config, 50)
+    rate = LearningRateSchedule(config, 50).at
     assert rate(0) == pytest.approx(1e-3)
     assert rate(3) == pytest.approx(4e-3)
     assert rate(49) == pytest.approx(1e-3)
@@ -119,11 +119,12 @@ def test_every_schedule_of_the_configuration_exists():
     from minimind.config.schema import schema_of
 
     for schedule in schema_of(PretrainConfig)["lr_schedule"].choices:
-        assert learning_rates(PretrainConfig(lr_schedule=schedule), 100)(50) > 0
+        assert LearningRateSchedule(PretrainConfig(lr_schedule=schedule), 100).at(50) > 0
     with pytest.raises(ValueError, match="unknown schedule"):
         lr_factor(0, total_steps=1, warmup_steps=0, schedule="step", min_lr_ratio=0, decay_ratio=1)
     for shape in schema_of(PretrainConfig)["decay_shape"].choices:
-        assert learning_rates(PretrainConfig(lr_schedule="wsd", decay_shape=shape), 100)(99) > 0
+        config = PretrainConfig(lr_schedule="wsd", decay_shape=shape)
+        assert LearningRateSchedule(config, 100).at(99) > 0
     run = {"total_steps": 1, "warmup_steps": 0, "min_lr_ratio": 0, "decay_ratio": 1}
     with pytest.raises(ValueError, match="unknown shape"):
         lr_factor(0, schedule="wsd", decay_shape="round", **run)
@@ -151,7 +152,7 @@ def test_the_stable_phase_is_where_the_rate_has_its_peak(
         decay_steps=steps,
         min_lr_ratio=0.0,
     )
-    rate = learning_rates(config, total)
+    rate = LearningRateSchedule(config, total).at
     phase = stable_phase(config, total)
     assert phase is not None
     for done in range(1, total + 1):
@@ -163,7 +164,7 @@ def test_a_moved_end_ends_the_stable_phase() -> None:
     config = PretrainConfig(learning_rate=1.0, lr_schedule="wsd", warmup_steps=10)
     assert stable_phase(config, 100) == (10, 80)
     assert stable_phase(config, 100, (40, 50)) == (10, 40)
-    rate = learning_rates(config, 100)
+    rate = LearningRateSchedule(config, 100).at
     assert rate(39, None) == 1.0
     assert rate(40, (40, 50)) < 1.0
 
@@ -174,7 +175,7 @@ def test_other_schedules_have_no_stable_phase() -> None:
 
 def test_a_time_limit_within_the_decay_does_not_raise_the_rate() -> None:
     config = PretrainConfig(learning_rate=1.0, lr_schedule="wsd", warmup_steps=0, decay_steps=50)
-    rate = learning_rates(config, 100)
+    rate = LearningRateSchedule(config, 100).at
     before, after = rate(79, None), [rate(step, (80, 85)) for step in range(80, 85)]
     assert before > after[0]
     assert after == sorted(after, reverse=True)
@@ -207,7 +208,7 @@ def test_a_timed_decay_begins_when_the_time_left_is_just_enough(
 
 def test_a_moved_end_decays_from_the_peak_to_the_minimum() -> None:
     config = PretrainConfig(learning_rate=1.0, lr_schedule="wsd", min_lr_ratio=0.1, warmup_steps=10)
-    rate = learning_rates(config, 1000)
+    rate = LearningRateSchedule(config, 1000).at
     assert rate(300, None) == 1.0
     assert rate(299, None) == 1.0
     falling = [rate(step, (300, 400)) for step in range(300, 400)]

@@ -76,6 +76,7 @@ class RunCheckpoints:
         """
 
         def find() -> tuple[StoredCheckpoint | None, bool]:
+            self.store.wait_until_written()
             self.store.clean()
             if source is None:
                 return None, False
@@ -108,31 +109,13 @@ class RunCheckpoints:
         charts = {} if branch and not is_own else trainer["trackers"]
         return state, state.step if is_own else -1, charts
 
-    def go_back(self, state: TrainState) -> None:
-        """Rewind model, optimizer and `state` to the last checkpoint of this run."""
-
-        def find() -> tuple[StoredCheckpoint, frozenset[str]]:
-            self.store.wait_until_written()
-            checkpoint = self.store.latest(self.progress.warn)
-            if checkpoint is None:
-                raise CheckpointError(f"there is no valid checkpoint in {self.store.folder} to rewind to.")
-            return checkpoint, changed_group_values(checkpoint.trainer["settings"], self.settings)
-
-        checkpoint, changed = run_on_main_and_broadcast(self.accelerator, find)
-        trainer = load_state_dict(
-            self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
-        )
-        saved = self._load_train_state(trainer)
-        for part in dataclasses.fields(TrainState):
-            setattr(state, part.name, getattr(saved, part.name))
-
     def save(self, state: TrainState) -> None:
         """Copy the state to the host and write it in the background."""
         self.store.wait_until_written()
         extra = {
             "step": state.step,
             "tokens": state.tokens,
-            "state": dataclasses.asdict(dataclasses.replace(state, stopping=False)),
+            "state": dataclasses.replace(state, stopping=False).to_dict(),
             "settings": self.settings,
             "trackers": self.trackers.state(),
         }
@@ -148,9 +131,7 @@ class RunCheckpoints:
 
     def _load_train_state(self, trainer: dict[str, Any]) -> TrainState:
         """Return the state of a loaded checkpoint, and abandon later checkpoints."""
-        state = TrainState(**trainer["state"])
-        if state.ending is not None:
-            state.ending = (state.ending[0], state.ending[1])
+        state = TrainState.from_dict(trainer["state"])
         best = self.store.best()
         if best is not None and best[0] <= state.step:
             state.best_val_loss = min(state.best_val_loss, best[1])

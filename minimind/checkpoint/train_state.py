@@ -1,41 +1,51 @@
-"""Progress of a run: the values that a checkpoint keeps beside weights and optimizer state."""
+"""Progress counters of a run, which a checkpoint keeps beside model and optimizer state."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..data.loader import StepBatch
+
+# Keys in checkpoints that differ from the attribute's name.
+_STORED_KEYS = {
+    "sequence": "row",
+    "skipped_in_a_row": "left_out_in_a_row",
+    "excluded_sequences": "left_out",
+    "decay_window": "ending",
+}
 
 
 @dataclass
 class TrainState:
-    """Where a run stands; everything else follows from the configuration and these few numbers.
+    """Progress of a run. Everything else follows from the configuration and these numbers.
 
     Attributes:
         step: optimizer steps done.
-        epoch: the pass under way, from 0.
-        row: rows of this pass trained.
-        tokens: real input tokens trained, over all processes.
-        skipped_steps: updates left out, for a loss or gradient that was not finite or a loss that jumped.
+        epoch: the current epoch, from 0.
+        sequence: sequences of this epoch already trained on.
+        tokens: input tokens trained on, without padding, over all ranks.
+        skipped_steps: updates skipped for a loss or gradient that was not finite, or for a loss spike.
         best_val_loss: lowest validation loss so far.
-        digest: tells the rows of all steps so far, in their order, from any others; the same on any number
-            of processes.
+        digest: hash of the sequences of all steps so far, in order; the same for any world size.
         interval_loss: summed loss of the steps since the last report.
         interval_targets: targets in those steps.
-        interval_routing: what `ExpertBalance.sums` gave in those steps, added up; nothing without experts.
-        left_out_in_a_row: updates left out one after the other, up to the last step.
-        recent_losses: losses of the latest steps in nats per token, from which a jump is told.
-        left_out: pass, first row and number of rows of each step that a rewind has taken out for good.
-        rewinds: how often the run has gone back to a checkpoint by itself.
-        stopping: all processes have agreed to stop after this step.
-        ending: where a time limit has set the end: the first step of the decay and the number of steps.
+        interval_routing: `ExpertBalance.sums` added over those steps; empty without experts.
+        skipped_in_a_row: consecutive updates skipped, up to the last step.
+        recent_losses: losses of the latest steps in nats per token, from which spikes are detected.
+        excluded_sequences: epoch, first sequence and number of sequences of each step that a rewind excludes.
+        rewinds: how often the run has rewound to a checkpoint.
+        stopping: all ranks have agreed to stop after this step.
+        decay_window: first step of the decay and number of steps of the run, where --max-time set them.
     """
 
     step: int = 0
     epoch: int = 0
-    row: int = 0
+    sequence: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     best_val_loss: float = math.inf
@@ -44,35 +54,48 @@ class TrainState:
     interval_loss: float = 0.0
     interval_targets: int = 0
     interval_routing: list[float] = field(default_factory=list)
-    left_out_in_a_row: int = 0
+    skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
-    left_out: list[list[int]] = field(default_factory=list)
+    excluded_sequences: list[list[int]] = field(default_factory=list)
     rewinds: int = 0
     stopping: bool = False
-    ending: tuple[int, int] | None = None
+    decay_window: tuple[int, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as a checkpoint stores it."""
+        return {_STORED_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> TrainState:
+        """Return the state of a checkpoint."""
+        names = {key: name for name, key in _STORED_KEYS.items()}
+        state = cls(**{names.get(key, key): value for key, value in stored.items()})
+        if state.decay_window is not None:
+            state.decay_window = (state.decay_window[0], state.decay_window[1])
+        return state
 
     def advance(self, batch: StepBatch, sequences_per_epoch: int) -> None:
         """Count one optimizer step."""
         self.step += 1
         self.tokens += batch.num_tokens
         self.digest = chained_digest(self.digest, batch.digest)
-        self.pass_over(batch, sequences_per_epoch)
+        self.skip(batch, sequences_per_epoch)
 
-    def pass_over(self, batch: StepBatch, sequences_per_epoch: int) -> None:
-        """Move past the rows of a step."""
-        self.epoch, self.row = batch.epoch, self.row + batch.num_sequences
-        if self.row >= sequences_per_epoch:
-            self.epoch, self.row = self.epoch + 1, 0
+    def skip(self, batch: StepBatch, sequences_per_epoch: int) -> None:
+        """Move past the sequences of a step."""
+        self.epoch, self.sequence = batch.epoch, self.sequence + batch.num_sequences
+        if self.sequence >= sequences_per_epoch:
+            self.epoch, self.sequence = self.epoch + 1, 0
 
-    def leaves_out(self, batch: StepBatch) -> bool:
-        """Whether the step at the cursor has rows that a rewind has taken out."""
-        end = self.row + batch.num_sequences
+    def excludes(self, batch: StepBatch) -> bool:
+        """Return whether a rewind has excluded sequences of the next step."""
+        end = self.sequence + batch.num_sequences
         return any(
-            epoch == batch.epoch and row < end and self.row < row + count
-            for epoch, row, count in self.left_out
+            epoch == batch.epoch and first < end and self.sequence < first + count
+            for epoch, first, count in self.excluded_sequences
         )
 
 
 def chained_digest(before: str, step_digest: str) -> str:
-    """Return the digest of all steps up to one from that of the steps before it and its own."""
+    """Return the digest of all steps so far, given that of the steps before and that of the last step."""
     return hashlib.blake2b((before + step_digest).encode(), digest_size=16).hexdigest()

@@ -345,20 +345,14 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
         """The peak learning rate; by default that of the optimizer."""
         return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between two evaluations."""
+        return self.eval_interval or self.save_interval
+
+    def saves_after(self, step: int) -> bool:
+        """Return whether a checkpoint is due after `step`."""
+        return step % self.save_interval == 0 or (self.keep_every is not None and step % self.keep_every == 0)
+
 
 CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
-
-
-def due(step: int, interval: int) -> bool:
-    """Return whether an action with this interval is due after `step`."""
-    return step % interval == 0
-
-
-def save_due(step: int, config: PretrainConfig) -> bool:
-    """Return whether a checkpoint is due after `step`."""
-    return due(step, config.save_interval) or (config.keep_every is not None and due(step, config.keep_every))
-
-
-def evaluation_interval(config: PretrainConfig) -> int:
-    """Return the number of steps between evaluations."""
-    return config.eval_interval or config.save_interval

@@ -85,7 +85,7 @@ def decay_config(
         ConfigError: when the global batch is not divisible by the number of processes.
     """
     settings = checkpoint.trainer["settings"]
-    state = TrainState(**checkpoint.trainer["state"])
+    state = TrainState.from_dict(checkpoint.trainer["state"])
     trunk = _config_of(settings)
     _refuse_unstable(checkpoint, trunk, settings, state)
     global_batch_size = settings["global_batch_size"]
@@ -157,7 +157,7 @@ def _refuse_unstable(
             f"{checkpoint.path} is of an older version of minimind; resume its run up to the next "
             "checkpoint, and decay from that."
         )
-    phase = stable_phase(config, settings["total_steps"], state.ending)
+    phase = stable_phase(config, settings["total_steps"], state.decay_window)
     if phase is None:
         raise CheckpointError(
             f"{checkpoint.path} is of a run with --lr-schedule {config.lr_schedule}, which has no stable "

@@ -85,12 +85,6 @@ class TensorBoard:
         verbatim = "\n".join("    " + line for line in text.splitlines())
         self._write(summary=text_summary(name, verbatim), step=step)
 
-    def go_back(self, step: int) -> None:
-        """Invalidate events of later steps."""
-        self.finish()
-        self._start_step = step
-        self.start()
-
     def finish(self) -> None:
         """Write pending events and close the file."""
         self._file.close()
@@ -135,9 +129,6 @@ class WandB(WandBTracker):
 
         self.run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
 
-    def go_back(self, step: int) -> None:
-        """Do nothing: WandB cannot remove values."""
-
 
 class SwanLab(SwanLabTracker):
     """A SwanLab experiment, with its local files in the folder `swanlab` of the run."""
@@ -168,9 +159,6 @@ class SwanLab(SwanLabTracker):
         import swanlab
 
         self.run.log({name: swanlab.Text(text)}, step=step)
-
-    def go_back(self, step: int) -> None:
-        """Do nothing: SwanLab cannot remove values."""
 
 
 Client = TensorBoard | WandB | SwanLab

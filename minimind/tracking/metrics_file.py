@@ -67,15 +67,6 @@ class MetricsFile:
         """
         self._file.sync()
 
-    def go_back(self, step: int) -> None:
-        """Remove the lines of later steps.
-
-        Raises:
-            OSError: when the disk refuses.
-        """
-        self._file.close()
-        self._file = self._open(step)
-
     def close(self) -> None:
         """Write pending lines and close the file."""
         self._file.close()

@@ -135,16 +135,6 @@ class Trackers:
         if self._threads:
             self._threads[0].call(self._file.sync, timeout)
 
-    def go_back(self, step: int) -> None:
-        """Remove later steps from metrics.jsonl and TensorBoard; returns at once.
-
-        WandB and SwanLab keep them, and ignore a second value for a step.
-        """
-        if self._threads:
-            to_file, to_trackers = self._threads
-            to_file.submit(partial(self._file.go_back, step))
-            to_trackers.submit(partial(self._call_clients, lambda client: client.go_back(step)))
-
     def state(self) -> dict[str, str]:
         """Return the run ids of trackers, which a resumed run needs to continue the same charts."""
         return dict(self._ids)

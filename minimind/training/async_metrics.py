@@ -1,4 +1,4 @@
-"""Numbers computed on a device, read on the host without making either wait."""
+"""Non-blocking device-to-host copies of scalar metrics."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 
 Tag = TypeVar("Tag")
 
-# Puts between that of a value and its arrival, where a device works beside the host.
+# On a GPU a value is read this many steps after it was enqueued.
 DELAY_STEPS = 2
 
 
 @dataclass(frozen=True)
 class HostValues(Generic[Tag]):
-    """Values that have come to the host.
+    """Values on the host.
 
     Attributes:
-        tag: what they were put with.
+        tag: given when they were enqueued.
         values: the numbers, flattened.
-        time: reading of the clock when the device had made them, which on a GPU is before they are read.
+        time: the clock's reading when the device had computed them, which on a GPU is before they are read.
     """
 
     tag: Tag
@@ -32,25 +32,24 @@ class HostValues(Generic[Tag]):
 
 
 class AsyncScalars(Generic[Tag]):
-    """A queue of small device tensors on their way to the host, read a fixed number of puts later.
+    """A queue of small device tensors, each read a fixed number of enqueued tensors later.
 
-    Reading a value at once (`tensor.item()`) would make the host wait for the device, and the device then
-    for the host's next launch. Here a copy to pinned memory is enqueued behind the work that makes the
-    values, and read when `lag` further puts have been made: by then the copy has long ended while the
-    device still has the later steps to do. The lag is a number, not a poll, so that all processes of a run
-    see the same value at the same step and decide alike.
+    Reading a value at once (`tensor.item()`) would make the host wait for the device, and then the device for
+    the host's next launch. Instead a copy to pinned memory is enqueued on the stream, and read when `delay`
+    further tensors have been enqueued: the copy is complete by then, while the device still computes later
+    steps. The delay is a fixed number, not a poll, so that all ranks read the same value at the same step.
     """
 
     def __init__(
-        self, device: torch.device, lag: int = DELAY_STEPS, clock: Callable[[], float] = time.perf_counter
+        self, device: torch.device, delay: int = DELAY_STEPS, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._lag = lag if device.type == "cuda" else 0
+        self._delay = delay if device.type == "cuda" else 0
         self._clock = clock
         self._pending: deque[tuple[Tag, torch.Tensor, torch.cuda.Event | float]] = deque()
         self._previous: tuple[torch.cuda.Event, float] | None = None
 
-    def put(self, tag: Tag, values: torch.Tensor) -> None:
-        """Start the way of `values` (any shape) to the host; `tag` comes back with them."""
+    def enqueue(self, tag: Tag, values: torch.Tensor) -> None:
+        """Start the copy of `values` (any shape) to the host; `tag` is returned with them."""
         values = values.detach()
         if values.device.type != "cuda":
             self._pending.append((tag, values.cpu().clone(), self._clock()))
@@ -62,27 +61,27 @@ class AsyncScalars(Generic[Tag]):
         self._pending.append((tag, host, event))
 
     def __len__(self) -> int:
-        """Return how many puts have not arrived."""
+        """Return how many tensors have not been read."""
         return len(self._pending)
 
     def clear(self) -> None:
-        """Forget what has not arrived."""
+        """Drop what has not been read."""
         self._pending.clear()
 
-    def arrived(self, *, everything: bool = False) -> Iterator[HostValues[Tag]]:
-        """Yield what was put at least `lag` puts ago, oldest first; or wait for everything."""
-        while len(self._pending) > (0 if everything else self._lag):
+    def ready(self, *, everything: bool = False) -> Iterator[HostValues[Tag]]:
+        """Yield what was enqueued at least `delay` tensors ago, oldest first; or wait for everything."""
+        while len(self._pending) > (0 if everything else self._delay):
             tag, host, made = self._pending.popleft()
-            moment = made if isinstance(made, float) else self._moment(made)
-            yield HostValues(tag, host.flatten().tolist(), moment)
+            when = made if isinstance(made, float) else self._time_of(made)
+            yield HostValues(tag, host.flatten().tolist(), when)
 
-    def _moment(self, event: torch.cuda.Event) -> float:
-        """Wait for an event and return when it was, as the device measures time since the last one."""
+    def _time_of(self, event: torch.cuda.Event) -> float:
+        """Wait for an event and return its time: that of the previous one plus the measured difference."""
         event.synchronize()
         if self._previous is None:
-            moment = self._clock()
+            when = self._clock()
         else:
             earlier, then = self._previous
-            moment = then + earlier.elapsed_time(event) / 1000
-        self._previous = event, moment
-        return moment
+            when = then + earlier.elapsed_time(event) / 1000
+        self._previous = event, when
+        return when

@@ -1,68 +1,87 @@
-"""The model that a run begins with: its shape from the options, its weights new or from a folder."""
+"""Model and optimizer of a run: sizes from the options, initial weights, compilation, Accelerate."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..config.options import ModelConfig, PretrainConfig
 from ..config.schema import schema_of
+from ..data.batch_plan import BatchPlan
+from ..data.loader import MicroBatch
+from ..distributed.accelerator import cast_weights_only, prepare, wants_compile
+from ..distributed.consistency import check_same_on_all_ranks, weights_fingerprint
 from ..errors import ConfigError
 from ..formats.huggingface import model_from_weights
 from ..formats.open_model import open_model
 from ..modeling.config import MiniMindConfig
+from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
+from ..optim.build import build_optimizer
 from ..tokenizer import Tokenizer, check_vocab
+from .cuda_graph import ForwardBackwardGraph
+from .cuda_graph import unsupported_reason as graph_unsupported_reason
+from .peak_flops import peak_flops_of
+from .step import forward_backward
+from .step_timer import PhaseMarks
 
-# What belongs to training and not to the weights.
-_OF_TRAINING = ("dropout", "router_aux_loss_coef")
-# What the model given to --from-weight decides.
-_SHAPE = tuple(name for name in schema_of(ModelConfig) if name not in (*_OF_TRAINING, "from_weight"))
+# Compiling delays the start by 10 to 17 s and gains 1% where CUDA graphs are used: it pays for a run that
+# trains longer than this many seconds.
+SHORT_RUN = 20 * 60.0
+# The share of a GPU's stated peak that training typically reaches.
+USUAL_MFU = 0.4
 
-# Makes the model of a run from the shape that the options give; see `pretrain`.
+# Options of training, which do not change the weights.
+_TRAINING_OPTIONS = ("dropout", "router_aux_loss_coef")
+# Options that the model of --from-weight determines.
+_MODEL_OPTIONS = tuple(
+    name for name in schema_of(ModelConfig) if name not in (*_TRAINING_OPTIONS, "from_weight")
+)
+
+# Builds the model of a run from its sizes; see `pretrain`.
 ModelFactory = Callable[[MiniMindConfig], nn.Module]
 
 
 def resolve_model_config(
     config: PretrainConfig, tokenizer: Tokenizer
 ) -> tuple[PretrainConfig, MiniMindConfig]:
-    """Return the configuration with every size of the model filled in, and the shape itself.
+    """Return the configuration with every size of the model filled in, and the model's configuration.
 
-    Sizes come from the model of --from-weight where there is one; an option that was changed from its
-    default and says otherwise is refused.
+    With --from-weight the sizes are those of that model; an option that contradicts them is refused.
 
     Raises:
-        ConfigError: for sizes that contradict that model, or a vocabulary that the tokenizer exceeds.
+        ConfigError: for sizes that contradict that model, or a vocabulary smaller than the tokenizer's.
     """
-    of_training: dict[str, Any] = {name: getattr(config, name) for name in _OF_TRAINING}
+    training_options: dict[str, Any] = {name: getattr(config, name) for name in _TRAINING_OPTIONS}
     if config.from_weight is not None:
-        shape = dataclasses.replace(open_model(config.from_weight).config, **of_training)
-        _refuse_other_sizes(config, shape)
-        check_vocab(tokenizer, shape.vocab_size, config.from_weight)
+        model_config = dataclasses.replace(open_model(config.from_weight).config, **training_options)
+        _check_same_sizes(config, model_config)
+        check_vocab(tokenizer, model_config.vocab_size, config.from_weight)
     else:
         vocab_size = config.vocab_size if config.vocab_size is not None else tokenizer.vocab_size
         check_vocab(tokenizer, vocab_size)
-        sizes = {name: getattr(config, name) for name in _SHAPE} | {"vocab_size": vocab_size}
-        shape = MiniMindConfig(
+        sizes = {name: getattr(config, name) for name in _MODEL_OPTIONS} | {"vocab_size": vocab_size}
+        model_config = MiniMindConfig(
             **sizes,
-            **of_training,
+            **training_options,
             max_position_embeddings=max(
                 MiniMindConfig.max_position_embeddings, _next_power_of_two(config.max_seq_len)
             ),
         )
-    if config.max_seq_len > shape.max_position_embeddings:
+    if config.max_seq_len > model_config.max_position_embeddings:
         raise ConfigError(
-            f"--max-seq-len {config.max_seq_len} is more than the {shape.max_position_embeddings} positions "
-            f"of the model in {config.from_weight}; lower it."
+            f"--max-seq-len {config.max_seq_len} is more than the {model_config.max_position_embeddings} "
+            f"positions of the model in {config.from_weight}; lower it."
         )
     bos = tokenizer.bos_token_id
-    filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in _SHAPE})
+    filled = dataclasses.replace(config, **{name: getattr(model_config, name) for name in _MODEL_OPTIONS})
     return filled, dataclasses.replace(
-        shape,
+        model_config,
         bos_token_id=bos if bos is not None else tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -71,75 +90,75 @@ def resolve_model_config(
 
 def build_model(
     config: PretrainConfig,
-    shape: MiniMindConfig,
+    model_config: MiniMindConfig,
     factory: ModelFactory = MiniMindForCausalLM,
     note: Callable[[str], None] = lambda sentence: None,
 ) -> nn.Module:
-    """Return the model with its first weights, in float32 on the CPU: the same in every process.
+    """Return the model with its initial weights, in float32 on the CPU, the same on every rank.
 
     Args:
-        config: the seed of new weights, or the folder that holds others.
-        shape: every size filled in.
-        factory: makes the model; it may use the generator of `torch.manual_seed`, which is seeded.
-        note: gets what was assumed of the model of --from-weight, or passed over there.
+        config: seed of random weights, or the path of --from-weight.
+        model_config: every size filled in.
+        factory: builds the model; `torch.manual_seed` was called before.
+        note: gets sentences about what the weight files leave open.
 
     Raises:
         UserError: when the model of --from-weight cannot be read.
-        ConfigError: when the model has not what an option asks for.
+        ConfigError: for an option that the model does not support.
     """
     torch.manual_seed(config.seed)
-    model = factory(shape)
+    model = factory(model_config)
     if not isinstance(model, MiniMindForCausalLM):
-        _refuse_what_only_ours_has(config, model)
-    # Of a subclass too nobody knows what it computes.
+        _check_custom_model(config, model)
+    # A subclass may compute anything.
     if config.sample_interval is not None and type(model) is not MiniMindForCausalLM:
         raise ConfigError(
-            f"--sample-interval writes with MiniMindForCausalLM, and the model is a {type(model).__name__}; "
-            "leave the option out."
+            f"--sample-interval generates with MiniMindForCausalLM, not with a {type(model).__name__}; "
+            "omit the option."
         )
     if config.from_weight is not None:
         source = open_model(config.from_weight)
         for sentence in source.notes:
             note(f"--from-weight: {sentence}")
-        stored = model_from_weights(shape, source.weights(), config.from_weight).state_dict()
+        stored = model_from_weights(model_config, source.weights(), config.from_weight).state_dict()
         if factory is not MiniMindForCausalLM:
-            _refuse_other_weights(config, model, stored)
+            _check_same_tensors(config, model, stored)
         model.load_state_dict(stored)
     return model
 
 
-def _refuse_what_only_ours_has(config: PretrainConfig, model: nn.Module) -> None:
+def _check_custom_model(config: PretrainConfig, model: nn.Module) -> None:
     asked = {
         "--compile": config.compile,
         "--activation-checkpointing": config.activation_checkpointing,
         "--use-moe": config.use_moe,
     }
     problems = [
-        f"{flag} is done inside MiniMindForCausalLM, and the model is a {type(model).__name__}; leave the "
-        "option out and do it in the model's own code."
-        for flag, wanted in asked.items()
-        if wanted
+        f"{flag} is implemented in MiniMindForCausalLM, and the model is a {type(model).__name__}; omit the "
+        "option and implement it in the model."
+        for flag, is_set in asked.items()
+        if is_set
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def _refuse_other_weights(config: PretrainConfig, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+def _check_same_tensors(config: PretrainConfig, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if own != {name: tensor.shape for name, tensor in stored.items()}:
         raise ConfigError(
-            f"--from-weight {config.from_weight} holds other weights than a {type(model).__name__} has; "
-            "leave the option out and load them where the model is made."
+            f"--from-weight {config.from_weight} holds other tensors than a {type(model).__name__} has; "
+            "omit the option and load them in the model factory."
         )
 
 
-def _refuse_other_sizes(config: PretrainConfig, shape: MiniMindConfig) -> None:
+def _check_same_sizes(config: PretrainConfig, model_config: MiniMindConfig) -> None:
     settings = schema_of(ModelConfig)
     problems = [
         f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
-        f"where it is {getattr(shape, name)}; leave the option out."
-        for name in _SHAPE
-        if getattr(config, name) not in (getattr(shape, name), settings[name].default)
+        f"where it is {getattr(model_config, name)}; omit the option."
+        for name in _MODEL_OPTIONS
+        if getattr(config, name) not in (getattr(model_config, name), settings[name].default)
     ]
     if problems:
         raise ConfigError(problems)
@@ -147,3 +166,151 @@ def _refuse_other_sizes(config: PretrainConfig, shape: MiniMindConfig) -> None:
 
 def _next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def compile_and_wrap(
+    config: PretrainConfig,
+    model_config: MiniMindConfig,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    model: nn.Module | None = None,
+    *,
+    tokens: int | None = None,
+) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
+    """Compile the model if that pays, build its optimizer and prepare both with Accelerate.
+
+    Args:
+        config: of the run.
+        model_config: sizes of the model.
+        plan: batches of a step.
+        accelerator: of this rank.
+        model: not prepared yet; built from `model_config` where None.
+        tokens: input tokens of the whole run, which decide whether compiling pays; None for a long run.
+
+    Returns:
+        Model and optimizer, prepared, and whether the model is compiled.
+    """
+    model = build_model(config, model_config) if model is None else model
+    pays = tokens is None or compiling_pays(config, model_config, accelerator, model, tokens)
+    compiled = wants_compile(config, accelerator, pays=pays)
+    fused = _uses_kernels(config, model_config, accelerator, model)
+    if isinstance(model, MiniMindForCausalLM):
+        model.model.recompute = config.activation_checkpointing
+        model.gathered_dtype = cast_weights_only(accelerator)
+        if compiled:
+            model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))
+    else:
+        compiled = False
+    optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
+    check_same_on_all_ranks(
+        accelerator,
+        {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
+    )
+    prepared_model, prepared_optimizer = prepare(
+        accelerator,
+        model,
+        optimizer,
+        tied=model_config.tie_word_embeddings and isinstance(model, MiniMindForCausalLM),
+        accumulation_steps=plan.accumulation_steps,
+    )
+    return prepared_model, prepared_optimizer, compiled
+
+
+def build_graph(
+    config: PretrainConfig,
+    model_config: MiniMindConfig,
+    model: nn.Module,
+    accelerator: Accelerator,
+    *,
+    compiled: bool,
+    note: Callable[[str], None] = lambda sentence: None,
+) -> ForwardBackwardGraph | None:
+    """Return the CUDA graph of a run's forward and backward pass; None where there is none.
+
+    Args:
+        config: of the run.
+        model_config: sizes of the model.
+        model: prepared.
+        accelerator: of this rank.
+        compiled: whether the model is compiled.
+        note: gets a sentence where --cuda-graphs has no effect.
+    """
+    if config.cuda_graphs is False:
+        return None
+    reason = _graph_unsupported(config, model_config, accelerator, model, compiled=compiled)
+    if reason is not None:
+        if config.cuda_graphs:
+            note(f"--cuda-graphs has no effect: {reason}.")
+        return None
+
+    def run(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
+        return forward_backward(model, batch, scale, accelerator, timer=marks)
+
+    return ForwardBackwardGraph(
+        run,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        note=note,
+        always=bool(config.cuda_graphs),
+    )
+
+
+def compiling_pays(
+    config: PretrainConfig,
+    model_config: MiniMindConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokens: int,
+) -> bool:
+    """Return whether compiling the model shortens a run of so many tokens, compilation included.
+
+    With fused kernels in a CUDA graph Inductor gains little, and only a long run makes up for the later
+    start. Otherwise, and on a GPU whose peak is unknown, compiling pays.
+    """
+    peak = peak_flops_of(accelerator.device)
+    if peak is None or config.cuda_graphs is False or config.activation_checkpointing:
+        return True
+    if _graph_unsupported(config, model_config, accelerator, model, compiled=False) is not None:
+        return True
+    return tokens * model_config.flops_per_token(config.max_seq_len) > SHORT_RUN * USUAL_MFU * peak
+
+
+def _graph_unsupported(
+    config: PretrainConfig,
+    model_config: MiniMindConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    *,
+    compiled: bool,
+) -> str | None:
+    # A graph replays tensor operations only, and a subclass may do more, unless it could be compiled.
+    known = compiled or type(model) is MiniMindForCausalLM
+    return graph_unsupported_reason(
+        accelerator.device,
+        packing=config.packing,
+        use_moe=config.use_moe,
+        num_processes=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
+        fused=known and _uses_kernels(config, model_config, accelerator, model),
+        compiled=compiled,
+    )
+
+
+def _uses_kernels(
+    config: PretrainConfig, model_config: MiniMindConfig, accelerator: Accelerator, model: nn.Module
+) -> bool:
+    return (
+        isinstance(model, MiniMindForCausalLM)
+        and accelerator.device.type == "cuda"
+        and not unsupported_reason(accelerator.mixed_precision, model_config.head_dim, config.dropout)
+    )
+
+
+def compile_mode(config: PretrainConfig, num_processes: int, *, fused: bool) -> Literal["whole", "blocks"]:
+    """Return how the model of a run is compiled.
+
+    One graph is fastest where Inductor generates the kernels. DDP and FSDP2 overlap communication with
+    computation between smaller graphs, and activation checkpointing recomputes block by block. With fused
+    kernels, blocks are as fast and compile sooner.
+    """
+    whole = num_processes == 1 and not config.activation_checkpointing and not fused
+    return "whole" if whole else "blocks"

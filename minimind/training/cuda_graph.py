@@ -1,7 +1,7 @@
 """Forward and backward pass of a micro-batch as one CUDA graph.
 
-Launched kernel by kernel, a block takes the host some 2 milliseconds, however few rows there are: a GPU has
-done a small micro-batch sooner, and waits. A graph is launched in one go, and leaves no gaps between kernels.
+Launching a block kernel by kernel takes the host about 2 ms, however small the micro-batch: a GPU finishes a
+small one sooner and idles. A graph is one launch, without gaps between kernels.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.options import PretrainConfig
 from ..data.loader import MicroBatch
+from .step_timer import PhaseMarks, StepTimer
 
-# Micro-batches that run as they come before one is captured: they compile, and load what they compiled.
+# Micro-batches that run eagerly before one is captured: they compile, and load what was compiled.
 WARMUP = 2
-# A graph keeps the memory of its activations, so evaluation and optimizer find none of it: where a run takes
-# more than this share of the GPU's there is no graph, and micro-batches are large enough to do without.
+# A graph reserves the memory of its activations, which evaluation and optimizer cannot use. Above this share
+# of the GPU's memory there is no graph; micro-batches of such a run are large enough to do without.
 LARGEST_SHARE = 0.6
 
-# Runs a micro-batch both ways with the factor of its loss and calls the third in between; returns the summed
-# loss, a float32 scalar.
-Passes = Callable[[MicroBatch, float | Tensor, Callable[[], None]], Tensor]
+# Forward and backward pass of a micro-batch, given the factor of its loss and what marks the end of the
+# forward pass; returns the summed loss, a float32 scalar.
+ForwardBackward = Callable[[MicroBatch, float | Tensor, PhaseMarks | None], Tensor]
 
 
 def unsupported_reason(
-    config: PretrainConfig,
     device: torch.device,
     *,
+    packing: bool,
+    use_moe: bool,
     num_processes: int,
     precision: str,
     fused: bool,
@@ -39,36 +40,37 @@ def unsupported_reason(
     """Return why micro-batches are not captured, None where they are.
 
     Args:
-        config: of the run.
-        device: of this process.
-        num_processes: that train together; several exchange gradients in the backward pass.
-        precision: of the matrix products: `no`, `bf16` or `fp16`.
-        fused: the model is minimind's own and uses the kernels of `fused_ops`.
-        compiled: the model is; rows without packing then have one length.
+        device: of this rank.
+        packing: whether sequences are packed.
+        use_moe: whether the model has experts.
+        num_processes: world size; several ranks exchange gradients in the backward pass.
+        precision: of matrix products: `no`, `bf16` or `fp16`.
+        fused: whether the model is a MiniMindForCausalLM with fused kernels.
+        compiled: whether the model is compiled; unpacked sequences then have one length.
     """
     if device.type != "cuda":
         return "CUDA graphs need a CUDA GPU"
     if num_processes > 1:
-        return "CUDA graphs serve one process only"
+        return "CUDA graphs need a single process"
     if precision != "bf16" or not fused:
         return "CUDA graphs need bf16 and fused kernels"
-    if not (compiled or config.packing):
+    if not (compiled or packing):
         return "CUDA graphs need --packing where the model is not compiled"
-    if config.use_moe:
-        return "CUDA graphs do not serve experts"
+    if use_moe:
+        return "CUDA graphs do not support experts"
     return None
 
 
 class ForwardBackwardGraph:
-    """Runs micro-batches as `passes` does, and from the third one on as a CUDA graph of it.
+    """Runs micro-batches as `forward_backward` does, and from the third one on as a CUDA graph of it.
 
-    Gradients are found at the parameters as ever. Those of the graph lie in memory of its own, where its next
-    launch writes: take the optimizer's step before, or leave them where they are to have the next ones added.
+    Gradients are accumulated in `parameter.grad` as in eager mode. Those of the graph are in its memory pool,
+    which the next replay overwrites: step the optimizer before, or leave them in place to accumulate.
     """
 
     def __init__(
         self,
-        passes: Passes,
+        forward_backward: ForwardBackward,
         parameters: Sequence[nn.Parameter],
         *,
         note: Callable[[str], None],
@@ -77,12 +79,12 @@ class ForwardBackwardGraph:
         """Capture nothing yet.
 
         Args:
-            passes: as it is, for warm-up, for rows of other shapes, and to be captured.
-            parameters: all that get a gradient; they stay where they are in memory.
+            forward_backward: run eagerly for warm-up and for other shapes, and captured.
+            parameters: all that get a gradient; their memory must not move.
             note: gets one sentence where capturing fails.
-            always: capture however much memory the run takes.
+            always: capture whatever memory the run takes.
         """
-        self._passes, self._parameters = passes, list(parameters)
+        self._forward_backward, self._parameters = forward_backward, list(parameters)
         self._note, self._always = note, always
         self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -91,43 +93,41 @@ class ForwardBackwardGraph:
         self._scale: Tensor
         self._loss: Tensor
         self._gradients: list[Tensor] = []
-        self._halfway: Any = None
+        self._forward_end: Any = None
 
     @property
     def captured(self) -> bool:
-        """Whether micro-batches now run as a graph."""
+        """Whether micro-batches run as a graph by now."""
         return self._graph is not None
 
-    def __call__(self, batch: MicroBatch, scale: float) -> Tensor:
-        """Run a micro-batch both ways and return its summed loss, a scalar that the next call may overwrite.
+    def __call__(self, batch: MicroBatch, scale: float, timer: StepTimer | None = None) -> Tensor:
+        """Run forward and backward and return the summed loss, a scalar that the next call may overwrite.
 
         Args:
             batch: on the device.
-            scale: what the loss is multiplied by before its gradient is taken.
+            scale: factor of the loss whose gradient is taken.
+            timer: marks the end of `forward` and `backward`; with one, a replay waits for the device.
         """
         if self._graph is None and not self._given_up:
             self._seen += 1
             if self._seen > WARMUP:
                 self._capture(batch)
         if self._graph is None or _shapes(batch) != _shapes(self._batch):
-            return self._passes(batch, scale, lambda: None)
-        return self._replay(batch, scale)
-
-    def timed(self, batch: MicroBatch, scale: float) -> tuple[float, float]:
-        """Run a micro-batch of the captured shape, wait for it, and return the seconds of both passes."""
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        self._replay(batch, scale)
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(self._halfway) / 1e3, self._halfway.elapsed_time(ended) / 1e3
+            return self._forward_backward(batch, scale, timer)
+        loss = self._replay(batch, scale)
+        if timer is not None:
+            timer.mark_event("forward", self._forward_end)
+            timer.mark("backward")
+            # The next replay records the event again.
+            timer.resolve()
+        return loss
 
     def _replay(self, batch: MicroBatch, scale: float) -> Tensor:
         assert self._graph is not None
         for there, here in zip(_tensors(self._batch), _tensors(batch), strict=True):
             there.copy_(here)
         self._scale.fill_(scale)
-        # A sum over micro-batches is kept out of the way of what the graph writes.
+        # An accumulated gradient must not be where the graph writes.
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is gradient:
                 parameter.grad = gradient.clone()
@@ -154,14 +154,15 @@ class ForwardBackwardGraph:
             parameter.grad = None
         self._batch = _copy(batch)
         self._scale = torch.ones((), device=batch.input_ids.device)
-        self._halfway = torch.cuda.Event(enable_timing=True, external=True)
+        self._forward_end = torch.cuda.Event(enable_timing=True, external=True)
         graph = torch.cuda.CUDAGraph()
-        # What hangs in cycles may hold memory, or a graph of autograd that belongs to another stream.
+        # Reference cycles may hold memory, or an autograd graph of another stream.
         gc.collect()
         try:
-            # The thread that reads ahead goes on with its own work on the device.
+            # The prefetch thread keeps copying to the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._loss = self._passes(self._batch, self._scale, self._halfway.record)
+                marks = _ForwardEnd(self._forward_end)
+                self._loss = self._forward_backward(self._batch, self._scale, marks)
         except RuntimeError as error:
             self._given_up = True
             torch.cuda.synchronize()
@@ -169,11 +170,23 @@ class ForwardBackwardGraph:
             self._note(f"CUDA graphs are not used: {reason}")
         else:
             self._graph = graph
-            # One without a part in the loss has no gradient, and the optimizer passes it over.
+            # A parameter that the loss does not depend on has no gradient, and the optimizer skips it.
             self._parameters = [p for p in parameters if p.grad is not None]
             self._gradients = [p.grad for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
+
+
+class _ForwardEnd:
+    """Records the event between forward and backward pass in the graph."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def mark(self, phase: str) -> None:
+        """Record the end of the forward pass."""
+        if phase == "forward":
+            self._event.record()
 
 
 def _fields(batch: MicroBatch) -> tuple[Tensor | None, ...]:

@@ -1,31 +1,33 @@
-"""Python's collector of cyclic garbage, held back while time counts."""
+"""Cyclic garbage collection under the control of the training loop."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 
-@contextmanager
-def manual_gc() -> Iterator[Callable[[], object]]:
-    """Keep the collector from interrupting the block; yields a function that collects at a good moment.
+class GarbageCollection:
+    """Disables automatic garbage collection inside a `with` block; `collect` runs it at a good moment.
 
-    By itself it would run whenever some hundreds of objects were made, which in one process of several makes
-    all others wait. What exists before the block is not looked at by those collections, so that they are
-    short. Afterwards all is as it was.
+    Automatic collections start at different times on each rank, and all other ranks wait for that one.
+    Objects from before the block are frozen, which keeps the collections short. The end restores everything.
     """
-    was_enabled = gc.isenabled()
-    # Someone else's frozen objects could not be told from ours afterwards.
-    freezes = gc.get_freeze_count() == 0
-    gc.collect()
-    gc.disable()
-    if freezes:
-        gc.freeze()
-    try:
-        yield gc.collect
-    finally:
-        if freezes:
+
+    def __enter__(self) -> GarbageCollection:
+        self._was_enabled = gc.isenabled()
+        # Objects that others froze could not be told apart afterwards.
+        self._freezes = gc.get_freeze_count() == 0
+        gc.collect()
+        gc.disable()
+        if self._freezes:
+            gc.freeze()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._freezes:
             gc.unfreeze()
-        if was_enabled:
+        if self._was_enabled:
             gc.enable()
+
+    def collect(self) -> None:
+        """Collect the cyclic garbage made inside the block."""
+        gc.collect()

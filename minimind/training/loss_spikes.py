@@ -1,14 +1,14 @@
-"""A loss that jumps or is not finite: from where on it counts as a jump, and whose text it was.
+"""Loss-spike detection, and reports of the documents of a spike.
 
-B rows of a micro-batch, T inputs in a row, V entries of the vocabulary.
+T tokens of a sequence, V vocabulary entries.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,40 +22,41 @@ from torch.nn import functional as F
 from ..data.loader import Loader
 from ..data.packing import IGNORED
 from ..io.atomic import write_text
+from ..tokenizer import Tokenizer
 from .async_metrics import DELAY_STEPS
 
-# Losses that are looked back on, and how many of them must be known before one can be said to jump.
+# Losses that a threshold is computed from, and how many must be known before there is one.
 WINDOW = 128
 MIN_STEPS = 100
-# Nats per token. A deviation is never taken for less: a loss that has all but come to rest may still stir.
+# Nats per token. Lower bound of the deviation: a loss that has all but converged still fluctuates.
 LEAST_DEVIATION = 0.01
-# So much of the median absolute deviation is the standard deviation of normal noise.
+# The standard deviation of normal noise as a multiple of its median absolute deviation.
 _MAD_TO_SIGMA = 1.4826
 
-# Reports of one process's life; beyond them only the line on the screen.
+# Reports of one process; later spikes only print a warning.
 MAX_REPORTS = 100
-# A run that must go back more often has another trouble than a few bad rows.
+# A run that rewinds more often has another problem than a few bad documents.
 MAX_REWINDS = 5
 MAX_TEXT_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A step whose loss jumped, or whose loss or gradient is not finite.
+    """A step with a loss spike, or whose loss or gradient is not finite.
 
     Attributes:
         step: its number, from 1.
-        loss: nats per token, over all processes.
-        limit: what it would not have been above.
+        loss: nats per token, over all ranks.
+        limit: the threshold.
         grad_norm: before clipping.
-        learning_rate: in that step.
-        update_skipped: weights and moments were left as they were.
-        epoch: the pass.
-        row: number in the pass of the step's first row.
-        rows: how many it has.
-        rewinds: how often the run had gone back before.
-        weights_of_step: the step whose weights measure the documents. On a GPU the host learns of a loss two
-            steps later, and a jump that was not skipped has been learnt from: so these losses may be lower.
+        learning_rate: of that step.
+        update_skipped: whether weights and optimizer state were left unchanged.
+        epoch: from 0.
+        sequence: index in the epoch of the step's first sequence.
+        num_sequences: sequences of the step.
+        rewinds: how often the run had rewound before.
+        weights_of_step: the step whose weights the documents are evaluated with. On a GPU the host learns of
+            a loss two steps later, and an update that was not skipped has been applied: losses may be lower.
     """
 
     step: int
@@ -65,14 +66,14 @@ class Spike:
     learning_rate: float
     update_skipped: bool
     epoch: int
-    row: int
-    rows: int
+    sequence: int
+    num_sequences: int
     rewinds: int
     weights_of_step: int
 
     @property
     def jumped(self) -> bool:
-        """Whether everything is finite, and the loss only too high."""
+        """Whether everything is finite and the loss above the threshold."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
@@ -84,31 +85,35 @@ class Spike:
 
     @property
     def file_name(self) -> str:
-        """Names the report. The same step with the same rows writes over it, as after a resumption."""
+        """Name of the report. The same step with the same sequences overwrites it, as after a resume."""
         return f"step-{self.step:08d}" + (f"-rewind-{self.rewinds}" if self.rewinds else "") + ".json"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes under the keys of the report."""
+        keys = {"sequence": "row", "num_sequences": "rows"}
+        return {keys.get(name, name): value for name, value in vars(self).items()}
 
-def remember(recent: list[float], loss: float) -> None:
-    """Append a step's loss (nats per token), and forget those too old to matter for any limit."""
-    # Nothing above infinity, and infinity is left out of every limit: so a NaN stands too.
+
+def append_loss(recent: list[float], loss: float) -> None:
+    """Append the loss of a step (nats per token), and drop those too old for any threshold."""
+    # Infinity exceeds no later threshold and is ignored by all, so it stands for NaN too.
     recent.append(loss if math.isfinite(loss) else math.inf)
     del recent[: -(WINDOW + DELAY_STEPS)]
 
 
-def spike_threshold(recent: Sequence[float], unread: int, sigma: float, share: float = 1.0) -> float:
-    """Return the loss in nats per token above which the coming step jumps; infinite while too few are known.
+def spike_threshold(recent: Sequence[float], unread: int, sigma: float, batch_fraction: float = 1.0) -> float:
+    """Return the loss in nats per token above which the next step is a spike; infinite at first.
 
-    The limit is the median plus `sigma` robust deviations, 1.4826 times the median absolute deviation
-    (Leys et al. 2013, "Detecting outliers"): a mean and standard deviation would be moved by the very jumps
-    that are looked for, and by the fall of the loss at the start. What came in the last two steps is never
-    looked at, because on a GPU it is not known yet: so the limit of a step is the same on any device, in any
-    process, and in a resumed run.
+    The threshold is the median plus `sigma` robust deviations, 1.4826 times the median absolute deviation
+    (Leys et al. 2013, "Detecting outliers"): mean and standard deviation would be moved by the spikes
+    themselves and by the falling loss at the start. The last two losses are never used, because on a GPU they
+    are not known yet: so the threshold of a step is the same on any device, on any rank, and after a resume.
 
     Args:
-        recent: losses of the steps before, oldest first, as `remember` keeps them.
-        unread: steps before this one whose losses are still on their way and so not in `recent`.
-        sigma: deviations.
-        share: rows of this step as a share of a full one; fewer rows scatter more.
+        recent: losses of the steps before, oldest first, as `append_loss` keeps them.
+        unread: steps before this one whose losses are not in `recent` yet.
+        sigma: robust deviations.
+        batch_fraction: sequences of this step as a share of a full one; fewer sequences scatter more.
     """
     known = recent[: len(recent) - (DELAY_STEPS - unread)]
     finite = [loss for loss in known[-WINDOW:] if math.isfinite(loss)]
@@ -116,71 +121,87 @@ def spike_threshold(recent: Sequence[float], unread: int, sigma: float, share: f
         return math.inf
     centre = median(finite)
     deviation = _MAD_TO_SIGMA * median(abs(loss - centre) for loss in finite)
-    return centre + sigma * max(deviation, LEAST_DEVIATION) / math.sqrt(share)
+    return centre + sigma * max(deviation, LEAST_DEVIATION) / math.sqrt(batch_fraction)
 
 
-def report_spike(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loader: Loader,
-    decode: Callable[[list[int]], str],
-    folder: Path,
-    spike: Spike,
-) -> str:
-    """Measure the loss of each document of a step anew and write it down, the worst first.
+class SpikeReporter:
+    """Writes the documents of a step with their losses, the worst first."""
 
-    Every process must call this; the main one writes.
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, loader: Loader, tokenizer: Tokenizer, folder: Path
+    ) -> None:
+        """Write nothing yet.
 
-    Args:
-        accelerator: gathers what the processes found.
-        model: prepared.
-        loader: reads the rows again.
-        decode: from tokens to text.
-        folder: of all reports.
-        spike: the step.
+        Args:
+            accelerator: of the run.
+            model: prepared.
+            loader: reads the sequences again.
+            tokenizer: decodes them.
+            folder: of all reports.
+        """
+        self._accelerator, self._model, self._loader = accelerator, model, loader
+        self._tokenizer, self._folder = tokenizer, folder
+        self._last_step = -1
+        self._reports = 0
 
-    Returns:
-        Words that tell where the report is, or why it could not be written.
-    """
-    documents = gather_object(document_losses(model, loader, decode, spike.epoch, spike.row))
-    file = folder / spike.file_name
-    if accelerator.is_main_process:
-        documents.sort(key=lambda one: (math.isfinite(one["loss"]), -one["loss"]))
-        report = {**asdict(spike), "documents": documents}
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(_finite_or_null(report), ensure_ascii=False, indent=1) + "\n")
-        except OSError as error:
-            return f"its texts could not be written to {file} ({error.strerror})"
-    return f"its texts are in {file}"
+    def report(self, spike: Spike) -> str:
+        """Evaluate each document of a step and write the report; every rank must call this.
+
+        The second and later ones of consecutive spikes get none.
+
+        Returns:
+            A clause with the path of the report, or why it could not be written; empty without a report.
+        """
+        consecutive, self._last_step = spike.step == self._last_step + 1, spike.step
+        if consecutive or self._reports >= MAX_REPORTS:
+            return ""
+        self._reports += 1
+        documents = gather_object(
+            document_losses(self._model, self._loader, self._tokenizer, spike.epoch, spike.sequence)
+        )
+        file = self._folder / spike.file_name
+        if self._accelerator.is_main_process:
+            documents.sort(key=lambda one: (math.isfinite(one["loss"]), -one["loss"]))
+            report = {**spike.to_dict(), "documents": documents}
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, json.dumps(_finite_or_null(report), ensure_ascii=False, indent=1) + "\n")
+            except OSError as error:
+                return f"its documents could not be written to {file} ({error.strerror})"
+        return f"its documents are in {file}"
+
+    def rewind(self) -> None:
+        """Report the next spike, whatever its step."""
+        self._last_step = -1
 
 
 @torch.no_grad()
 def document_losses(
-    model: nn.Module, loader: Loader, decode: Callable[[list[int]], str], epoch: int, row: int
+    model: nn.Module, loader: Loader, tokenizer: Tokenizer, epoch: int, sequence: int
 ) -> list[dict[str, Any]]:
-    """Return the loss of each piece of a document in this process's rows of a step.
+    """Return the loss of each piece of a document in this rank's sequences of a step.
 
     Returns:
-        For each piece that has targets: `document` (its index in the training split), `row` (in the pass),
-        `start` (the piece's first token within the document), `tokens` (targets), `loss` (nats per token,
-        with the weights as they are now and without dropout) and `text`, cut to 2,000 characters.
+        For each piece that has targets: `document` (index in the training split), `row` (index of the
+        sequence in the epoch), `start` (the piece's first token within the document), `tokens` (targets),
+        `loss` (nats per token, with the current weights and without dropout) and `text`, cut to 2,000
+        characters.
     """
     found: list[dict[str, Any]] = []
-    batch = loader.step(epoch, row)
-    rows = [(part, i) for part in batch.micro_batches for i in range(len(part.input_ids))]
+    batch = loader.step(epoch, sequence)
+    sequences = [(part, i) for part in batch.micro_batches for i in range(len(part.input_ids))]
     was_training = model.training
     model.eval()
     try:
-        # Row by row, so that the logits fit beside the state of training; and not compiled for that shape.
+        # One sequence at a time, so that the logits fit into memory; and not compiled for that shape.
         with torch.compiler.set_stance("force_eager"):
-            for (number, pieces), (part, i) in zip(loader.pieces(epoch, row), rows, strict=True):
-                own = slice(i, i + 1)
-                ids, places = part.document_ids, part.position_ids
+            for (number, pieces), (part, i) in zip(loader.pieces(epoch, sequence), sequences, strict=True):
+                one = slice(i, i + 1)
+                ids, positions = part.document_ids, part.position_ids
                 logits = model(
-                    input_ids=part.input_ids[own],
-                    document_ids=None if ids is None else ids[own],
-                    position_ids=None if places is None else places[own],
+                    input_ids=part.input_ids[one],
+                    document_ids=None if ids is None else ids[one],
+                    position_ids=None if positions is None else positions[one],
                 ).logits
                 labels = part.shift_labels[i]
                 # (T, V) against (T,) to (T,)
@@ -197,7 +218,7 @@ def document_losses(
                                 "start": piece.start,
                                 "tokens": int(real.sum()),
                                 "loss": table[0, real].mean().item(),
-                                "text": decode(loader.tokens(piece))[:MAX_TEXT_CHARACTERS],
+                                "text": tokenizer.decode(loader.tokens(piece))[:MAX_TEXT_CHARACTERS],
                             }
                         )
     finally:
@@ -206,7 +227,7 @@ def document_losses(
 
 
 def _finite_or_null(value: Any) -> Any:
-    """Return a value that JSON has words for."""
+    """Return the value with null for numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite_or_null(part) for key, part in value.items()}
     if isinstance(value, list):

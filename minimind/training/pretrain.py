@@ -1,4 +1,4 @@
-"""One call from a configuration to a trained model."""
+"""`pretrain`: from a configuration to a trained model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..checkpoint.checkpointer import RunCheckpoints
 from ..checkpoint.compatibility import settings_of_run
@@ -20,12 +19,10 @@ from ..checkpoint.resume import check_resumable, finished_run, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
-from ..config.options import AUTO, PretrainConfig, due, evaluation_interval
-from ..data.batch_plan import BatchPlan, max_training_tokens, plan_batches
-from ..data.loader import Loader, count_total_steps, evaluation_batches
+from ..config.options import AUTO, PretrainConfig
+from ..data.loader import count_total_steps
 from ..data.prepare import PreparedData, cache_folder, prepare_data
-from ..data.shards import TokenShards
-from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
+from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.consistency import check_same_on_all_ranks, run_signature
 from ..distributed.failures import report_peer_failures, watch_peers
@@ -33,29 +30,28 @@ from ..distributed.heartbeat import record_start, started_before
 from ..distributed.launcher import watch_launcher
 from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
-from ..errors import CheckpointError, ConfigError
-from ..evaluation.validation import evaluate
-from ..formatting import count, parse_duration
+from ..errors import CheckpointError
+from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..schedule import learning_rates
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..schedule import LearningRateSchedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
-from ..tracking.metrics_file import last_with, read_metrics
-from ..tracking.trackers import Trackers, check_trackers
-from .auto_batch_size import resolve_batch_size
-from .build_model import ModelFactory, build_model, resolve_model_config
+from ..tracking.metrics_file import read_metrics
+from ..tracking.trackers import check_trackers
+from .build_model import ModelFactory
+from .evaluator import Evaluator
 from .final_model import save_final_model, save_final_weights, write_sample
-from .loss_spikes import report_spike
+from .loss_spikes import SpikeReporter
+from .outputs import Outputs
 from .peak_flops import peak_flops_of
-from .prepared_model import compile_and_wrap, pass_graph
 from .profiler import ProfileTrace
-from .samples import Samples, check_prompts
+from .samples import check_prompts
+from .setup import RunInputs, TrainingParts, build_training, check_auto_batch_size, resolve_run
 from .summary import PretrainResult, banner, summary
 from .throughput import Meter
-from .trainer import Run, report_evaluation, train, validate
+from .trainer import Trainer
 
 
 def pretrain(
@@ -67,213 +63,151 @@ def pretrain(
 ) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
-    Under `accelerate launch` every process calls this. SIGTERM and SIGINT end the run after the step under
-    way with its state saved, as `PretrainResult.stopped` then tells.
+    Under `accelerate launch` every rank calls this. SIGTERM and SIGINT end the run after the current step
+    with a checkpoint; `PretrainResult.stopped` says so.
 
     Args:
         config: all options.
-        stop_after: end the run after this step as a signal would, to go on from there another time.
-        model_factory: makes the model to train in place of `MiniMindForCausalLM`, from the shape that the
-            options give, in float32 on the CPU. The model is called with the keywords `input_ids`,
-            `document_ids` and `position_ids`, of which the last two are None without packing. With
-            `shift_labels` and `num_items_in_batch` as well, the `loss` of what it returns is the sum of the
-            cross-entropy over the labels that are not -100, divided by the latter; else its `logits` are
-            asked for. Unless it is exactly a `MiniMindForCausalLM`, its weights are delivered without a
-            config, nothing is sampled, and model FLOPs are not reported.
-        branch: the checkpoint to resume is of another run, which this one leaves: it gets a folder and charts
-            of its own.
+        stop_after: end the run after this step as a signal would, to be resumed later.
+        model_factory: builds the model in place of `MiniMindForCausalLM`, given the sizes of the options, in
+            float32 on the CPU. The model is called with the keywords `input_ids`, `document_ids` and
+            `position_ids`, of which the last two are None without packing. With `shift_labels` and
+            `num_items_in_batch` as well, the `loss` of its output is the sum of the cross-entropy over the
+            labels that are not -100, divided by the latter; otherwise its `logits` are used. Unless it is
+            exactly a `MiniMindForCausalLM`, its weights are saved without a config, nothing is sampled, and
+            model FLOPs are not reported.
+        branch: the checkpoint to resume belongs to another run, which this one branches off: it gets its own
+            folder and charts.
 
     Raises:
-        UserError: for anything the caller can put right: options, data, checkpoints, a loss that diverges.
+        UserError: for anything the caller can fix: options, data, checkpoints, a loss that diverges.
     """
     started = time.monotonic()
     check_trackers(config)
-    folder = RunFolder(Path(config.output_dir))
-    config = dataclasses.replace(config, resume=resume_source(config.resume, folder))
+    check_auto_batch_size(config, model_factory)
     with ExitStack() as closing:
-        limit = None if config.max_time is None else parse_duration(config.max_time)
-        stop = closing.enter_context(StopRequest(limit, started=started))
-        closing.enter_context(watch_launcher(stop))
-        progress = Progress(enabled=is_main_process())
-        closing.callback(progress.close)
-        if (remark := check_launch(config)) is not None:
-            progress.note(remark)
-        tokenizer = load_tokenizer(config.tokenizer)
-        config, shape = resolve_model_config(config, tokenizer)
-        check_prompts(config, shape, tokenizer)
-        config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
-        # Before the processes are joined: a long build would outlast the patience of those that wait.
-        patience = parse_duration(config.dist_timeout)
-        with main_process_first(cache_folder(config), patience, progress.note):
-            if is_main_process():
-                # The processes that the launcher replaced may still be ending.
-                wait_seconds = 60.0 if restarts() else 0.0
-                resumes = (config.resume is not None and not branch) or started_before()
-                closing.enter_context(folder.claim(resume=resumes, wait_seconds=wait_seconds))
-                if config.resume == AUTO and not branch:
-                    check_resumable(folder)
-                folder.save_options(config)
-                record_start()
-            # Whichever process comes first builds, and is the one to tell of it.
-            builder = progress if is_main_process() else Progress()
-            closing.callback(builder.close)
-            data = _prepared(config, tokenizer, builder, stop)
-            if data.built:
-                builder.banner([("data", line) for line in data.report.lines()])
-        config = _after_restart(config, folder, progress)
+        session = _open_session(config, started, closing)
+        progress, stop = session.progress, session.stop
+        source = resume_source(config.resume, session.folder)
+        options = resolve_run(_after_restart(config, source, session), progress.note)
+        check_prompts(options.config, options.model_config, options.tokenizer)
+        data = _claim_and_tokenize(options, session, source=None if branch else source)
 
-        accelerator = start_accelerator(config)
+        accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
         place = closing.enter_context(report_peer_failures(accelerator))
-        fingerprints = {"tokenizer": tokenizer.fingerprint, "training text": data.fingerprint}
-        check_same_on_all_ranks(accelerator, run_signature(accelerator, config, fingerprints))
-        wanted = config.batch_size
-        if wanted == AUTO and model_factory is not MiniMindForCausalLM:
-            # What is remembered is known by the shape, which says nothing of another model.
-            raise ConfigError("--batch-size auto knows minimind's own model only; give a number.")
-        config = resolve_batch_size(
-            config, shape, accelerator, partial(compile_and_wrap, config, shape), progress.note
-        )
-        plan = plan_batches(config, accelerator.num_processes)
-        model = build_model(config, shape, model_factory, progress.note)
-        # Of a subclass too the shape does not tell what it computes.
-        custom = None if type(model) is MiniMindForCausalLM else _describe(model)
-        length = max_training_tokens(config, plan, data.train.num_tokens)
-        model, optimizer, compiled = compile_and_wrap(config, shape, plan, accelerator, model, tokens=length)
-        loader = _make_loader(config, data, plan, tokenizer, accelerator, trim=not compiled)
-
-        store = CheckpointStore(
-            folder.checkpoints,
-            config.keep_checkpoints,
-            keep_every=config.keep_every,
-            on_error=partial(_save_failed, config, progress, stop),
-        )
-        total_steps = count_total_steps(config, loader, plan)
-        if config.resume == AUTO and not branch:
-            done = run_on_main_and_broadcast(accelerator, partial(finished_run, folder, total_steps))
-            if done is not None:
-                return _finished(folder, done, total_steps, progress, time.monotonic() - started)
-        settings = settings_of_run(config, shape, plan, tokenizer, data)
-        settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
-        # For those who read the weights without the run.
-        settings["model_config"] = shape.to_dict() if custom is None else None
-        checkpoints = RunCheckpoints(store, accelerator, model, optimizer, settings, progress)
-        state, saved_step, saved_trackers = checkpoints.resume(config.resume, branch=branch)
-        environment = {}
-        if accelerator.is_main_process:
-            launch = describe_launch(accelerator, compiled=compiled)
-            facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": data.mixture}}
-            environment = describe_environment(accelerator.device) | facts
-            # A resumed run may find itself on another device: `auto` is kept, and with it the global batch.
-            folder.describe(dataclasses.replace(config, batch_size=wanted), environment)
-        trackers = Trackers(
-            config,
-            folder,
+        fingerprints = {"tokenizer": options.tokenizer.fingerprint, "training text": data.fingerprint}
+        check_same_on_all_ranks(accelerator, run_signature(accelerator, options.config, fingerprints))
+        inputs = options.with_batch_size(accelerator, progress.note)
+        parts = build_training(
+            inputs,
+            data.train,
             accelerator,
-            saved_trackers,
-            start_step=state.step,
-            environment=environment,
-            warn=progress.warn,
+            tokens_per_epoch=data.train.num_tokens,
+            weights=data.weights,
+            model_factory=model_factory,
+            note=progress.note,
         )
-        closing.callback(trackers.close)
-        checkpoints.trackers = trackers
-        # However the run ends, what it has given to be written is written first.
-        closing.callback(store.wait_until_written)
-        epochs = total_steps / loader.steps_per_epoch
-        progress.banner(banner(config, shape, plan, data, accelerator, compiled, total_steps, epochs, custom))
-
-        meter = Meter(
-            shape.flops_per_token(config.max_seq_len),
-            accelerator.num_processes,
-            peak_flops_of(accelerator.device) if custom is None else None,
-            state.ending[1] if state.ending else total_steps,
-            start_step=state.step,
-            intervals=_intervals(config, data),
-            device=accelerator.device,
+        total_steps = count_total_steps(inputs.config, parts.loader, parts.plan)
+        if options.config.resume == AUTO and not branch:
+            done = run_on_main_and_broadcast(accelerator, partial(finished_run, session.folder, total_steps))
+            if done is not None:
+                return _finished(session, done, total_steps, time.monotonic() - started)
+        environment = _environment(accelerator, parts, fingerprints, data)
+        # `auto` is kept in the run's file: it may be resumed on another device.
+        written = dataclasses.replace(inputs.config, batch_size=options.config.batch_size)
+        trainer = _build_trainer(
+            inputs, parts, data, accelerator, session, total_steps, written, environment, branch
         )
-        run = Run(
-            config=config,
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            loader=loader,
-            validation=_validation(config, plan, data.validation, tokenizer, accelerator),
-            bytes_per_token=_bytes_per_token(tokenizer, shape.vocab_size, accelerator.device),
-            learning_rate=learning_rates(config, total_steps),
-            total_steps=total_steps,
-            meter=meter,
-            progress=progress,
-            trackers=trackers,
-            save=checkpoints.save,
-            mark_best=checkpoints.mark_best,
-            stop=stop,
-            stop_after=stop_after,
-            report_spike=partial(report_spike, accelerator, model, loader, tokenizer.decode, folder.spikes),
-            go_back=checkpoints.go_back,
-        )
-        run.graph = pass_graph(run, shape, compiled=compiled)
-        if config.sample_interval is not None:
-            run.samples = Samples(
-                config, shape, model, tokenizer, accelerator, folder,
-                start_step=state.step, log_text=trackers.log_text,
-            )  # fmt: skip
-            closing.callback(run.samples.close)
-        if config.profile:
-            trace = ProfileTrace(
-                folder.profile,
-                accelerator.device,
-                process_index=accelerator.process_index,
-                start_step=state.step,
-                note=progress.note,
-            )
-            run.after_step = closing.enter_context(trace).step
-        run.saved_step = saved_step
-        # Entered last, so left first: a process that fails by itself is not ended while it cleans up.
-        closing.enter_context(watch_peers(accelerator, place, patience, stop, store.wait_until_written))
-        progress.start(run.last_step(state), state.step)
-        reserve_host_memory(accelerator, model, optimizer)
-        _look_before_the_first_step(run, state, folder)
-        train(run, state)
-        run_on_main_and_broadcast(accelerator, partial(_last_save, config, store))
-        sample = ""
-        if not state.stopping and custom is not None:
-            save_final_weights(accelerator, model, tokenizer, folder.model)
-        elif not state.stopping:
-            save_final_model(accelerator, model, shape, tokenizer, folder.model)
-            if accelerator.is_main_process:
-                sample = write_sample(folder.model, tokenizer, config.seed, accelerator.device)
-        totals = meter.totals()
-        trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
-        evaluation = run.last_evaluation
-        result = PretrainResult(
-            model_dir=folder.model,
-            steps=state.step,
-            tokens=state.tokens,
-            loss=run.last_loss,
-            val_loss=evaluation.loss if evaluation else None,
-            bits_per_byte=evaluation.bits_per_byte if evaluation else None,
-            tokens_per_second=totals["tokens_per_second"],
-            seconds=time.monotonic() - started,
-            sample=sample,
-            stopped=_why_stopped(stop, state, stop_after) if state.stopping else None,
-        )
-        progress.summary(summary(result, totals, meter.bottleneck(), state.skipped_steps, state.rewinds))
-        # Only a run that got this far waits for the others: one that failed must not.
+        trainer.stop_after = stop_after
+        # Last in the ExitStack, so that the watchdog ends before cleanup.
+        store, timeout = trainer.checkpointer.store, parse_duration(config.dist_timeout)
+        closing.enter_context(watch_peers(accelerator, place, timeout, stop, store.wait_until_written))
+        progress.start(trainer.last_step, trainer.state.step)
+        reserve_host_memory(accelerator, parts.model, parts.optimizer)
+        trainer.sanity_check_validation()
+        trainer.train()
+        run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
+        sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
+        result = _summarize(trainer, session.folder, started, sample)
+        # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
 
 
-def _finished(
-    folder: RunFolder, state: dict[str, Any], total_steps: int, progress: Progress, seconds: float
-) -> PretrainResult:
-    """Say that there is nothing to train, and return the result of the run that is resumed."""
+@dataclass(frozen=True)
+class _Session:
+    """What the parts of `pretrain` share: output folder, terminal, stop requests, and what the end closes."""
+
+    folder: RunFolder
+    progress: Progress
+    stop: StopRequest
+    closing: ExitStack
+
+
+def _open_session(config: PretrainConfig, started: float, closing: ExitStack) -> _Session:
+    limit = None if config.max_time is None else parse_duration(config.max_time)
+    stop = closing.enter_context(StopRequest(limit, started=started))
+    closing.enter_context(watch_launcher(stop))
+    progress = Progress(enabled=is_main_process())
+    closing.callback(progress.close)
+    return _Session(RunFolder(Path(config.output_dir)), progress, stop, closing)
+
+
+def _after_restart(config: PretrainConfig, source: str | None, session: _Session) -> PretrainConfig:
+    """Return the options with what to resume: after a restart by the launcher, the last checkpoint."""
+    # A checkpoint named by --resume counts until there are newer ones.
+    if restarts() and (source is None or session.folder.checkpoints.exists()):
+        session.progress.note(f"restart {restarts()} by the launcher: resuming as with --resume.")
+        source = AUTO
+    return dataclasses.replace(config, resume=source)
+
+
+def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | None) -> PreparedData:
+    """Lock the output folder and tokenize the data, before the ranks are joined: that may take hours.
+
+    `source` is what the user asked to resume.
+
+    Raises:
+        KeyboardInterrupt: where a signal asks to stop, also on a rank that continues because another failed.
+    """
+    config, progress, stop = options.config, session.progress, session.stop
+    with main_process_first(cache_folder(config), parse_duration(config.dist_timeout), progress.note):
+        if is_main_process():
+            # The processes that the launcher replaced may still be ending.
+            wait_seconds = 60.0 if restarts() else 0.0
+            resumes = source is not None or started_before()
+            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            if source == AUTO:
+                check_resumable(session.folder)
+            session.folder.save_options(config)
+            record_start()
+        # The rank that comes first builds the cache, and shows it.
+        builder = progress if is_main_process() else Progress()
+        session.closing.callback(builder.close)
+
+        def show(done: int, total: int) -> None:
+            stop.exit_if_signalled()
+            builder.data_build(done, total)
+
+        try:
+            data = prepare_data(config, options.tokenizer, show)
+        finally:
+            stop.exit_if_signalled()
+        if data.built:
+            builder.banner([("data", line) for line in data.report.lines()])
+    return data
+
+
+def _finished(session: _Session, state: dict[str, Any], total_steps: int, seconds: float) -> PretrainResult:
+    """Report that nothing is left to train, and return the result of the finished run."""
     step = state["step"]
-    progress.note(f"finished ({step:,}/{total_steps:,} steps); --max-steps or --epochs trains on.")
+    session.progress.note(f"finished ({step:,}/{total_steps:,} steps); --max-steps or --epochs trains on.")
     last: dict[str, Any] = {}
-    for line in read_metrics(folder.metrics):
+    for line in read_metrics(session.folder.metrics):
         last |= {name: value for name, value in line.items() if value is not None}
     return PretrainResult(
-        model_dir=folder.model,
+        model_dir=session.folder.model,
         steps=step,
         tokens=state["tokens"],
         loss=last.get("loss", math.nan),
@@ -286,143 +220,194 @@ def _finished(
     )
 
 
-def _prepared(
-    config: PretrainConfig, tokenizer: Tokenizer, builder: Progress, stop: StopRequest
-) -> PreparedData:
-    """Return the tokenized text, leaving off where a signal asks to: that may take hours.
-
-    A process whose turn comes because the one before it failed is asked to by the launcher.
-    """
-
-    def show(done: int, total: int) -> None:
-        stop.exit_if_signalled()
-        builder.data_build(done, total)
-
-    try:
-        return prepare_data(config, tokenizer, show)
-    finally:
-        stop.exit_if_signalled()
+def _environment(
+    accelerator: Accelerator, parts: TrainingParts, fingerprints: dict[str, str], data: PreparedData
+) -> dict[str, Any]:
+    """Return what the run runs on; empty on all ranks but the main process."""
+    if not accelerator.is_main_process:
+        return {}
+    launch = describe_launch(accelerator, compiled=parts.compiled)
+    facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": data.mixture}}
+    return describe_environment(accelerator.device) | facts
 
 
-def _after_restart(config: PretrainConfig, folder: RunFolder, progress: Progress) -> PretrainConfig:
-    """Return the options of a run that the launcher started anew: it goes on where it was saved last."""
-    # A checkpoint named by --resume counts until there are newer ones.
-    if not restarts() or (config.resume is not None and not folder.checkpoints.exists()):
-        return config
-    progress.note(f"restart {restarts()} by the launcher: going on as with --resume.")
-    return dataclasses.replace(config, resume="auto")
-
-
-def _describe(model: nn.Module) -> str:
-    return f"{count(sum(tensor.numel() for tensor in model.parameters()))} parameters: {type(model).__name__}"
-
-
-def _make_loader(
-    config: PretrainConfig,
+def _build_trainer(
+    inputs: RunInputs,
+    parts: TrainingParts,
     data: PreparedData,
-    plan: BatchPlan,
-    tokenizer: Tokenizer,
     accelerator: Accelerator,
-    *,
-    trim: bool,
-) -> Loader:
-    return Loader(
-        data.train,
-        seq_len=config.max_seq_len,
-        packing=config.packing,
-        plan=plan,
-        seed=config.seed,
-        process_index=accelerator.process_index,
-        device=accelerator.device,
-        pad_token_id=tokenizer.pad_token_id,
-        trim=trim,
-        weights=data.weights,
+    session: _Session,
+    total_steps: int,
+    written: PretrainConfig,
+    environment: dict[str, Any],
+    branch: bool,
+) -> Trainer:
+    """Load the checkpoint to resume, open all outputs, and return the trainer.
+
+    `written` are the options as the run's folder keeps them.
+    """
+    config, model_config = inputs.config, inputs.model_config
+    progress, closing, plan = session.progress, session.closing, parts.plan
+    store = CheckpointStore(
+        session.folder.checkpoints,
+        config.keep_checkpoints,
+        keep_every=config.keep_every,
+        on_error=partial(_save_failed, config, progress, session.stop),
+    )
+    settings = settings_of_run(config, model_config, plan, inputs.tokenizer, data) | {
+        "total_steps": total_steps,
+        "steps_per_epoch": parts.loader.steps_per_epoch,
+        # For those who read the weights without the run.
+        "model_config": model_config.to_dict() if parts.custom_model is None else None,
+    }
+    checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
+    state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
+    if accelerator.is_main_process:
+        session.folder.describe(written, environment)
+    folder, tokenizer, model = session.folder, inputs.tokenizer, parts.model
+    outputs = Outputs(config, model_config, folder, accelerator, model, tokenizer, environment, progress)
+    outputs.open(state.step, tracker_ids)
+    closing.callback(outputs.close)
+    checkpointer.trackers = outputs.trackers
+    # Flush pending checkpoint writes however the run ends.
+    closing.callback(store.wait_until_written)
+    progress.banner(banner(inputs, parts, data, accelerator, total_steps))
+    return Trainer(
+        config=config,
+        model_config=model_config,
+        accelerator=accelerator,
+        model=parts.model,
+        optimizer=parts.optimizer,
+        loader=parts.loader,
+        schedule=LearningRateSchedule(config, total_steps),
+        total_steps=total_steps,
+        checkpointer=checkpointer,
+        outputs=outputs,
+        meter=_build_meter(inputs, parts, data, accelerator, state, total_steps),
+        progress=progress,
+        stop=session.stop,
+        state=state,
+        evaluator=_build_evaluator(inputs, parts, data, accelerator),
+        spikes=SpikeReporter(accelerator, model, parts.loader, tokenizer, folder.spikes),
+        graph=parts.graph,
+        profiler=_open_profiler(config, session, accelerator, state),
+        saved_step=saved_step,
     )
 
 
-def _validation(
-    config: PretrainConfig,
-    plan: BatchPlan,
-    shards: TokenShards | None,
-    tokenizer: Tokenizer,
+def _build_meter(
+    inputs: RunInputs,
+    parts: TrainingParts,
+    data: PreparedData,
     accelerator: Accelerator,
-) -> Any:
-    """Return a function from a number of batches, None for all, to this process's validation batches."""
-    if shards is None:
-        return None
-    return lambda max_batches: evaluation_batches(
-        shards,
-        seq_len=config.max_seq_len,
-        packing=config.packing,
-        batch_size=plan.micro_batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        device=accelerator.device,
-        max_batches=max_batches,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _bytes_per_token(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> torch.Tensor:
-    table = torch.zeros(vocab_size)
-    table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
-    return table.to(device)
-
-
-def _intervals(config: PretrainConfig, data: PreparedData) -> dict[str, int]:
-    """Return the steps between the phases that the time left has to count."""
+    state: TrainState,
+    total_steps: int,
+) -> Meter:
+    config = inputs.config
+    # Steps between the phases that the remaining time includes.
     intervals = {"saving": config.save_interval}
     if data.validation is not None:
-        intervals["evaluation"] = evaluation_interval(config)
+        intervals["evaluation"] = config.evaluation_interval
     if config.sample_interval is not None:
         intervals["sampling"] = config.sample_interval
-    return intervals
+    return Meter(
+        inputs.model_config.flops_per_token(config.max_seq_len),
+        accelerator.num_processes,
+        peak_flops_of(accelerator.device) if parts.custom_model is None else None,
+        state.decay_window[1] if state.decay_window else total_steps,
+        start_step=state.step,
+        intervals=intervals,
+        device=accelerator.device,
+    )
+
+
+def _build_evaluator(
+    inputs: RunInputs, parts: TrainingParts, data: PreparedData, accelerator: Accelerator
+) -> Evaluator | None:
+    if data.validation is None:
+        return None
+    return Evaluator(
+        data.validation,
+        parts.model,
+        accelerator,
+        inputs.tokenizer,
+        vocab_size=inputs.model_config.vocab_size,
+        seq_len=inputs.config.max_seq_len,
+        packing=inputs.config.packing,
+        plan=parts.plan,
+    )
+
+
+def _open_profiler(
+    config: PretrainConfig, session: _Session, accelerator: Accelerator, state: TrainState
+) -> ProfileTrace | None:
+    if not config.profile:
+        return None
+    trace = ProfileTrace(
+        session.folder.profile,
+        accelerator.device,
+        process_index=accelerator.process_index,
+        start_step=state.step,
+        note=session.progress.note,
+    )
+    return session.closing.enter_context(trace)
 
 
 def _save_failed(
     config: PretrainConfig, progress: Progress, stop: StopRequest, error: CheckpointError
 ) -> None:
-    """Say that a save failed; called from the thread that writes."""
+    """Warn that a save failed; called from the thread that writes."""
     progress.warn(str(error))
     if config.on_save_error == "stop":
         stop.request("--on-save-error stop")
 
 
-def _last_save(config: PretrainConfig, store: CheckpointStore) -> None:
-    """Wait until all is written.
+def _finish_saving(config: PretrainConfig, store: CheckpointStore) -> None:
+    """Wait until all checkpoints are written.
 
     Raises:
-        CheckpointError: where a failed save is to end the run.
+        CheckpointError: where a save failed, with --on-save-error stop.
     """
     store.wait_until_written()
     if config.on_save_error == "stop":
         store.wait()
 
 
-def _why_stopped(stop: StopRequest, state: TrainState, stop_after: int | None) -> str:
-    if stop.reason is not None:
-        return stop.reason
-    return "the step asked for" if state.step == stop_after else "another process"
+def _save_final(trainer: Trainer, parts: TrainingParts, inputs: RunInputs, folder: RunFolder) -> str:
+    """Write the model folder, and return a text generated by it; every rank must call this."""
+    accelerator, tokenizer = trainer.accelerator, inputs.tokenizer
+    if parts.custom_model is not None:
+        save_final_weights(accelerator, trainer.model, tokenizer, folder.model)
+        return ""
+    save_final_model(accelerator, trainer.model, inputs.model_config, tokenizer, folder.model)
+    if not accelerator.is_main_process:
+        return ""
+    return write_sample(folder.model, tokenizer, inputs.config.seed, accelerator.device)
 
 
-def _look_before_the_first_step(run: Run, state: TrainState, folder: RunFolder) -> None:
-    """Run one validation batch, so that what would fail at the first evaluation fails at once.
+def _summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) -> PretrainResult:
+    """Log the totals, show a summary, and return the result."""
+    state, totals = trainer.state, trainer.meter.totals()
+    trainer.outputs.trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
+    evaluation = trainer.reports.last_evaluation
+    result = PretrainResult(
+        model_dir=folder.model,
+        steps=state.step,
+        tokens=state.tokens,
+        loss=trainer.reports.last_loss,
+        val_loss=evaluation.loss if evaluation else None,
+        bits_per_byte=evaluation.bits_per_byte if evaluation else None,
+        tokens_per_second=totals["tokens_per_second"],
+        seconds=time.monotonic() - started,
+        sample=sample,
+        stopped=_stop_reason(trainer) if state.stopping else None,
+    )
+    rows = summary(result, totals, trainer.meter.bottleneck(), state.skipped_steps, state.rewinds)
+    trainer.progress.summary(rows)
+    return result
 
-    A resumed run instead makes up for an evaluation that its checkpoint was written just before, or for the
-    mark of the best checkpoint that follows it.
-    """
-    if run.validation is None:
-        return
-    with run.meter.phase("evaluation"):
-        result = evaluate(run.model, run.validation(1), run.bytes_per_token, run.accelerator)
-    if state.step == 0 and result is not None:
-        report_evaluation(run, state, result)
-    elif state.step == run.total_steps or due(state.step, evaluation_interval(run.config)):
-        step, loss = run_on_main_and_broadcast(
-            run.accelerator, lambda: last_with(folder.metrics, "val_loss") or (-1, None)
-        )
-        if step != state.step:
-            validate(run, state)
-        elif loss is not None and loss < state.best_val_loss:
-            state.best_val_loss = loss
-            run.mark_best(state)
+
+def _stop_reason(trainer: Trainer) -> str:
+    if trainer.stop.reason is not None:
+        return trainer.stop.reason
+    return "the step asked for" if trainer.state.step == trainer.stop_after else "another process"

@@ -1,8 +1,8 @@
-"""Samples of what the model writes while it is trained."""
+"""Text samples of the model during training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -17,17 +17,18 @@ from ..modeling.config import MiniMindConfig
 from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
 from ..tracking.metrics_file import MetricsFile
+from ..tracking.trackers import Trackers
 
 SAMPLE_TOKENS = 64
 
 
-def check_prompts(config: PretrainConfig, shape: MiniMindConfig, tokenizer: Tokenizer) -> None:
-    """Refuse, before a run begins, prompts that leave a sample no position to write to.
+def check_prompts(config: PretrainConfig, model_config: MiniMindConfig, tokenizer: Tokenizer) -> None:
+    """Refuse prompts that leave no position to generate.
 
     Raises:
-        ConfigError: naming the length of the first such prompt.
+        ConfigError: with the length of the first such prompt.
     """
-    positions = shape.max_position_embeddings
+    positions = model_config.max_position_embeddings
     for prompt in config.sample_prompt if config.sample_interval is not None else ():
         if (length := len(encode_prompt(tokenizer, prompt))) >= positions:
             raise ConfigError(
@@ -37,41 +38,42 @@ def check_prompts(config: PretrainConfig, shape: MiniMindConfig, tokenizer: Toke
 
 
 class Samples:
-    """Continues the prompts of --sample-prompt, always with the same draws; every process must call it.
+    """Continues the prompts of --sample-prompt, always with the same seed; every rank must call it.
 
-    The weights are gathered on the main process as for a checkpoint, which is the same for one process, DDP
-    and FSDP2, and a model of its own is made of them there: the one in training and the random numbers it
-    draws are left alone. On the device this takes the memory of the weights once more. The other processes
-    go on, and wait where they next meet.
+    The weights are gathered on the main process as for a checkpoint, with one process, DDP and FSDP2 alike,
+    and copied into a second model: the training model and its random state are not touched. This takes the
+    memory of the weights once more on the device. The other ranks continue with training.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
-        shape: MiniMindConfig,
+        prompts: Sequence[str],
+        seed: int,
+        model_config: MiniMindConfig,
         model: nn.Module,
         tokenizer: Tokenizer,
         accelerator: Accelerator,
         folder: RunFolder,
         *,
         start_step: int,
-        log_text: Callable[[str, str, int], None],
+        trackers: Trackers,
     ) -> None:
         """Open `samples.jsonl`, without the samples of later steps than `start_step`.
 
         Args:
-            config: prompts and seed.
-            shape: of the model.
+            prompts: to continue.
+            seed: of sampling.
+            model_config: sizes of the model.
             model: prepared.
             tokenizer: of the run.
-            accelerator: tells the main process, and joins all.
+            accelerator: of the run.
             folder: of the run.
             start_step: steps done before.
-            log_text: takes name, text and step for the trackers.
+            trackers: get each sample as text.
         """
-        self._prompts = config.sample_prompt or ("",)
-        self._seed, self._shape, self._model, self._tokenizer = config.seed, shape, model, tokenizer
-        self._accelerator, self._log_text = accelerator, log_text
+        self._prompts, self._seed = prompts, seed
+        self._model_config, self._model, self._tokenizer = model_config, model, tokenizer
+        self._accelerator, self._trackers = accelerator, trackers
         self._file: MetricsFile | None = None
         if accelerator.is_main_process:
             self._file = MetricsFile(folder.samples, keep_to_step=start_step)
@@ -83,19 +85,14 @@ class Samples:
             return
         device = self._accelerator.device
         half = device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
-        model = model_from_weights(self._shape, weights, "the model in training")
+        model = model_from_weights(self._model_config, weights, "the model in training")
         model.to(device, torch.bfloat16 if half else torch.float32).eval()
-        texts = continue_texts(
+        samples = continue_texts(
             model, self._tokenizer, self._prompts, max_new_tokens=SAMPLE_TOKENS, seed=self._seed
         )
-        for number, text in enumerate(texts):
-            self._file.write({"prompt": text.prompt, "text": text.text}, step)
-            self._log_text(f"sample_{number}", text.prompt + text.text, step)
-
-    def go_back(self, step: int) -> None:
-        """Take back the samples of later steps."""
-        if self._file is not None:
-            self._file.go_back(step)
+        for number, sample in enumerate(samples):
+            self._file.write({"prompt": sample.prompt, "text": sample.text}, step)
+            self._trackers.log_text(f"sample_{number}", sample.prompt + sample.text, step)
 
     def close(self) -> None:
         """Close the file."""

@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..config.options import PretrainConfig
-from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..formatting import count, duration
-from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
+from .setup import RunInputs, TrainingParts
 
 
 @dataclass(frozen=True)
@@ -47,38 +45,34 @@ class PretrainResult:
 
 
 def banner(
-    config: PretrainConfig,
-    shape: MiniMindConfig,
-    plan: BatchPlan,
-    data: PreparedData,
-    accelerator: Accelerator,
-    compiled: bool,
-    total_steps: int,
-    epochs: float,
-    custom_model: str | None = None,
+    inputs: RunInputs, parts: TrainingParts, data: PreparedData, accelerator: Accelerator, total_steps: int
 ) -> list[tuple[str, str]]:
-    """Return what a run is, in rows of a key and a value.
-
-    `epochs` is how many the steps make; `custom_model` describes a model that the shape does not.
-    """
+    """Return what a run is, as pairs of a key and a value."""
+    config, model_config, plan = inputs.config, inputs.model_config, parts.plan
+    epochs = total_steps / parts.loader.steps_per_epoch
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     kernels = ""
-    if device.type == "cuda" and custom_model is None:
-        hindered = unsupported_reason(accelerator.mixed_precision, shape.head_dim, config.dropout)
-        kernels = f", no fused attention: {hindered}" if hindered else ", fused kernels"
+    if device.type == "cuda" and parts.custom_model is None:
+        reason = unsupported_reason(accelerator.mixed_precision, model_config.head_dim, config.dropout)
+        kernels = f", no fused attention: {reason}" if reason else ", fused kernels"
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
-    active = f" ({count(shape.num_active_parameters())} active)" if shape.use_moe else ""
-    experts = f", {shape.num_experts} experts, {shape.num_experts_per_tok} a token" if shape.use_moe else ""
+    active = f" ({count(model_config.num_active_parameters())} active)" if model_config.use_moe else ""
+    experts = (
+        f", {model_config.num_experts} experts, {model_config.num_experts_per_tok} a token"
+        if model_config.use_moe
+        else ""
+    )
     return [
         (
             "model",
-            custom_model
-            or f"{count(shape.num_parameters())} parameters{active}: {shape.num_hidden_layers} blocks "
-            f"{shape.hidden_size} wide, {shape.num_attention_heads} heads, "
-            f"{shape.num_key_value_heads} key/value heads{experts}",
+            parts.custom_model
+            or f"{count(model_config.num_parameters())} parameters{active}: "
+            f"{model_config.num_hidden_layers} layers, hidden size {model_config.hidden_size}, "
+            f"{model_config.num_attention_heads} heads, "
+            f"{model_config.num_key_value_heads} key/value heads{experts}",
         ),
         (
             "data",
@@ -100,7 +94,7 @@ def banner(
         (
             "device",
             f"{name} x {accelerator.num_processes}, {precision}, "
-            f"{'' if compiled else 'not '}compiled{kernels}",
+            f"{'' if parts.compiled else 'not '}compiled{kernels}",
         ),
         ("folder", config.output_dir),
     ]
@@ -122,7 +116,7 @@ def summary(
     loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "not measured"
     if result.val_loss is not None:
         loss += f", validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)"
-    parts = [
+    phases = [
         f"{name.replace('_', ' ')} {duration(totals[name])}"
         for name in ("training", "first_steps", "data", "evaluation", "saving", "compile")
         if totals.get(name, 0.0) >= 0.5
@@ -131,7 +125,7 @@ def summary(
         ("loss", loss),
         ("trained", f"{result.steps:,} steps, {count(result.tokens)} tokens"),
         ("speed", f"{count(result.tokens_per_second)} tokens/s"),
-        ("time", f"{duration(result.seconds)}" + (f": {', '.join(parts)}" if parts else "")),
+        ("time", f"{duration(result.seconds)}" + (f": {', '.join(phases)}" if phases else "")),
         ("bottleneck", bottleneck),
     ]
     if skipped_steps:

@@ -108,8 +108,8 @@ class Meter:
         if self._mark is None and self._step - self._start_step == WARMUP_STEPS:
             self._begin_measuring(self._step, self._tokens, self._clock())
 
-    def go_back(self, step: int) -> None:
-        """Count on from an earlier step; what was done beyond it stays in the totals."""
+    def rewind(self, step: int) -> None:
+        """Continue from an earlier step; the time of the steps beyond it stays in the totals."""
         self._step = step
         self._tokens_at = deque([(step, self._tokens)])
         self._mark = None if self._mark is None else self._marked(step, self._tokens, self._clock())
@@ -131,7 +131,7 @@ class Meter:
         """
         tokens = self._tokens_up_to(step)
         now = self._clock() if at is None else at
-        values = {"elapsed": now - self._began, "memory_gb": self._memory_gb()}
+        values = {"elapsed": now - self._began, "memory_gb": memory_gb(self._device)}
         if self._mark is None:
             self._begin_measuring(step, tokens, now)
         elif step > self._mark.step:
@@ -235,7 +235,9 @@ class Meter:
                 left += max(planned - count, 0) * self.seconds_of(name)
         return left
 
-    def _memory_gb(self) -> float:
-        if self._device is not None and self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 1e9
-        return psutil.Process().memory_info().rss / 1e9
+
+def memory_gb(device: torch.device | None) -> float:
+    """Return the peak allocation on a CUDA device, else the memory of the process, in 10^9 bytes."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

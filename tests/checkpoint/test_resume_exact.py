@@ -14,9 +14,8 @@ import torch
 
 from minimind import PretrainConfig, pretrain
 from minimind.checkpoint.files import best_checkpoint
-from minimind.evaluation import validation as evaluation_module
-from minimind.training import trainer as train_module
 from minimind.training.summary import PretrainResult
+from minimind.training.trainer import Trainer
 from support.tiny_runs import (
     STEPS,
     STEPS_PER_EPOCH,
@@ -35,16 +34,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupted(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, *steps: int) -> PretrainResult:
     """Run to the end with a SIGTERM during each of the steps named, and a `--resume` after each."""
-    work = train_module.train_step
+    work = Trainer.train_step
     wanted = list(steps)
 
-    def step_with_signal(run: Any, batch: Any, state: Any, limit: float) -> torch.Tensor:
-        if wanted and state.step + 1 == wanted[0]:
+    def step_with_signal(run: Any, batch: Any, limit: float) -> torch.Tensor:
+        if wanted and run.state.step + 1 == wanted[0]:
             wanted.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
-        return work(run, batch, state, limit)
+        return work(run, batch, limit)
 
-    monkeypatch.setattr(train_module, "train_step", step_with_signal)
+    monkeypatch.setattr(Trainer, "train_step", step_with_signal)
     for step in steps:
         stopped = pretrain(config)
         assert (stopped.stopped, stopped.steps) == ("SIGTERM", step)
@@ -109,15 +108,15 @@ def test_other_configurations_are_as_exact(
 
 
 def stop_before_evaluation(number: int, work: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `evaluate` to have this process asked to stop as it begins for the n-th time."""
+    """Wrap `validate` to have this process asked to stop as it begins for the n-th time."""
     left = iter(range(1, 100))
 
-    def evaluate(*arguments: Any, **options: Any) -> Any:
+    def validate(*arguments: Any, **options: Any) -> Any:
         if next(left) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return work(*arguments, **options)
 
-    return evaluate
+    return validate
 
 
 # Evaluations of the loop, counted from 1; the fourth is the one at the end.
@@ -126,8 +125,8 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
     corpus: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     config = tiny(corpus, tmp_path / "run")
-    wrapped = stop_before_evaluation(number, evaluation_module.evaluate)
-    monkeypatch.setattr(train_module, "evaluate", wrapped)
+    wrapped = stop_before_evaluation(number, Trainer.validate)
+    monkeypatch.setattr(Trainer, "validate", wrapped)
     assert pretrain(config).stopped == "SIGTERM"
     pretrain(dataclasses.replace(config, resume="auto"))
     assert_same_end(tmp_path / "run", straight)

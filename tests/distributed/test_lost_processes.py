@@ -73,12 +73,12 @@ def test_processes_that_are_not_alike_are_named_with_both_values(
 def test_a_process_that_fails_ends_the_others_and_is_named_by_them(corpus: Path, tmp_path: Path) -> None:
     code = """
 import minimind.training.trainer
-forward, calls = minimind.training.trainer.forward_loss, []
+forward, calls = minimind.training.step.forward_loss, []
 def fail(*args):
     calls.append(1)
     if rank == 1 and len(calls) == 4: raise ValueError("a fault in the fourth step")
     return forward(*args)
-minimind.training.trainer.forward_loss = fail"""
+minimind.training.step.forward_loss = fail"""
     done, text = launch(torchrun(code, corpus, tmp_path / "out"), tmp_path)
     assert done != 0
     assert "rank 1: ValueError: a fault in the fourth step" in text
@@ -88,14 +88,14 @@ minimind.training.trainer.forward_loss = fail"""
 def test_a_process_that_hangs_ends_the_others_in_time_and_is_named(corpus: Path, tmp_path: Path) -> None:
     code = """
 import signal, time, minimind.training.trainer
-forward, calls = minimind.training.trainer.forward_loss, []
+forward, calls = minimind.training.step.forward_loss, []
 def hang(*args):
     calls.append(1)
     if rank == 1 and len(calls) == 4:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1000)
     return forward(*args)
-minimind.training.trainer.forward_loss = hang"""
+minimind.training.step.forward_loss = hang"""
     words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "4s")
     with launched(words, tmp_path) as process:
         wait_for_step(tmp_path / "out", 3)
@@ -111,12 +111,12 @@ def test_a_process_that_is_stuck_when_another_dies_ends_and_names_it(corpus: Pat
     code = """
 import threading, minimind.distributed.heartbeat, minimind.training.trainer
 minimind.distributed.heartbeat.Watchdog.SHUTDOWN_SECONDS = 3.0
-forward, calls = minimind.training.trainer.forward_loss, []
+forward, calls = minimind.training.step.forward_loss, []
 def stick(*args):
     calls.append(1)
     if rank == 0 and len(calls) == 4: threading.Event().wait()
     return forward(*args)
-minimind.training.trainer.forward_loss = stick"""
+minimind.training.step.forward_loss = stick"""
     with launched(torchrun(code, corpus, tmp_path / "out"), tmp_path) as process:
         wait_for_step(tmp_path / "out", 3)
         os.kill(pid_of(process.pid, 1), signal.SIGKILL)

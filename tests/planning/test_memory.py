@@ -114,7 +114,7 @@ def test_with_recomputation_a_block_stores_its_input_alone() -> None:
 
 def estimate(shape: MiniMindConfig = SHAPE, **changes: Any) -> MemoryEstimate:
     options = {
-        "rows": ROWS,
+        "sequences": ROWS,
         "seq_len": LENGTH,
         "precision": "bf16",
         "compiled": "whole",
@@ -159,13 +159,13 @@ def test_what_was_measured_on_an_h100_is_estimated_within_a_few_percent(
     """minimind-3 and minimind2-small in rows of 512; docs/performance.md."""
     kv_heads, inner = {768: (4, 2432), 512: (2, 1408)}[hidden_size]
     shape = MiniMindConfig(hidden_size=hidden_size, num_key_value_heads=kv_heads, intermediate_size=inner)
-    found = estimate(shape, rows=rows, seq_len=512, fused=fused).peak
+    found = estimate(shape, sequences=rows, seq_len=512, fused=fused).peak
     assert found == pytest.approx(measured, rel=0.05)
 
 
 def test_more_of_anything_takes_more() -> None:
     base = estimate().peak
-    assert estimate(rows=8).peak > base
+    assert estimate(sequences=8).peak > base
     assert estimate(compiled="no").peak > base
     assert estimate(precision="no").peak > base
     assert estimate(accumulation_steps=2).peak >= base + estimate().gradients
@@ -176,7 +176,7 @@ def test_more_of_anything_takes_more() -> None:
 
 def test_a_large_model_of_few_rows_peaks_when_all_gradients_are_there() -> None:
     large = MiniMindConfig(hidden_size=1024, num_hidden_layers=24)
-    found = estimate(large, rows=1, seq_len=16)
+    found = estimate(large, sequences=1, seq_len=16)
     assert found.peak - found.weights - found.optimizer - (64 << 20) == found.gradients
 
 

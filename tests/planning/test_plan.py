@@ -158,7 +158,7 @@ def test_a_step_that_does_not_fit_leaves_a_plan_without_times(
     json.dumps(plan.to_dict())
 
 
-@pytest.mark.parametrize("place", ["_make_run", "_measure"])
+@pytest.mark.parametrize("place", ["build_training", "measure_steps"])
 def test_memory_that_runs_out_is_told_apart_from_other_mistakes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -181,7 +181,7 @@ def test_what_would_go_wrong_is_told(
     in_a_file = dataclasses.replace(config, output_dir=str(corpus / "out"), keep_every=1)
     text = " ".join(plan_run(in_a_file, quiet=True).problems)
     assert "raise --keep-every" in text
-    assert f"cannot be written, for {corpus} cannot" in text
+    assert f"cannot be written, because {corpus} cannot" in text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
     text = " ".join(plan_run(dataclasses.replace(config, max_time="1s"), quiet=True).problems)

@@ -20,7 +20,7 @@ from minimind.data.batch_plan import plan_batches
 from minimind.errors import CheckpointError, ConfigError
 from minimind.run_folder import RunFolder
 from minimind.runs.decay import decay, decay_config
-from minimind.schedule import learning_rates
+from minimind.schedule import LearningRateSchedule
 from minimind.tracking.trackers import Trackers
 from minimind.training.pretrain import pretrain
 from support.launching import ACCELERATE, launch
@@ -255,7 +255,7 @@ def test_the_decay_may_go_beyond_the_passes_of_the_run(tmp_path: Path) -> None:
 def test_shape_and_minimum_can_be_chosen(tmp_path: Path) -> None:
     stable = checkpoint(tmp_path, 50, lr_schedule="wsd", min_lr_ratio=0.2, learning_rate=1.0)
     config = decay_config(stable, 4 * 128, tmp_path, shape="sqrt", min_lr_ratio=0.0)
-    rate = learning_rates(config, config.max_steps or 0)
+    rate = LearningRateSchedule(config, config.max_steps or 0).at
     assert [rate(step, None) for step in range(49, 54)] == pytest.approx(
         [1.0, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0.0]
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind import pretrain
-from minimind.training import trainer as train_module
+from minimind.training.trainer import Trainer
 from support.tiny_runs import tiny
 
 FAILS_FROM, WORKS_AGAIN_FROM = 6, 14
@@ -38,16 +38,16 @@ def allow(kind: str, checkpoints: Path) -> None:
 
 def main(folder: Path, kind: str, steps: int) -> None:
     out = folder / "run"
-    work = train_module.train_step
+    work = Trainer.train_step
 
-    def train_step(run: Any, batch: Any, state: Any, limit: float) -> Any:
-        if state.step + 1 == FAILS_FROM:
+    def train_step(run: Any, batch: Any, limit: float) -> Any:
+        if run.state.step + 1 == FAILS_FROM:
             refuse(kind, out / "checkpoints")
-        elif state.step + 1 == WORKS_AGAIN_FROM:
+        elif run.state.step + 1 == WORKS_AGAIN_FROM:
             allow(kind, out / "checkpoints")
-        return work(run, batch, state, limit)
+        return work(run, batch, limit)
 
-    train_module.train_step = train_step
+    Trainer.train_step = train_step
     result = pretrain(tiny(folder / "corpus.jsonl", out), stop_after=steps)
     sys.exit(0 if result.steps == steps else 1)
 

@@ -36,17 +36,17 @@ def hidden_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
 
 
-def checked_train(run: Any, state: Any, train: Any = MODULE.train) -> None:
+def checked_train(run: Any, train: Any = MODULE.Trainer.train) -> None:
     """Refuse to train beside what a killed process left."""
     out = Path(run.config.output_dir)
     left = [name for name in hidden_files(out) if "best.json" not in name and "model/" not in name]
     if left:
         print("left over:", left, file=sys.stderr, flush=True)
         os._exit(LEFTOVERS)
-    train(run, state)
+    train(run)
 
 
-MODULE.train = checked_train
+MODULE.Trainer.train = checked_train
 
 
 def slow_removal(path: Any, *arguments: Any, remove: Any = shutil.rmtree, **options: Any) -> None:

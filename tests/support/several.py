@@ -104,7 +104,7 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
     dist.init_process_group("gloo")
     # The package has a function of the same name.
     module = importlib.import_module("minimind.training.pretrain")
-    preparation = importlib.import_module("minimind.training.prepared_model")
+    preparation = importlib.import_module("minimind.training.build_model")
     training = importlib.import_module("minimind.training.trainer")
     module.close_accelerator = stay_joined
     wrapped: list[str] = []
@@ -121,11 +121,11 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
             prepared[0].register_comm_hook(None, counted_all_reduce)
         return prepared
 
-    def counting_step(*args: Any) -> Any:
+    def counting_step(*args: Any, **options: Any) -> Any:
         reductions.append(0)
         dist.all_reduce = reduced
         try:
-            return step(*args)
+            return step(*args, **options)
         finally:
             dist.all_reduce = all_reduce
 

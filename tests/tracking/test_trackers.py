@@ -165,11 +165,12 @@ def test_run_that_starts_over_leaves_one_curve_in_tensorboard(desk):
     assert scalars(desk.folder.path / "tensorboard", "loss") == [(0, 2.0), (10, 2.0)]
 
 
-def test_a_step_taken_back_leaves_one_curve_in_tensorboard(desk):
+def test_a_rewind_leaves_one_curve_in_tensorboard(desk):
     trackers = desk.open("tensorboard")
     for step in (10, 20, 30):
         trackers.log({"loss": float(step)}, step)
-    trackers.go_back(10)
+    trackers.close()
+    trackers = desk.open("tensorboard", start_step=10)
     trackers.log({"loss": 21.0}, 20)
     trackers.close()
     assert desk.warnings == []

@@ -15,7 +15,7 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.training.prepared_model import compile_and_wrap, compile_mode
+from minimind.training.build_model import compile_and_wrap, compile_mode
 from support import topologies
 
 

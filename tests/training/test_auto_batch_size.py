@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,16 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.runs.verify_resume import verify_resume
 from minimind.tokenizer import load_tokenizer
-from minimind.training.auto_batch_size import FILE, recall, remember, resolve_batch_size, search_upwards
+from minimind.training.auto_batch_size import (
+    FILE,
+    SpeedTrial,
+    load_size,
+    resolve_batch_size,
+    search_upwards,
+    store_size,
+)
 from minimind.training.build_model import resolve_model_config
-from minimind.training.prepared_model import compile_and_wrap
 from minimind.training.pretrain import pretrain
-from minimind.training.speed_trial import SpeedTrial
 from support import topologies
 from support.tiny_runs import reports, tiny, write_corpus
 
@@ -90,31 +94,31 @@ def test_the_search_measures_nothing_twice_and_finds_a_size_that_fits(times: Any
 def test_a_size_is_remembered_for_the_same_facts_only(tmp_path: Path) -> None:
     file = tmp_path / "cache" / FILE
     facts = {"devices": ["A"], "rows": 32}
-    assert recall(file, facts) is None
-    remember(file, facts, 8)
-    remember(file, {**facts, "devices": ["B"]}, 16)
-    assert recall(file, facts) == 8
-    assert recall(file, {**facts, "devices": ["B"]}) == 16
-    assert recall(file, {**facts, "rows": 64}) is None
+    assert load_size(file, facts) is None
+    store_size(file, facts, 8)
+    store_size(file, {**facts, "devices": ["B"]}, 16)
+    assert load_size(file, facts) == 8
+    assert load_size(file, {**facts, "devices": ["B"]}) == 16
+    assert load_size(file, {**facts, "rows": 64}) is None
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": '])
 def test_a_damaged_memory_is_none_and_is_replaced(tmp_path: Path, content: str) -> None:
     file = tmp_path / FILE
     file.write_text(content)
-    assert recall(file, {"rows": 8}) is None
-    remember(file, {"rows": 8}, 4)
-    assert recall(file, {"rows": 8}) == 4
+    assert load_size(file, {"rows": 8}) is None
+    store_size(file, {"rows": 8}, 4)
+    assert load_size(file, {"rows": 8}) == 4
 
 
 def test_a_size_that_does_not_make_up_the_step_is_not_taken(tmp_path: Path) -> None:
-    remember(tmp_path / FILE, {"rows": 8}, 3)
-    assert recall(tmp_path / FILE, {"rows": 8}) is None
+    store_size(tmp_path / FILE, {"rows": 8}, 3)
+    assert load_size(tmp_path / FILE, {"rows": 8}) is None
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    remember(tmp_path / "file" / FILE, {"rows": 8}, 4)
+    store_size(tmp_path / "file" / FILE, {"rows": 8}, 4)
 
 
 @pytest.fixture
@@ -127,8 +131,7 @@ def settle(tmp_path: Path) -> Any:
         config, shape = resolve_model_config(config, load_tokenizer(None))
         said: list[str] = []
         accelerator = start_accelerator(config)
-        prepare = partial(compile_and_wrap, config, shape)
-        return resolve_batch_size(config, shape, accelerator, prepare, said.append), said
+        return resolve_batch_size(config, shape, accelerator, said.append), said
 
     return settled
 
@@ -144,18 +147,18 @@ def test_the_fastest_one_is_taken_and_said_once(settle: Any, monkeypatch: pytest
     config, (sentence,) = settle()
     assert (config.batch_size, config.global_batch_size, config.accumulation_steps) == (4, 8, None)
     assert sentence.startswith(
-        "--batch-size auto: 4 rows x accumulation 2 (tokens/s of one process measured:"
+        "--batch-size auto: 4 sequences x accumulation 2 (tokens/s of one process measured:"
     )
     assert "8: too large" in sentence
     monkeypatch.setattr(SpeedTrial, "seconds", None)
     again, (sentence,) = settle()
     assert again.batch_size == 4
-    assert sentence == "--batch-size auto: 4 rows x accumulation 2 (as measured before)."
+    assert sentence == "--batch-size auto: 4 sequences x accumulation 2 (as measured before)."
 
 
 def test_a_device_without_room_for_a_row_is_an_error(settle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpeedTrial, "seconds", lambda self, size: math.inf)
-    with pytest.raises(ConfigError, match=r"not even 1 row of --max-seq-len 32 fits"):
+    with pytest.raises(ConfigError, match=r"not even 1 sequence of --max-seq-len 32 fits"):
         settle()
 
 
@@ -199,7 +202,7 @@ def test_a_run_measures_trains_the_same_and_keeps_its_step_when_resumed(
     # A real measurement whose result does not depend on the machine.
     monkeypatch.setattr(module, "search_upwards", lambda sizes, first, measure, **_: {2: measure(2)})
     pretrain(auto)
-    assert "--batch-size auto: 2 rows x accumulation 4" in capfd.readouterr().out
+    assert "--batch-size auto: 2 sequences x accumulation 4" in capfd.readouterr().out
     # The look before the first step is at one micro-batch, whose rows are fewer.
     ours, theirs = (reports(tmp_path / name)[1:] for name in ("auto", "plain"))
     assert [line.get("digest") for line in ours] == [line.get("digest") for line in theirs]

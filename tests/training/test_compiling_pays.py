@@ -16,13 +16,13 @@ from minimind.data.batch_plan import BatchPlan, max_training_tokens
 from minimind.distributed.accelerator import wants_compile
 from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
-from minimind.training import prepared_model
-from minimind.training.prepared_model import (
+from minimind.training import build_model as prepared_model
+from minimind.training.build_model import (
     SHORT_RUN,
     USUAL_MFU,
+    build_graph,
     compile_and_wrap,
     compiling_pays,
-    pass_graph,
 )
 from support.cycle_corpus import write_corpus
 
@@ -139,13 +139,9 @@ def test_the_tightest_limit_tells_how_long_a_run_is(limits: dict[str, Any], toke
 def test_a_model_that_is_not_known_has_a_graph_only_where_it_compiled(
     model: type, compiled: bool, captured: bool
 ) -> None:
-    run: Any = SimpleNamespace(
-        accelerator=machine(),
-        config=PretrainConfig(),
-        model=model(SHAPE) if issubclass(model, MiniMindForCausalLM) else model(),
-        progress=SimpleNamespace(note=pytest.fail),
-    )
-    assert (pass_graph(run, SHAPE, compiled=compiled) is not None) == captured
+    built = model(SHAPE) if issubclass(model, MiniMindForCausalLM) else model()
+    graph = build_graph(PretrainConfig(), SHAPE, built, machine(), compiled=compiled, note=pytest.fail)
+    assert (graph is not None) == captured
 
 
 def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,10 +150,8 @@ def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: p
 
 
 def test_without_cuda_graphs_there_is_none() -> None:
-    run: Any = SimpleNamespace(
-        accelerator=machine(), config=PretrainConfig(cuda_graphs=False), model=MiniMindForCausalLM(SHAPE)
-    )
-    assert pass_graph(run, SHAPE, compiled=True) is None
+    config = PretrainConfig(cuda_graphs=False)
+    assert build_graph(config, SHAPE, MiniMindForCausalLM(SHAPE), machine(), compiled=True) is None
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import LENGTH, ROWS, VOCAB, Recorder, make_run, ragged_rows, step_batch
+from test_trainer import (
+    LENGTH,
+    ROWS,
+    VOCAB,
+    Recorder,
+    drain_metrics,
+    make_trainer,
+    ragged_rows,
+    step_batch,
+    train_step,
+)
 
 from minimind import pretrain
+from minimind.checkpoint.train_state import TrainState
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.training.load_balancing import expert_numbers
-from minimind.training.trainer import StepRecord, TrainState, settle, train_step
+from minimind.training.load_balancing import expert_metrics
+from minimind.training.reporting import StepRecord
 from support.tiny_runs import tiny, write_corpus
 
 COEFFICIENT = 0.5
@@ -39,11 +50,11 @@ def model(k: int = 1) -> MiniMindForCausalLM:
 
 def run_of(k: int, accumulation_steps: int = 1, coefficient: float = COEFFICIENT) -> Any:
     options = {"use_moe": True, "num_experts_per_tok": k, "router_aux_loss_coef": coefficient}
-    return make_run(model(k), accumulation_steps, grad_clip=0.0, **options)
+    return make_trainer(model(k), accumulation_steps, grad_clip=0.0, **options)
 
 
 def numbers(sums: list[float], k: int, num_targets: int) -> dict[str, float]:
-    return expert_numbers(sums, num_experts=4, experts_per_token=k, num_targets=num_targets)
+    return expert_metrics(sums, num_experts=4, experts_per_token=k, num_targets=num_targets)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -119,21 +130,21 @@ def test_a_weight_of_zero_trains_on_the_language_loss_alone() -> None:
 
 def test_a_report_is_of_all_steps_since_the_last_one() -> None:
     run, state = run_of(1), TrainState()
-    assert isinstance(run.trackers, Recorder)
+    assert isinstance(run.outputs.trackers, Recorder)
     batch = step_batch(1, 8)
     steps = [train_step(run, batch, state) for _ in range(4)]
     # Busiest in turn: no expert of either block has more than its share over two steps.
     for turn, step in enumerate(steps[2:]):
         step[5:] = torch.tensor([1.0, 0, 0, 0]).roll(2 * turn).repeat(2) * batch.num_targets
     for number, step in enumerate(steps, 1):
-        run.readback.put(
+        run.metrics.enqueue(
             StepRecord(
                 number, 0.0, ROWS * LENGTH, batch.num_targets, 0.1, "", 1e9, [0, 0, ROWS], number in (2, 4)
             ),
             step,
         )
-    settle(run, state, everything=True)
-    (_, first), (_, second) = run.trackers.logged
+    drain_metrics(run, state, everything=True)
+    (_, first), (_, second) = run.outputs.trackers.logged
     sums = sum(steps[:2]).tolist()[4:]
     for name, value in numbers(sums, 1, 2 * batch.num_targets).items():
         assert first[name] == pytest.approx(value, rel=1e-5), name

@@ -22,19 +22,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import make_run, step_batch, tiny_model
+from test_trainer import make_trainer, step_batch, tiny_model, train
 
 from minimind import PretrainConfig, load_tokenizer, pretrain
 from minimind.checkpoint.checkpointer import RunCheckpoints
 from minimind.checkpoint.files import stored_checkpoints
+from minimind.checkpoint.train_state import TrainState
 from minimind.data.loader import MicroBatch
 from minimind.errors import TrainingError
 from minimind.optim.build import build_optimizer, skip_if_nonfinite
 from minimind.training import loss_spikes as spikes_module
-from minimind.training import trainer as train_module
+from minimind.training import step as step_module
 from minimind.training.async_metrics import DELAY_STEPS
-from minimind.training.loss_spikes import MAX_REWINDS, MIN_STEPS, WINDOW, remember, spike_threshold
-from minimind.training.trainer import UPDATES_LEFT_OUT_ALLOWED, Run, TrainState, train
+from minimind.training.loss_spikes import MAX_REWINDS, MIN_STEPS, WINDOW, append_loss, spike_threshold
+from minimind.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 
 pretrain_module = importlib.import_module("minimind.training.pretrain")
 
@@ -69,7 +70,7 @@ def alarms(losses: list[float], sigma: float = 8.0) -> tuple[list[int], list[flo
     limits = []
     for loss in losses:
         limits.append(spike_threshold(recent, 0, sigma))
-        remember(recent, loss)
+        append_loss(recent, loss)
     pairs = zip(losses, limits, strict=True)
     return [step for step, (loss, limit) in enumerate(pairs) if not loss <= limit], limits
 
@@ -119,18 +120,20 @@ def test_the_limit_is_median_and_median_absolute_deviation() -> None:
     losses = np.random.default_rng(0).gamma(3.0, 1.0, 300)
     recent: list[float] = []
     for loss in losses:
-        remember(recent, float(loss))
+        append_loss(recent, float(loss))
     window = losses[-WINDOW - DELAY_STEPS : -DELAY_STEPS]
     centre = np.median(window)
     deviation = 1.4826 * np.median(np.abs(window - centre))
     assert spike_threshold(recent, 0, 5.0) == pytest.approx(centre + 5 * deviation, rel=1e-12)
-    assert spike_threshold(recent, 0, 5.0, share=0.25) == pytest.approx(centre + 10 * deviation, rel=1e-12)
+    assert spike_threshold(recent, 0, 5.0, batch_fraction=0.25) == pytest.approx(
+        centre + 10 * deviation, rel=1e-12
+    )
 
 
 def test_the_limit_does_not_depend_on_how_many_losses_are_still_on_their_way() -> None:
     recent: list[float] = []
     for loss in falling_losses(4, 200, 0.2):
-        remember(recent, loss)
+        append_loss(recent, loss)
     limits = {
         spike_threshold(recent[: len(recent) - unread], unread, 8.0) for unread in range(DELAY_STEPS + 1)
     }
@@ -142,7 +145,7 @@ def test_few_losses_are_remembered_and_none_that_matters_is_forgotten() -> None:
     losses = falling_losses(5, 1000, 0.2)
     recent: list[float] = []
     for loss in losses:
-        remember(recent, loss)
+        append_loss(recent, loss)
     assert len(recent) == WINDOW + DELAY_STEPS
     assert spike_threshold(recent, 0, 8.0) == spike_threshold(losses, 0, 8.0)
 
@@ -186,22 +189,22 @@ def test_under_an_fp16_scaler_a_loss_above_the_limit_is_left_out_too(loss: float
     assert optimizer.scaler.get_scale() == 2.0**16
 
 
-def adamw_run(on_spike: str, lag: int = 0) -> Run:
+def adamw_run(on_spike: str, lag: int = 0) -> Trainer:
     model = tiny_model()
-    run = make_run(model, on_spike=on_spike, save_interval=100)
+    run = make_trainer(model, on_spike=on_spike, save_interval=100)
     run.optimizer = run.accelerator.prepare(build_optimizer(model, run.config, torch.device("cpu")))
-    run.learning_rate = lambda step, ending: 1e-3
-    run.readback._lag = lag
+    run.schedule = SimpleNamespace(at=lambda step, window: 1e-3)
+    run.metrics._delay = lag
     return run
 
 
-def everything(run: Run) -> list[torch.Tensor]:
+def everything(run: Trainer) -> list[torch.Tensor]:
     """Weights and moments."""
     moments = [value for fields in run.optimizer.optimizer.state.values() for value in fields.values()]
     return [*(p.detach().clone() for p in run.model.parameters()), *moments]
 
 
-def train_on(run: Run, seeds: list[int]) -> TrainState:
+def train_on(run: Trainer, seeds: list[int]) -> TrainState:
     run.loader = SimpleNamespace(
         sequences_per_epoch=10**6, steps=lambda epoch, row: iter([step_batch(seed, 8) for seed in seeds])
     )
@@ -216,12 +219,12 @@ def train_on(run: Run, seeds: list[int]) -> TrainState:
 @pytest.fixture
 def third_loss_is_tenfold(monkeypatch: pytest.MonkeyPatch) -> None:
     marked = step_batch(3, 8).micro_batches[0].input_ids
-    original = train_module.forward_loss
+    original = step_module.forward_loss
 
     def forward_loss(model: torch.nn.Module, batch: MicroBatch, *rest: Any) -> torch.Tensor:
         return original(model, batch, *rest) * (10 if torch.equal(batch.input_ids, marked) else 1)
 
-    monkeypatch.setattr(train_module, "forward_loss", forward_loss)
+    monkeypatch.setattr(step_module, "forward_loss", forward_loss)
 
 
 @pytest.mark.usefixtures("third_loss_is_tenfold")
@@ -257,7 +260,7 @@ def test_skipping_step_after_step_ends_with_advice() -> None:
         sequences_per_epoch=10**6, steps=lambda epoch, row: (step_batch(seed, 8) for seed in range(100))
     )
     run.total_steps = 100
-    with pytest.raises(TrainingError, match=f"{UPDATES_LEFT_OUT_ALLOWED} updates in a row.*--learning-rate"):
+    with pytest.raises(TrainingError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row.*--learning-rate"):
         train(run, TrainState(recent_losses=[1.0] * (WINDOW + DELAY_STEPS)))
 
 
@@ -324,7 +327,7 @@ class Poison:
     def __init__(self, factor: float) -> None:
         self.factor, self.met = factor, 0
         self.after_meeting: Callable[[], None] = lambda: None
-        self._token, self._forward_loss = marker_token(), train_module.forward_loss
+        self._token, self._forward_loss = marker_token(), step_module.forward_loss
 
     def __call__(self, model: torch.nn.Module, batch: MicroBatch, *rest: Any) -> torch.Tensor:
         loss = self._forward_loss(model, batch, *rest)
@@ -345,7 +348,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nan_poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
     poison = Poison(math.nan)
-    monkeypatch.setattr(train_module, "forward_loss", poison)
+    monkeypatch.setattr(step_module, "forward_loss", poison)
     return poison
 
 
@@ -379,7 +382,7 @@ def test_a_document_that_spikes_is_named_first_with_its_text(
         assert report[ours] == pytest.approx(line[theirs])
     assert sum(one["tokens"] for one in report["documents"]) <= 2 * 64
     path = tmp_path / "out" / "spikes" / f"step-{report['step']:08d}.json"
-    assert f"its texts are in {path}." in capsys.readouterr().out
+    assert f"its documents are in {path}." in capsys.readouterr().out
 
 
 # With these the text comes after step 102, in an order that never changes.
@@ -390,15 +393,15 @@ def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also: such a state is never saved, the run says so and goes on."""
-    original = train_module.train_step
+    original = Trainer.train_step
 
-    def train_step(run: Run, batch: Any, state: TrainState, limit: float) -> torch.Tensor:
-        if state.step == 10:
+    def train_step(run: Trainer, batch: Any, limit: float) -> torch.Tensor:
+        if run.state.step == 10:
             with torch.no_grad():
                 run.model.get_input_embeddings().weight[marker_token()] = math.nan
-        return original(run, batch, state, limit)
+        return original(run, batch, limit)
 
-    monkeypatch.setattr(train_module, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(pretrain_module, "save_final_model", lambda *args: None)
     monkeypatch.setattr(pretrain_module, "write_sample", lambda *args: "")
     out = tmp_path / "out"
@@ -439,16 +442,16 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, lag: int
 ) -> None:
     poison = Poison(factor)
-    monkeypatch.setattr(train_module, "forward_loss", poison)
+    monkeypatch.setattr(step_module, "forward_loss", poison)
     # So that a jump is known within this short run.
     monkeypatch.setattr(spikes_module, "MIN_STEPS", 5)
-    original = pretrain_module.train
+    original = Trainer.train
 
-    def train_with_lag(run: Run, state: TrainState) -> None:
-        run.readback._lag = lag
-        original(run, state)
+    def train_with_lag(run: Trainer) -> None:
+        run.metrics._delay = lag
+        original(run)
 
-    monkeypatch.setattr(pretrain_module, "train", train_with_lag)
+    monkeypatch.setattr(Trainer, "train", train_with_lag)
     out = tmp_path / "out"
     result = pretrain(tiny(corpus, out, on_spike="rewind", max_steps=STEPS, dropout=0.1, sample_interval=2))
     state = saved_state(out)
@@ -468,7 +471,7 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
 
     def leave_out(*args: Any, **options: Any) -> Any:
         fresh, saved_step, trackers = take_up(*args, **options)
-        fresh.left_out = state["left_out"]
+        fresh.excluded_sequences = state["left_out"]
         return fresh, saved_step, trackers
 
     monkeypatch.setattr(RunCheckpoints, "resume", leave_out)
@@ -504,8 +507,8 @@ def test_a_run_resumed_after_a_rewind_still_leaves_the_rows_out(
 def test_a_run_that_goes_back_again_and_again_ends_with_advice(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_module.forward_loss
-    monkeypatch.setattr(train_module, "forward_loss", lambda *args: original(*args) * math.nan)
+    original = step_module.forward_loss
+    monkeypatch.setattr(step_module, "forward_loss", lambda *args: original(*args) * math.nan)
     out = tmp_path / "out"
     with pytest.raises(TrainingError, match=f"after {MAX_REWINDS} rewinds.*--learning-rate.*--on-spike skip"):
         pretrain(tiny(corpus, out, on_spike="rewind"))
@@ -566,17 +569,17 @@ def test_two_processes_decide_alike(corpus: Path, tmp_path: Path, nan_poison: Po
 def one_of_several(corpus: Path, folder: Path, on_spike: str) -> None:
     torch.set_num_threads(1)
     poison = Poison(math.nan)
-    train_module.forward_loss = poison
-    original = pretrain_module.train
+    step_module.forward_loss = poison
+    original = Trainer.train
 
-    def train_and_tell(run: Run, state: TrainState) -> None:
-        original(run, state)
+    def train_and_tell(run: Trainer) -> None:
+        original(run)
         total = sum(p.detach().double().abs().sum().item() for p in run.model.parameters())
-        found = {"state": dataclasses.asdict(state), "weights": total, "met": poison.met}
+        found = {"state": run.state.to_dict(), "weights": total, "met": poison.met}
         name = f"process-{run.accelerator.process_index}.json"
         (folder / name).write_text(json.dumps(found))
 
-    pretrain_module.train = train_and_tell
+    Trainer.train = train_and_tell
     config = tiny(corpus, folder / "out", on_spike=on_spike, max_steps=STEPS, batch_size=1)
     pretrain(config)
     sys.stdout.flush()

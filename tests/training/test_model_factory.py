@@ -92,10 +92,10 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"compile": True}, "--compile is done inside MiniMindForCausalLM"),
-        ({"activation_checkpointing": True}, "--activation-checkpointing is done inside"),
-        ({"use_moe": True}, "--use-moe is done inside"),
-        ({"sample_interval": 5}, "--sample-interval writes with MiniMindForCausalLM"),
+        ({"compile": True}, "--compile is implemented in MiniMindForCausalLM"),
+        ({"activation_checkpointing": True}, "--activation-checkpointing is implemented in"),
+        ({"use_moe": True}, "--use-moe is implemented in"),
+        ({"sample_interval": 5}, "--sample-interval generates with MiniMindForCausalLM"),
     ],
 )
 def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], words: str) -> None:
@@ -114,7 +114,7 @@ def test_stored_weights_go_into_a_model_with_the_same_names_only(tmp_path: Path)
     config = PretrainConfig(from_weight=str(tmp_path))
     made = build_model(config, SHAPE, Same)
     assert torch.equal(made.lm_head.weight, stored.lm_head.weight.half().float())
-    with pytest.raises(ConfigError, match="holds other weights than a Bigram has"):
+    with pytest.raises(ConfigError, match="holds other tensors than a Bigram has"):
         build_model(config, SHAPE, lambda shape: Bigram(shape.vocab_size))
 
 

@@ -1,0 +1,82 @@
+"""The files and trackers that a run appends to: opened at a step, and again after a rewind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..config.options import PretrainConfig
+from ..modeling.config import MiniMindConfig
+from ..run_folder import RunFolder
+from ..tokenizer import Tokenizer
+from ..tracking.console import Progress
+from ..tracking.trackers import Trackers
+from .samples import Samples
+
+
+class Outputs:
+    """Metrics, trackers and samples of a run. Opening them at a step drops what was written of later steps.
+
+    Attributes:
+        trackers: metrics.jsonl and the trackers of --tracker.
+        samples: None without --sample-interval.
+    """
+
+    trackers: Trackers
+    samples: Samples | None
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model_config: MiniMindConfig,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        environment: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Open nothing yet; see `open`."""
+        self._config, self._model_config, self._folder = config, model_config, folder
+        self._accelerator, self._model, self._tokenizer = accelerator, model, tokenizer
+        self._environment, self._progress = environment, progress
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file of metrics."""
+        return self._folder.metrics
+
+    def open(self, step: int, tracker_ids: Mapping[str, str]) -> None:
+        """Open everything to continue after `step` in the charts of these run ids."""
+        self.trackers = Trackers(
+            self._config,
+            self._folder,
+            self._accelerator,
+            tracker_ids,
+            start_step=step,
+            environment=self._environment,
+            warn=self._progress.warn,
+        )
+        self.samples = None
+        if self._config.sample_interval is not None:
+            self.samples = Samples(
+                self._config.sample_prompt or ("",),
+                self._config.seed,
+                self._model_config,
+                self._model,
+                self._tokenizer,
+                self._accelerator,
+                self._folder,
+                start_step=step,
+                trackers=self.trackers,
+            )
+
+    def close(self) -> None:
+        """Write what is queued and close everything; safe to repeat."""
+        if self.samples is not None:
+            self.samples.close()
+        self.trackers.close()

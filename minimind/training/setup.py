@@ -1,0 +1,182 @@
+"""What `pretrain`, `--plan` and `bench` build alike: resolved options, batches, model, optimizer, loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config.options import AUTO, PretrainConfig
+from ..data.batch_plan import BatchPlan, max_training_tokens, plan_batches
+from ..data.loader import Loader
+from ..data.shards import TokenShards
+from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
+from ..errors import ConfigError
+from ..formatting import count
+from ..modeling.config import MiniMindConfig
+from ..modeling.transformer import MiniMindForCausalLM
+from ..tokenizer import Tokenizer, load_tokenizer
+from .auto_batch_size import resolve_batch_size
+from .build_model import ModelFactory, build_graph, build_model, compile_and_wrap, resolve_model_config
+from .cuda_graph import ForwardBackwardGraph
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The options of a run and what follows from them.
+
+    Attributes:
+        config: every size of the model and the learning rate filled in.
+        model_config: sizes of the model.
+        tokenizer: of the run.
+    """
+
+    config: PretrainConfig
+    model_config: MiniMindConfig
+    tokenizer: Tokenizer
+
+    def with_batch_size(
+        self, accelerator: Accelerator, note: Callable[[str], object] = lambda sentence: None
+    ) -> RunInputs:
+        """Return these inputs with a number for `--batch-size auto`; every rank must call this.
+
+        Raises:
+            ConfigError: where none can be found; see `resolve_batch_size`.
+        """
+        config = resolve_batch_size(self.config, self.model_config, accelerator, note)
+        return dataclasses.replace(self, config=config)
+
+    def loader(
+        self,
+        shards: TokenShards,
+        plan: BatchPlan,
+        *,
+        process_index: int = 0,
+        device: torch.device | str = "cpu",
+        trim: bool = False,
+        weights: Sequence[float] = (),
+    ) -> Loader:
+        """Return the loader of a training split; see `Loader`."""
+        return Loader(
+            shards,
+            seq_len=self.config.max_seq_len,
+            packing=self.config.packing,
+            plan=plan,
+            seed=self.config.seed,
+            process_index=process_index,
+            device=device,
+            pad_token_id=self.tokenizer.pad_token_id,
+            trim=trim,
+            weights=weights,
+        )
+
+
+def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda sentence: None) -> RunInputs:
+    """Resolve the options of a run, before the ranks are joined.
+
+    Raises:
+        UserError: for options, a launch, a tokenizer or weights that a run cannot use.
+    """
+    if (remark := check_launch(config)) is not None:
+        note(remark)
+    tokenizer = load_tokenizer(config.tokenizer)
+    filled, model_config = resolve_model_config(config, tokenizer)
+    resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
+    return RunInputs(resolved, model_config, tokenizer)
+
+
+def resolve_batch_size_alone(inputs: RunInputs) -> RunInputs:
+    """Return the inputs with a number for `--batch-size auto`, before the ranks are joined for a run."""
+    if inputs.config.batch_size != AUTO:
+        return inputs
+    accelerator = start_accelerator(inputs.config)
+    try:
+        return inputs.with_batch_size(accelerator)
+    finally:
+        close_accelerator(accelerator)
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """Model and optimizer, prepared, and the batches they train on.
+
+    Attributes:
+        plan: batches of a step.
+        model: prepared.
+        optimizer: prepared.
+        compiled: whether the model is compiled.
+        loader: of the training split.
+        graph: CUDA graph of forward and backward pass; None without one.
+        custom_model: description of a model that is not exactly a MiniMindForCausalLM, else None.
+    """
+
+    plan: BatchPlan
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    compiled: bool
+    loader: Loader
+    graph: ForwardBackwardGraph | None
+    custom_model: str | None
+
+
+def build_training(
+    inputs: RunInputs,
+    shards: TokenShards,
+    accelerator: Accelerator,
+    *,
+    tokens_per_epoch: int | None = None,
+    weights: Sequence[float] = (),
+    model_factory: ModelFactory = MiniMindForCausalLM,
+    note: Callable[[str], None] = lambda sentence: None,
+) -> TrainingParts:
+    """Build model, optimizer and loader of a run; every rank must call this.
+
+    Args:
+        inputs: with a number as batch size.
+        shards: of the training split.
+        accelerator: of the run.
+        tokens_per_epoch: about how many; decides whether compiling pays. None for a long run.
+        weights: of the mixture.
+        model_factory: see `pretrain`.
+        note: gets sentences for the user.
+
+    Raises:
+        ConfigError: for batches that the ranks cannot share, and options that the model does not support.
+    """
+    config, model_config = inputs.config, inputs.model_config
+    plan = plan_batches(config, accelerator.num_processes)
+    bare = build_model(config, model_config, model_factory, note)
+    # A subclass may compute anything.
+    custom = None if type(bare) is MiniMindForCausalLM else _describe(bare)
+    tokens = None if tokens_per_epoch is None else max_training_tokens(config, plan, tokens_per_epoch)
+    model, optimizer, compiled = compile_and_wrap(
+        config, model_config, plan, accelerator, bare, tokens=tokens
+    )
+    loader = inputs.loader(
+        shards,
+        plan,
+        process_index=accelerator.process_index,
+        device=accelerator.device,
+        trim=not compiled,
+        weights=weights,
+    )
+    graph = build_graph(config, model_config, model, accelerator, compiled=compiled, note=note)
+    return TrainingParts(plan, model, optimizer, compiled, loader, graph, custom)
+
+
+def check_auto_batch_size(config: PretrainConfig, model_factory: ModelFactory) -> None:
+    """Refuse `--batch-size auto` for a custom model, since its results are cached by the model's sizes.
+
+    Raises:
+        ConfigError: where both are given.
+    """
+    if config.batch_size == AUTO and model_factory is not MiniMindForCausalLM:
+        raise ConfigError("--batch-size auto supports minimind's own model only; give a number.")
+
+
+def _describe(model: nn.Module) -> str:
+    return f"{count(sum(tensor.numel() for tensor in model.parameters()))} parameters: {type(model).__name__}"

@@ -1,0 +1,144 @@
+"""One optimizer step: forward and backward pass of each micro-batch, gradient clipping, update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.loader import MicroBatch, StepBatch
+from ..distributed.shutdown import StopRequest
+from ..optim.build import skip_if_nonfinite
+from .cuda_graph import ForwardBackwardGraph
+from .load_balancing import ExpertBalance
+from .step_timer import PhaseMarks, StepTimer
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: StepBatch,
+    accelerator: Accelerator,
+    *,
+    grad_clip: float,
+    loss_limit: float = math.inf,
+    balance: ExpertBalance | None = None,
+    graph: ForwardBackwardGraph | None = None,
+    stop: StopRequest | None = None,
+    decay_steps: int = 0,
+    timer: StepTimer | None = None,
+) -> torch.Tensor:
+    """Do one optimizer step. The update is skipped where the loss or the gradient is not finite.
+
+    The loss is the mean over the targets of the global batch. `Accelerator.backward` divides by the
+    accumulation steps and DDP averages gradients over ranks, so the summed loss of a micro-batch is
+    multiplied by both and divided by the number of targets of the step, which every rank knows. The
+    load-balancing loss is scaled in the same way and is part of the gradient, but not of the returned loss.
+
+    Args:
+        model: prepared, in training mode.
+        optimizer: prepared; its learning rate is set.
+        batch: this rank's share of the step.
+        accelerator: of the run.
+        grad_clip: maximum norm of the gradient; 0 for no clipping.
+        loss_limit: summed loss above which the update is skipped too.
+        balance: load balancing of this step; None for a model without experts.
+        graph: CUDA graph of the forward and backward pass, where there is one.
+        stop: whether this rank was asked to stop.
+        decay_steps: steps that this rank asks to decay from now on; 0 for none.
+        timer: gets the times of `forward`, `backward` and `optimizer`.
+
+    Returns:
+        (4,) float32 on the device: the loss summed over all ranks, the number of ranks that were asked to
+        stop, the sum of `decay_steps`, and the norm of the gradient before clipping; with experts
+        (5 + L·E,), followed by `ExpertBalance.sums`.
+    """
+    scale = accelerator.num_processes * len(batch.micro_batches) / max(batch.num_targets, 1)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for micro_batch in batch.micro_batches:
+        with accelerator.accumulate(model):
+            if timer is not None:
+                timer.start()
+            if graph is not None:
+                loss_sum += graph(micro_batch, scale, timer)
+            else:
+                loss_sum += forward_backward(model, micro_batch, scale, accelerator, balance, timer)
+            if accelerator.sync_gradients:
+                if timer is not None:
+                    timer.start()
+                # Requests of single ranks ride along, so that all ranks read them at the same step.
+                asked = torch.full_like(loss_sum, float(stop is not None and stop.reason is not None))
+                decay = torch.full_like(loss_sum, float(decay_steps))
+                sums = accelerator.reduce(torch.stack((loss_sum, asked, decay)), reduction="sum")
+                norm = clip_gradient(model, accelerator, grad_clip)
+                skip_if_nonfinite(optimizer, norm, sums[0], limit=loss_limit)
+            optimizer.step()
+            optimizer.zero_grad()
+    if timer is not None:
+        timer.mark("optimizer")
+    return torch.cat((sums, norm.float().reshape(1), *(() if balance is None else balance.sums())))
+
+
+def forward_backward(
+    model: nn.Module,
+    batch: MicroBatch,
+    scale: float | torch.Tensor,
+    accelerator: Accelerator,
+    balance: ExpertBalance | None = None,
+    timer: PhaseMarks | None = None,
+) -> torch.Tensor:
+    """Run forward and backward on a micro-batch, which accumulates the gradients of the parameters.
+
+    Args:
+        model: prepared.
+        batch: on the device.
+        scale: factor of the loss whose gradient is taken.
+        accelerator: of the run.
+        balance: load balancing of this step; None for a model without experts.
+        timer: marks the end of `forward` and of `backward`.
+
+    Returns:
+        The cross-entropy summed over the targets, a float32 scalar.
+    """
+    loss = forward_loss(model, batch, balance)
+    if timer is not None:
+        timer.mark("forward")
+    accelerator.backward((loss if balance is None else balance.added_to(loss)) * scale)
+    if timer is not None:
+        timer.mark("backward")
+    return loss.detach()
+
+
+def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance | None = None) -> torch.Tensor:
+    """Return the cross-entropy of a micro-batch summed over its targets, a float32 scalar.
+
+    With experts, `balance` selects the tokens to route and records what the routers chose.
+    """
+    # The constant 1 keeps the compiled graph the same for every count of targets.
+    output = model(
+        input_ids=batch.input_ids,
+        shift_labels=batch.shift_labels,
+        document_ids=batch.document_ids,
+        position_ids=batch.position_ids,
+        num_items_in_batch=1,
+        **(balance.inputs(batch) if balance is not None else {}),
+    )
+    if balance is not None:
+        # A subclass may return no routing.
+        balance.note(getattr(output, "routing", None))
+    return output.loss
+
+
+def clip_gradient(model: nn.Module, accelerator: Accelerator, grad_clip: float) -> torch.Tensor:
+    """Clip the gradient in place and return its norm before clipping, the same on every rank.
+
+    Args:
+        model: prepared.
+        accelerator: of the run.
+        grad_clip: maximum norm; 0 for no clipping.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # Under FSDP2 the norm is a DTensor; gathering it is a collective that every rank takes part in.
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
