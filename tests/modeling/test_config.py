@@ -76,7 +76,7 @@ def test_the_number_of_parameters_is_that_of_the_model_built(config):
 
 @settings(max_examples=100)
 @given(configs())
-def test_a_config_comes_back_from_json_unchanged(config):
+def test_a_config_round_trips_through_json(config):
     assert MiniMindConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -164,7 +164,7 @@ def test_absent_keys_of_a_mixture_mean_transformers_defaults():
         ({"rope_scaling": {**YARN, "factor": float("inf")}}, "rope_scaling factor is inf"),
     ],
 )
-def test_a_shape_that_cannot_be_built_is_refused(values, sentence):
+def test_an_invalid_config_is_refused(values, sentence):
     with pytest.raises(ConfigError, match=sentence):
         MiniMindConfig(**values)
 

@@ -120,7 +120,7 @@ def test_an_output_matrix_of_another_name_goes_to_adamw() -> None:
 
 
 @pytest.mark.parametrize("stacks", [1, 2])
-def test_stacked_matrices_are_updated_as_if_each_stood_by_itself(stacks: int) -> None:
+def test_stacked_matrices_are_updated_independently(stacks: int) -> None:
     torch.manual_seed(0)
     whole = [nn.Parameter(torch.randn(3, 10, 24)) for _ in range(stacks)]
     single = [nn.Parameter(matrix.detach().clone()) for stack in whole for matrix in stack]
@@ -139,7 +139,7 @@ def test_stacked_matrices_are_updated_as_if_each_stood_by_itself(stacks: int) ->
     )
 
 
-def test_a_matrix_without_a_gradient_stands_still_for_that_step() -> None:
+def test_a_matrix_without_a_gradient_is_not_updated() -> None:
     torch.manual_seed(0)
     some = [nn.Parameter(torch.randn(5, 8)) for _ in range(3)]
     optimizer = Muon([{"params": some, "algorithm": "muon"}], lr=0.1)
@@ -310,7 +310,7 @@ def test_a_nonfinite_gradient_changes_nothing(bad: float, prepared: bool) -> Non
     assert all(torch.isfinite(value).all() for value in after)
 
 
-def test_a_gradient_scaler_skips_an_overflow_and_divides_its_scale_out() -> None:
+def test_a_gradient_scaler_skips_overflows_and_unscales() -> None:
     def after(scaler: GradScaler | None) -> list[torch.Tensor]:
         model = tiny()
         optimizer = build_optimizer(model, CONFIG, "cpu")
@@ -336,7 +336,7 @@ def test_a_gradient_scaler_skips_an_overflow_and_divides_its_scale_out() -> None
     assert scaler.get_scale() == 512.0
 
 
-def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_identical_steps(tmp_path: Path) -> None:
     def start(seed: int):
         topologies.forget_accelerator()
         accelerator = Accelerator(cpu=True)
