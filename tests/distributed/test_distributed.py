@@ -81,18 +81,18 @@ def test_several_processes_train_what_one_does(
     assert code == 0, text
     exchanges = {}
     for name in names:
-        format_error = json.loads((tmp_path / f"{name}.json").read_text())
-        assert format_error["wrapped"] == wrapper
-        exchanges[name] = format_error["exchanges"] / format_error["steps"]
+        recorded = json.loads((tmp_path / f"{name}.json").read_text())
+        assert recorded["wrapped"] == wrapper
+        exchanges[name] = recorded["exchanges"] / recorded["steps"]
         # Beside the gradients one small sum in a step, however many micro-batches: tokens need no asking.
         if topology != "hsdp":  # whose replicas also sum the gradients of each unit
             # Experts are counted over all processes once more for each micro-batch, here one.
             expected_reductions = (2 if topology == "ddp" else 1) + (name == "experts")
-            assert format_error["reductions"] == [expected_reductions], name
+            assert recorded["reductions"] == [expected_reductions], name
         close = {"abs": 2e-2} if name == "bf16" else {"rel": 1e-5}
         ours, reference = rows(tmp_path / name), rows(alone / name)
         assert losses(tmp_path / name) == pytest.approx(losses(alone / name), **close)
-        assert format_error["tokens"] == json.loads((alone / f"{name}.json").read_text())["tokens"]
+        assert recorded["tokens"] == json.loads((alone / f"{name}.json").read_text())["tokens"]
         evaluations, expected = ([r for r in x if "val_loss" in r] for x in (ours, reference))
         assert evaluations[-1]["val_tokens"] == expected[-1]["val_tokens"]
         close = {"abs": 2e-2} if name == "bf16" else {"rel": 1e-6}
@@ -102,7 +102,7 @@ def test_several_processes_train_what_one_does(
         if name == "sampled":
             assert samples(tmp_path / name) == samples(alone / name)
         if name == "bf16":
-            assert format_error["dtypes"] == {"angles": ["torch.float32"] * 2, "products": ["torch.bfloat16"]}
+            assert recorded["dtypes"] == {"angles": ["torch.float32"] * 2, "products": ["torch.bfloat16"]}
             continue
         weights, wanted = (final_weights(folder / name) for folder in (tmp_path, alone))
         assert weights.keys() == wanted.keys()
