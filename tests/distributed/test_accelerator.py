@@ -1,4 +1,4 @@
-"""Launches that Accelerate would carry out otherwise than asked are refused, with the command that works."""
+"""Launches that Accelerate would silently carry out differently are refused, with the command that works."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_equal_accumulation_of_launcher_and_options_is_accepted() -> None:
 def _launched(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TWO.items():
         monkeypatch.setenv(name, value)
-    # Registered, so that what check_launch sets is taken back.
+    # Registered, so that monkeypatch undoes what check_launch sets.
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
 
 

@@ -1,4 +1,4 @@
-"""Signals and the time limit are noted, and a second signal leaves at once."""
+"""Signals, the time limit and the end of the launcher request a stop; a second signal exits at once."""
 
 from __future__ import annotations
 

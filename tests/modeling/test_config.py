@@ -1,4 +1,4 @@
-"""The shape of a model: counts against torch, its file form, mistakes against sentences."""
+"""Model configuration: counts against torch, config.json, error messages."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_absent_keys_of_a_mixture_mean_transformers_defaults():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
         ({"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale not supported"),
-        # What a file that someone has edited may hold.
+        # Values of an edited file.
         ({"hidden_size": "512"}, "hidden_size 512 is not a size"),
         ({"num_attention_heads": "8", "vocab_size": [1]}, r"vocab_size \[1\] is not a size.*\n.*heads 8 is"),
         ({"num_hidden_layers": 10**30}, "num_hidden_layers 1(0)+ is not a size"),

@@ -1,4 +1,4 @@
-"""The fused kernels: their numbers, and when they are used."""
+"""The fused kernels against float64, and where they are supported."""
 
 from __future__ import annotations
 

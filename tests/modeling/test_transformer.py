@@ -1,4 +1,4 @@
-"""The whole model against the original, against transformers, and against itself in other arrangements."""
+"""The model against the original, against transformers, and against itself packed, cached and compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon: its arithmetic written out, the orthogonal update, skipped updates, its state on disk."""
+"""Muon against a float64 reference; orthogonal updates, skipped updates, checkpoints."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from support import muon_cases, topologies
 
 CONFIG = PretrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
-# An update in bf16 is off by 0.01 to 0.02 of itself; that of a single row, whose one singular value all
-# rounding goes into, by a bit more.
+# The relative error of an update in bf16 is 0.01 to 0.02; a bit more for a single row, whose one singular
+# value takes all rounding.
 ROUNDING = 0.03
 MATRICES = 2 * len(muon_cases.SHAPES["cpu"])
 
