@@ -44,8 +44,8 @@ SMALLEST_BF16_WIDTH_ON_CPU = 512
 def check_launch(config: PretrainConfig) -> str | None:
     """Check how this process was launched, before any work is done.
 
-    On a machine without a GPU several processes are set to train on CPUs; Accelerate alone would let each
-    train by itself.
+    On a machine without a GPU several processes are set to train on CPUs; Accelerate would let each train
+    separately.
 
     Returns:
         A remark on the launch for the user, None if there is nothing to say.
@@ -215,8 +215,8 @@ def prepare(
 def _init_process_group_after_restart(timeout: timedelta) -> None:
     """Create the process group of restarted processes; Accelerate uses an existing group.
 
-    The launcher's store still holds the addresses of the processes before. Without a prefix of their own the
-    new ones may connect to those, and fail or wait for the timeout.
+    The launcher's store still holds the addresses of the processes before. Without another prefix the new
+    ones may connect to those, and fail or wait for the timeout.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)

@@ -20,12 +20,12 @@ from ..errors import RankError
 from ..version import __version__
 
 # Options whose values may differ between machines: the content of data and tokenizer is compared instead.
-MACHINE_LOCAL_OPTIONS = frozenset(
-    (
-        *("data", "val_data", "cache_dir", "tokenizer", "from_weight"),
-        *("output_dir", "run_name", "tracker", "project"),
-    )
-)
+# fmt: off
+MACHINE_LOCAL_OPTIONS = frozenset((
+    "data", "val_data", "cache_dir", "tokenizer", "from_weight",
+    "output_dir", "run_name", "tracker", "project",
+))
+# fmt: on
 
 
 def check_same_on_all_ranks(accelerator: Accelerator, values: Mapping[str, Any]) -> None:

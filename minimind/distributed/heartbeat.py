@@ -165,7 +165,7 @@ def describe_lost(ranks: Iterable[int]) -> str:
 class Watchdog:
     """Thread that ends this process when another one is lost while the main thread is blocked."""
 
-    # The main thread has this long to fail by itself first: the error of its own operation says more.
+    # The main thread has this long to raise first: the error of its operation says more.
     GRACE_SECONDS = 5.0
     # The launcher sends SIGKILL 30 s after SIGTERM.
     SHUTDOWN_SECONDS = 15.0

@@ -180,7 +180,7 @@ class MiniMindConfig:
                 f"{self.num_experts}; lower it."
             )
         if (number := self.num_parameters()) > _MAX_PARAMETERS:
-            yield f"these sizes make a model of {number:.1e} parameters; at most {_MAX_PARAMETERS:.0e} fit."
+            yield f"a model of {number:.1e} parameters is too large; the limit is {_MAX_PARAMETERS:.0e}."
 
     def num_parameters(self) -> int:
         """Return the number of parameters, a tied matrix counted once."""

@@ -29,7 +29,7 @@ def build_optimizer(
 
     Weight decay applies to matrices; embeddings, norms and other parameters of fewer than two dimensions have
     none. A tied embedding counts once, as an embedding. Muon updates the matrices inside the blocks, each
-    expert of a stack by itself; AdamW updates embeddings, the output layer, routers and vectors. The output
+    expert of a stack separately; AdamW updates embeddings, the output layer, routers and vectors. The output
     layer is `get_output_embeddings()` of the model, else `lm_head`. Each group lists its parameter names
     under `param_names`.
 

@@ -67,7 +67,7 @@ def test_a_launch_that_would_measure_one_process_for_several_is_refused(
         monkeypatch.setenv(name, value)
     done = run(*TINY)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: the launcher was asked for several processes but started this one")
+    assert done.err.startswith("error: the launcher was asked for several processes but started one")
 
 
 def test_a_wrong_option_is_told_in_a_sentence(run: Command) -> None:

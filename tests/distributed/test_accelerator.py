@@ -1,4 +1,4 @@
-"""Launches that Accelerate would carry out otherwise than asked are refused, with the command that works."""
+"""Launches that Accelerate would silently carry out differently are refused, with the command that works."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def problems(env: dict[str, str], devices: int = 0, **options: Any) -> list[str]
         ({**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, 2),
     ],
 )
-def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> None:
+def test_a_valid_launch_is_accepted(env: dict[str, str], devices: int) -> None:
     assert problems(env, devices) == []
 
 
@@ -107,12 +107,14 @@ def test_a_sound_launch_is_let_through(env: dict[str, str], devices: int) -> Non
         ({"ACCELERATE_USE_CPU": "maybe"}, 2, "^ACCELERATE_USE_CPU=maybe is neither"),
     ],
 )
-def test_a_launch_that_would_go_wrong_is_answered(env: dict[str, str], devices: int, answer: str) -> None:
+def test_an_unsupported_launch_is_refused_with_the_fix(
+    env: dict[str, str], devices: int, answer: str
+) -> None:
     (problem,) = problems(env, devices)
     assert re.search(answer, problem), problem
 
 
-def test_accumulation_told_twice_alike_is_fine() -> None:
+def test_equal_accumulation_of_launcher_and_options_is_accepted() -> None:
     env = {**TWO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     assert problems(env, 2, accumulation_steps=4) == []
 
@@ -121,13 +123,13 @@ def test_accumulation_told_twice_alike_is_fine() -> None:
 def _launched(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TWO.items():
         monkeypatch.setenv(name, value)
-    # Registered, so that what check_launch sets is taken back.
+    # Registered, so that monkeypatch undoes what check_launch sets.
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 @pytest.mark.usefixtures("_launched")
-def test_several_processes_without_a_gpu_are_led_to_the_cpu() -> None:
+def test_several_processes_without_a_gpu_train_on_the_cpu() -> None:
     remark = check_launch(PretrainConfig())
     assert remark == "no GPU here: 2 processes train together on CPUs."
     assert is_set("ACCELERATE_USE_CPU")
@@ -139,7 +141,7 @@ def test_several_processes_without_a_gpu_are_led_to_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("threads", "launched", "idle"), [(1, True, True), (8, True, False), (1, False, False)]
 )
-def test_cores_that_a_launcher_left_idle_are_told(
+def test_cores_that_a_launcher_leaves_idle_are_reported(
     monkeypatch: pytest.MonkeyPatch, threads: int, launched: bool, idle: bool
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -152,7 +154,7 @@ def test_cores_that_a_launcher_left_idle_are_told(
     assert (told in (check_launch(PretrainConfig()) or "")) == idle
 
 
-def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_problems_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ConfigError) as caught:
@@ -173,7 +175,7 @@ def test_all_problems_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None
         ({}, 128, {"mixed_precision": "bf16"}, "bf16"),
     ],
 )
-def test_a_cpu_computes_in_bf16_by_itself_only_where_it_has_units_for_it(
+def test_a_cpu_defaults_to_bf16_only_with_bf16_instructions(
     monkeypatch: pytest.MonkeyPatch,
     units: dict[str, bool],
     width: int,
@@ -189,9 +191,7 @@ def test_a_cpu_computes_in_bf16_by_itself_only_where_it_has_units_for_it(
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
-def test_a_precision_that_the_device_has_not_is_refused_early(
-    monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
+def test_an_unsupported_precision_is_refused_early(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     with pytest.raises(ConfigError, match=precision):
         check_launch(PretrainConfig())
@@ -212,7 +212,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_embeddings_that_came_apart_are_noticed(tie: bool) -> None:
+def test_untied_embeddings_are_refused(tie: bool) -> None:
     try:
         accelerator = start_accelerator(PretrainConfig())
         model = Tied(tie)

@@ -1,4 +1,4 @@
-"""Several processes do what one does, and end together; launched as a user launches them."""
+"""Several launched processes train like one process and end together."""
 
 from __future__ import annotations
 
@@ -81,35 +81,35 @@ def test_several_processes_train_what_one_does(
     assert code == 0, text
     exchanges = {}
     for name in names:
-        format_error = json.loads((tmp_path / f"{name}.json").read_text())
-        assert format_error["wrapped"] == wrapper
-        exchanges[name] = format_error["exchanges"] / format_error["steps"]
-        # Beside the gradients one small sum in a step, however many micro-batches: tokens need no asking.
+        recorded = json.loads((tmp_path / f"{name}.json").read_text())
+        assert recorded["wrapped"] == wrapper
+        exchanges[name] = recorded["exchanges"] / recorded["steps"]
+        # Besides the gradients one small reduction per step, for any number of micro-batches.
         if topology != "hsdp":  # whose replicas also sum the gradients of each unit
             # Experts are counted over all processes once more for each micro-batch, here one.
             expected_reductions = (2 if topology == "ddp" else 1) + (name == "experts")
-            assert format_error["reductions"] == [expected_reductions], name
+            assert recorded["reductions"] == [expected_reductions], name
         close = {"abs": 2e-2} if name == "bf16" else {"rel": 1e-5}
         ours, reference = rows(tmp_path / name), rows(alone / name)
         assert losses(tmp_path / name) == pytest.approx(losses(alone / name), **close)
-        assert format_error["tokens"] == json.loads((alone / f"{name}.json").read_text())["tokens"]
+        assert recorded["tokens"] == json.loads((alone / f"{name}.json").read_text())["tokens"]
         evaluations, expected = ([r for r in x if "val_loss" in r] for x in (ours, reference))
         assert evaluations[-1]["val_tokens"] == expected[-1]["val_tokens"]
         close = {"abs": 2e-2} if name == "bf16" else {"rel": 1e-6}
-        # The look before the first step takes one batch of each process: mostly the same 8 rows, and weights.
+        # The sanity check before the first step takes one batch of each process: mostly the same 8 sequences.
         for number in (-1,) if name == "accumulated" else (0, -1):
             assert evaluations[number]["val_loss"] == pytest.approx(expected[number]["val_loss"], **close)
         if name == "sampled":
             assert samples(tmp_path / name) == samples(alone / name)
         if name == "bf16":
-            assert format_error["dtypes"] == {"angles": ["torch.float32"] * 2, "products": ["torch.bfloat16"]}
+            assert recorded["dtypes"] == {"angles": ["torch.float32"] * 2, "products": ["torch.bfloat16"]}
             continue
         weights, wanted = (final_weights(folder / name) for folder in (tmp_path, alone))
         assert weights.keys() == wanted.keys()
         for key, tensor in weights.items():
             assert (tensor - wanted[key]).abs().max() < 1e-5, f"{name}: {key}"
     assert min(exchanges.values()) > 0
-    # Gradients travel once a step, however many micro-batches it has.
+    # Gradients are synchronized once per step, for any number of micro-batches.
     if "accumulated" in names:
         assert exchanges["accumulated"] == exchanges["packed"]
     if topology == "ddp":
@@ -213,7 +213,7 @@ def test_processes_that_are_launched_train_together_on_cpus(corpus: Path, tmp_pa
     assert code == 0, text
     assert banner_line(text) == "device: CPU x 2, float32, not compiled"
     assert "no GPU here: 2 processes train together on CPUs." in text
-    # One process speaks.
+    # Only rank 0 prints.
     assert text.count("step 2/2 | loss") == 1
     assert len(losses(tmp_path / "out")) == 2
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()

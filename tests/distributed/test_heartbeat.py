@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import distributed as dist
 
 import minimind.distributed.heartbeat as module
+from minimind.distributed.failures import watch_peers
 from minimind.distributed.heartbeat import (
     Heartbeat,
     Watchdog,
@@ -22,6 +25,7 @@ from minimind.distributed.heartbeat import (
     started_before,
 )
 from minimind.distributed.main_process_first import main_process_first
+from minimind.distributed.shutdown import StopRequest
 from minimind.errors import DataError, RankError
 
 PREFIX = "minimind/test"
@@ -122,6 +126,24 @@ def test_the_watchdog_lets_the_main_thread_report_first() -> None:
 def test_the_watchdog_reports_nothing_while_all_heartbeats_arrive() -> None:
     with Heartbeat(PREFIX, 0, 2) as ours, Heartbeat(PREFIX, 1, 2):
         assert watched(ours, 0.9) == ""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_without_a_launcher_missing_heartbeats_do_not_end_a_process_that_saves(
+    monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(Watchdog, "SHUTDOWN_SECONDS", 0.3)
+    accelerator: Any = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    stop = StopRequest()
+    with watch_peers(accelerator, PREFIX, 60.0, stop, lambda: None):
+        if killed:
+            stop.launcher_lost()
+        else:
+            stop.request("SIGTERM")
+        time.sleep(1.5)
+    assert ended == ([] if killed else [1])
 
 
 @pytest.fixture

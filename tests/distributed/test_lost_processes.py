@@ -128,12 +128,16 @@ minimind.training.step.forward_loss = stick"""
     assert "error: rank 1 no longer answers: it was killed, hangs, or its machine cannot be reached;" in text
 
 
-@pytest.mark.parametrize("way", ["torchrun", "accelerate", "torchrun and a script"])
+@pytest.mark.parametrize(
+    "way", ["torchrun", "accelerate", "accelerate with one process", "torchrun and a script"]
+)
 def test_processes_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Path, way: str) -> None:
     out = tmp_path / "out"
     words = torchrun("", corpus, out)
-    if way == "accelerate":
-        launcher = [*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    processes = 1 if way == "accelerate with one process" else 2
+    if way.startswith("accelerate"):
+        several = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []
+        launcher = [*ACCELERATE, *several, "--num_processes", processes]
         words = [*launcher, "-m", "minimind_cli", *command(corpus, out)]
     elif way != "torchrun":
         script = tmp_path / "rank.sh"
@@ -143,7 +147,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path:
     with launched(words, tmp_path) as process:
         wait_for_step(out, 5)
         ranks = psutil.Process(process.pid).children(recursive=True)
-        assert len(ranks) == (4 if way.endswith("script") else 2)
+        assert len(ranks) == (4 if way.endswith("script") else processes)
         process.kill()
         _, alive = psutil.wait_procs(ranks, timeout=30)
         for rank in alive:

@@ -1,4 +1,4 @@
-"""The same training on any number of processes, and a clear end where the numbers do not fit."""
+"""The same training with any number of processes, and a clear error for numbers that do not divide."""
 
 from __future__ import annotations
 

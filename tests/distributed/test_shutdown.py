@@ -1,4 +1,4 @@
-"""Signals and the time limit are noted, and a second signal leaves at once."""
+"""Signals, the time limit and the end of the launcher request a stop; a second signal exits at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minimind.distributed.shutdown import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+def test_a_first_signal_is_recorded_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.reason is None
@@ -25,7 +25,7 @@ def test_a_first_signal_is_noted_and_the_handlers_come_back(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_leaves_at_once_with_the_shell_s_code() -> None:
+def test_a_second_signal_exits_with_the_shell_s_code() -> None:
     script = (
         "import os, signal, time\n"
         "from minimind.distributed.shutdown import StopRequest\n"
@@ -39,7 +39,7 @@ def test_a_second_signal_leaves_at_once_with_the_shell_s_code() -> None:
     assert (done.stdout, done.returncode) == ("noted\n", 128 + signal.SIGTERM)
 
 
-def test_an_echo_from_the_launcher_is_not_a_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_forwarded_by_the_launcher_is_not_a_second_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
@@ -91,7 +91,7 @@ def test_a_process_without_a_launcher_survives_its_parent(
         assert threading.active_count() == before
 
 
-def test_outside_the_main_thread_the_handlers_are_left_alone() -> None:
+def test_other_threads_do_not_set_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []
 

@@ -63,7 +63,7 @@ def test_kernels_on_a_gpu_agree_with_float64() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
-def test_on_a_gpu_one_grouped_product_equals_the_loop_and_the_host_does_not_wait(
+def test_the_grouped_product_equals_the_loop_without_a_synchronization(
     compiled: bool, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def test_skipping_on_a_gpu_does_not_wait_for_the_norm():
+def test_skipping_does_not_synchronize():
     model = nn.Linear(8, 8, device="cuda")
     optimizer = build_optimizer(model, test_build.CONFIG, "cuda")
     for value in (1.0, math.nan):
@@ -36,7 +36,7 @@ def test_skipping_on_a_gpu_does_not_wait_for_the_norm():
     assert all(torch.equal(a, b) for a, b in zip(before, test_build.snapshot(model, optimizer), strict=True))
 
 
-def test_on_a_gpu_the_host_does_not_wait_and_a_skipped_update_changes_nothing() -> None:
+def test_steps_do_not_synchronize_and_a_skipped_update_changes_nothing() -> None:
     model = test_muon.tiny().cuda()
     optimizer = build_optimizer(model, test_muon.CONFIG, "cuda", kernels=True)
 

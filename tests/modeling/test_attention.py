@@ -41,7 +41,7 @@ def documents(draw) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_without_a_mask_a_query_sees_itself_and_what_came_before(kv_heads):
+def test_without_a_mask_attention_is_causal(kv_heads):
     q, k, v = heads(9, kv_heads=kv_heads)
     allowed = torch.ones(2, 9, 9, dtype=torch.bool).tril()
     torch.testing.assert_close(attend(q, k, v, None).double(), reference(q, k, v, allowed), atol=1e-5, rtol=0)
@@ -49,7 +49,7 @@ def test_without_a_mask_a_query_sees_itself_and_what_came_before(kv_heads):
 
 @settings(max_examples=40)
 @given(documents())
-def test_with_documents_a_query_sees_the_earlier_part_of_its_own(ids):
+def test_with_documents_a_query_attends_to_its_own_document(ids):
     length = ids.shape[1]
     allowed = torch.tensor(
         [

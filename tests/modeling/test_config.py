@@ -1,4 +1,4 @@
-"""The shape of a model: counts against torch, its file form, mistakes against sentences."""
+"""Model configuration: counts against torch, config.json, error messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_number_of_parameters_is_that_of_the_model_built(config):
 
 @settings(max_examples=100)
 @given(configs())
-def test_a_config_comes_back_from_json_unchanged(config):
+def test_a_config_round_trips_through_json(config):
     assert MiniMindConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -142,7 +142,7 @@ def test_absent_keys_of_a_mixture_mean_transformers_defaults():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
         ({"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale not supported"),
-        # What a file that someone has edited may hold.
+        # Values of an edited file.
         ({"hidden_size": "512"}, "hidden_size 512 is not a size"),
         ({"num_attention_heads": "8", "vocab_size": [1]}, r"vocab_size \[1\] is not a size.*\n.*heads 8 is"),
         ({"num_hidden_layers": 10**30}, "num_hidden_layers 1(0)+ is not a size"),
@@ -164,7 +164,7 @@ def test_absent_keys_of_a_mixture_mean_transformers_defaults():
         ({"rope_scaling": {**YARN, "factor": float("inf")}}, "rope_scaling factor is inf"),
     ],
 )
-def test_a_shape_that_cannot_be_built_is_refused(values, sentence):
+def test_an_invalid_config_is_refused(values, sentence):
     with pytest.raises(ConfigError, match=sentence):
         MiniMindConfig(**values)
 

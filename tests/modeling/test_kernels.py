@@ -1,4 +1,4 @@
-"""The fused kernels: their numbers, and when they are used."""
+"""The fused kernels against float64, and where they are supported."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_documents_are_runs_of_equal_ids() -> None:
     assert (whole.ends == 6).all()
 
 
-def test_a_cpu_computes_by_plain_pytorch() -> None:
+def test_a_cpu_uses_plain_pytorch() -> None:
     x, weight = torch.randn(2, 4), torch.randn(4, 4)
     assert not fused.supported(x, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -65,7 +65,7 @@ def test_a_cpu_computes_by_plain_pytorch() -> None:
         (True, "bf16", 96, 0.1, "they have no dropout"),
     ],
 )
-def test_a_run_can_say_why_it_has_no_fused_attention(
+def test_the_reason_for_unfused_attention_is_given(
     monkeypatch: pytest.MonkeyPatch,
     built: bool,
     precision: str,

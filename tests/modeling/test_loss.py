@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_those_of_float64(tokens, vocab, ignored, seed, s
         torch.testing.assert_close(ours.double(), exact, atol=2e-5, rtol=2e-5)
 
 
-def test_it_is_its_own_derivative_in_finite_differences(small_pieces):
+def test_gradients_equal_finite_differences(small_pieces):
     # Along a direction: d loss = <gradient, direction>, checked on the loss itself and not on autograd.
     hidden, weight, targets = case(10)
     grads = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
@@ -62,7 +62,7 @@ def test_it_is_its_own_derivative_in_finite_differences(small_pieces):
         assert (ends[0] - ends[1]) / 2 == pytest.approx((grad * step).sum().item(), rel=2e-2)
 
 
-def test_no_real_target_gives_zero_and_no_gradient():
+def test_without_targets_loss_and_gradient_are_zero():
     hidden, weight, targets = case(5, ignored=1.1)
     loss = linear_cross_entropy(hidden, weight, targets)
     loss.backward()
@@ -105,7 +105,7 @@ def test_a_half_precision_model_scales_its_gradient_in_float32():
     torch.testing.assert_close(scaled, (once.float() * scale).bfloat16(), atol=0, rtol=0)
 
 
-def test_pieces_do_not_change_the_loss(monkeypatch):
+def test_chunks_do_not_change_the_loss(monkeypatch):
     hidden, weight, targets = case(37)
     whole = linear_cross_entropy(hidden, weight, targets)
     for logits in (1, 20, 100, 740):

@@ -71,7 +71,7 @@ def gradients(module: nn.Module, x: Tensor, loss: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_are_those_of_tokens_taken_one_by_one(kind: str) -> None:
+def test_outputs_and_gradients_equal_a_loop_over_tokens(kind: str) -> None:
     mixture, x = layer(**KINDS[kind]), stream()
     direction = torch.randn_like(x)
     out, routing = mixture(x)
@@ -115,7 +115,7 @@ class _Rubbish(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("kind", ["one", "two"])
-def test_padding_passes_no_expert_and_is_not_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_neither_routed_nor_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mixture, x = layer(**KINDS[kind]), stream()
     mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) < 0.6
     mask[2] = False
@@ -141,7 +141,7 @@ def test_padding_passes_no_expert_and_is_not_counted(kind: str, monkeypatch: pyt
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_nothing_but_padding_give_nothing() -> None:
+def test_sequences_of_padding_only_give_zeros() -> None:
     model = build()
     nothing = torch.zeros(2, 24, dtype=torch.bool)
     out = model(ids(), shift_labels=torch.full((2, 24), -100), num_items_in_batch=1, token_mask=nothing)
@@ -264,7 +264,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_a_cache_gives_the_logits_of_the_whole_text() -> None:
+def test_a_cache_gives_the_logits_of_the_full_sequence() -> None:
     model = build().eval()
     cache = KVCache(model.config, 24, batch_size=2)
     with torch.no_grad():

@@ -23,7 +23,7 @@ def table(**changes) -> RotaryTable:
     return RotaryTable(MiniMindConfig(**{**shape, **changes}))
 
 
-def test_a_pair_turns_by_its_frequency_times_the_position():
+def test_a_pair_is_rotated_by_its_frequency_times_the_position():
     x = torch.randn(1, 64, 3, 16)
     turned = rotate(x, *table()(None, 0, 64)[:2])
     angles = torch.arange(64).double()[:, None] * 1e6 ** (-torch.arange(0, 16, 2).double() / 16)
@@ -65,7 +65,7 @@ def test_the_attention_factor_scales_cos_and_sin():
     torch.testing.assert_close(scaled.sin, plain.sin * (0.1 * math.log(8) + 1))
 
 
-def test_given_positions_pick_rows_of_the_table():
+def test_position_ids_index_the_table():
     rotary = table()
     positions = torch.tensor([[5, 0, 63], [1, 1, 2]], dtype=torch.int32)
     cos, sin, _ = rotary(positions, 0, 3)
@@ -74,7 +74,7 @@ def test_given_positions_pick_rows_of_the_table():
     assert torch.equal(sin[1, 2], rotary(None, 2, 1)[1][0, 0])
 
 
-def test_the_table_stays_float32_and_whole_through_casts_and_the_meta_device():
+def test_the_table_stays_float32_after_casts_and_the_meta_device():
     reference = table()
     assert not reference.state_dict()
     with torch.device("meta"):

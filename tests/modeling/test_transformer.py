@@ -1,4 +1,4 @@
-"""The whole model against the original, against transformers, and against itself in other arrangements."""
+"""The model against the original, against transformers, and against itself packed, cached and compiled."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_embedding_and_output_are_one_parameter_where_tied():
 
 
 @pytest.mark.parametrize("with_positions", [True, False])
-def test_packed_documents_are_computed_as_if_each_were_alone(with_positions):
+def test_packed_documents_do_not_affect_each_other(with_positions):
     model, ids = build(seed=3), tokens(rows=1, length=40)
     # Weights as large as a trained model's, so that attention is not nearly uniform.
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_the_summed_loss_over_its_items_is_the_mean_loss_of_the_labels():
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-4)
 
 
-def test_rows_without_a_real_target_have_zero_loss_and_gradient():
+def test_sequences_without_targets_have_zero_loss_and_gradient():
     model, ids = build(), tokens()
     loss = model(ids, shift_labels=torch.full_like(ids, -100)).loss
     loss.backward()
@@ -164,7 +164,7 @@ def test_a_model_in_pure_bf16_runs_close_to_float32():
     assert {grad.dtype for grad in gradients(half).values()} == {torch.bfloat16}
 
 
-def test_dropout_acts_in_training_only_and_where_it_is_drawn_anew():
+def test_dropout_acts_in_training_only_and_differs_per_call():
     model, ids = build(dropout=0.2), tokens()
     torch.manual_seed(5)
     first = model(ids).logits
@@ -177,7 +177,7 @@ def test_dropout_acts_in_training_only_and_where_it_is_drawn_anew():
 
 
 @pytest.mark.parametrize("pieces", [(24,), (1,) * 24, (5, 1, 17, 1)])
-def test_a_cache_gives_the_logits_of_the_whole_text(pieces):
+def test_a_cache_gives_the_logits_of_the_full_sequence(pieces):
     model, ids = build(), tokens()
     cache = KVCache(TINY, 30, batch_size=2)
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_more_tokens_than_positions_are_refused():
         build()(tokens(length=129))
 
 
-def test_the_output_passes_through_accelerate_as_it_is():
+def test_accelerate_does_not_change_the_output():
     out = convert_outputs_to_fp32(lambda: CausalLMOutput(torch.ones((), dtype=torch.bfloat16), None))()
     assert isinstance(out, CausalLMOutput)
     assert out.loss.dtype == torch.float32

@@ -65,7 +65,7 @@ def test_separate_output_matrix_decays():
     assert group_names(optimizer)[0.3] == ["proj.weight", "lm_head.weight"]
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_excluded():
     model = small()
     model.proj.requires_grad_(False)
     optimizer = build_optimizer(model, CONFIG, "cpu")
@@ -106,7 +106,7 @@ def test_updates_equal_adamw_written_out_in_float64(device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 @pytest.mark.parametrize("prepared", [False, True])
-def test_nonfinite_gradient_leaves_weights_moments_and_step_counts(bad, device, prepared):
+def test_nonfinite_gradient_changes_neither_weights_nor_optimizer_state(bad, device, prepared):
     model = small()
     optimizer = build_optimizer(model, CONFIG, device)
     if prepared:
@@ -142,7 +142,7 @@ def test_first_update_may_be_the_one_skipped():
     assert all(state["step"] == 0 for state in optimizer.state.values())
 
 
-def test_fp16_scaler_is_left_to_skip_by_itself():
+def test_fp16_scaler_skips_by_itself():
     class Scaled:
         scaler = object()
 

@@ -1,4 +1,4 @@
-"""Muon: its arithmetic written out, the orthogonal update, skipped updates, its state on disk."""
+"""Muon against a float64 reference; orthogonal updates, skipped updates, checkpoints."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from support import muon_cases, topologies
 
 CONFIG = PretrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
-# An update in bf16 is off by 0.01 to 0.02 of itself; that of a single row, whose one singular value all
-# rounding goes into, by a bit more.
+# The relative error of an update in bf16 is 0.01 to 0.02; a bit more for a single row, whose one singular
+# value takes all rounding.
 ROUNDING = 0.03
 MATRICES = 2 * len(muon_cases.SHAPES["cpu"])
 
@@ -121,7 +121,7 @@ def test_an_output_matrix_of_another_name_goes_to_adamw() -> None:
 
 
 @pytest.mark.parametrize("stacks", [1, 2])
-def test_stacked_matrices_are_updated_as_if_each_stood_by_itself(stacks: int) -> None:
+def test_stacked_matrices_are_updated_independently(stacks: int) -> None:
     torch.manual_seed(0)
     whole = [nn.Parameter(torch.randn(3, 10, 24)) for _ in range(stacks)]
     single = [nn.Parameter(matrix.detach().clone()) for stack in whole for matrix in stack]
@@ -140,7 +140,7 @@ def test_stacked_matrices_are_updated_as_if_each_stood_by_itself(stacks: int) ->
     )
 
 
-def test_a_matrix_without_a_gradient_stands_still_for_that_step() -> None:
+def test_a_matrix_without_a_gradient_is_not_updated() -> None:
     torch.manual_seed(0)
     some = [nn.Parameter(torch.randn(5, 8)) for _ in range(3)]
     optimizer = Muon([{"params": some, "algorithm": "muon"}], lr=0.1)
@@ -311,7 +311,7 @@ def test_a_nonfinite_gradient_changes_nothing(bad: float, prepared: bool) -> Non
     assert all(torch.isfinite(value).all() for value in after)
 
 
-def test_a_gradient_scaler_skips_an_overflow_and_divides_its_scale_out() -> None:
+def test_a_gradient_scaler_skips_overflows_and_unscales() -> None:
     def after(scaler: GradScaler | None) -> list[torch.Tensor]:
         model = tiny()
         optimizer = build_optimizer(model, CONFIG, "cpu")
@@ -337,7 +337,7 @@ def test_a_gradient_scaler_skips_an_overflow_and_divides_its_scale_out() -> None
     assert scaler.get_scale() == 512.0
 
 
-def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_identical_steps(tmp_path: Path) -> None:
     def start(seed: int):
         topologies.forget_accelerator()
         accelerator = Accelerator(cpu=True)

@@ -1,7 +1,7 @@
-"""Muon by its kernels against Muon by plain PyTorch: a program that prints how far they are apart.
+"""Prints the relative errors of Muon's kernels compared to plain PyTorch.
 
-With --interpret the kernels run on the CPU in Triton's interpreter, which must be chosen before Triton is
-loaded; hence a process of its own.
+With --interpret the kernels run on the CPU in Triton's interpreter. That must be set before Triton is
+imported, hence a separate process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from minimind.optim import muon
 
-# Wide, tall, square, a stack, and one that is smaller than a block. Only the first fills whole blocks; it and
-# the stack have matrices of a multiple of 16 numbers, whose memory may be moved in larger pieces.
+# Wide, tall, square, a stack, and one smaller than a block. Only the first fills all its blocks; it and the
+# stack have matrices of a multiple of 16 elements, which allows vectorized loads.
 SHAPES = {
     "cpu": [(32, 64), (95, 33), (51, 51), (3, 48, 24), (1, 7)],
     "cuda": [(256, 768), (769, 255), (515, 515), (8, 336, 128), (1, 7)],
@@ -26,7 +26,7 @@ STEPS = 3
 
 
 def parameters(device: str, offset: int) -> list[nn.Parameter]:
-    """Two of each shape; with an offset they do not lie at multiples of 16 bytes."""
+    """Return two of each shape; with an offset they are not aligned to 16 bytes."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for shape in SHAPES[device] * 2:
@@ -46,13 +46,13 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, *, idle: bool) -> 
 
 
 def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tensor]], list[Tensor], bool]:
-    """Take some steps; return their updates, the momenta, and whether a skipped step left all as it was."""
+    """Take some steps; return updates, momenta, and whether a skipped step changed nothing."""
     taken = parameters(device, offset)
     optimizer = muon.Muon(
         [{"params": taken, "algorithm": "muon", "weight_decay": 0.1}], lr=0.05, kernels=kernels
     )
     if kernels:
-        optimizer._muon_reference = None  # which must not stand in for them
+        optimizer._muon_reference = None  # must not be used instead
     updates = []
     for step in range(STEPS):
         before = [p.detach().clone() for p in taken]
