@@ -115,7 +115,7 @@ def test_the_page_on_migration_has_a_row_for_every_option() -> None:
 def test_the_run_nearest_to_the_original_has_its_values(run: Command, trained: list[PretrainConfig]) -> None:
     """Defaults of ours may change; the command on the page must then name what they were."""
     page = MIGRATION.read_text(encoding="utf-8")
-    (command,) = re.findall(r"as it gets:\n\n```bash\nminimind-train (.*?)\n```", page, re.S)
+    (command,) = re.findall(r"original's defaults:\n\n```bash\nminimind-train (.*?)\n```", page, re.S)
     assert run(*shlex.split(command.replace("\\\n", ""))).code == 0
     (config,) = trained
     ours = {name: value for _, values in OPTIONS.values() for name, value in values.items()}
