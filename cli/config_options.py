@@ -11,11 +11,12 @@ import typer
 
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
+from minimind.formatting import printable
 from minimind.launch_env import is_main_process, is_set
 from minimind.run_folder import RunFolder
 
 from . import upstream_flags
-from .options import completing, parse_config, typed_values
+from .options import completing, expand_path, parse_config, typed_values
 
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
 _DEFAULT_PRESET = "[default: tiny without a GPU, unless the model size is set]"
@@ -34,6 +35,7 @@ ConfigFile = Annotated[
     typer.Option(
         help="TOML file of options; overrides the preset, and is overridden by options typed here.",
         metavar="PATH",
+        callback=expand_path,
     ),
 ]
 
@@ -72,7 +74,7 @@ def _options_to_resume(typed: Mapping[str, Any]) -> str | None:
 
 def _print_note(text: str) -> None:
     if is_main_process():
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def has_gpu() -> bool:

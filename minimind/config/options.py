@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from .checks import conflicts
-from .schema import FieldInfo, range_problems
+from .schema import FieldInfo, convert_fields, for_caller, range_problems, schema_of
 
 # Default peak learning rate of each optimizer; a preset may have its own.
 LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
@@ -331,12 +331,16 @@ class RunConfig:
 class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """Configuration of a pretraining run.
 
+    Paths may be `os.PathLike` and may begin with `~`; numbers may be NumPy or torch scalars.
+
     Raises:
         ConfigError: lists every invalid value; if there is none, every conflict between values.
     """
 
     def __post_init__(self) -> None:
-        problems = [*range_problems(self)] or [*conflicts(self)]
+        convert_fields(self)
+        problems = [*range_problems(self)]
+        problems = problems or [for_caller(problem, schema_of(PretrainConfig)) for problem in conflicts(self)]
         if problems:
             raise ConfigError(problems)
 
