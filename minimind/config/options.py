@@ -6,6 +6,7 @@ them loads no torch, so that `--help` is fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -129,7 +130,15 @@ class ModelConfig:
 class OptimizationConfig:
     """Optimization"""
 
-    epochs: Annotated[int, FieldInfo("Epochs over the training data.", minimum=1, common=True)] = 1
+    epochs: Annotated[
+        int | None,
+        FieldInfo(
+            "Epochs over the training data; the first limit that is reached ends the run.",
+            minimum=1,
+            default_text="1, or no limit if steps or tokens are limited",
+            common=True,
+        ),
+    ] = None
     max_steps: Annotated[
         int | None, FieldInfo("Stop after this many optimizer steps.", minimum=1, common=True)
     ] = None
@@ -348,6 +357,13 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     def peak_learning_rate(self) -> float:
         """The peak learning rate; by default that of the optimizer."""
         return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def max_epochs(self) -> float:
+        """The limit of epochs; by default 1, or infinity if another limit is given."""
+        if self.epochs is not None:
+            return self.epochs
+        return 1 if self.max_steps is None and self.max_tokens is None else math.inf
 
 
 CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)

@@ -158,6 +158,7 @@ def resolve(
     merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
     rates: Mapping[str, float] = merged.pop("learning_rate", {})
     rejected: set[str] = set()
+    given: set[str] = set()
     micro_batch: int | None = None
     for values, name in ((file_values, file_name), (flags or {}, None)):
         parsed, invalid = parse_values(PretrainConfig, values, name)
@@ -169,12 +170,16 @@ def resolve(
         if isinstance(merged.get("batch_size"), int):
             micro_batch = merged["batch_size"]
         merged.update(parsed)
+        given |= parsed.keys()
         problems += invalid
         rejected |= {key.replace("-", "_") for key in values} - parsed.keys()
     if merged.get("batch_size") == AUTO and micro_batch and merged.get("global_batch_size") is None:
         # `auto` in place of a number keeps the global batch.
         accumulation = merged.pop("accumulation_steps", None) or 1
         merged["global_batch_size"] = micro_batch * accumulation * world_size()
+    if "epochs" not in given and (merged.get("max_steps") or merged.get("max_tokens")):
+        # The epochs of a preset are a default: a limit that is given takes their place.
+        merged.pop("epochs", None)
     if merged.get("learning_rate") is None:
         merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
     try:

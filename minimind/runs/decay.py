@@ -105,7 +105,7 @@ def decay_config(
         max_steps=last,
         max_tokens=None,
         # More passes than the run was to make, where the decay takes it beyond them.
-        epochs=max(trunk.epochs, math.ceil(last / settings["steps_per_epoch"])),
+        epochs=max(trunk.epochs or 1, math.ceil(last / settings["steps_per_epoch"])),
         # A time limit is not an option of the model, and would move the decay.
         max_time=None,
         profile=False,

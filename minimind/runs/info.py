@@ -160,7 +160,7 @@ def _limit(run: RunRecord) -> str:
     if run.config.max_steps is not None and run.steps >= run.config.max_steps:
         return "--max-steps"
     passes = run.last("epoch")
-    if run.config.max_tokens is not None and passes is not None and passes < run.config.epochs:
+    if run.config.max_tokens is not None and passes is not None and passes < run.config.max_epochs:
         return "--max-tokens"
     return "--epochs"
 

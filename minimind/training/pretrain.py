@@ -18,6 +18,7 @@ from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
+from ..config.checks import run_notes
 from ..config.options import AUTO, PretrainConfig, due, evaluation_interval
 from ..data.batch_plan import BatchPlan, most_tokens, plan_batches
 from ..data.loader import Loader, evaluation_batches, steps_in_all
@@ -36,7 +37,7 @@ from ..formatting import count, parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..schedule import learning_rates
+from ..schedule import learning_rates, warmup_steps
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
@@ -139,6 +140,8 @@ def pretrain(
             on_error=partial(_save_failed, config, progress, stop),
         )
         total_steps = steps_in_all(config, loader, plan)
+        for text in run_notes(config, total_steps, loader.steps_per_epoch, warmup_steps(config, total_steps)):
+            progress.note(text)
         settings = settings_of_run(config, shape, plan, tokenizer, data)
         settings |= {"total_steps": total_steps, "steps_per_epoch": loader.steps_per_epoch}
         # For those who read the weights without the run.
