@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from minimind.config.checks import run_notes
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
 from minimind.config.schema import options_were_typed
+from minimind.training.pretrain import pretrain
+from support.tiny_runs import tiny, write_corpus
 
 
 def notes(total_steps: int, steps_per_epoch: int = 100, warmup_steps: int = 0, **options: Any) -> list[str]:
@@ -147,3 +150,14 @@ def test_notes_name_fields_in_python() -> None:
     assert run_notes(PretrainConfig(save_interval=9), 5, 5, 0) == [
         "save_interval 9 is beyond the run of 5 steps: the only checkpoint is that of the last step."
     ]
+
+
+def test_a_run_trains_beyond_one_epoch_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    steps_of_an_epoch = pretrain(tiny(corpus, tmp_path / "a", epochs=1)).steps
+    steps = steps_of_an_epoch + 1
+    assert pretrain(tiny(corpus, tmp_path / "b", epochs=None, max_steps=steps)).steps == steps
+    printed = capsys.readouterr()
+    assert f"max_steps {steps} takes " in printed.out + printed.err
