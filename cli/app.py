@@ -17,7 +17,9 @@ import typer
 
 import minimind
 from minimind.config.options import PretrainConfig
+from minimind.config.schema import options_were_typed
 from minimind.errors import ConfigError, UserError
+from minimind.formatting import printable
 from minimind.launch_env import is_main_process, is_set, rank, world_size
 
 from . import (
@@ -105,18 +107,25 @@ def main(args: Sequence[str] | None = None) -> None:
         _exit(0)  # only the main process prints
     try:
         # Typer returns the code of an Exit, and 130 for Ctrl-C.
-        code = app(args, prog_name="minimind-train", standalone_mode=False) or 0
+        with options_were_typed():
+            code = app(args, prog_name="minimind-train", standalone_mode=False) or 0
     except UserError as error:
-        code = _report(error.problems if isinstance(error, ConfigError) else [str(error)])
+        code = _report(
+            [printable(problem) for problem in error.problems]
+            if isinstance(error, ConfigError)
+            else [printable(str(error), keep="\n")]
+        )
     except typer.TyperException as error:
         message = error.format_message()
         if args[:1] == ["generate"] and message.startswith("No such option"):
             message = f"{message.rstrip('.')}. Put a prompt that begins with a dash after --."
-        code = _report([message])
+        code = _report([printable(message)])
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             # Most likely text in place of a path.
-            code = _report([f"{str(error.filename)[:40]}... is too long for a file name; give a path."])
+            code = _report(
+                [f"{printable(str(error.filename)[:40])}... is too long for a file name; give a path."]
+            )
         elif world_size() == 1:
             raise
         else:

@@ -11,9 +11,13 @@ import typer
 from minimind.checkpoint.files import StoredCheckpoint, best_checkpoint, stored_checkpoints
 from minimind.errors import CheckpointError
 
+from .options import expand_path
+
 
 def checkpoints(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder, or its checkpoints folder.")],
+    run_folder: Annotated[
+        Path, typer.Argument(help="Run folder, or its checkpoints folder.", callback=expand_path)
+    ],
     verify: Annotated[bool, typer.Option(help="Verify the checksums of all files.")] = True,
 ) -> None:
     """List the checkpoints of a run: step, tokens, loss, size, and whether each is valid."""

@@ -10,6 +10,8 @@ import typer
 
 from minimind.errors import ConfigError
 
+from .options import expand_path
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -19,10 +21,14 @@ MAX_NAME_WIDTH = 32
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", callback=expand_path)],
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write an HTML page with loss curves to this file.", metavar="FILE"),
+        typer.Option(
+            help="Also write an HTML page with loss curves to this file.",
+            metavar="FILE",
+            callback=expand_path,
+        ),
     ] = None,
 ) -> None:
     """Compare runs: losses, speed, bits per byte at equal tokens, and differences."""

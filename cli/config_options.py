@@ -10,10 +10,11 @@ import typer
 from minimind.checkpoint.resume import run_to_resume
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
+from minimind.formatting import printable
 from minimind.launch_env import device_type, is_main_process
 
 from . import upstream_flags
-from .options import completing, parse_config, typed_values
+from .options import completing, expand_path, parse_config, typed_values
 
 _PRESETS = ", ".join(f"{name} ({size_text(name)})" for name in PRESETS)
 _DEFAULT_PRESET = "[default: tiny without a GPU, unless the model size is set]"
@@ -32,6 +33,7 @@ ConfigFile = Annotated[
     typer.Option(
         help="TOML file of options; overrides the preset, and is overridden by options typed here.",
         metavar="PATH",
+        callback=expand_path,
     ),
 ]
 
@@ -68,7 +70,7 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
 
 def _print_note(text: str) -> None:
     if is_main_process():
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def has_gpu() -> bool:

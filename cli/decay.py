@@ -11,7 +11,7 @@ import typer
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 
-from .options import parse_settings, with_options
+from .options import expand_path, parse_settings, with_options
 from .pretrain import STOPPED_EARLY
 
 
@@ -55,7 +55,9 @@ class DecayOptions:
 @with_options(DecayOptions)
 def decay(
     ctx: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a wsd or constant run.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a wsd or constant run.", callback=expand_path)
+    ],
     **_: Any,
 ) -> None:
     """Anneal: decay the learning rate from a checkpoint of a WSD/constant run into a new run.

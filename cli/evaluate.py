@@ -20,7 +20,7 @@ from minimind.errors import ConfigError
 from minimind.launch_env import is_main_process
 from minimind.run_folder import RunFolder
 
-from .options import parse_settings, with_options
+from .options import expand_path, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.evaluation.corpus import Breakdown, CorpusEvaluation
@@ -93,7 +93,9 @@ def evaluate(
     ctx: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file."),
+        typer.Argument(
+            help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,

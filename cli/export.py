@@ -12,7 +12,7 @@ from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 from minimind.formatting import count, parse_size, size
 
-from .options import parse_settings, with_options
+from .options import expand_path, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.formats.export import Exported
@@ -80,6 +80,7 @@ def export(
         str,
         typer.Argument(
             metavar="SOURCE",
+            callback=expand_path,
             help="A run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a .pth file.",
         ),
     ],

@@ -18,7 +18,7 @@ import typer
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError, UserError
 
-from .options import parse_settings, with_options
+from .options import expand_path, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.generation.engine import InferenceEngine
@@ -87,7 +87,9 @@ def generate(
     ctx: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file."),
+        typer.Argument(
+            help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
+        ),
     ],
     prompts: Annotated[
         list[str] | None,
@@ -176,7 +178,7 @@ class _Printer:
 
 
 def _standard_input() -> str:
-    """Return the text of standard input.
+    """Return the text of standard input, without a byte order mark.
 
     Raises:
         ConfigError: there is no standard input, or it is not UTF-8.
@@ -184,7 +186,7 @@ def _standard_input() -> str:
     if sys.stdin is None:
         raise ConfigError("there is no standard input; give the prompt after the model.")
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"the standard input is not {error.encoding.upper()} text; convert it, for example by iconv."

@@ -10,12 +10,16 @@ import typer
 
 from minimind.runs.info import read_info
 
+from .options import expand_path
+
 
 def info(
     ctx: typer.Context,
     path: Annotated[
         Path,
-        typer.Argument(help="A run, a checkpoint, a model folder, a .safetensors or a .pth file."),
+        typer.Argument(
+            help="A run, a checkpoint, a model folder, a .safetensors or a .pth file.", callback=expand_path
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ and worded like those of a file.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,7 +16,15 @@ import typer
 
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
-from minimind.config.schema import ConfigField, flag_of, parse_values, read_toml, schema_of, suggestion
+from minimind.config.schema import (
+    ConfigField,
+    flag_of,
+    parse_values,
+    path_problem,
+    read_toml,
+    schema_of,
+    suggestion,
+)
 from minimind.errors import ConfigError
 
 from .help import show_all_options
@@ -111,6 +120,23 @@ def _default_note(field: ConfigField) -> str:
     if isinstance(field.default, bool):
         text = " ".join(field.spell(field.default))
     return {"none": "", "required": " [required]"}.get(text, f" [default: {text}]")
+
+
+def expand_path(param: typer.CallbackParam, value: Any) -> Any:
+    """Expand `~` in a path, or in each path of a list; the callback of path arguments and options.
+
+    Raises:
+        ConfigError: a value cannot be a path.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [expand_path(param, item) for item in value]
+    expanded = os.path.expanduser(value)
+    name = param.opts[0] if param.param_type_name == "option" else (param.metavar or param.opts[0].upper())
+    if problem := path_problem(name, f"{name} {value}", expanded):
+        raise ConfigError(problem)
+    return type(value)(expanded)
 
 
 def completing(*values: str) -> Callable[[str], list[str]]:

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .options import expand_path
+
 
 def reproduce(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.", callback=expand_path)],
     check_data: Annotated[
         bool,
         typer.Option("--check-data", help="Tokenize data that is not in the cache, to compare its content."),

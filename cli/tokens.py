@@ -16,7 +16,7 @@ from minimind.errors import ConfigError
 
 from .examples import examples
 from .help import HelpCommand, HelpGroup
-from .options import LENIENT, parse_config, parse_settings, with_options
+from .options import LENIENT, expand_path, parse_config, parse_settings, with_options
 
 app = typer.Typer(cls=HelpGroup, help="Train or inspect a tokenizer.", epilog=examples("tokenizer"))
 
@@ -24,7 +24,9 @@ app = typer.Typer(cls=HelpGroup, help="Train or inspect a tokenizer.", epilog=ex
 @with_options(DataConfig)
 def tokenize(
     ctx: typer.Context,
-    config: Annotated[str | None, typer.Option(help="TOML file of options.", metavar="PATH")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="TOML file of options.", metavar="PATH", callback=expand_path)
+    ] = None,
     **_: Any,
 ) -> None:
     """Tokenize training data into the cache, and report on it."""
@@ -97,7 +99,9 @@ def inspect(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="A tokenizer.json or its folder; by default the built-in tokenizer.", metavar="[PATH]"
+            help="A tokenizer.json or its folder; by default the built-in tokenizer.",
+            metavar="[PATH]",
+            callback=expand_path,
         ),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to tokenize.", metavar="TEXT")] = None,

@@ -1,4 +1,4 @@
-"""Conflicts between options that are valid on their own."""
+"""Conflicts between options, and options that a run cannot follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..formatting import parse_duration
-from .schema import schema_of
+from .schema import flag_of, for_caller, schema_of
 
 
 def conflicts(config: Any) -> Iterator[str]:
@@ -57,3 +57,119 @@ def _divisors(n: int) -> str:
     limit = 1000
     found = [d for d in range(1, min(n, limit) + 1) if n % d == 0]
     return ", ".join(map(str, found if n <= limit else [*found, n]))
+
+
+def run_notes(config: Any, total_steps: int, steps_per_epoch: int, warmup_steps: int) -> list[str]:
+    """Return a sentence for each option that does not do in this run what it says, with what happens instead.
+
+    A default that a short run does not reach is no contradiction, and not reported.
+
+    Args:
+        config: a `PretrainConfig`.
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of an epoch.
+        warmup_steps: of the learning rate, as given or by default.
+    """
+    notes = [
+        *_limit_notes(config, total_steps, steps_per_epoch),
+        *_schedule_notes(config, total_steps, warmup_steps),
+        *_interval_notes(config, total_steps),
+        *_unused_options(config),
+    ]
+    return [for_caller(note, schema_of(config.__class__)) for note in notes]
+
+
+def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterator[str]:
+    """Yield which of --epochs, --max-steps and --max-tokens ends the run, if the others ask for more."""
+    if config.epochs is None and total_steps > steps_per_epoch and config.max_epochs > 1:
+        yield (
+            f"{_limits(config)} takes {total_steps / steps_per_epoch:.3g} epochs of {steps_per_epoch:,} "
+            f"steps "
+            "each; --epochs limits them."
+        )
+    if config.epochs is None or (config.max_steps is None and config.max_tokens is None):
+        return
+    in_epochs = config.epochs * steps_per_epoch
+    if total_steps < in_epochs:
+        yield (
+            f"{_limits(config)} ends the run after {total_steps:,} of the {in_epochs:,} steps of "
+            f"--epochs {config.epochs}."
+        )
+    elif config.max_steps is None or config.max_steps > total_steps:
+        yield (
+            f"--epochs {config.epochs} ends the run after {total_steps:,} steps, before {_limits(config)}; "
+            "raise it or remove it to train longer."
+        )
+
+
+def _limits(config: Any) -> str:
+    limits = (("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens))
+    return " or ".join(f"{flag} {value}" for flag, value in limits if value is not None)
+
+
+def _schedule_notes(config: Any, total_steps: int, warmup_steps: int) -> Iterator[str]:
+    """Yield how far the learning rate gets, if warm-up or decay do not fit the run."""
+    given = f"--warmup-steps {warmup_steps}"
+    if warmup_steps > total_steps:
+        reached = total_steps / warmup_steps
+        yield (
+            f"{given} is longer than the run: in {total_steps:,} steps the learning rate only reaches "
+            f"{reached:.1%} of its peak."
+        )
+    elif config.lr_schedule == "constant" or total_steps == 1:
+        return
+    elif warmup_steps == total_steps:
+        yield f"{given} takes all {total_steps:,} steps: the learning rate reaches its peak and never decays."
+    elif config.lr_schedule == "wsd":
+        wanted = config.decay_steps or round(config.decay_ratio * total_steps)
+        if (room := total_steps - max(warmup_steps, 1)) < wanted:
+            name = "decay_ratio" if config.decay_steps is None else "decay_steps"
+            yield (
+                f"{flag_of(name)} {getattr(config, name)} means {wanted:,} steps of decay, but only {room:,} "
+                f"follow the warm-up: the learning rate decays over {room:,}."
+            )
+
+
+def _interval_notes(config: Any, total_steps: int) -> Iterator[str]:
+    """Yield which intervals are longer than the run."""
+    schema = schema_of(config.__class__)
+    consequences = {
+        "save_interval": "the only checkpoint is that of the last step",
+        "keep_every": "no checkpoint is kept for good",
+        "eval_interval": "the only evaluations are those before the first and after the last step",
+        "sample_interval": "no sample is generated",
+    }
+    if not config.val_data and not config.val_fraction:
+        del consequences["eval_interval"]
+    if config.keep_every is not None and config.keep_every <= total_steps:
+        del consequences["save_interval"]
+    for name, consequence in consequences.items():
+        interval = getattr(config, name)
+        if interval is not None and interval != schema[name].default and interval > total_steps:
+            yield f"{flag_of(name)} {interval} is beyond the run of {total_steps:,} steps: {consequence}."
+    if config.profile and total_steps < 10:
+        yield f"--profile records steps 10 to 14, and the run has {total_steps}: nothing is recorded."
+
+
+def _unused_options(config: Any) -> Iterator[str]:
+    """Yield which options have no effect beside the others."""
+    schema = schema_of(config.__class__)
+    cases = (
+        (
+            config.lr_schedule != "wsd",
+            ("decay_ratio", "decay_steps", "decay_shape"),
+            "needs --lr-schedule wsd",
+        ),
+        (config.lr_schedule == "constant", ("min_lr_ratio",), "--lr-schedule constant does not decay"),
+        (
+            not config.val_data and not config.val_fraction,
+            ("eval_interval", "eval_batches"),
+            "there is no validation data; set --val-fraction or --val-data",
+        ),
+        (bool(config.val_data), ("val_fraction",), "--val-data is the validation data"),
+        (config.sample_interval is None, ("sample_prompt",), "needs --sample-interval"),
+    )
+    for unused, names, reason in cases:
+        for name in names if unused else ():
+            if (value := getattr(config, name)) != schema[name].default:
+                yield f"{' '.join(schema[name].spell(value))} has no effect: {reason}."

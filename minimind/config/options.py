@@ -6,13 +6,14 @@ them loads no torch, so that `--help` is fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from .checks import conflicts
-from .schema import FieldInfo, range_problems
+from .schema import FieldInfo, convert_fields, for_caller, range_problems, schema_of
 
 # Default peak learning rate of each optimizer; a preset may have its own.
 LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
@@ -129,7 +130,15 @@ class ModelConfig:
 class OptimizationConfig:
     """Optimization"""
 
-    epochs: Annotated[int, FieldInfo("Epochs over the training data.", minimum=1, common=True)] = 1
+    epochs: Annotated[
+        int | None,
+        FieldInfo(
+            "Epochs over the training data; the first limit that is reached ends the run.",
+            minimum=1,
+            default_text="1, or no limit if steps or tokens are limited",
+            common=True,
+        ),
+    ] = None
     max_steps: Annotated[
         int | None, FieldInfo("Stop after this many optimizer steps.", minimum=1, common=True)
     ] = None
@@ -331,12 +340,16 @@ class RunConfig:
 class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """Configuration of a pretraining run.
 
+    Paths may be `os.PathLike` and may begin with `~`; numbers may be NumPy or torch scalars.
+
     Raises:
         ConfigError: lists every invalid value; if there is none, every conflict between values.
     """
 
     def __post_init__(self) -> None:
-        problems = [*range_problems(self)] or [*conflicts(self)]
+        convert_fields(self)
+        problems = [*range_problems(self)]
+        problems = problems or [for_caller(problem, schema_of(PretrainConfig)) for problem in conflicts(self)]
         if problems:
             raise ConfigError(problems)
 
@@ -353,6 +366,13 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step`."""
         return step % self.save_interval == 0 or (self.keep_every is not None and step % self.keep_every == 0)
+
+    @property
+    def max_epochs(self) -> float:
+        """The limit of epochs; by default 1, or infinity if another limit is given."""
+        if self.epochs is not None:
+            return self.epochs
+        return 1 if self.max_steps is None and self.max_tokens is None else math.inf
 
 
 CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)

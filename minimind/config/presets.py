@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..launch_env import world_size
 from .options import AUTO, PretrainConfig
-from .schema import flag_of, parse_values
+from .schema import flag_of, for_caller, options_were_typed, parse_values, schema_of
 
 # The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -153,10 +153,12 @@ def resolve(
     preset = preset if preset is not None else file_preset
     problems: list[str] = []
     if preset is not None and str(preset) not in PRESETS:
-        problems.append(f"--preset {preset} is not known; choose one of {', '.join(PRESETS)}.")
+        unknown = f"--preset {preset} is not known; choose one of {', '.join(PRESETS)}."
+        problems.append(for_caller(unknown, ["preset"]))
     merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
     rates: Mapping[str, float] = merged.pop("learning_rate", {})
     rejected: set[str] = set()
+    given: set[str] = set()
     micro_batch: int | None = None
     for values, name in ((file_values, file_name), (flags or {}, None)):
         parsed, invalid = parse_values(PretrainConfig, values, name)
@@ -168,20 +170,26 @@ def resolve(
         if isinstance(merged.get("batch_size"), int):
             micro_batch = merged["batch_size"]
         merged.update(parsed)
+        given |= parsed.keys()
         problems += invalid
         rejected |= {key.replace("-", "_") for key in values} - parsed.keys()
     if merged.get("batch_size") == AUTO and micro_batch and merged.get("global_batch_size") is None:
         # `auto` in place of a number keeps the global batch.
         accumulation = merged.pop("accumulation_steps", None) or 1
         merged["global_batch_size"] = micro_batch * accumulation * world_size()
+    if "epochs" not in given and (merged.get("max_steps") or merged.get("max_tokens")):
+        # The epochs of a preset are a default: a limit that is given takes their place.
+        merged.pop("epochs", None)
     if merged.get("learning_rate") is None:
         merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
     try:
-        config = PretrainConfig(**merged)
+        with options_were_typed():
+            config = PretrainConfig(**merged)
     except ConfigError as error:
         # Do not report conflicts with the default in place of a rejected value.
         rejected_flags = [flag_of(name) for name in rejected]
-        problems += [line for line in error.problems if not any(flag in line for flag in rejected_flags)]
+        conflicting = [line for line in error.problems if not any(flag in line for flag in rejected_flags)]
+        problems += [for_caller(line, schema_of(PretrainConfig)) for line in conflicting]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)

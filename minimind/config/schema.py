@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +27,27 @@ from ..errors import ConfigError
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Integers in tensors and files have 64 bits.
 LARGEST_INTEGER = 2**63 - 1
+
+# Whether messages name options as typed (`--max-steps 0`) or as in Python (`max_steps=0`).
+_typed: ContextVar[bool] = ContextVar("typed", default=False)
+
+
+@contextmanager
+def options_were_typed() -> Iterator[None]:
+    """Name options in messages by their command-line flags."""
+    token = _typed.set(True)
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
+
+def for_caller(message: str, names: Iterable[str]) -> str:
+    """Replace the flags of options by the names of their fields, unless the options were typed."""
+    if _typed.get():
+        return message
+    fields = {flag_of(name): name for name in names}
+    return re.sub(r"--[a-z][a-z0-9-]*", lambda flag: fields.get(flag[0], flag[0]), message)
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,11 @@ class ConfigField:
     def negative_flag(self) -> str:
         """The option that turns a switch off, such as `--no-packing`."""
         return flag_of("no_" + self.name)
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the value is the path of a file or folder, in which `~` is expanded."""
+        return (self.info.metavar or "").strip("[]") in ("PATH", "FOLDER", "FILE")
 
     def spell(self, value: Any) -> list[str]:
         """Return the command-line arguments that set the field to `value`."""
@@ -161,12 +190,34 @@ def _config_field(field: dataclasses.Field[Any], hint: Any) -> ConfigField:
     return ConfigField(field.name, kind, choices, repeatable, optional, keywords, field.default, info)
 
 
+def convert_fields(config: Any) -> None:
+    """Convert path-like objects, NumPy and torch scalars and lists in the fields of a frozen dataclass."""
+    for field in schema_of(config.__class__).values():
+        value = getattr(config, field.name)
+        if not field.repeatable:
+            value = _plain(field, value)
+        elif isinstance(value, (list, tuple)):
+            value = tuple(_plain(field, item) for item in value)
+        object.__setattr__(config, field.name, value)
+
+
+def _plain(field: ConfigField, value: Any) -> Any:
+    """Return `value` as a string or Python number if it is an equivalent of one; expand `~` in a path."""
+    if hasattr(value, "__fspath__") and field.kind is str:
+        value = os.fsdecode(value)
+    elif getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if field.kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return os.path.expanduser(value) if field.is_path and isinstance(value, str) else value
+
+
 def range_problems(config: Any) -> Iterator[str]:
     """Yield a sentence for each field whose value has the wrong type or is out of range."""
     for field in schema_of(config.__class__).values():
         value = getattr(config, field.name)
         if field.repeatable and not isinstance(value, tuple):
-            yield f"{field.flag} {value!r} is not a tuple; write ({value!r},)."
+            yield f"{field.name}={value!r} is not a tuple; write ({value!r},)."
             continue
         for item in value if field.repeatable else (value,):
             if (problem := _problem(field, item)) is not None:
@@ -176,7 +227,9 @@ def range_problems(config: Any) -> Iterator[str]:
 def _problem(field: ConfigField, value: Any) -> str | None:
     if (value is None and field.optional) or (isinstance(value, str) and value in field.keywords):
         return None
-    given = f"{field.flag} {value}"
+    label, given = field.name, f"{field.name}={value!r}"
+    if _typed.get():
+        label, given = field.flag, f"{field.flag} {value}"
     if field.choices:
         if value in field.choices:
             return None
@@ -186,12 +239,14 @@ def _problem(field: ConfigField, value: Any) -> str | None:
         return f"{given} is not {_article(field)}; write {_example(field)}."
     if isinstance(value, str) and not value.isascii() and _SURROGATES.search(value):
         # Python decodes invalid bytes of a command line to lone surrogates, which no file can hold.
-        return f"{field.flag} is not valid UTF-8; write it, or name the file, in UTF-8."
+        return f"{label} is not valid UTF-8; write it, or name the file, in UTF-8."
+    if field.is_path:
+        return path_problem(label, given, value)
     if field.kind not in (int, float):
         return None
     info = field.info
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        return f"{field.flag} is too large; write {_example(field)}."
+        return f"{label} is too large; write {_example(field)}."
     if not math.isfinite(value):
         return f"{given} is not a finite number; write {_example(field)}."
     out_of_range = (
@@ -203,6 +258,19 @@ def _problem(field: ConfigField, value: Any) -> str | None:
     # If the default is not None, None is a value that can be given.
     none = ", or none" if field.optional and field.default is not None else ""
     return f"{given} is out of range; it must be {field.range_text}{none}." if out_of_range else None
+
+
+def path_problem(label: str, given: str, path: str) -> str | None:
+    """Return a sentence about a path, after expansion of `~`, that cannot be meant; else None."""
+    if not path:
+        return f"{label} is empty; give a path."
+    if "\0" in path:
+        return f"{label} contains a NUL character; give a path without it."
+    if path.startswith("~"):
+        return (
+            f"{given} is not the home folder of a user; write it in full, or as ./{path} if ~ is in the name."
+        )
+    return None
 
 
 def parse_values(
@@ -240,6 +308,7 @@ def parse_values(
 
 def _convert(field: ConfigField, raw: Any) -> Any:
     """Return `raw` as the type of the field if it can be converted without guessing, else unchanged."""
+    raw = _plain(field, raw)
     if field.kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         # Integers of TOML have any length.
         return float(raw) if abs(raw) <= LARGEST_INTEGER else raw
@@ -263,11 +332,13 @@ def _convert(field: ConfigField, raw: Any) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the keys and values of a TOML file; `parse_values` validates them.
 
+    Editors may have begun the file with a byte order mark.
+
     Raises:
         ConfigError: the file cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); name a TOML file, "

@@ -118,19 +118,19 @@ def count_steps(
         tokens_per_epoch: real input tokens in one epoch.
         tokens_per_step: mean real input tokens in a full step.
     """
-    steps = config.epochs * steps_per_epoch
+    steps = config.max_epochs * steps_per_epoch
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
     if config.max_tokens is not None:
         epochs, rest = divmod(config.max_tokens, tokens_per_epoch)
         last = math.ceil(rest / tokens_per_step)
         steps = min(steps, epochs * steps_per_epoch + min(last, steps_per_epoch))
-    return max(steps, 1)
+    return max(int(steps), 1)
 
 
 def max_training_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
     """Return the upper limit of input tokens of a run."""
-    tokens = config.epochs * tokens_per_epoch
+    tokens = config.max_epochs * tokens_per_epoch
     if config.max_steps is not None:
         tokens = min(tokens, config.max_steps * plan.global_batch_size * config.max_seq_len)
-    return tokens if config.max_tokens is None else min(tokens, config.max_tokens)
+    return int(tokens if config.max_tokens is None else min(tokens, config.max_tokens))

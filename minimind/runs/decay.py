@@ -103,7 +103,7 @@ def decay_config(
         max_steps=last,
         max_tokens=None,
         # The decay may need more epochs than the run.
-        epochs=max(trunk.epochs, math.ceil(last / settings["steps_per_epoch"])),
+        epochs=max(trunk.epochs or 1, math.ceil(last / settings["steps_per_epoch"])),
         # A time limit would move the decay.
         max_time=None,
         profile=False,

@@ -159,7 +159,7 @@ def _limit(run: RunRecord) -> str:
     if run.config.max_steps is not None and run.steps >= run.config.max_steps:
         return "--max-steps"
     epochs = run.last("epoch")
-    if run.config.max_tokens is not None and epochs is not None and epochs < run.config.epochs:
+    if run.config.max_tokens is not None and epochs is not None and epochs < run.config.max_epochs:
         return "--max-tokens"
     return "--epochs"
 

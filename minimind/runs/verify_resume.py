@@ -123,7 +123,7 @@ def verify_resume(
             config,
             max_steps=steps,
             max_tokens=None,
-            epochs=max(config.epochs, steps),  # an epoch has at least one step
+            epochs=max(config.epochs or 1, steps),  # an epoch has at least one step
             log_interval=1,
             eval_interval=half,
             eval_batches=min(config.eval_batches or EVALUATION_BATCHES, EVALUATION_BATCHES),

@@ -19,6 +19,7 @@ from ..checkpoint.resume import check_resumable, finished_run, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
+from ..config.checks import run_notes
 from ..config.options import AUTO, PretrainConfig
 from ..data.loader import count_total_steps
 from ..data.prepare import PreparedData, cache_folder, prepare_data
@@ -35,7 +36,7 @@ from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..schedule import LearningRateSchedule
+from ..schedule import LearningRateSchedule, warmup_steps
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.metrics_file import read_metrics
@@ -271,6 +272,10 @@ def _build_trainer(
     checkpointer.trackers = outputs.trackers
     # Flush pending checkpoint writes however the run ends.
     closing.callback(store.wait_until_written)
+    for note in run_notes(
+        config, total_steps, parts.loader.steps_per_epoch, warmup_steps(config, total_steps)
+    ):
+        progress.note(note)
     progress.banner(banner(inputs, parts, data, accelerator, total_steps))
     return Trainer(
         config=config,

@@ -132,3 +132,41 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "minimind.training.pretrain", fail_with(ZeroDivisionError()))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         main(["pretrain", "--preset", "tiny"])
+
+
+def test_control_characters_of_a_command_line_are_escaped(run: Command) -> None:
+    done = run("pretrain", "--lr-schedule", "a\x1b[2Jb\x9bc\u202ed\ne", "\x1bfg", "--\x07hi")
+    assert done.code == 2
+    assert done.err.isascii()
+    assert [c for c in done.err if c < " " and c != "\n"] == []
+    lines = done.err.splitlines()
+    assert len(lines) == 3
+    assert "--lr-schedule a\\x1b[2Jb\\x9bc\\u202ed\\x0ae is not known" in lines[2]
+    assert "\\x07" in lines[0] + lines[1]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["info", "~/x"],
+        ["checkpoints", "~/x"],
+        ["compare", "~/x", "~/y"],
+        ["reproduce", "~/x"],
+        ["decay", "~/x", "--tokens", "5"],
+        ["pretrain", "--config", "~/x"],
+        ["tokenize", "--config=~/x"],
+        ["bench", "--config=~/x"],
+        ["export", "~/x", "--output", "y"],
+        ["generate", "~/x", "y"],
+        ["tokenizer", "inspect", "~/x"],
+    ],
+)
+def test_every_path_of_a_command_line_may_begin_with_the_home_folder(
+    run: Command, monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/nowhere/me")
+    done = run(*args)
+    assert done.code == 2
+    assert "/nowhere/me/x" in done.err
+    assert "~" not in done.err
+    assert "~someone" in run(*[arg.replace("~", "~someone") for arg in args]).err

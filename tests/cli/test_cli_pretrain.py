@@ -226,9 +226,10 @@ def test_the_printed_configuration_can_be_read_back(
 
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1)
+PATH = TEXT.filter(lambda text: "\0" not in text and not text.startswith("~"))
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "data": st.lists(TEXT, min_size=1).map(tuple),
-    "tokenizer": st.none() | TEXT,
+    "data": st.lists(PATH, min_size=1).map(tuple),
+    "tokenizer": st.none() | PATH,
     "val_fraction": st.floats(0, 1, exclude_max=True),
     "learning_rate": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     "grad_clip": st.floats(min_value=0, allow_infinity=False),
@@ -238,8 +239,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "head_dim": st.none() | st.integers(1, 64).map(lambda half: 2 * half),
     "lr_schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
     "tracker": st.sets(st.sampled_from(["tensorboard", "wandb", "swanlab"])).map(tuple),
-    "output_dir": TEXT,
-    "resume": st.none() | TEXT,
+    "output_dir": PATH,
+    "resume": st.none() | PATH,
     "run_name": st.none() | TEXT,
 }
 

@@ -16,7 +16,7 @@ from minimind.config.presets import (
     resolve,
     size_text,
 )
-from minimind.config.schema import schema_of
+from minimind.config.schema import options_were_typed, schema_of
 from minimind.errors import ConfigError
 
 
@@ -109,7 +109,7 @@ def test_a_flag_can_unset_what_the_file_set() -> None:
 
 
 def test_problems_of_all_layers_are_reported_together() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with options_were_typed(), pytest.raises(ConfigError) as caught:
         resolve(
             preset="big",
             file={"bach_size": 3, "epochs": 0},
@@ -126,7 +126,7 @@ def test_problems_of_all_layers_are_reported_together() -> None:
 
 
 def test_a_default_standing_in_for_a_refused_value_is_not_blamed() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with options_were_typed(), pytest.raises(ConfigError) as caught:
         resolve(flags={"hidden_size": "100", "num_attention_heads": "ten"})
     assert caught.value.problems == ["--num-attention-heads ten is not a whole number; write for example 8."]
 

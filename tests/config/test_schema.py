@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minimind.config.schema import (
     FieldInfo,
+    options_were_typed,
     parse_values,
     range_problems,
     read_toml,
@@ -102,13 +103,15 @@ def test_text_becomes_the_type_of_its_field(name: str, text: object, value: obje
     ],
 )
 def test_a_wrong_value_names_its_option_and_the_fix(name: str, given: object, sentence: str) -> None:
-    assert parse_values(Example, {name: given}) == ({}, [sentence])
+    with options_were_typed():
+        assert parse_values(Example, {name: given}) == ({}, [sentence])
 
 
 def test_all_wrong_values_are_reported_at_once_with_their_file() -> None:
-    _, problems = parse_values(
-        Example, {"count": 0, "rate": 2.0, "titel": "x", "model": {"a": 1}}, "run.toml"
-    )
+    with options_were_typed():
+        _, problems = parse_values(
+            Example, {"count": 0, "rate": 2.0, "titel": "x", "model": {"a": 1}}, "run.toml"
+        )
     assert problems == [
         "run.toml: --count 0 is out of range; it must be at least 1.",
         "run.toml: --rate 2.0 is out of range; it must be above 0 and below 1.",
@@ -119,10 +122,10 @@ def test_all_wrong_values_are_reported_at_once_with_their_file() -> None:
 
 def test_values_given_from_python_are_checked_too() -> None:
     assert [*range_problems(Example(rate=0))] == [  # a whole number is a number
-        "--rate 0 is out of range; it must be above 0 and below 1."
+        "rate=0 is out of range; it must be above 0 and below 1."
     ]
     assert [*range_problems(Example(names="abc"))] == [  # type: ignore[arg-type]
-        "--names 'abc' is not a tuple; write ('abc',)."
+        "names='abc' is not a tuple; write ('abc',)."
     ]
     assert [*range_problems(Example(count="8"))] != []  # type: ignore[arg-type]
     assert [*range_problems(Example())] == []
@@ -174,3 +177,53 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | No
         read_toml(path)
     assert f"--config {path}" in str(caught.value)
     assert words in str(caught.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Paths"""
+
+    file: Annotated[str | None, FieldInfo("A file.", metavar="PATH")] = None
+    files: Annotated[tuple[str, ...], FieldInfo("Files.", metavar="PATH")] = ()
+    name: Annotated[str, FieldInfo("A name.")] = "x"
+
+
+def test_a_home_folder_is_expanded_in_paths_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    values = {"file": "~/a", "files": ["~", "b~"], "name": "~/a"}
+    parsed, problems = parse_values(Paths, values)
+    assert (parsed, problems) == (
+        {"file": "/home/me/a", "files": ("/home/me", "b~"), "name": "~/a"},
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("", "--file is empty; give a path."),
+        ("a\0b", "--file contains a NUL character; give a path without it."),
+        (
+            "~no-such-user/x",
+            "--file ~no-such-user/x is not the home folder of a user; write it in full, or as "
+            "./~no-such-user/x if ~ is in the name.",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_meant_is_refused(path: str, sentence: str) -> None:
+    with options_were_typed():
+        assert parse_values(Paths, {"file": path}) == ({}, [sentence])
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbftitle = 'a'\n", b"title = 'a'\n"])
+def test_a_byte_order_mark_of_an_editor_is_accepted(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+    assert read_toml(tmp_path / "run.toml") == {"title": "a"}
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    assert parse_values(Example, {"count": 1e9}) == ({"count": 10**9}, [])
+    assert parse_values(Example, {"count": 1.5}) == (
+        {},
+        ["count=1.5 is not a whole number; write for example 8."],
+    )

@@ -118,6 +118,13 @@ def test_run_ends_at_the_first_limit():
     assert steps(epochs=3, max_tokens=1) == 1
 
 
+def test_other_limits_go_beyond_one_epoch_unless_epochs_are_given():
+    assert steps(max_steps=500) == 500
+    assert steps(max_tokens=350_000) == 3 * 16 + 8
+    assert steps(max_tokens=350_000, max_steps=20) == 20
+    assert steps(epochs=1, max_steps=500) == 16
+
+
 @given(
     rows=st.integers(1, 500),
     batch=st.integers(1, 64),

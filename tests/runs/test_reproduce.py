@@ -257,7 +257,7 @@ def test_paths_hold_from_another_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     found = record(tmp_path / "run", config, working_folder="/somewhere")
     assert "--data /somewhere/a.jsonl:0.7 --data /b.jsonl:0.3" in found.command
-    assert "'~/c'" in found.command
+    assert f"--cache-dir {Path('~/c').expanduser()} " in found.command
     here = record(tmp_path / "run", config, working_folder=str(tmp_path))
     assert "--data a.jsonl:0.7" in here.command
 
