@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from .long_documents import PIECE_CHARACTERS, cut_pattern, pieces
 from .readers import Reading
 from .shards import ShardWriter, SplitIndex, token_dtype
 
@@ -25,6 +27,11 @@ SPLITS = ("train", "validation")
 # Large enough for all threads of the tokenizer, small enough to keep few megabytes in flight.
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 4096
+# Documents above this are encoded in pieces, a few at a time.
+_LONG_CHARACTERS = 1 << 19
+_PIECES_AT_ONCE = 4
+# Text of batches that wait to be written.
+_PENDING_BYTES = 1 << 25
 
 
 class DocumentTokenizer(Protocol):
@@ -117,8 +124,21 @@ class _Ids:
 
 def content_hash(data: bytes) -> int:
     """Return a 64-bit hash of the text, equal in every version and on every machine."""
-    digest = hashlib.blake2b(data, digest_size=8, key=b"minimind document")
-    return int.from_bytes(digest.digest(), "little")
+    return _hash_parts([data])[0]
+
+
+def _hash_text(text: str) -> tuple[int, int]:
+    """Return the content hash and the UTF-8 bytes of a text, encoded in slices."""
+    slices = range(0, len(text), _LONG_CHARACTERS)
+    return _hash_parts(text[start : start + _LONG_CHARACTERS].encode() for start in slices)
+
+
+def _hash_parts(parts: Iterable[bytes]) -> tuple[int, int]:
+    digest, size = hashlib.blake2b(digest_size=8, key=b"minimind document"), 0
+    for part in parts:
+        digest.update(part)
+        size += len(part)
+    return int.from_bytes(digest.digest(), "little"), size
 
 
 def encode(
@@ -208,11 +228,12 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
             texts, columns, size = [], ([], [], []), 0
         part = assignment.part
         for text in assignment.source.documents(readings[number]):
-            data = text.encode()
+            hashed, text_bytes = _hash_text(text)
             texts.append(text)
-            for column, value in zip(columns, (number, content_hash(data), len(data)), strict=True):
+            for column, value in zip(columns, (number, hashed, text_bytes), strict=True):
                 column.append(value)
-            size += len(data)
+            size += text_bytes
+            del text  # the batch has it, and may be done before the next document is read
             if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
                 yield batch()
                 texts, columns, size = [], ([], [], []), 0
@@ -225,12 +246,20 @@ def _tokenized(
 ) -> Iterator[tuple[_Batch, _Ids]]:
     """Yield each batch with its ids, in order, while the next ones are tokenized."""
     workers = max(2, min(8, os.cpu_count() or 2))
+    rules = getattr(tokenizer, "rules", None)
+    cut = None if rules is None else cut_pattern(rules())
     pending: deque[tuple[_Batch, Future[_Ids]]] = deque()
+
+    def full() -> bool:
+        waiting = sum(int(batch.text_bytes.sum()) for batch, _ in pending)
+        return len(pending) > workers + 2 or waiting > _PENDING_BYTES
+
     with ThreadPoolExecutor(workers, "tokenize") as pool:
         try:
             for batch in batches:
-                pending.append((batch, pool.submit(_encode_batch, tokenizer, batch.texts, dtype)))
-                if len(pending) > workers + 2:
+                pending.append((batch, pool.submit(_encode_batch, tokenizer, batch.texts, dtype, cut)))
+                del batch
+                while pending and full():
                     done, future = pending.popleft()
                     yield done, future.result()
             while pending:
@@ -241,13 +270,35 @@ def _tokenized(
                 future.cancel()
 
 
-def _encode_batch(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
+def _encode_batch(
+    tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
+) -> _Ids:
+    if cut is not None and any(len(text) > _LONG_CHARACTERS for text in texts):
+        return _encode_long(tokenizer, texts, dtype, cut)
     ids = tokenizer.encode_batch(texts)
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     eos = (tokenizer.eos_token_id,)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(bos) + 1
     parts = chain.from_iterable(chain.from_iterable((bos, document, eos) for document in ids))
     return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
+
+
+def _encode_long(
+    tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str]
+) -> _Ids:
+    """Encode documents in pieces: bounded memory, the same ids."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    parts: list[NDArray[Any]] = []
+    lengths = []
+    for text in texts:
+        first = len(parts)
+        parts.append(np.array(bos, dtype))
+        remaining = pieces(text, cut, PIECE_CHARACTERS)
+        while some := list(islice(remaining, _PIECES_AT_ONCE)):
+            parts += [np.array(ids, dtype) for ids in tokenizer.encode_batch(some)]
+        parts.append(np.array([tokenizer.eos_token_id], dtype))
+        lengths.append(sum(map(len, parts[first:])))
+    return _Ids(np.concatenate(parts), np.array(lengths, np.int64))
 
 
 def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bool_]) -> None:
