@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .files import skipped_lines
+
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _SOURCES_SHOWN = 8
 
@@ -124,6 +126,7 @@ class DataReport:
         padded: cost of one document per sequence.
         notes: further remarks, as sentences.
         mixture: one per source of --data, in order; empty without weights.
+        skipped_files: files and folders that were not read, by reason.
     """
 
     sources: tuple[SourceReport, ...]
@@ -137,6 +140,7 @@ class DataReport:
     padded: SequenceCost
     notes: tuple[str, ...] = ()
     mixture: tuple[MixtureReport, ...] = ()
+    skipped_files: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serializable values."""
@@ -189,6 +193,7 @@ class DataReport:
         for source in self.sources:
             bad.update(source.bad_lines)
         lines += [f"skipped     {count:,} lines: {reason}" for reason, count in bad.most_common()]
+        lines += [f"skipped     {line}" for line in skipped_lines(Counter(self.skipped_files))]
         lines += [f"source      {s.name}: {_source_text(s)}" for s in self.sources[:_SOURCES_SHOWN]]
         if (more := len(self.sources) - _SOURCES_SHOWN) > 0:
             lines.append(f"source      and {more:,} more")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from minimind.data import readers as sources
-from minimind.data.readers import Reading, TextFile, find_files, identify
+from minimind.data.files import find_files, identify
+from minimind.data.readers import Reading, TextFile
 from minimind.errors import DataError
 
 
@@ -135,7 +136,7 @@ def test_parquet_without_its_package_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "a.parquet"
     path.touch()
-    with pytest.raises(DataError, match=r"pip install 'minimind\[parquet\]'"):
+    with pytest.raises(DataError, match=r"pip install pyarrow"):
         read(path)
 
 
