@@ -36,6 +36,8 @@ from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 
 # Part of every cache key: increase when the files of a build change.
 _FORMAT = 3
+# Warn above this share of unknown tokens.
+_UNKNOWN_SHARE = 0.001
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,12 @@ def prepare_data(
             f"{'; '.join(skipped_lines(skipped))}.",
             stacklevel=2,
         )
+    if train.unknown_share > _UNKNOWN_SHARE:
+        warnings.warn(
+            f"{train.unknown_share:.1%} of the training tokens are the unknown token: the vocabulary of "
+            "--tokenizer lacks text of this data; choose a tokenizer that was trained on such text.",
+            stacklevel=2,
+        )
     if opened.corrupt is not None:
         corrupt = f"the token cache was corrupt and was built again: {opened.corrupt}."
         warnings.warn(corrupt, stacklevel=2)
@@ -153,6 +161,7 @@ def prepare_data(
     report = dataclasses.replace(
         report,
         skipped_files=dict(skipped),
+        unknown_share=train.unknown_share,
         seq_len=config.max_seq_len,
         packed=packed,
         padded=padded,
@@ -309,7 +318,7 @@ def _report(
         validation=validation,
         validation_in_train=encoded.shared,
         vocab_size=tokenizer.vocab_size,
-        unused_vocabulary=int((encoded.token_counts == 0).sum()),
+        unused_vocabulary=int((encoded.token_counts[0] == 0).sum()),
         seq_len=config.max_seq_len,
         packed=packed,
         padded=padded,

@@ -126,6 +126,7 @@ class DataReport:
         padded: cost of one document per sequence.
         notes: further remarks, as sentences.
         mixture: one per source of --data, in order; empty without weights.
+        unknown_share: share of the training tokens that are the unknown token.
         skipped_files: files and folders that were not read, by reason.
     """
 
@@ -140,6 +141,7 @@ class DataReport:
     padded: SequenceCost
     notes: tuple[str, ...] = ()
     mixture: tuple[MixtureReport, ...] = ()
+    unknown_share: float = 0.0
     skipped_files: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,6 +183,8 @@ class DataReport:
             f"without packing {self.padded.padding:.1%} padding, {self.padded.truncated:.1%} truncated"
         )
         lines.append(f"vocabulary  {self.unused_vocabulary:,} of {self.vocab_size:,} ids never occur")
+        if self.unknown_share:
+            lines.append(f"unknown     {self.unknown_share:.2%} of the training tokens are the unknown token")
         if duplicates := self.train.duplicates:
             lines.append(f"duplicates  {duplicates:,} training documents repeat an earlier one")
         if self.validation_in_train:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -89,7 +90,7 @@ class Encoded:
         splits: describes the files of each split, also of an empty one.
         counts: (sources, splits, 3) int64: documents, bytes of text, tokens.
         readings: counts of dropped documents per source.
-        token_counts: (V,) int64, count of each id in the training split.
+        token_counts: (splits, V) int64, count of each id.
         duplicates: documents equal to an earlier one of the same split, per split.
         shared: validation documents that are also training documents.
         fingerprints: of each split's documents and their order, independent of paths.
@@ -168,7 +169,7 @@ def encode(
         splits={},
         counts=np.zeros((len(assignments), len(SPLITS), 3), np.int64),
         readings=readings,
-        token_counts=np.zeros(tokenizer.vocab_size, np.int64),
+        token_counts=np.zeros((len(SPLITS), tokenizer.vocab_size), np.int64),
     )
     held_out = np.array([assignment.held_out for assignment in assignments])
     all_validation = np.array([assignment.split == "validation" for assignment in assignments])
@@ -191,11 +192,13 @@ def encode(
                         f"--tokenizer returned the id {largest}, outside its vocabulary of "
                         f"{tokenizer.vocab_size} entries; save or download the tokenizer again."
                     )
-                if split == "train":
-                    encoded.token_counts += np.bincount(kept, minlength=tokenizer.vocab_size)
+                encoded.token_counts[SPLITS.index(split)] += np.bincount(kept, minlength=tokenizer.vocab_size)
             if progress is not None:
                 progress(batch.done_bytes)
-        encoded.splits = {split: writer.close() for split, writer in writers.items()}
+        encoded.splits = {
+            split: dataclasses.replace(writer.close(), **_unknown(encoded, number, tokenizer))
+            for number, (split, writer) in enumerate(writers.items())
+        }
         encoded.fingerprints = {split: content.hexdigest() for split, content in contents.items()}
         _count_duplicates(encoded, hashes)
     if progress is not None:
@@ -304,6 +307,18 @@ def _encode_long(
 def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bool_]) -> None:
     values = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
     np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), values)
+
+
+def _unknown(encoded: Encoded, split: int, tokenizer: DocumentTokenizer) -> dict[str, Any]:
+    """Return the count of the unknown token in a split, and the mean bytes of text that one stands for."""
+    unknown = getattr(tokenizer, "unknown_token_id", None)
+    counts = encoded.token_counts[split].copy()
+    if unknown is None or not counts[unknown]:
+        return {}
+    number, counts[unknown] = int(counts[unknown]), 0
+    known = float(counts @ tokenizer.bytes_per_token())  # type: ignore[attr-defined]
+    text_bytes = int(encoded.counts[:, split, 1].sum())
+    return {"unknown_tokens": number, "unknown_bytes": max(text_bytes - known, 0.0) / number}
 
 
 def _count_duplicates(encoded: Encoded, files: Mapping[str, IO[bytes]]) -> None:

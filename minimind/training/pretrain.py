@@ -184,7 +184,7 @@ def pretrain(
             optimizer=optimizer,
             loader=loader,
             validation=_validation(config, plan, data.validation, tokenizer, accelerator),
-            bytes_per_token=_bytes_per_token(tokenizer, shape.vocab_size, accelerator.device),
+            bytes_per_token=_bytes_per_token(data, tokenizer, shape.vocab_size, accelerator.device),
             learning_rate=learning_rates(config, total_steps),
             total_steps=total_steps,
             meter=meter,
@@ -326,9 +326,13 @@ def _validation(
     )
 
 
-def _bytes_per_token(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> torch.Tensor:
+def _bytes_per_token(
+    data: PreparedData, tokenizer: Tokenizer, vocab_size: int, device: torch.device
+) -> torch.Tensor:
     table = torch.zeros(vocab_size)
-    table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
+    table[: tokenizer.vocab_size] = torch.from_numpy(
+        (data.validation or data.train).bytes_per_token(tokenizer)
+    )
     return table.to(device)
 
 
