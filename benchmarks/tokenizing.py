@@ -10,8 +10,9 @@ from pathlib import Path
 from synthetic_text import write_jsonl
 
 from minimind.config.options import PretrainConfig
+from minimind.data.files import find_files
 from minimind.data.prepare import prepare_data
-from minimind.data.readers import Reading, TextFile, find_files
+from minimind.data.readers import Reading, TextFile
 from minimind.tokenizer import load_tokenizer
 
 BATCH = 4096  # documents

@@ -126,7 +126,8 @@ def inspect(
 def _documents(options: TokenizerOptions, show: Callable[[int, int], None]) -> Iterator[str]:
     """Yield the documents, and report the bytes read."""
     from minimind.data.builtin_corpus import builtin_documents
-    from minimind.data.readers import Reading, TextFile, find_files
+    from minimind.data.files import find_files
+    from minimind.data.readers import Reading, TextFile
 
     if not options.data:
         yield from builtin_documents()

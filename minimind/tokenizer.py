@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Tokenizer:
         bos_token_id: start token of a document, or None.
         eos_token_id: end token of a document.
         pad_token_id: padding; the end token if the vocabulary has no padding token.
+        unknown_token_id: stands for text outside the vocabulary, or None.
         chat_template: passed on unchanged for later training, or None.
         fingerprint: SHA-256 (hex) of the vocabulary, the rules and the roles.
     """
@@ -108,6 +110,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in self._added.items() if token.special)
         self._stripped_ids = self._special_ids_in_text(rules["model"])
+        self.unknown_token_id = ids.get(_unknown_token(rules["model"]) or "")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -124,10 +127,7 @@ class Tokenizer:
         spelled = self._backend.encode_batch(names + [f"a{name}" for name in names], add_special_tokens=False)
         if self._byte_level and all(self._special_ids.isdisjoint(encoding.ids) for encoding in spelled):
             return frozenset()
-        unknown = model.get("unk_token")
-        if model.get("unk_id") is not None:
-            unknown = model["vocab"][model["unk_id"]][0]
-        kept = {unknown}.difference(self._roles.values())
+        kept = {_unknown_token(model)}.difference(self._roles.values())
         return frozenset(id for id in self._special_ids if self._added[id].content not in kept)
 
     def encode(self, text: str) -> list[int]:
@@ -141,7 +141,8 @@ class Tokenizer:
         character.
         """
         try:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            with _no_panic("--tokenizer"):
+                encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
             halves = (text.encode("utf-16-le", "surrogatepass") for text in texts)
             texts = [half.decode("utf-16-le", "replace") for half in halves]
@@ -198,6 +199,26 @@ class Tokenizer:
                 (written / name).write_text(text, encoding="utf-8")
 
 
+def _unknown_token(model: Mapping[str, Any]) -> str | None:
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+@contextmanager
+def _no_panic(name: str) -> Iterator[None]:
+    """Raise ConfigError for a panic of the Rust extension, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(
+            f"{name}: its rules fail on this text ({error}); correct its pre-tokenizer pattern "
+            "or choose another."
+        ) from error
+
+
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """Load a tokenizer.
 
@@ -215,7 +236,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     if "model" not in rules:
         raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {_FIX}")
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
+        with _no_panic(f"--tokenizer {file}"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
     except Exception as error:  # the Rust extension raises plain Exception
         raise ConfigError(
             f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
@@ -240,7 +262,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {_FIX}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--tokenizer {file} is not JSON ({error}). {_FIX}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--tokenizer {file} is not a JSON object. {_FIX}")

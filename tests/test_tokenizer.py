@@ -16,6 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from minimind.config.options import PretrainConfig
+from minimind.data.prepare import prepare_data
 from minimind.errors import ConfigError, DataError
 from minimind.tokenizer import (
     PACKAGED,
@@ -406,3 +408,47 @@ def test_sizes_are_float32_of_one_row():
     sizes = SHIPPED.bytes_per_token()
     assert sizes.dtype == np.float32
     assert sizes.shape == (6400,)
+
+
+def test_deep_json_is_refused_in_one_sentence(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match=r"--tokenizer .*tokenizer\.json is not JSON"):
+        load_tokenizer(file)
+    file.write_text(json.dumps(SHIPPED.rules()))
+    (tmp_path / "tokenizer_config.json").write_text('{"a":' * 200_000)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json is not JSON"):
+        load_tokenizer(file)
+
+
+def test_a_pattern_that_panics_is_refused_in_one_sentence(tmp_path):
+    rules = SHIPPED.rules()
+    rules["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a+)+$"
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(rules))
+    tokenizer = load_tokenizer(file)
+    with pytest.raises(ConfigError, match=r"--tokenizer: its rules fail on this text .*retry-limit"):
+        tokenizer.encode("a" * 40 + "b")
+
+
+def test_unknown_tokens_carry_their_bytes_and_are_warned_of(tmp_path):
+    """Bits per byte divide by the bytes of the text, also where the vocabulary lacks it."""
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({"[UNK]": 0, "</s>": 1, "hello": 2, "world": 3}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.unknown_token_id == 0
+    assert SHIPPED.unknown_token_id is None
+    text = "hello 世界 world 你好"
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(20)))
+    config = PretrainConfig(
+        data=(str(path),), max_seq_len=16, val_fraction=0.0, cache_dir=str(tmp_path / "c")
+    )
+    with pytest.warns(UserWarning, match=r"40\.0% of the training tokens are the unknown token"):
+        data = prepare_data(config, tokenizer)
+    assert "unknown     40.00% of the training tokens are the unknown token" in data.report.lines()
+    ids = data.train.tokens(0, data.train.num_tokens)
+    assert data.train.bytes_per_token(tokenizer)[ids].sum() == pytest.approx(20 * len(text.encode()))

@@ -30,7 +30,7 @@ class StepSequences:
         num_sequences: sequences in the step, over all processes.
         epoch: index of the epoch.
         step_in_epoch: index of the step in the epoch.
-        digest: identifies the sequences of the step and their order.
+        digest: identifies the tokens of the step and their order.
     """
 
     arrays: SequenceArrays
@@ -76,6 +76,7 @@ class StepBuilder:
         windows = self.order.windows(epoch, first_sequence)
         opened: list[tuple[Window, WindowSequences]] = []
         own = self._own_positions()
+        content = self.shards.content
         for start in range(first_sequence, self.order.num_sequences, self.plan.global_batch_size):
             stop = min(start + self.plan.global_batch_size, self.order.num_sequences)
             while not opened or opened[-1][0].end_sequence < stop:
@@ -86,7 +87,10 @@ class StepBuilder:
                 len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
             )
             num_targets = num_tokens = 0
-            digest = hashlib.blake2b(np.array([epoch, start], np.int64).tobytes(), digest_size=16)
+            # Positions identify the tokens only together with the content of the split.
+            digest = hashlib.blake2b(
+                np.array([epoch, start], np.int64).tobytes(), digest_size=16, key=bytes.fromhex(content)
+            )
             positions = start + own
             for window, sequences in opened:
                 first, end = window.first_sequence, window.end_sequence

@@ -63,7 +63,7 @@ class StepBatch:
         num_sequences: sequences; fewer than a global batch at the end of an epoch.
         epoch: index of the epoch.
         step_in_epoch: index of the step in the epoch.
-        digest: identifies these sequences and their order.
+        digest: identifies these tokens and their order.
     """
 
     micro_batches: tuple[MicroBatch, ...]

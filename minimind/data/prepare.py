@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from ..config.options import PretrainConfig
 from ..errors import DataError
 from .cache import find, open_or_build
 from .document_index import read_length_counts
+from .files import find_files, identify, skipped_lines
 from .mixture import source_epochs
-from .readers import Reading, TextFile, find_files, identify
+from .readers import Reading, TextFile
 from .report import (
     Amount,
     DataReport,
@@ -34,6 +36,8 @@ from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
 
 # Part of every cache key: increase when the files of a build change.
 _FORMAT = 3
+# Warn above this share of unknown tokens.
+_UNKNOWN_SHARE = 0.001
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,9 @@ def prepare_data(
         DataError: for data that is missing, unreadable or too small, and for a cache folder that cannot be
             written.
     """
-    sources = read_sources(config.data)
-    named, identities = _sources(config, sources)
+    skipped: Counter[str] = Counter()
+    sources = read_sources(config.data, skipped=skipped, text_key=config.text_key)
+    named, identities = _sources(config, sources, skipped)
     settings = _cache_settings(config, identities, tokenizer)
     key = _hash(settings)
     total = sum(identity.get("size", 0) for identity in identities)
@@ -137,12 +142,26 @@ def prepare_data(
     weights = tuple(source.weight for source in sources if source.weight is not None)
     packed, padded = sequence_costs(train.length_counts, config.max_seq_len)
     report = DataReport.from_dict(manifest["report"])
+    if (count := skipped.total()) > len(named):
+        warnings.warn(
+            f"--data: {count} files or folders were skipped and only {len(named)} files are read: "
+            f"{'; '.join(skipped_lines(skipped))}.",
+            stacklevel=2,
+        )
+    if train.unknown_share > _UNKNOWN_SHARE:
+        warnings.warn(
+            f"{train.unknown_share:.1%} of the training tokens are the unknown token: the vocabulary of "
+            "--tokenizer lacks text of this data; choose a tokenizer that was trained on such text.",
+            stacklevel=2,
+        )
     if opened.corrupt is not None:
         corrupt = f"the token cache was corrupt and was built again: {opened.corrupt}."
         warnings.warn(corrupt, stacklevel=2)
         report = dataclasses.replace(report, notes=(*report.notes, corrupt))
     report = dataclasses.replace(
         report,
+        skipped_files=dict(skipped),
+        unknown_share=train.unknown_share,
         seq_len=config.max_seq_len,
         packed=packed,
         padded=padded,
@@ -157,7 +176,7 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -
     Raises:
         DataError: for data that is missing.
     """
-    _, identities = _sources(config, read_sources(config.data))
+    _, identities = _sources(config, read_sources(config.data, text_key=config.text_key), Counter())
     manifest = find(cache_folder(config), _hash(_cache_settings(config, identities, tokenizer)))
     return None if manifest is None else _hash(manifest["fingerprints"])
 
@@ -223,7 +242,7 @@ def default_cache_dir() -> Path:
 
 
 def _sources(
-    config: PretrainConfig, sources: Sequence[DataSource]
+    config: PretrainConfig, sources: Sequence[DataSource], skipped: Counter[str]
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named files of a run, and the identity of each, which changes with its content."""
     if not config.data:
@@ -239,7 +258,8 @@ def _sources(
         for path in source.files
     ]
     wanted += [
-        (path, "--val-data", "validation", 0.0, 0) for path in find_files(config.val_data, "--val-data")
+        (path, "--val-data", "validation", 0.0, 0)
+        for path in find_files(config.val_data, "--val-data", skipped, config.text_key)
     ]
     for path, option, split, share, part in wanted:
         source = TextFile(path, option, config.text_key, config.bad_lines)
@@ -298,7 +318,7 @@ def _report(
         validation=validation,
         validation_in_train=encoded.shared,
         vocab_size=tokenizer.vocab_size,
-        unused_vocabulary=int((encoded.token_counts == 0).sum()),
+        unused_vocabulary=int((encoded.token_counts[0] == 0).sum()),
         seq_len=config.max_seq_len,
         packed=packed,
         padded=padded,

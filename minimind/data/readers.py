@@ -1,91 +1,29 @@
-"""Read documents from JSONL, plain text and Parquet files, one document in memory at a time."""
+"""Read documents from JSON, plain text and Parquet files, one document in memory at a time."""
 
 from __future__ import annotations
 
-import glob
+import codecs
 import gzip
-import hashlib
+import io
 import json
-import os
-import zlib
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from ..errors import DataError
+from .encodings import DAMAGED, ZstdReader, binary_format, damage, likely_encoding
+from .files import format_of, has_zstd, unreadable
 
-FORMATS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 # Longer plain text files become several documents, so that they need not fit in memory.
 TEXT_PIECE_BYTES = 1 << 20
-_PROBE_BYTES = 1 << 16
+_READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+# What separates values, the beginning and the end of an array.
+_BETWEEN = re.compile(r"[\s,]*")
 _FIX = "fix it, or pass --bad-lines skip to skip and count invalid lines."
-
-
-def find_files(patterns: Sequence[str], option: str) -> list[Path]:
-    """Return the data files of paths, folders and globs, each once, folders in sorted order.
-
-    Args:
-        patterns: paths, folders or globs; `~` is expanded.
-        option: `--data` or `--val-data`, named in errors.
-
-    Raises:
-        DataError: for a path that does not exist or matches no file, and for an unknown suffix.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        found.update(dict.fromkeys(_matches(pattern, option)))
-    return list(found)
-
-
-def _matches(pattern: str, option: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    readable = ", ".join(FORMATS)
-    if path.is_file():
-        if format_of(path) is None:
-            raise DataError(f"{option} {pattern} has an unknown suffix; use one of {readable}.")
-        return [path.resolve()]
-    if path.is_dir():
-        candidates = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-    elif glob.has_magic(pattern):
-        candidates = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
-    else:
-        raise DataError(f"{option} {pattern} does not exist; pass a file, a folder or a glob.")
-    files = sorted(candidate.resolve() for candidate in candidates if format_of(candidate))
-    if not files:
-        where = "contains" if path.is_dir() else "matches"
-        raise DataError(f"{option} {pattern} {where} no data file; use one of {readable}.")
-    return files
-
-
-def format_of(path: Path) -> str | None:
-    """Return the suffix of a file name in `FORMATS`, or None."""
-    return next((suffix for suffix in FORMATS if path.name.lower().endswith(suffix)), None)
-
-
-def identify(path: Path, option: str) -> dict[str, Any]:
-    """Return the identity of a file's content: path, size, modification time and three samples.
-
-    Raises:
-        DataError: for an unreadable file.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        status = path.stat()
-        with path.open("rb") as file:
-            for start in (0, status.st_size // 2, max(status.st_size - _PROBE_BYTES, 0)):
-                file.seek(start)
-                digest.update(file.read(_PROBE_BYTES))
-    except OSError as error:
-        raise _unreadable(path, option, error) from error
-    return {
-        "path": str(path),
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "probe": digest.hexdigest(),
-    }
 
 
 @dataclass
@@ -129,17 +67,58 @@ class TextFile:
         Raises:
             DataError: with file and line for an invalid line, or for an unreadable file.
         """
-        suffix = format_of(self.path)
+        suffix = format_of(self.path) or ""
         try:
             if suffix == ".parquet":
                 yield from self._kept(self._parquet_texts(reading), reading)
                 return
             with self.path.open("rb") as raw:
-                lines = gzip.GzipFile(fileobj=raw) if suffix and suffix.endswith(".gz") else raw
-                read = self._json_texts if suffix and suffix.startswith(".jsonl") else self._plain_texts
-                yield from self._kept(read(lines, raw, reading), reading)  # type: ignore[arg-type]
+                file = self._decompressed(raw, suffix)
+                array = (
+                    self._check_text(file) and suffix.startswith(".json") and not suffix.startswith(".jsonl")
+                )
+                read = (
+                    self._plain_texts
+                    if suffix.startswith(".txt")
+                    else self._json_array_texts
+                    if array
+                    else self._json_texts
+                )
+                yield from self._kept(read(file, raw, reading), reading)
         except OSError as error:
-            raise _unreadable(self.path, self.option, error) from error
+            raise unreadable(self.path, self.option, error) from error
+
+    def _decompressed(self, raw: io.BufferedReader, suffix: str) -> io.BufferedReader:
+        if suffix.endswith(".gz"):
+            return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        if suffix.endswith(".zst"):
+            if not has_zstd():
+                raise DataError(f"{self.option}: reading {self.path} needs zstandard; pip install zstandard.")
+            return io.BufferedReader(ZstdReader(raw))
+        return raw
+
+    def _check_text(self, file: io.BufferedReader) -> bool:
+        """Refuse a file whose first bytes are not UTF-8 text; return whether it is not JSON lines.
+
+        Errors of compressed data are left to the reader, which names the line.
+        """
+        try:
+            head = file.peek(_READ_BYTES)
+        except DAMAGED:
+            return False
+        if (found := binary_format(head)) is not None:
+            kind, fix = found
+            raise DataError(f"{self.option}: {self.path} is not UTF-8 text but seems to be {kind}; {fix}.")
+        first = head.removeprefix(_BOM).lstrip()
+        if not first.startswith(b"{"):
+            return first.startswith(b"[")
+        line, newline, _ = first.partition(b"\n")
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            # An object over several lines, unless it is a damaged line.
+            return bool(newline) and line.rstrip() == b"{"
+        return False
 
     def _kept(self, texts: Iterator[str], reading: Reading) -> Iterator[str]:
         for text in texts:
@@ -148,9 +127,12 @@ class TextFile:
             else:
                 reading.empty += 1
 
-    def _bad(self, line: int, reason: str, reading: Reading) -> None:
+    def _bad(self, line: int | str, reason: str, reading: Reading, data: bytes = b"") -> None:
         if self.bad_lines == "error":
-            raise DataError(f"{self.path}:{line}: {reason}; {_FIX}")
+            hint = ""
+            if encoding := data and likely_encoding(data):
+                hint = f" (the file seems to be {encoding}; convert it to UTF-8)"
+            raise DataError(f"{self.path}:{line}: {reason}{hint}; {_FIX}")
         reading.bad_lines[reason] += 1
 
     def _json_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
@@ -160,7 +142,47 @@ class TextFile:
             try:
                 yield _text_of_json(line, self.text_key)
             except _LineError as bad:
-                self._bad(number, str(bad), reading)
+                self._bad(number, str(bad), reading, line)
+
+    def _json_array_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
+        """Yield the documents of one JSON array, or of objects that span lines."""
+        decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+        buffer, position, item, size, ended, in_array = "", 0, 0, _READ_BYTES, False, False
+        while True:
+            position = _BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
+            if not item and not in_array and buffer.startswith("[", position):
+                in_array, position = True, position + 1
+                continue
+            if in_array and buffer.startswith("]", position):
+                in_array, position = False, position + 1
+                continue
+            try:
+                record, position = decoder.raw_decode(buffer, position)
+                incomplete = False
+            except (ValueError, RecursionError):
+                incomplete = True
+            if incomplete:
+                if ended:
+                    if position < len(buffer) or in_array:
+                        self._bad(f"item {item + 1}", "invalid JSON", reading)
+                    return
+                data, size = b"", size * 2
+                try:
+                    data = file.read(size)
+                    buffer, position = buffer[position:] + utf8.decode(data, final=not data), 0
+                except DAMAGED as error:
+                    self._bad(f"item {item + 1}", damage(error), reading)
+                    return
+                except UnicodeDecodeError:
+                    self._bad(f"item {item + 1}", "broken UTF-8", reading, data)
+                    return
+                reading.done_bytes, ended = raw.tell(), not data
+                continue
+            item, size = item + 1, _READ_BYTES
+            try:
+                yield _text_of_record(record, self.text_key)
+            except _LineError as bad:
+                self._bad(f"item {item}", str(bad), reading)
 
     def _plain_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
         pieces: list[str] = []
@@ -176,7 +198,7 @@ class TextFile:
                 pieces.append(_decode(line))
                 size += len(line)
             except _LineError as bad:
-                self._bad(number, str(bad), reading)
+                self._bad(number, str(bad), reading, line)
             if size >= TEXT_PIECE_BYTES:
                 yield "".join(pieces)
                 pieces, size = [], 0
@@ -194,9 +216,8 @@ class TextFile:
         while True:
             try:
                 line = file.readline(limit)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                reason = "the gzip data ends early" if isinstance(error, EOFError) else "damaged gzip data"
-                self._bad(number, reason, reading)
+            except DAMAGED as error:
+                self._bad(number, damage(error), reading)
                 return
             if number % 64 == 1 or not line:
                 reading.done_bytes = raw.tell()
@@ -245,26 +266,25 @@ class TextFile:
             reading.done_bytes = size * row // num_rows
 
 
-def _unreadable(path: Path, option: str, error: OSError) -> DataError:
-    return DataError(
-        f"{option}: {path} cannot be read ({error.strerror or error}); "
-        "check that it exists, its permissions and the disk."
-    )
-
-
 def _text_of_json(line: bytes, text_key: str) -> str:
     try:
         record = json.loads(_decode(line))
     except (ValueError, RecursionError) as error:
         raise _LineError("invalid JSON") from error
+    return _text_of_record(record, text_key)
+
+
+def _text_of_record(record: Any, text_key: str) -> str:
     if not isinstance(record, dict):
         raise _LineError("not a JSON object")
     if text_key not in record:
         raise _LineError(f"no '{text_key}' field (--text-key names the field)")
     text = _checked_text(record[text_key])
-    if b"\\u" in line:
+    if not text.isascii():
         try:
-            text.encode()
+            # In slices, which bound the memory of a long document.
+            for start in range(0, len(text), _READ_BYTES):
+                text[start : start + _READ_BYTES].encode()
         except UnicodeEncodeError as error:
             # JSON can escape half of a surrogate pair, which is no character.
             raise _LineError("half of a surrogate pair in the text") from error

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .files import skipped_lines
+
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _SOURCES_SHOWN = 8
 
@@ -124,6 +126,8 @@ class DataReport:
         padded: cost of one document per sequence.
         notes: further remarks, as sentences.
         mixture: one per source of --data, in order; empty without weights.
+        unknown_share: share of the training tokens that are the unknown token.
+        skipped_files: files and folders that were not read, by reason.
     """
 
     sources: tuple[SourceReport, ...]
@@ -137,6 +141,8 @@ class DataReport:
     padded: SequenceCost
     notes: tuple[str, ...] = ()
     mixture: tuple[MixtureReport, ...] = ()
+    unknown_share: float = 0.0
+    skipped_files: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serializable values."""
@@ -177,6 +183,8 @@ class DataReport:
             f"without packing {self.padded.padding:.1%} padding, {self.padded.truncated:.1%} truncated"
         )
         lines.append(f"vocabulary  {self.unused_vocabulary:,} of {self.vocab_size:,} ids never occur")
+        if self.unknown_share:
+            lines.append(f"unknown     {self.unknown_share:.2%} of the training tokens are the unknown token")
         if duplicates := self.train.duplicates:
             lines.append(f"duplicates  {duplicates:,} training documents repeat an earlier one")
         if self.validation_in_train:
@@ -189,6 +197,7 @@ class DataReport:
         for source in self.sources:
             bad.update(source.bad_lines)
         lines += [f"skipped     {count:,} lines: {reason}" for reason, count in bad.most_common()]
+        lines += [f"skipped     {line}" for line in skipped_lines(Counter(self.skipped_files))]
         lines += [f"source      {s.name}: {_source_text(s)}" for s in self.sources[:_SOURCES_SHOWN]]
         if (more := len(self.sources) - _SOURCES_SHOWN) > 0:
             lines.append(f"source      and {more:,} more")

@@ -42,12 +42,16 @@ class SplitIndex:
         shard_tokens: tokens in each shard.
         num_documents: documents in all shards.
         content: hash (hex) of all tokens and document lengths.
+        unknown_tokens: count of the unknown token.
+        unknown_bytes: mean UTF-8 bytes that an unknown token stands for.
     """
 
     dtype: str
     shard_tokens: tuple[int, ...]
     num_documents: int
     content: str = ""
+    unknown_tokens: int = 0
+    unknown_bytes: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -130,6 +134,7 @@ class TokenShards:
         self.num_tokens = index.num_tokens
         self.fingerprint = fingerprint
         self.content = index.content
+        self._index = index
         self._dtype = np.dtype(index.dtype)
         self._ends = np.cumsum(index.shard_tokens, dtype=np.int64)
         self._begins = self._ends - np.array(index.shard_tokens, np.int64)
@@ -150,6 +155,18 @@ class TokenShards:
         self._unchecked[path] = opened.unchecked
         self._maps.add(opened.mapped)
         return opened
+
+    def bytes_per_token(self, tokenizer: Any) -> NDArray[np.float32]:
+        """Return (V,) the bytes of each id; the unknown token carries its mean in this split."""
+        sizes: NDArray[np.float32] = tokenizer.bytes_per_token()
+        if self._index.unknown_tokens:
+            sizes[tokenizer.unknown_token_id] = self._index.unknown_bytes
+        return sizes
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the tokens that are the unknown token."""
+        return self._index.unknown_tokens / self.num_tokens
 
     @property
     def lengths(self) -> NDArray[np.int64]:

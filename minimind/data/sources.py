@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
-from .readers import find_files
+from .files import find_files
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,16 @@ class DataSource:
     files: tuple[Path, ...]
 
 
-def read_sources(values: Sequence[str], option: str = "--data") -> list[DataSource]:
+def read_sources(
+    values: Sequence[str],
+    option: str = "--data",
+    skipped: Counter[str] | None = None,
+    text_key: str = "text",
+) -> list[DataSource]:
     """Return the sources of --data; `corpus.jsonl:0.7` is a path and a weight.
 
-    Without weights, a file that several sources name belongs to the first of them.
+    Without weights, a file that several sources name belongs to the first of them. See `find_files` for
+    `skipped` and `text_key`.
 
     Raises:
         DataError: for a path that does not exist, an invalid or missing weight, and a file that two sources
@@ -47,13 +54,14 @@ def read_sources(values: Sequence[str], option: str = "--data") -> list[DataSour
     owners: dict[Path, str] = {}
     sources = []
     for value, (pattern, weight) in zip(values, read, strict=True):
-        files = [path for path in find_files([pattern], option) if weighted or path not in owners]
-        if weighted and (twice := next((path for path in files if path in owners), None)) is not None:
+        found = {path.resolve(): path for path in find_files([pattern], option, skipped, text_key)}
+        files = [path for real, path in found.items() if weighted or real not in owners]
+        if weighted and (twice := next((real for real in found if real in owners), None)) is not None:
             raise DataError(
                 f"{option} {owners[twice]} and {option} {value} both name {twice}; with weights a file can "
                 "belong to only one of them."
             )
-        owners.update(dict.fromkeys(files, value))
+        owners.update(dict.fromkeys(found, value))
         sources.append(DataSource(pattern, None if weight is None else weight / total, tuple(files)))
     return sources
 

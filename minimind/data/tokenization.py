@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from .long_documents import PIECE_CHARACTERS, cut_pattern, pieces
 from .readers import Reading
 from .shards import ShardWriter, SplitIndex, token_dtype
 
@@ -25,6 +28,11 @@ SPLITS = ("train", "validation")
 # Large enough for all threads of the tokenizer, small enough to keep few megabytes in flight.
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 4096
+# Documents above this are encoded in pieces, a few at a time.
+_LONG_CHARACTERS = 1 << 19
+_PIECES_AT_ONCE = 4
+# Text of batches that wait to be written.
+_PENDING_BYTES = 1 << 25
 
 
 class DocumentTokenizer(Protocol):
@@ -82,7 +90,7 @@ class Encoded:
         splits: describes the files of each split, also of an empty one.
         counts: (sources, splits, 3) int64: documents, bytes of text, tokens.
         readings: counts of dropped documents per source.
-        token_counts: (V,) int64, count of each id in the training split.
+        token_counts: (splits, V) int64, count of each id.
         duplicates: documents equal to an earlier one of the same split, per split.
         shared: validation documents that are also training documents.
         fingerprints: of each split's documents and their order, independent of paths.
@@ -117,8 +125,21 @@ class _Ids:
 
 def content_hash(data: bytes) -> int:
     """Return a 64-bit hash of the text, equal in every version and on every machine."""
-    digest = hashlib.blake2b(data, digest_size=8, key=b"minimind document")
-    return int.from_bytes(digest.digest(), "little")
+    return _hash_parts([data])[0]
+
+
+def _hash_text(text: str) -> tuple[int, int]:
+    """Return the content hash and the UTF-8 bytes of a text, encoded in slices."""
+    slices = range(0, len(text), _LONG_CHARACTERS)
+    return _hash_parts(text[start : start + _LONG_CHARACTERS].encode() for start in slices)
+
+
+def _hash_parts(parts: Iterable[bytes]) -> tuple[int, int]:
+    digest, size = hashlib.blake2b(digest_size=8, key=b"minimind document"), 0
+    for part in parts:
+        digest.update(part)
+        size += len(part)
+    return int.from_bytes(digest.digest(), "little"), size
 
 
 def encode(
@@ -148,7 +169,7 @@ def encode(
         splits={},
         counts=np.zeros((len(assignments), len(SPLITS), 3), np.int64),
         readings=readings,
-        token_counts=np.zeros(tokenizer.vocab_size, np.int64),
+        token_counts=np.zeros((len(SPLITS), tokenizer.vocab_size), np.int64),
     )
     held_out = np.array([assignment.held_out for assignment in assignments])
     all_validation = np.array([assignment.split == "validation" for assignment in assignments])
@@ -171,11 +192,13 @@ def encode(
                         f"--tokenizer returned the id {largest}, outside its vocabulary of "
                         f"{tokenizer.vocab_size} entries; save or download the tokenizer again."
                     )
-                if split == "train":
-                    encoded.token_counts += np.bincount(kept, minlength=tokenizer.vocab_size)
+                encoded.token_counts[SPLITS.index(split)] += np.bincount(kept, minlength=tokenizer.vocab_size)
             if progress is not None:
                 progress(batch.done_bytes)
-        encoded.splits = {split: writer.close() for split, writer in writers.items()}
+        encoded.splits = {
+            split: dataclasses.replace(writer.close(), **_unknown(encoded, number, tokenizer))
+            for number, (split, writer) in enumerate(writers.items())
+        }
         encoded.fingerprints = {split: content.hexdigest() for split, content in contents.items()}
         _count_duplicates(encoded, hashes)
     if progress is not None:
@@ -208,11 +231,12 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
             texts, columns, size = [], ([], [], []), 0
         part = assignment.part
         for text in assignment.source.documents(readings[number]):
-            data = text.encode()
+            hashed, text_bytes = _hash_text(text)
             texts.append(text)
-            for column, value in zip(columns, (number, content_hash(data), len(data)), strict=True):
+            for column, value in zip(columns, (number, hashed, text_bytes), strict=True):
                 column.append(value)
-            size += len(data)
+            size += text_bytes
+            del text  # the batch has it, and may be done before the next document is read
             if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
                 yield batch()
                 texts, columns, size = [], ([], [], []), 0
@@ -225,12 +249,20 @@ def _tokenized(
 ) -> Iterator[tuple[_Batch, _Ids]]:
     """Yield each batch with its ids, in order, while the next ones are tokenized."""
     workers = max(2, min(8, os.cpu_count() or 2))
+    rules = getattr(tokenizer, "rules", None)
+    cut = None if rules is None else cut_pattern(rules())
     pending: deque[tuple[_Batch, Future[_Ids]]] = deque()
+
+    def full() -> bool:
+        waiting = sum(int(batch.text_bytes.sum()) for batch, _ in pending)
+        return len(pending) > workers + 2 or waiting > _PENDING_BYTES
+
     with ThreadPoolExecutor(workers, "tokenize") as pool:
         try:
             for batch in batches:
-                pending.append((batch, pool.submit(_encode_batch, tokenizer, batch.texts, dtype)))
-                if len(pending) > workers + 2:
+                pending.append((batch, pool.submit(_encode_batch, tokenizer, batch.texts, dtype, cut)))
+                del batch
+                while pending and full():
                     done, future = pending.popleft()
                     yield done, future.result()
             while pending:
@@ -241,7 +273,11 @@ def _tokenized(
                 future.cancel()
 
 
-def _encode_batch(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
+def _encode_batch(
+    tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
+) -> _Ids:
+    if cut is not None and any(len(text) > _LONG_CHARACTERS for text in texts):
+        return _encode_long(tokenizer, texts, dtype, cut)
     ids = tokenizer.encode_batch(texts)
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     eos = (tokenizer.eos_token_id,)
@@ -250,9 +286,39 @@ def _encode_batch(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtyp
     return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
 
 
+def _encode_long(
+    tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str]
+) -> _Ids:
+    """Encode documents in pieces: bounded memory, the same ids."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    parts: list[NDArray[Any]] = []
+    lengths = []
+    for text in texts:
+        first = len(parts)
+        parts.append(np.array(bos, dtype))
+        remaining = pieces(text, cut, PIECE_CHARACTERS)
+        while some := list(islice(remaining, _PIECES_AT_ONCE)):
+            parts += [np.array(ids, dtype) for ids in tokenizer.encode_batch(some)]
+        parts.append(np.array([tokenizer.eos_token_id], dtype))
+        lengths.append(sum(map(len, parts[first:])))
+    return _Ids(np.concatenate(parts), np.array(lengths, np.int64))
+
+
 def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bool_]) -> None:
     values = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
     np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), values)
+
+
+def _unknown(encoded: Encoded, split: int, tokenizer: DocumentTokenizer) -> dict[str, Any]:
+    """Return the count of the unknown token in a split, and the mean bytes of text that one stands for."""
+    unknown = getattr(tokenizer, "unknown_token_id", None)
+    counts = encoded.token_counts[split].copy()
+    if unknown is None or not counts[unknown]:
+        return {}
+    number, counts[unknown] = int(counts[unknown]), 0
+    known = float(counts @ tokenizer.bytes_per_token())  # type: ignore[attr-defined]
+    text_bytes = int(encoded.counts[:, split, 1].sum())
+    return {"unknown_tokens": number, "unknown_bytes": max(text_bytes - known, 0.0) / number}
 
 
 def _count_duplicates(encoded: Encoded, files: Mapping[str, IO[bytes]]) -> None:

@@ -169,7 +169,7 @@ def _sums(
     windows = windows.share(accelerator.process_index, accelerator.num_processes)
     ends = np.array([part.end_document for part in shards.parts])
     sizes = np.zeros(model.config.vocab_size)
-    sizes[: tokenizer.vocab_size] = tokenizer.bytes_per_token()
+    sizes[: tokenizer.vocab_size] = shards.bytes_per_token(tokenizer)
     ranges = length.bit_length()
     sums = np.zeros((3, num_files * ranges))
     for first in range(0, len(windows), batch_size):

@@ -45,7 +45,7 @@ class Evaluator:
         self._seq_len, self._packing, self._plan = seq_len, packing, plan
         self._pad_token_id = tokenizer.pad_token_id
         table = torch.zeros(vocab_size)
-        table[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.bytes_per_token())
+        table[: tokenizer.vocab_size] = torch.from_numpy(shards.bytes_per_token(tokenizer))
         self._bytes_per_token = table.to(accelerator.device)
 
     def evaluate(self, max_batches: int | None, stop: StopRequest | None = None) -> Evaluation | None:

@@ -29,15 +29,17 @@ FILES = [
 ]
 
 
-def prepare(tmp_path: Path, tokenizer, *, weights: bool = False):
+def prepare(tmp_path: Path, tokenizer, val_fraction: float = 0.1):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file in files:
         if not file.exists():
-            write_jsonl(file, [f"document {i} of {file.name} " + "word " * (i % 17) for i in range(150)])
-    data = tuple(
-        f"{file}:{share}" if weights else str(file) for file, share in zip(files, (1, 3), strict=True)
+            write_jsonl(file, [f"document {i} of {file.name} " + "word " * (i % 17) for i in range(60)])
+    config = PretrainConfig(
+        data=tuple(map(str, files)),
+        max_seq_len=32,
+        val_fraction=val_fraction,
+        cache_dir=str(tmp_path / "cache"),
     )
-    config = PretrainConfig(data=data, max_seq_len=32, val_fraction=0.1, cache_dir=str(tmp_path / "cache"))
     return prepare_data(config, tokenizer)
 
 
@@ -45,17 +47,8 @@ def everything(data) -> list[list[int]]:
     """All that training and validation read."""
     plan = BatchPlan(8, 1, 1)
     read = []
-    for shards, weights in ((data.train, data.weights), (data.validation, ())):
-        loader = Loader(
-            shards,
-            seq_len=32,
-            packing=True,
-            plan=plan,
-            seed=1,
-            process_index=0,
-            device="cpu",
-            weights=weights,
-        )
+    for shards in (data.train, data.validation):
+        loader = Loader(shards, seq_len=32, packing=True, plan=plan, seed=1, process_index=0, device="cpu")
         read += [step.micro_batches[0].input_ids.tolist() for step in loader.steps(0)]
     return read
 
@@ -65,24 +58,24 @@ def damage(file: Path, how: str, place: float) -> None:
     at = min(int(len(content) * place), len(content) - 1)
     if how == "cut":
         del content[at:]
-    elif how == "grow":
-        content[at:at] = b"\0" * 8
     else:
         content[at] ^= 1 << int(how)
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("name", "large"),
+    [*((name, False) for name in FILES), *((name, True) for name in FILES[1:5])],
+)
 def test_no_corruption_is_silent_or_a_traceback(tmp_path, tokenizer, monkeypatch, name, large):
-    """Flip bits, truncate and lengthen each file of a cache that is checked at once, or as it is read."""
+    """Flip bits of and truncate each file of a cache that is checked at once, or as it is read."""
     if large:
         monkeypatch.setattr(cache._check, "__defaults__", (0,))
     monkeypatch.setattr(checksums, "CHUNK_BYTES", 1 << 10)
     expected = everything(prepare(tmp_path, tokenizer))
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    for how in ("0", "7", "cut", "grow"):
-        for place in (0.0, 0.3, 0.8, 1.0):
+    for how in ("2", "7", "cut"):
+        for place in (0.0, 0.6, 1.0):
             damage(folder / name, how, place)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -161,3 +154,25 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path, tokenizer):
     tokenizer.vocab_size = 100
     with pytest.raises(DataError, match=r"returned the id \d+, outside its vocabulary of 100 entries"):
         prepare(tmp_path, tokenizer)
+
+
+def test_equal_digests_mean_equal_tokens(tmp_path, tokenizer):
+    """Documents of the same lengths have the same positions, but not the same digests."""
+
+    def digests(number: int) -> list[str]:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in ("a.jsonl", "b.jsonl"):
+            write_jsonl(
+                folder / name, [f"document {i % 10} with the letter {'xyx'[number]}" for i in range(90)]
+            )
+        train = prepare(folder, tokenizer, val_fraction=0.0).train
+        loader = Loader(
+            train, seq_len=32, packing=True, plan=BatchPlan(8, 1, 1), seed=1, process_index=0, device="cpu"
+        )
+        return [step.digest for step in loader.steps(0)]
+
+    first, second, third = map(digests, range(3))
+    assert len(first) == len(second) > 5
+    assert not set(first) & set(second)
+    assert first == third

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from minimind.data import readers as sources
-from minimind.data.readers import Reading, TextFile, find_files, identify
+from minimind.data.files import find_files, identify
+from minimind.data.readers import Reading, TextFile
 from minimind.errors import DataError
 
 

@@ -1,0 +1,203 @@
+"""Find the data files of --data: paths, folders and globs, with what was skipped and why."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+FORMATS = (
+    *(
+        f"{text}{compressed}"
+        for text in (".jsonl", ".ndjson", ".json", ".txt")
+        for compressed in ("", ".gz", ".zst")
+    ),
+    ".parquet",
+)
+_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+_PROBE_BYTES = 1 << 16
+
+
+def find_files(
+    patterns: Sequence[str], option: str, skipped: Counter[str] | None = None, text_key: str = "text"
+) -> list[Path]:
+    """Return the data files of paths, folders and globs, each once, folders in sorted order.
+
+    The suffix of the given name determines the format, also of a link. Linked sub-folders are searched, each
+    once. In folders and globs, hidden files, folders of training runs, unknown suffixes and JSON files
+    without `text_key` are skipped.
+
+    Args:
+        patterns: paths, folders or globs; `~` is expanded.
+        option: `--data` or `--val-data`, named in errors.
+        skipped: counts what was skipped, by reason.
+        text_key: the field of a document, which tells a `.json` file of documents from another.
+
+    Raises:
+        DataError: for a path that does not exist or matches no file, and for an unknown suffix.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        for path in _matches(pattern, option, Counter() if skipped is None else skipped, text_key):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _matches(pattern: str, option: str, skipped: Counter[str], text_key: str) -> list[Path]:
+    path = Path(os.path.abspath(Path(pattern).expanduser()))
+    readable = ", ".join(FORMATS)
+    if path.is_file():
+        if format_of(path) is None:
+            raise DataError(f"{option} {pattern} has an unknown suffix; use one of {readable}.")
+        return [path]
+    if path.is_dir():
+        candidates = _walk(path, skipped)
+    elif path.exists():
+        raise DataError(
+            f"{option} {pattern} is a pipe or a device, but data is read more than once; write it to a "
+            "file and pass the file."
+        )
+    elif glob.has_magic(pattern):
+        names = glob.glob(str(path), recursive=True, include_hidden=False)
+        candidates = [Path(name) for name in names if os.path.isfile(name)]
+    else:
+        raise DataError(f"{option} {pattern} does not exist; pass a file, a folder or a glob.")
+    files = sorted(candidate for candidate in candidates if not _is_skipped(candidate, skipped, text_key))
+    if not files:
+        where = "contains" if path.is_dir() else "matches"
+        reasons = f" ({'; '.join(skipped_lines(skipped))} skipped)" if skipped else ""
+        raise DataError(f"{option} {pattern} {where} no data file{reasons}; use one of {readable}.")
+    return files
+
+
+def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
+    """Return all files below a folder, following links, each folder once."""
+    files: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+
+    def unreadable(error: OSError) -> None:
+        skipped[f"folder that cannot be read: {error.filename} ({error.strerror})"] += 1
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        kept = []
+        for name in sorted(folders):
+            if name.startswith("."):
+                skipped["hidden folder"] += 1
+            elif _is_run(Path(folder, name)):
+                skipped[f"folder of a training run: {Path(folder, name)}"] += 1
+            else:
+                kept.append(name)
+        folders[:] = kept
+        own = {"config.toml", "metrics.jsonl", "samples.jsonl"} if _is_run(Path(folder)) else set()
+        for name in sorted(names):
+            if name in own:
+                skipped["file of a training run"] += 1
+            else:
+                files.append(Path(folder, name))
+    return files
+
+
+def _is_run(folder: Path) -> bool:
+    others = ("metrics.jsonl", "checkpoints", "environment.json")
+    return (folder / "config.toml").is_file() and any((folder / name).exists() for name in others)
+
+
+def _is_skipped(path: Path, skipped: Counter[str], text_key: str) -> bool:
+    """Return whether to skip a file of a folder or glob, and count the reason."""
+    suffix = format_of(path)
+    if path.name.startswith("."):
+        reason = "hidden file"
+    elif suffix is None:
+        suffixes = path.suffixes[-2:] if path.suffix in _COMPRESSED else path.suffixes[-1:]
+        reason = f"file with the unknown suffix {''.join(suffixes)}" if suffixes else "file without a suffix"
+    elif not path.exists():
+        reason = f"broken link: {path}"
+    elif not path.is_file():
+        reason = "pipe or device"
+    elif suffix.endswith(".zst") and not has_zstd():
+        reason = f"{suffix} file, which needs pip install zstandard"
+    elif suffix in (".json", ".json.gz") and not _holds_documents(path, suffix, text_key):
+        reason = f"{suffix} file without documents (no field '{text_key}')"
+    else:
+        return False
+    skipped[reason] += 1
+    return True
+
+
+def _holds_documents(path: Path, suffix: str, text_key: str) -> bool:
+    try:
+        with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
+            head = file.read(_PROBE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except (OSError, EOFError):
+        return True  # reading it names the error
+    line, newline, _ = head.partition(b"\n")
+    if head.startswith(b"[") or not newline:
+        return json.dumps(text_key).encode() in head
+    try:
+        return text_key in json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def has_zstd() -> bool:
+    """Return whether `.zst` files can be read."""
+    return importlib.util.find_spec("zstandard") is not None
+
+
+def format_of(path: Path) -> str | None:
+    """Return the suffix of a file name in `FORMATS`, or None."""
+    return next((suffix for suffix in FORMATS if path.name.lower().endswith(suffix)), None)
+
+
+def skipped_lines(skipped: Counter[str]) -> list[str]:
+    """Return counts and reasons, such as `2 x hidden file`."""
+    return [f"{count:,} x {reason}" for reason, count in sorted(skipped.items())]
+
+
+def identify(path: Path, option: str) -> dict[str, Any]:
+    """Return the identity of a file's content: path, size, times of change and three samples.
+
+    The time of the last status change cannot be set by programs, so it reveals a change that kept size and
+    modification time.
+
+    Raises:
+        DataError: for an unreadable file.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        status = path.stat()
+        with path.open("rb") as file:
+            for start in (0, status.st_size // 2, max(status.st_size - _PROBE_BYTES, 0)):
+                file.seek(start)
+                digest.update(file.read(_PROBE_BYTES))
+    except OSError as error:
+        raise unreadable(path, option, error) from error
+    return {
+        "path": str(path),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "probe": digest.hexdigest(),
+    }
+
+
+def unreadable(path: Path, option: str, error: OSError) -> DataError:
+    """Return the error of a file that the system cannot read."""
+    return DataError(
+        f"{option}: {path} cannot be read ({error.strerror or error}); "
+        "check that it exists, its permissions and the disk."
+    )
