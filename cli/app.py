@@ -18,6 +18,7 @@ import typer
 import minimind
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, UserError
+from minimind.formatting import printable
 from minimind.launch_env import is_main_process, is_set, rank, world_size
 
 from . import (
@@ -142,6 +143,8 @@ def _report(problems: Sequence[str]) -> int:
 
     The others speak only if they outlive the first one: then the problem is theirs.
     """
+    # A message may quote a file.
+    problems = [printable(problem, keep="\n") for problem in problems]
     if is_main_process():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)

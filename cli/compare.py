@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind.errors import ConfigError
+from minimind.formatting import printable
 from minimind.runs.compare import Row, compare_runs
 
 LONGEST_NAME = 32
@@ -39,7 +40,7 @@ def compare(
                 console.print(Text(title, style="bold"), soft_wrap=True)
             console.print(_table(found.names, rows), "")
     for note in found.notes:
-        console.print(Text(f"note: {note}"))
+        console.print(Text(f"note: {printable(note)}"))
     if html is not None:
         from minimind.runs.compare_html import comparison_html
 
@@ -59,7 +60,7 @@ def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:
     width = min(max(len(row.name) for row in rows), LONGEST_NAME)
     table.add_column("", min_width=width, overflow="fold")
     for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
     for row in rows:
-        table.add_row(Text(row.name), *(Text(value) for value in row.values))
+        table.add_row(*(Text(printable(cell)) for cell in (row.name, *row.values)))
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import secrets
@@ -17,6 +16,7 @@ import typer
 
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError, UserError
+from minimind.formatting import json_line, printable
 
 from .options import parse_settings, with_options
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from minimind.generation.engine import InferenceEngine
     from minimind.generation.sampling import Sampling
     from minimind.tokenizer import Tokenizer
+
+
+# Control characters of text that a terminal may show.
+_LAYOUT = "\n\t"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ def generate(
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     source, loaded, tokenizer = load_with_tokenizer(model, options.tokenizer)
     for note in source.notes:
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"note: {printable(note)}", err=True)
     engine = make_engine(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
     writer = _Writer(engine, tokenizer, sampling, options)
     if asks:
@@ -144,13 +148,13 @@ class _Writer:
                 self.engine, self.tokenizer, prompt, self.sampling,
                 max_new_tokens=self.options.max_new_tokens, seed=self.options.seed,
             ):  # fmt: skip
-                typer.echo(piece, nl=False)
+                typer.echo(printable(piece, keep=_LAYOUT), nl=False)
                 sys.stdout.flush()
 
     def print_all(self, prompts: list[str]) -> None:
         """Print all prompts, each with what follows it, with an empty line between."""
         texts = self._continue(prompts, self.options.seed)
-        typer.echo("\n\n".join(text["prompt"] + text["text"] for text in texts))
+        typer.echo("\n\n".join(text["prompt"] + printable(text["text"], keep=_LAYOUT) for text in texts))
 
     def print_json(self, prompts: list[str]) -> None:
         """Print one object a line."""
@@ -158,7 +162,7 @@ class _Writer:
         # Told, so that what was drawn can be drawn again.
         seed = secrets.randbits(32) if seed is None else seed
         for number, text in enumerate(self._continue(prompts, seed)):
-            typer.echo(json.dumps({**text, "seed": seed + number}, ensure_ascii=False))
+            typer.echo(json_line({**text, "seed": seed + number}))
 
     def _continue(self, prompts: list[str], seed: int | None) -> list[dict[str, Any]]:
         from minimind.generation.text import continue_texts

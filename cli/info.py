@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from minimind.formatting import printable
 from minimind.runs.info import read_info
 
 
@@ -29,4 +30,4 @@ def info(
         return
     rows = [*found.rows, *(("next" if i == 0 else "", line) for i, line in enumerate(following))]
     for key, value in rows:
-        typer.echo(f"{key + ':' if key else '':<12} {value}")
+        typer.echo(f"{key + ':' if key else '':<12} {printable(value)}")

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+# C0 and C1 controls, line and paragraph separators, and the marks that reorder text.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text for a terminal, with control characters escaped, such as `\\x1b`.
+
+    Args:
+        text: from a file or a model, which may try to move the cursor, forge lines or reorder text.
+        keep: control characters to keep, such as newlines.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return match[0] if match[0] in keep else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _CONTROLS.sub(escape, text)
+
+
+def json_line(value: Any) -> str:
+    """Return JSON in one line in any script, with all control characters escaped as JSON does."""
+    line = json.dumps(value, ensure_ascii=False)
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
 def count(number: float) -> str:

@@ -184,7 +184,7 @@ def best_checkpoint(folder: Path) -> tuple[int, float] | None:
     try:
         record = json.loads((folder / BEST).read_bytes())
         step, val_loss = int(record["step"]), float(record["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return (step, val_loss) if (folder / folder_name(step)).is_dir() else None
 
@@ -219,7 +219,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: it is not JSON.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is damaged: it is not a JSON object.")

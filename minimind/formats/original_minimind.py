@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..io.json_files import read_json
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .huggingface import model_from_weights, round_to
@@ -74,7 +75,7 @@ def read_upstream_config(path: Path) -> MiniMindConfig:
         ConfigError: when the file is missing, not a JSON object, or an invalid configuration.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):

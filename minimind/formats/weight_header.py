@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
+from ..modeling.config import MiniMindConfig
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"model\.layers\.0\.mlp\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,33 @@ def read_headers(paths: Sequence[Path]) -> WeightHeader:
     return WeightHeader(shapes, tuple(sorted({dtype for dtype, _ in found.values()})))
 
 
+def check_layers(config: MiniMindConfig, names: Collection[str], source: Path | str) -> None:
+    """Compare the numbers of layers and experts with the tensors, before a model of that size is built.
+
+    Args:
+        config: sizes of the model.
+        names: of the tensors, as in files.
+        source: path of the weights, for errors.
+
+    Raises:
+        ConfigError: when the numbers differ.
+    """
+    stored = {"num_hidden_layers": {match[1] for name in names if (match := _LAYER.match(name))}}
+    experts = {match[1] for name in names if (match := _EXPERT.match(name))}
+    # A checkpoint stacks the experts, and its shapes are checked with the weights.
+    if config.use_moe and experts:
+        stored["num_experts"] = experts
+    for name, numbers in stored.items():
+        if (expected := getattr(config, name)) != len(numbers):
+            raise ConfigError(
+                f"{source} has {len(numbers)} {'layers' if 'layers' in name else 'experts'}, but {name} is "
+                f"{expected}. Use the config.json that belongs to these weights."
+            )
+
+
 def _safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if not path.is_file():  # a FIFO would block
+        raise ConfigError(f"{path} is not a regular file; copy or save it again.")
     try:
         with safe_open(path, framework="numpy") as file:  # needs no torch for dtypes and shapes
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -22,11 +22,11 @@ from ..data.random_tokens import random_shards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..distributed.shutdown import StopRequest
 from ..errors import ConfigError
+from ..formats.open_model import training_tokenizer
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_learning_rate, skip_if_nonfinite
 from ..run_folder import RunFolder
-from ..tokenizer import load_tokenizer
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
 from ..training.auto_batch_size import resolve_batch_size
@@ -142,7 +142,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
         TooLargeError: for a step that does not fit into the memory of the GPU.
     """
     check_launch(config)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = training_tokenizer(config.tokenizer, config.from_weight)[0]
     config, shape = resolve_model_config(config, tokenizer)
     with ExitStack() as closing:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))

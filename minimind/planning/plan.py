@@ -20,6 +20,7 @@ from ..data.loader import Loader, steps_in_all
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import check_launch, choose_precision
+from ..formats.open_model import training_tokenizer
 from ..formatting import parse_duration, size
 from ..launch_env import is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
@@ -27,7 +28,6 @@ from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..tokenizer import load_tokenizer
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
 from ..training.build_model import resolve_model_config
@@ -77,7 +77,7 @@ def plan_run(
     try:
         if (remark := check_launch(config)) is not None:
             progress.note(remark)
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = training_tokenizer(config.tokenizer, config.from_weight)[0]
         config, shape = resolve_model_config(config, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
         config = with_batch_size(config, shape)

@@ -95,7 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 line = json.loads(
                     text, parse_float=_finite, parse_int=_of_this_world, parse_constant=lambda _: None
                 )

@@ -32,12 +32,13 @@ from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, ConfigError
 from ..evaluation.validation import evaluate
+from ..formats.open_model import training_tokenizer
 from ..formatting import count, parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..schedule import learning_rates
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import Tokenizer
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.metrics_file import last_with
@@ -93,7 +94,9 @@ def pretrain(
         closing.callback(progress.close)
         if (remark := check_launch(config)) is not None:
             progress.note(remark)
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight)
+        if caution is not None:
+            progress.warn(caution)
         config, shape = resolve_model_config(config, tokenizer)
         check_prompts(config, shape, tokenizer)
         config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
