@@ -21,8 +21,9 @@ from rich.text import Text
 from minimind.config.options import PretrainConfig
 from minimind.config.schema import FieldInfo, parse_values, read_toml
 from minimind.errors import ConfigError
+from minimind.formatting import printable
 from minimind.launch_env import is_main_process
-from minimind.run_folder import RunFolder
+from minimind.run_folder import find_run
 
 from .options import parse_settings, with_options
 
@@ -119,7 +120,7 @@ def evaluate(
     if not is_main_process():
         return
     for note in found.notes:
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"note: {printable(note)}", err=True)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
@@ -127,8 +128,11 @@ def evaluate(
 
 
 def _length_of_the_run(model: str) -> int:
-    """Return the length of the rows that a run was trained with, the default where there is no run."""
-    file = RunFolder(Path(model)).config
+    """Return the sequence length of the run that a model belongs to, the default without a run.
+
+    The loss of the same weights must not depend on their name: RUN, RUN/model or RUN/checkpoints/X.
+    """
+    file = find_run(Path(model)).config
     found = read_toml(file).get("max_seq_len") if file.is_file() else None
     values, problems = parse_values(
         PretrainConfig, {} if found is None else {"max_seq_len": found}, str(file)
@@ -149,7 +153,8 @@ def _progress() -> Iterator[Any]:
 
 def _print(found: CorpusEvaluation) -> None:
     total = found.total
-    typer.echo(f"model  {found.model}")
+    typer.echo(f"model  {printable(found.model)}")
+    typer.echo(f"sequences of up to {found.max_seq_len:,} tokens")
     loss, perplexity, bits_per_byte = _shown(total)
     typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
     rows: list[tuple[str, Breakdown]] = []
@@ -169,7 +174,7 @@ def _print_table(heading: str, rows: Iterable[tuple[str, Breakdown]]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for name, part in rows:
         # Not markup: a pattern may have brackets.
-        table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_shown(part.evaluation))
+        table.add_row(Text(printable(name)), f"{part.evaluation.tokens:,}", *_shown(part.evaluation))
     typer.echo()
     console = Console()
     # A narrower terminal breaks the lines; rich would leave the names out.

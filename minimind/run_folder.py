@@ -101,3 +101,16 @@ class RunFolder:
         """Write `config.toml` and `environment.json`."""
         write_text(self.config, write_toml(config, CONFIG_SECTIONS))
         write_text(self.environment, json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
+
+
+def find_run(path: Path) -> RunFolder:
+    """Return the run that a path belongs to: its folder, its `model` folder, `checkpoints`, or a checkpoint.
+
+    A path outside of any run is returned itself.
+    """
+    path = path.resolve()
+    for folder in (path, path.parent, path.parent.parent):
+        run = RunFolder(folder)
+        if run.config.is_file() and path in (folder, run.model, run.checkpoints, run.checkpoints / path.name):
+            return run
+    return RunFolder(path)

@@ -124,9 +124,7 @@ def test_what_was_assumed_of_stored_weights_is_said(tmp_path: Path) -> None:
     notes: list[str] = []
     build_model(PretrainConfig(from_weight=str(tmp_path / "weights.pth")), SHAPE, note=notes.append)
     (note,) = notes
-    assert note.startswith(
-        "--from-weight: configuration inferred from the tensors, with the original's"
-    )
+    assert note.startswith("--from-weight: configuration inferred from the tensors, with the original's")
 
 
 def test_the_factory_may_draw_from_the_generator_of_the_run() -> None:
