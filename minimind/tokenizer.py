@@ -236,7 +236,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {_FIX}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--tokenizer {file} is not JSON ({error}). {_FIX}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--tokenizer {file} is not a JSON object. {_FIX}")

@@ -86,5 +86,16 @@ def _pth(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         values = torch.load(path, map_location="meta", weights_only=True)
         return {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in values.items()}
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path} cannot be read as a state dict: {reason}.") from error
+        raise ConfigError(f"{path} cannot be read as a state dict: {load_failure(error)}.") from error
+
+
+def load_failure(error: Exception) -> str:
+    """Return why torch could not read a file."""
+    text = str(error)
+    if "weights_only" in text or "Weights only" in text:
+        # torch's message advises weights_only=False, which runs code.
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "torch.save did not write it, or it is damaged"
+        return f"it contains {found[1]}, which is not a tensor"
+    return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from minimind.errors import ConfigError, UserError
 from minimind.formats.huggingface import check_weights, load_config, save_model
-from minimind.formats.open_model import open_model
+from minimind.formats.open_model import load_with_tokenizer, open_model
 from minimind.formatting import json_line, printable
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -19,6 +20,7 @@ from minimind.runs.compare import compare_runs
 from minimind.runs.info import read_info
 from minimind.runs.record import read_run
 from minimind.runs.reproduce import reproduce
+from minimind.tokenizer import load_tokenizer
 from support.made_runs import make_run
 
 DEEP = "[" * 200_000
@@ -116,3 +118,19 @@ def test_control_characters_are_escaped() -> None:
     line = json_line({"text": text + r"\x41"})
     assert printable(line) == line
     assert json.loads(line) == {"text": text + r"\x41"}
+
+
+def test_a_tokenizer_config_that_is_nested_too_deeply_is_damaged(model: Path) -> None:
+    load_tokenizer().save(model)
+    (model / "tokenizer_config.json").write_text(DEEP)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+        load_with_tokenizer(model)
+
+
+def test_the_advice_of_torch_to_run_code_is_not_passed_on(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "hostile.pth")
+    with pytest.raises(
+        ConfigError, match=r"it contains torch.nn.modules.linear.Linear, which is not"
+    ) as refused:
+        read_info(tmp_path / "hostile.pth")
+    assert "trust" not in str(refused.value)
