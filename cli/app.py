@@ -151,6 +151,8 @@ def _report(problems: Sequence[str]) -> int:
     The main process reports first. Another process reports only if it is still running after a delay: then
     the main process did not have the problem.
     """
+    # A message may quote a file.
+    problems = [printable(problem, keep="\n") for problem in problems]
     if is_main_process():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)

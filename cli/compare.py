@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind.errors import ConfigError
+from minimind.formatting import printable
 
 from .options import expand_path
 
@@ -51,7 +52,7 @@ def compare(
                 console.print(Text(title, style="bold"), soft_wrap=True)
             console.print(_table(found.names, rows), "")
     for note in found.notes:
-        console.print(Text(f"note: {note}"))
+        console.print(Text(f"note: {printable(note)}"))
     if html is not None:
         from minimind.runs.compare_html import comparison_html
 
@@ -74,7 +75,7 @@ def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:
     width = min(max(len(row.name) for row in rows), MAX_NAME_WIDTH)
     table.add_column("", min_width=width, overflow="fold")
     for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
     for row in rows:
-        table.add_row(Text(row.name), *(Text(value) for value in row.values))
+        table.add_row(*(Text(printable(cell)) for cell in (row.name, *row.values)))
     return table

@@ -17,8 +17,9 @@ import typer
 from minimind.config.options import PretrainConfig
 from minimind.config.schema import FieldInfo, parse_values, read_toml
 from minimind.errors import ConfigError
+from minimind.formatting import printable
 from minimind.launch_env import is_main_process
-from minimind.run_folder import RunFolder
+from minimind.run_folder import find_run
 
 from .options import expand_path, parse_settings, with_options
 
@@ -115,7 +116,7 @@ def evaluate(
     if not is_main_process():
         return
     for note in result.notes:
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"note: {printable(note)}", err=True)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
@@ -123,8 +124,11 @@ def evaluate(
 
 
 def _run_seq_len(model: str) -> int:
-    """Return the sequence length of a run, else the default."""
-    file = RunFolder(Path(model)).config
+    """Return the sequence length of the run that a model belongs to, else the default.
+
+    The loss of the same weights must not depend on their path: RUN, RUN/model or RUN/checkpoints/X.
+    """
+    file = find_run(Path(model)).config
     length = read_toml(file).get("max_seq_len") if file.is_file() else None
     values, problems = parse_values(
         PretrainConfig, {} if length is None else {"max_seq_len": length}, str(file)
@@ -148,7 +152,8 @@ def _progress() -> Iterator[Any]:
 
 def _print(result: CorpusEvaluation) -> None:
     total = result.total
-    typer.echo(f"model  {result.model}")
+    typer.echo(f"model  {printable(result.model)}")
+    typer.echo(f"sequences of up to {result.max_seq_len:,} tokens")
     loss, perplexity, bits_per_byte = _metrics(total)
     typer.echo(f"loss {loss} | perplexity {perplexity} | {bits_per_byte} bits/byte | {total.tokens:,} tokens")
     rows: list[tuple[str, Breakdown]] = []
@@ -172,7 +177,7 @@ def _print_table(heading: str, rows: Iterable[tuple[str, Breakdown]]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for name, part in rows:
         # As Text, because rich would interpret brackets of a glob.
-        table.add_row(Text(name), f"{part.evaluation.tokens:,}", *_metrics(part.evaluation))
+        table.add_row(Text(printable(name)), f"{part.evaluation.tokens:,}", *_metrics(part.evaluation))
     typer.echo()
     console = Console()
     # rich would drop the names on a narrow terminal.

@@ -10,7 +10,7 @@ import typer
 
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
-from minimind.formatting import count, parse_size, size
+from minimind.formatting import count, parse_size, printable, size
 
 from .options import expand_path, parse_settings, with_options
 
@@ -109,7 +109,7 @@ def export(
         overwrite=options.overwrite,
     )
     for line in _report(exported):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def _report(exported: Exported) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import secrets
@@ -17,6 +16,7 @@ import typer
 
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError, UserError
+from minimind.formatting import json_line, printable
 
 from .options import expand_path, parse_settings, with_options
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from minimind.generation.engine import InferenceEngine
     from minimind.generation.sampling import Sampling
     from minimind.tokenizer import Tokenizer
+
+
+# Control characters of text that a terminal may show.
+_LAYOUT = "\n\t"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,7 @@ def generate(
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     source, loaded, tokenizer = load_with_tokenizer(model, options.tokenizer)
     for note in source.notes:
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(f"note: {printable(note)}", err=True)
     engine = make_engine(loaded, device=options.device, dtype=options.dtype, compiled=options.compile)
     printer = _Printer(engine, tokenizer, sampling, options)
     if interactive:
@@ -151,13 +155,13 @@ class _Printer:
                 self.engine, self.tokenizer, prompt, self.sampling,
                 max_new_tokens=self.options.max_new_tokens, seed=self.options.seed,
             ):  # fmt: skip
-                typer.echo(piece, nl=False)
+                typer.echo(printable(piece, keep=_LAYOUT), nl=False)
                 sys.stdout.flush()
 
     def print_all(self, prompts: list[str]) -> None:
         """Print the prompts with their completions, separated by empty lines."""
         texts = self._complete(prompts, self.options.seed)
-        typer.echo("\n\n".join(text["prompt"] + text["text"] for text in texts))
+        typer.echo("\n\n".join(text["prompt"] + printable(text["text"], keep=_LAYOUT) for text in texts))
 
     def print_json(self, prompts: list[str]) -> None:
         """Print one JSON object per line."""
@@ -165,7 +169,7 @@ class _Printer:
         # Printed, so that the output can be reproduced.
         seed = secrets.randbits(32) if seed is None else seed
         for number, text in enumerate(self._complete(prompts, seed)):
-            typer.echo(json.dumps({**text, "seed": seed + number}, ensure_ascii=False))
+            typer.echo(json_line({**text, "seed": seed + number}))
 
     def _complete(self, prompts: list[str], seed: int | None) -> list[dict[str, Any]]:
         from minimind.generation.text import continue_texts

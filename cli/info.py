@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from minimind.formatting import printable
 from minimind.runs.info import read_info
 
 from .options import expand_path
@@ -33,4 +34,4 @@ def info(
         return
     rows = [*found.rows, *(("next" if i == 0 else "", line) for i, line in enumerate(suggested))]
     for key, value in rows:
-        typer.echo(f"{key + ':' if key else '':<12} {value}")
+        typer.echo(f"{key + ':' if key else '':<12} {printable(value)}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from minimind.formatting import printable
+
 from .options import expand_path
 
 
@@ -22,6 +24,6 @@ def reproduce(
     from minimind.runs.reproduce import reproduce as find
 
     found = find(read_run(run), check_data=check_data)
-    typer.echo(found.command)
+    typer.echo(printable(found.command))
     for warning in found.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {printable(warning)}", err=True)

@@ -150,3 +150,16 @@ class RunFolder:
     def _remove_if_empty(self) -> None:
         with suppress(OSError):
             self.path.rmdir()
+
+
+def find_run(path: Path) -> RunFolder:
+    """Return the run that a path belongs to: its folder, its `model` folder, `checkpoints`, or a checkpoint.
+
+    A path outside of any run is returned itself.
+    """
+    path = path.resolve()
+    for folder in (path, path.parent, path.parent.parent):
+        run = RunFolder(folder)
+        if run.config.is_file() and path in (folder, run.model, run.checkpoints, run.checkpoints / path.name):
+            return run
+    return RunFolder(path)

@@ -216,7 +216,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: it is not JSON.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is damaged: it is not a JSON object.")

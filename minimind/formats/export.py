@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..io.atomic import new_folder
+from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
 from . import gguf, huggingface, original_minimind
@@ -92,7 +95,8 @@ def export_model(
         elif format == "minimind":
             _write_original(folder, weights, config, getattr(torch, dtype))
         else:
-            _write_huggingface(folder, weights, config, getattr(torch, dtype), max_shard_bytes)
+            kept = _token_settings(found, config, replaced=tokenizer is not None)
+            _write_huggingface(folder, weights, config, getattr(torch, dtype), max_shard_bytes, kept)
         if chosen is not None and format != "gguf":
             chosen.save(folder)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -121,6 +125,16 @@ def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniM
     return config, tokenizer
 
 
+def _token_settings(
+    found: ModelSource, config: MiniMindConfig, *, replaced: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Return the token settings to write, with the ids of `config` where the tokenizer was `replaced`."""
+    if not replaced:
+        return dict(found.token_settings)
+    ids = {name: getattr(config, name) for name in huggingface.TOKEN_IDS}
+    return {name: {**settings, **ids} for name, settings in found.token_settings.items()}
+
+
 def _stored_dtype(weights: Mapping[str, Tensor]) -> str:
     """Return the common dtype of the weights; float32 where they differ or are float64."""
     dtypes = {tensor.dtype for tensor in weights.values()}
@@ -146,8 +160,12 @@ def _write_huggingface(
     config: MiniMindConfig,
     dtype: torch.dtype,
     max_shard_bytes: int | None,
+    token_settings: Mapping[str, Mapping[str, Any]],
 ) -> None:
     huggingface.save_weights(weights, config, folder, dtype, max_shard_bytes=max_shard_bytes)
+    for name, settings in token_settings.items():
+        written = read_json(folder / name) if name == huggingface.CONFIG else {}
+        (folder / name).write_text(json.dumps({**written, **settings}, indent=2) + "\n", encoding="utf-8")
     back = huggingface.load_config(folder)
     _refuse([] if back == config else [huggingface.CONFIG])
     _refuse(_differing(weights, huggingface.load_weights(folder, back), dtype))

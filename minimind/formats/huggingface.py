@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..io.atomic import replace_files
+from ..io.reading import read_json
 from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .sharded_safetensors import INDEX, index_of, other_weights, plan_files, read_weights
+from .weight_header import check_layers
 
 # Parameters of `modeling.moe.Experts`, stacked over the experts of a block.
 _STACK = re.compile(r"(.*\.mlp\.experts)\.((?:gate|up|down)_proj)")
@@ -131,7 +133,7 @@ def load_config(folder: Path) -> MiniMindConfig:
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {CONFIG}; {_EXPECTED}.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ConfigError("the file is not a JSON object.")
         return MiniMindConfig.from_dict(values)
@@ -143,6 +145,27 @@ def load_config(folder: Path) -> MiniMindConfig:
         raise ConfigError(
             [f"{path}: {problem.rstrip('.')}; {_EXPECTED}." for problem in error.problems]
         ) from error
+
+
+def load_token_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the special token ids and generation settings of a model folder, by file, as they are written.
+
+    An id may be null, missing, or a list of eos ids, which `MiniMindConfig` does not represent. Without a
+    `generation_config.json`, transformers takes the ids of `config.json`.
+
+    Raises:
+        ConfigError: when `generation_config.json` is damaged.
+    """
+    config = read_json(folder / CONFIG)
+    ids = {name: config.get(name) for name in TOKEN_IDS}
+    path = folder / GENERATION
+    try:
+        generation = read_json(path) if path.exists() else ids
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy it again, or remove it.") from error
+    if not isinstance(generation, dict):
+        raise ConfigError(f"{path} is not a JSON object; copy it again, or remove it.")
+    return {CONFIG: ids, GENERATION: generation}
 
 
 def load_weights(folder: Path, config: MiniMindConfig) -> dict[str, Tensor]:
@@ -201,9 +224,10 @@ def check_weights(config: MiniMindConfig, weights: Mapping[str, Tensor], source:
     Raises:
         ConfigError: naming the first parameter that is missing, unexpected, or of another shape.
     """
+    weights = to_checkpoint_names(weights)
+    check_layers(config, weights, source)
     with torch.device("meta"):
         expected = to_checkpoint_names(MiniMindForCausalLM(config).state_dict())
-    weights = to_checkpoint_names(weights)
     if config.tie_word_embeddings:
         del expected[_OUTPUT]
         output = weights.pop(_OUTPUT, None)

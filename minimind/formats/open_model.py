@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.files import MANIFEST, StoredCheckpoint, open_checkpoint, stored_checkpoints
-from ..errors import CheckpointError, ConfigError
+from ..checkpoint.files import MANIFEST, MODEL, StoredCheckpoint, open_checkpoint, stored_checkpoints
+from ..errors import CheckpointError, ConfigError, UserError
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
-from .huggingface import CONFIG, check_weights, load_config, load_weights, model_from_weights
+from .huggingface import (
+    CONFIG,
+    check_weights,
+    load_config,
+    load_token_settings,
+    load_weights,
+    model_from_weights,
+)
 from .original_minimind import (
     infer_upstream_config,
     read_upstream_config,
     read_upstream_weights,
     settings_name,
 )
+from .sharded_safetensors import weight_files
+from .weight_header import check_layers, read_headers
 
 _KINDS = "name a run folder, a checkpoint, a Hugging Face folder, or a .pth of the original minimind"
 
@@ -38,6 +48,7 @@ class ModelSource:
             raises UserError for damaged weights or another model's config.
         tokenizer: loads the tokenizer beside the weights or of the run, None where there is none.
         notes: sentences about defaults and assumptions.
+        token_settings: see `load_token_settings`; empty for other sources than a Hugging Face folder.
     """
 
     path: Path
@@ -46,6 +57,7 @@ class ModelSource:
     weights: Callable[[], dict[str, Tensor]]
     tokenizer: Callable[[], Tokenizer | None]
     notes: tuple[str, ...] = ()
+    token_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def open_model(
@@ -106,6 +118,41 @@ def load_with_tokenizer(
     return source, model_from_weights(source.config, source.weights(), str(source.path)), found
 
 
+def training_tokenizer(tokenizer: str | None, from_weight: str | None) -> tuple[Tokenizer, str | None]:
+    """Return the tokenizer of a training run, and a note where it is not that of its initial weights.
+
+    Token ids have a meaning only together with weights: without a --tokenizer, --from-weight brings its own.
+
+    Args:
+        tokenizer: path of --tokenizer; None for that of the weights, or else the packaged one.
+        from_weight: path of --from-weight; None for random weights.
+
+    Raises:
+        UserError: when a tokenizer cannot be loaded, or that of the weights is not known.
+    """
+    if from_weight is None:
+        return load_tokenizer(tokenizer), None
+    source = open_model(from_weight)
+    if tokenizer is None:
+        if (own := source.tokenizer()) is None:
+            raise ConfigError(
+                f"--from-weight {from_weight} has no tokenizer.json beside its weights; name their tokenizer "
+                "by --tokenizer."
+            )
+        return own, None
+    chosen = load_tokenizer(tokenizer)
+    try:
+        own = source.tokenizer()
+    except UserError:  # it was moved or changed
+        own = None
+    if own is None or own.fingerprint == chosen.fingerprint:
+        return chosen, None
+    return chosen, (
+        f"--tokenizer {tokenizer} is not the tokenizer of --from-weight {from_weight}: token ids have other "
+        "meanings, so the model has to learn its embeddings again."
+    )
+
+
 def _open_run(run: RunFolder) -> ModelSource:
     skipped: list[str] = []
     try:
@@ -125,6 +172,7 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
             "Name the model folder of the run if it has a config.json."
         )
     config = MiniMindConfig.from_dict(settings["model_config"])
+    check_layers(config, read_headers([checkpoint.path / MODEL]).shapes, checkpoint.path)
 
     def tokenizer() -> Tokenizer | None:
         """Return the tokenizer of the run, which may have been moved or changed."""
@@ -151,11 +199,20 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
 
 def _open_huggingface(folder: Path) -> ModelSource:
     config = load_config(folder)
+    # Before a model of this size is built.
+    check_layers(config, read_headers(weight_files(folder)).shapes, folder)
 
     def tokenizer() -> Tokenizer | None:
         return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
-    return ModelSource(folder, "Hugging Face folder", config, lambda: load_weights(folder, config), tokenizer)
+    return ModelSource(
+        folder,
+        "Hugging Face folder",
+        config,
+        lambda: load_weights(folder, config),
+        tokenizer,
+        token_settings=load_token_settings(folder),
+    )
 
 
 def _open_upstream(path: Path, settings: Path | None) -> ModelSource:

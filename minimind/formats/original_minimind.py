@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
+from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from .huggingface import model_from_weights, round_to
+from .weight_header import load_failure
 
 # The original's defaults for missing YaRN keys; transformers has others.
 _YARN_DEFAULTS: Mapping[str, Any] = {
@@ -74,7 +75,7 @@ def read_upstream_config(path: Path) -> MiniMindConfig:
         ConfigError: when the file is missing, not a JSON object, or an invalid configuration.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):
@@ -201,7 +202,7 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        raise ConfigError(f"{path} cannot be read as a state dict: {load_error_reason(error)}.") from error
+        raise ConfigError(f"{path} cannot be read as a state dict: {load_failure(error)}.") from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and _is_plain(value) for name, value in weights.items()
     ):
@@ -219,18 +220,6 @@ def _verify_checksums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
                 raise ConfigError(f"{path} is corrupt: checksum mismatch in {part}; copy it again.")
-
-
-def load_error_reason(error: Exception) -> str:
-    """Return why torch could not read a file."""
-    text = str(error)
-    if "weights_only" in text or "Weights only" in text:
-        # torch's message advises weights_only=False, which runs code.
-        found = re.search(r"GLOBAL (\S+)", text)
-        if found is None:
-            return "torch.save did not write it, or it is damaged"
-        return f"it contains {found[1]}, which is not a tensor"
-    return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"
 
 
 def _is_plain(value: Any) -> bool:

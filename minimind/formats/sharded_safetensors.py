@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..io.reading import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,26 +54,38 @@ def other_weights(folder: Path, files: Collection[str]) -> list[Path]:
     return [path for path in found if path.name not in files]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model folder.
+
+    Raises:
+        ConfigError: when a file is missing.
+    """
+    if (folder / WEIGHTS).is_file():  # preferred to an index, as in transformers
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ConfigError(
+            f"{folder} has no {WEIGHTS} and no {INDEX}; save the weights as safetensors "
+            "(save_pretrained(folder) in transformers)."
+        )
+    names = sorted(set(_read_index(folder / INDEX).values()))
+    for file in names:
+        # An index must not refer outside the folder.
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ConfigError(f"{folder} has no {file}, which {INDEX} names; copy all files of the model.")
+    return [folder / file for file in names]
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a model folder by name, on the CPU, in their stored precision.
 
     Raises:
         ConfigError: when a file is missing or damaged, or does not match the index.
     """
-    if (folder / WEIGHTS).is_file():  # preferred to an index, as in transformers
-        return _read_file(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise ConfigError(
-            f"{folder} has no {WEIGHTS} and no {INDEX}; save the weights as safetensors "
-            "(save_pretrained(folder) in transformers)."
-        )
+    files = weight_files(folder)
+    weights = {name: tensor for file in files for name, tensor in _read_file(file).items()}
+    if files == [folder / WEIGHTS]:
+        return weights
     weight_map = _read_index(folder / INDEX)
-    weights: dict[str, Tensor] = {}
-    for file in sorted(set(weight_map.values())):
-        # An index must not refer outside the folder.
-        if Path(file).name != file or not (folder / file).is_file():
-            raise ConfigError(f"{folder} has no {file}, which {INDEX} names; copy all files of the model.")
-        weights |= _read_file(folder / file)
     if differing := sorted(weights.keys() ^ weight_map.keys()):
         raise ConfigError(
             f"{folder}: {INDEX} and its files disagree on {differing[0]}; copy the model again."
@@ -83,7 +95,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read as an index of weights; copy the model again.") from error
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
+from ..modeling.config import MiniMindConfig
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"model\.layers\.0\.mlp\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,33 @@ def read_headers(paths: Sequence[Path]) -> WeightHeader:
     return WeightHeader(shapes, tuple(sorted({dtype for dtype, _ in found.values()})))
 
 
+def check_layers(config: MiniMindConfig, names: Collection[str], source: Path | str) -> None:
+    """Compare the numbers of layers and experts with the tensors, before a model of that size is built.
+
+    Args:
+        config: sizes of the model.
+        names: of the tensors, as in files.
+        source: path of the weights, for errors.
+
+    Raises:
+        ConfigError: when the numbers differ.
+    """
+    stored = {"num_hidden_layers": {match[1] for name in names if (match := _LAYER.match(name))}}
+    experts = {match[1] for name in names if (match := _EXPERT.match(name))}
+    # A checkpoint stacks the experts, and its shapes are checked with the weights.
+    if config.use_moe and experts:
+        stored["num_experts"] = experts
+    for name, numbers in stored.items():
+        if (expected := getattr(config, name)) != len(numbers):
+            raise ConfigError(
+                f"{source} has {len(numbers)} {'layers' if 'layers' in name else 'experts'}, but {name} is "
+                f"{expected}. Use the config.json that belongs to these weights."
+            )
+
+
 def _safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if not path.is_file():  # a FIFO would block
+        raise ConfigError(f"{path} is not a regular file; copy or save it again.")
     try:
         with safe_open(path, framework="numpy") as file:  # needs no torch for dtypes and shapes
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -55,7 +86,16 @@ def _pth(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         values = torch.load(path, map_location="meta", weights_only=True)
         return {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in values.items()}
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
-        from .original_minimind import load_error_reason
+        raise ConfigError(f"{path} cannot be read as a state dict: {load_failure(error)}.") from error
 
-        reason = load_error_reason(error)
-        raise ConfigError(f"{path} cannot be read as a state dict: {reason}.") from error
+
+def load_failure(error: Exception) -> str:
+    """Return why torch could not read a file."""
+    text = str(error)
+    if "weights_only" in text or "Weights only" in text:
+        # torch's message advises weights_only=False, which runs code.
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "torch.save did not write it, or it is damaged"
+        return f"it contains {found[1]}, which is not a tensor"
+    return text.splitlines()[0].rstrip(".") if text else f"{type(error).__name__}, it is empty or cut off"

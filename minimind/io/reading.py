@@ -41,3 +41,8 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         return json.loads(text, **hooks)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; see `open_regular` and `parse_json`."""
+    return parse_json(read_bytes(path))

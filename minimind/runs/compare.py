@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,8 @@ from .record import BITS, LOSS, Point, RunRecord, read_run
 
 # Fractions of the tokens that all runs have reached.
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
+# Evaluations are near where the tokens of the later one are at most this multiple of the earlier one.
+NEAR = 1.25
 # Options that do not affect training.
 _NOT_COMPARED = ("output_dir", "run_name", "cache_dir", "resume", "project", "tracker")
 NOTHING = "–"
@@ -71,13 +75,17 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
         )
     elif None in data:
         notes.append("Not all runs recorded their data; check that it is the same.")
-    if len({run.fingerprint("tokenizer") for run in runs} - {None}) > 1:
+    same_tokenizer = len({run.fingerprint("tokenizer") for run in runs} - {None}) <= 1
+    if not same_tokenizer:
         notes.append("The runs have different tokenizers: compare bits per byte, not losses or tokens.")
+    validation = {_validation_data(run, same_tokenizer=same_tokenizer) for run in runs} - {None}
+    if len(validation) > 1:
+        notes.append("The runs were validated on different data, so they are not compared at equal tokens.")
     return Comparison(
         names=distinct_names([Path(run.path).resolve() for run in runs]),
         runs=runs,
         outcome=tuple(Row(name, tuple(text(run) for run in runs)) for name, text in _OUTCOME.items()),
-        equal_tokens=tuple(_equal_tokens(runs)),
+        equal_tokens=tuple(_equal_tokens(runs)) if len(validation) <= 1 else (),
         options=tuple(_differing_options(runs)),
         environment=tuple(environment_differences(runs)),
         notes=tuple(notes),
@@ -101,23 +109,43 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
 
 
 def at_tokens(curve: Sequence[Point], tokens: float) -> float | None:
-    """Return the value at a number of tokens by linear interpolation; None outside of the curve."""
+    """Return the value at a number of tokens, by linear interpolation between evaluations that are near.
+
+    Losses fall steeply at the start, so that a line between distant evaluations is far above the curve.
+
+    Returns:
+        None where there is no evaluation at `tokens`, nor two within a factor of `NEAR` around it.
+    """
     known = [(point.tokens, point.value) for point in curve if point.tokens is not None]
+    for number, value in known:
+        if math.isclose(number, tokens):
+            return value
     for (low, before), (high, after) in pairwise(known):
-        if low <= tokens <= high:
-            fraction = (tokens - low) / (high - low) if high > low else 1.0
-            return before + fraction * (after - before)
+        if low <= tokens <= high <= NEAR * low:
+            return before + (tokens - low) / (high - low) * (after - before)
     return None
 
 
 def _equal_tokens(runs: Sequence[RunRecord]) -> Iterable[Row]:
+    """Yield a row for evaluations of the shortest run, those nearest to `FRACTIONS` of its tokens."""
     curves = [run.curve(BITS) for run in runs]
-    reached = [curve[-1].tokens for curve in curves if curve and curve[-1].tokens]
-    if len(reached) < len(runs):
+    evaluated = [[point.tokens for point in curve if point.tokens] for curve in curves]
+    if not all(evaluated):
         return
-    for fraction in FRACTIONS:
-        tokens = fraction * min(tokens for tokens in reached if tokens is not None)
+    shortest = min(evaluated, key=lambda tokens: tokens[-1])
+    chosen = {min(shortest, key=lambda tokens: abs(tokens - f * shortest[-1])) for f in FRACTIONS}
+    for tokens in sorted(chosen):
         yield Row(count(tokens), tuple(_number(at_tokens(curve, tokens)) for curve in curves))
+
+
+def _validation_data(run: RunRecord, *, same_tokenizer: bool) -> object:
+    """Return what identifies the validation data of a run, None where it was not recorded."""
+    if run.config.val_data:
+        folder = run.environment.get("working_folder") or ""
+        return tuple(os.path.join(folder, path) for path in run.config.val_data)
+    # The fingerprint is that of the tokens, so it says nothing of data that was tokenized differently.
+    data = run.fingerprint("training text")
+    return data if same_tokenizer or data is None else (run.config.data, run.config.val_fraction)
 
 
 def _differing_options(runs: Sequence[RunRecord]) -> Iterable[Row]:
@@ -196,9 +224,7 @@ def _counted(value: float | None) -> str:
 
 
 def _time(run: RunRecord) -> str:
-    curve = run.curve(LOSS)
-    seconds = curve[-1].seconds if curve else None
-    return NOTHING if seconds is None else duration(seconds)
+    return NOTHING if run.seconds is None else duration(run.seconds)
 
 
 _OUTCOME: dict[str, Callable[[RunRecord], str]] = {

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..version import __version__
-from .compare import Comparison, Row
+from .compare import NEAR, Comparison, Row
 from .record import BITS, LOSS, Point, RunRecord
 
 # Longer curves are drawn as means over neighbouring points.
@@ -30,17 +30,18 @@ COLOURS = 8
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of the page: the metric of metrics.jsonl, and its labels."""
+    """One chart of the page: the metric of metrics.jsonl, its labels, and whether to mark each point."""
 
     name: str
     title: str
     unit: str
     digits: int
+    points: bool = False
 
 
 CHARTS = (
     Chart(LOSS, "Training loss", "nats per token", 4),
-    Chart(BITS, "Validation bits per byte", "bits per byte", 4),
+    Chart(BITS, "Validation bits per byte", "bits per byte", 4, points=True),
     Chart("learning_rate", "Learning rate", "", 6),
     Chart("tokens_per_second", "Throughput", "tokens per second", 0),
 )
@@ -188,9 +189,10 @@ def _tables(comparison: Comparison) -> Iterator[str]:
         (
             "equal",
             "At equal tokens",
-            "Validation bits per byte at equal training tokens, interpolated between evaluations",
+            "Validation bits per byte at equal training tokens, interpolated only between evaluations whose "
+            f"tokens differ by at most {NEAR - 1:.0%}",
             comparison.equal_tokens,
-            "Not all runs have evaluations.",
+            "Not all runs have evaluations on the same data.",
         ),
         (
             "options",

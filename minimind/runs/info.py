@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import time
 from collections.abc import Mapping
@@ -22,8 +21,9 @@ from ..checkpoint.files import (
     open_checkpoint,
 )
 from ..errors import CheckpointError, ConfigError
-from ..formats.weight_header import WeightHeader, read_headers
+from ..formats.weight_header import WeightHeader, check_layers, read_headers
 from ..formatting import count, size
+from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..modeling.parameter_count import count_parts
 from ..run_folder import RunFolder
@@ -87,8 +87,7 @@ def _run(run: RunRecord) -> Info:
     parts = run_parts(run)
     best, environment = run.best(), run.environment
     times = [line["time"] for line in run.metrics if isinstance(line.get("time"), str)]
-    clock = run.curve("loss")
-    seconds = clock[-1].seconds if clock else None
+    seconds = run.seconds
     checkpoints = run.checkpoints
     disk = {
         "all": folder_bytes(run.path),
@@ -218,16 +217,17 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
 
 def _model(path: Path) -> Info:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG)
         model_config = MiniMindConfig.from_dict(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path / CONFIG} cannot be read ({error}); copy it again.") from error
     except (ConfigError, AttributeError) as error:
         raise ConfigError(f"{path / CONFIG} is not of a supported model: {error}") from error
-    files = sorted(path.glob("*.safetensors"))
+    files = [file for file in sorted(path.glob("*.safetensors")) if file.is_file()]
     if not files:
         raise ConfigError(f"{path} has no .safetensors; name a folder with config.json and weights.")
     header = read_headers(files)
+    check_layers(model_config, header.shapes, path)
     return _described(path, "model", header, dataclasses.asdict(model_config), folder_bytes(path))
 
 

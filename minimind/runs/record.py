@@ -5,10 +5,11 @@ Runs of other versions are read as far as possible: missing files and unknown op
 
 from __future__ import annotations
 
-import json
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..config.options import PretrainConfig
 from ..config.schema import parse_values, read_toml
 from ..errors import ConfigError, UserError
+from ..io.reading import read_json
 from ..run_folder import RunFolder
 from ..tracking.metrics_file import read_metrics
 
@@ -126,33 +128,42 @@ class RunRecord:
 
     def curve(self, name: str) -> list[Point]:
         """Return all reports of a metric; null values are skipped."""
-        clock = self._clock
+        marks, _ = self._clock
         return [
-            Point(
-                line["step"],
-                _at(clock, line["step"], 1),
-                _at(clock, line["step"], 2),
-                float(line[name]),
-            )
+            Point(line["step"], _at(marks, line["step"], 1), _at(marks, line["step"], 2), float(line[name]))
             for line in self.metrics
             if isinstance(line.get(name), int | float)
         ]
 
+    @property
+    def seconds(self) -> float | None:
+        """Training time over all parts of a resumed run, None where nothing was reported."""
+        _, seconds = self._clock
+        return seconds or None
+
     @cached_property
-    def _clock(self) -> list[tuple[float, float, float]]:
-        """Step, tokens and seconds at each training report, from step 0."""
+    def _clock(self) -> tuple[list[tuple[float, float, float]], float]:
+        """Step, tokens and seconds at each training report, from step 0; and the seconds in total.
+
+        Each part of a resumed run has its own clock. A part has ended where its totals were reported, where
+        the clock goes back, or where the clock of a report started after the previous report was written.
+        """
         marks = [(0.0, 0.0, 0.0)]
         offset = before = 0.0
+        ended, written = False, math.inf
         for line in self.metrics:
             step, tokens, elapsed = line["step"], line.get("tokens"), line.get("elapsed")
+            if isinstance(total := line.get("total_elapsed"), int | float):
+                before, ended = max(before, total), True
             if not isinstance(tokens, int | float) or not isinstance(elapsed, int | float):
                 continue
-            if elapsed < before:  # a resumed part restarts its clock
+            time = _seconds_of(line.get("time"))
+            if ended or elapsed < before or time - elapsed > written:
                 offset += before
-            before = elapsed
+            before, ended, written = elapsed, False, time
             if step > marks[-1][0]:
                 marks.append((step, tokens, offset + elapsed))
-        return marks
+        return marks, offset + before
 
 
 def read_run(path: Path) -> RunRecord:
@@ -168,7 +179,8 @@ def read_run(path: Path) -> RunRecord:
     unread: tuple[str, ...] = ()
     if folder.config.is_file():
         config, unread = _config(folder.config)
-    return RunRecord(folder, config, unread, _environment(folder.environment), read_metrics(folder.metrics))
+    metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    return RunRecord(folder, config, unread, _environment(folder.environment), metrics)
 
 
 def _config(path: Path) -> tuple[PretrainConfig, tuple[str, ...]]:
@@ -191,7 +203,7 @@ def _config(path: Path) -> tuple[PretrainConfig, tuple[str, ...]]:
 
 def _environment(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError):
         return {}
     if not isinstance(values, dict):
@@ -203,6 +215,14 @@ def _environment(path: Path) -> dict[str, Any]:
 def _of_kinds(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
     """Return the values, without those of an unexpected type."""
     return {name: value for name, value in values.items() if isinstance(value, kinds.get(name, object))}
+
+
+def _seconds_of(time: Any) -> float:
+    """Return an ISO 8601 time in seconds, NaN for anything else."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return math.nan
 
 
 def _at(marks: list[tuple[float, float, float]], step: int, column: int) -> float | None:

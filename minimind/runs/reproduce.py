@@ -17,8 +17,9 @@ from ..config.options import ModelConfig, PretrainConfig
 from ..config.schema import schema_of
 from ..distributed.accelerator import choose_precision
 from ..errors import UserError
+from ..formats.open_model import training_tokenizer
 from ..modeling.config import MiniMindConfig
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import Tokenizer
 from .changes import caveats, data_changes, environment_changes
 from .record import RunRecord
 
@@ -81,6 +82,11 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     if launch.get("on_cpu") and (torch.cuda.is_available() or launch.get("processes", 1) > 1):
         variables["ACCELERATE_USE_CPU"] = "true"
     target = _new_folder(run.path)
+    if config.run_name == "none":
+        # On the command line `none` means no name, and a run without one is named after its folder.
+        config, target = dataclasses.replace(config, run_name=None), target / "none"
+    if not config.tracker:  # an empty list of trackers
+        config = dataclasses.replace(config, tracker=("none",))
     options = to_argv(_without_derived_sizes(config, tokenizer))
     args = (*_launcher(launch), "pretrain", *options, f"--output-dir={target}")
     return Reproduction(args, variables, tuple(warnings))
@@ -181,7 +187,7 @@ def _new_folder(path: Path) -> Path:
 
 def _tokenizer(run: RunRecord, config: PretrainConfig) -> tuple[Tokenizer | None, list[str]]:
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer, _ = training_tokenizer(config.tokenizer, config.from_weight)
     except UserError as error:
         return None, [f"the tokenizer cannot be loaded: {error}"]
     recorded = run.fingerprint("tokenizer")

@@ -21,17 +21,27 @@ from ..config.schema import schema_of
 from ..version import __version__
 
 PACKAGES = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensorboard")
-_SECRET_WORDS = {
-    "key",
+# Words of a name, and ends of a name without separators, that mark a secret.
+_SECRET_WORDS = {"key", "token", "secret", "password", "passwd", "pass", "pwd", "passphrase", "credential",
+                 "credentials", "auth", "authorization", "bearer"}  # fmt: skip
+_SECRET_ENDS = (
     "apikey",
+    "accesskey",
+    "secretkey",
+    "authkey",
+    "privatekey",
     "token",
     "secret",
     "password",
     "passwd",
-    "credential",
-    "credentials",
-    "auth",
-}
+)
+# Values that show by their prefix what they are, whatever stands before them.
+_SECRET_VALUES = re.compile(
+    r"\b(hf_|ghp_|gho_|ghs_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)[A-Za-z0-9_-]{16,}|(?i:(?<=bearer ))\S+"
+)
+_QUERY = re.compile(
+    r"([?&][^=&\s]*(?:key|token|secret|password|passwd|auth|signature)[^=&\s]*=)[^&\s]+", re.I
+)
 HIDDEN = "***"
 
 
@@ -93,20 +103,29 @@ def hide_secrets(arguments: Sequence[str]) -> list[str]:
     hide_next = False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if hide_next and not argument.startswith("-"):
+        header, colon, _ = argument.partition(":")
+        if colon and _is_secret(header) and not set("/\\.=") & set(header):  # `Authorization: ...`
+            name, equals = header, colon
+        if hide_next and not argument.startswith("--"):
             shown.append(HIDDEN)
             hide_next = False
             continue
         secret = _is_secret(name)
         hide_next = secret and not equals and argument.startswith("-")
-        text = f"{name}={HIDDEN}" if secret and equals else argument
-        shown.append(re.sub(r"(://)[^/@\s]+@", rf"\1{HIDDEN}@", text))
+        text = f"{name}{equals}{HIDDEN}" if secret and equals else argument
+        text = re.sub(r"(://)[^/@\s]+@", rf"\1{HIDDEN}@", text)
+        shown.append(_SECRET_VALUES.sub(HIDDEN, _QUERY.sub(rf"\1{HIDDEN}", text)))
     return shown
 
 
 def _is_secret(option: str) -> bool:
-    name = option.lstrip("-").replace("-", "_").lower()
-    return name not in schema_of(PretrainConfig) and not _SECRET_WORDS.isdisjoint(name.split("_"))
+    name = option.lstrip("-").replace("-", "_")
+    if name.lower() in schema_of(PretrainConfig):
+        return False
+    # `wandbApiKey` has three words, `WANDB.API.KEY` as well.
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    parts = re.split(r"[^a-z0-9]+", words)
+    return not _SECRET_WORDS.isdisjoint(parts) or any(part.endswith(_SECRET_ENDS) for part in parts)
 
 
 def _version(package: str) -> str | None:

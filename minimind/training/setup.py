@@ -16,10 +16,11 @@ from ..data.loader import Loader
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..errors import ConfigError
+from ..formats.open_model import training_tokenizer
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import Tokenizer
 from .auto_batch_size import resolve_batch_size
 from .build_model import ModelFactory, build_graph, build_model, compile_and_wrap, resolve_model_config
 from .cuda_graph import ForwardBackwardGraph
@@ -83,7 +84,9 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     """
     if (remark := check_launch(config)) is not None:
         note(remark)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight)
+    if caution is not None:
+        note(caution)
     filled, model_config = resolve_model_config(config, tokenizer)
     resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
     return RunInputs(resolved, model_config, tokenizer)

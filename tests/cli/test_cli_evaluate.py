@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from minimind.formats.huggingface import save_model
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.tokenizer import load_tokenizer
+from minimind.training.pretrain import pretrain
+from support import tiny_runs
 
 Command = Callable[..., Any]
 
@@ -130,3 +133,33 @@ def test_a_run_whose_settings_were_edited_into_something_else_is_refused(run: Co
     done = run("eval", str(folder / "run"), "--data", "x")
     assert done.code == 2
     assert done.err.startswith(f"error: {folder / 'run' / 'config.toml'}: --max-seq-len long is not a whole")
+
+
+def test_the_same_weights_have_one_loss_by_every_path(
+    run: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tiny_runs.write_corpus(tmp_path / "corpus.jsonl")
+    changes = {"max_steps": 2, "save_interval": 2, "eval_interval": 100, "max_seq_len": 24}
+    pretrain(tiny_runs.tiny(corpus, tmp_path / "run", **changes))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    # In float32, as in the checkpoint: rounding the final model is not what is looked for here.
+    export_model(tmp_path / "run", tmp_path / "exact")
+    shutil.copy(tmp_path / "exact" / "model.safetensors", tmp_path / "run" / "model")
+    capsys.readouterr()
+    found = set()
+    for path in ("run", "run/model", "run/checkpoints", f"run/checkpoints/{checkpoint.name}"):
+        words = ("eval", path, "--data", str(corpus), "--cache-dir", str(tmp_path / "cache"))
+        done = run(*words, "--json")
+        assert done.code == 0, done.err
+        values = json.loads(done.out)
+        found.add((values["max_seq_len"], values["loss"], values["tokens"]))
+    ((length, _, _),) = found
+    assert length == 24
+    assert "sequences of up to 24 tokens" in run(*words).out
+
+
+def test_a_folder_outside_of_a_run_has_the_default_length(run: Command, folder: Path) -> None:
+    (folder / "run" / "model").rename(folder / "run" / "other")
+    words = ("eval", str(folder / "run" / "other"), "--data", str(folder / "one.jsonl"), "--text-key", "body")
+    done = run(*words, "--cache-dir", str(folder / "cache"))
+    assert "--max-seq-len 512 is more than the 64 positions" in done.err

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minimind.formats.huggingface import load_model, save_model
+from minimind.formatting import printable
 from minimind.generation.text import continue_texts
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def expected(folder: Path, prompts: list[str], seed: int) -> list[str]:
     model = load_model(folder / "model")
     texts = continue_texts(model, load_tokenizer(), prompts, max_new_tokens=8, seed=seed)
-    return [prompt + text.text for prompt, text in zip(prompts, texts, strict=True)]
+    return [prompt + printable(text.text, keep="\n\t") for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def test_prompts_are_continued(run: Command, folder: Path) -> None:
@@ -118,7 +119,9 @@ def test_in_a_terminal_prompts_are_asked_for(run: Command, folder: Path, answer:
     assert done.out == "".join(expected(folder, [prompt], 4)[0] + "\n" for prompt in ("one", "two"))
     answer("one", "two")
     lines = [json.loads(line) for line in run(*words, "--json").out.splitlines()]
-    assert [line["prompt"] + line["text"] for line in lines] == done.out.splitlines()
+    shown = [printable(line["prompt"] + line["text"], keep="\n\t") for line in lines]
+    assert shown == done.out.splitlines()
+    assert any(r"\x08" in text for text in shown), "a control character that the model wrote"
 
 
 def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(

@@ -98,3 +98,26 @@ def test_a_run_named_from_within_is_repeated_beside_it(
     (tmp_path / "a" / "model").mkdir()
     monkeypatch.chdir(tmp_path / "a" / "model")
     assert run("reproduce", "..").out.rstrip().endswith(f"--output-dir={tmp_path / 'a-again'}")
+
+
+HOSTILE = "cpu\x1b]0;PWNED\x07\x1b[2J\rFAKE LINE\x9b31m\u202egnp.exe"
+
+
+def test_what_a_run_recorded_reaches_the_terminal_escaped(run: Command, tmp_path: Path) -> None:
+    folder = str(
+        make_run(tmp_path / "a", environment={"device": HOSTILE, "python": HOSTILE}, data=(HOSTILE,))
+    )
+    make_run(tmp_path / "b")
+    for words in (["info", folder], ["compare", folder, str(tmp_path / "b")], ["reproduce", folder]):
+        done = run(*words)
+        assert done.code == 0, done.err
+        shown = done.out + done.err
+        assert "x1b]0;PWNED" in shown
+        assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), words
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({"model_type": HOSTILE}))
+    refused = run("info", str(broken))
+    assert refused.code == 2
+    assert "x1b" in refused.err
+    assert "\x1b" not in refused.err

@@ -353,3 +353,74 @@ def test_training_starts_from_any_of_them(run, corpus, tmp_path):
         lines = (out / "metrics.jsonl").read_text().splitlines()
         first.append(next(row["val_loss"] for row in map(json.loads, lines) if "val_loss" in row))
     assert first[0] == first[1] == first[2]
+
+
+QWEN_LIKE = {
+    # As in Qwen3's folders: no pad_token_id in config.json, two end tokens, sampling by default.
+    "ids": {"bos_token_id": 3, "eos_token_id": [5, 6]},
+    "generation": {"bos_token_id": 3, "do_sample": True, "eos_token_id": [5, 6], "pad_token_id": None,
+                   "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+}  # fmt: skip
+
+
+def with_settings(folder: Path, generation: dict[str, object] | None) -> Path:
+    """Write a model folder with the ids, and maybe the generation settings, of `QWEN_LIKE`."""
+    save(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        del values[name]
+    path.write_text(json.dumps({**values, **QWEN_LIKE["ids"]}))
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize("generation", [QWEN_LIKE["generation"], None], ids=["settings", "ids only"])
+def test_a_folder_keeps_its_token_ids_and_generation_settings(tmp_path, generation):
+    first = with_settings(tmp_path / "a", generation)
+    export_model(first, tmp_path / "b")
+    export_model(tmp_path / "b", tmp_path / "c")
+    written = json.loads((tmp_path / "c" / "config.json").read_text())
+    ids = {name: written[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert ids == {**QWEN_LIKE["ids"], "pad_token_id": None}
+    stored_settings = json.loads((tmp_path / "c" / "generation_config.json").read_text())
+    assert stored_settings == (ids if generation is None else generation)
+
+
+def test_an_exported_folder_generates_in_transformers_what_the_source_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    first = with_settings(tmp_path / "a", QWEN_LIKE["generation"])
+    export_model(first, tmp_path / "b")
+    # 0 is a token like any other: taken for padding it would be masked.
+    prompt = torch.tensor([[7, 0, 0, 9]])
+    outputs = []
+    for folder in (first, tmp_path / "b"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        settings = model.generation_config
+        assert (settings.eos_token_id, settings.pad_token_id) == ([5, 6], None)
+        assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.6, 20)
+        torch.manual_seed(0)
+        outputs.append([model.generate(prompt, max_new_tokens=12) for _ in range(4)])
+        # Chosen for certain, the second end token ends the text.
+        ended = model.generate(prompt, max_new_tokens=12, sequence_bias=[[[6], 1e9]])
+        assert ended.tolist() == [[7, 0, 0, 9, 6]]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_another_tokenizer_replaces_the_ids_and_leaves_the_sampling(tmp_path):
+    first = with_settings(tmp_path / "a", QWEN_LIKE["generation"])
+    save(tmp_path / "large", vocab_size=6400)
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(tmp_path / "large" / name, first / name)
+    export_model(first, tmp_path / "b", tokenizer=PACKAGED)
+    settings = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert (settings["eos_token_id"], settings["pad_token_id"], settings["temperature"]) == (2, 0, 0.6)
+
+
+def test_damaged_generation_settings_are_named(tmp_path):
+    save(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"generation_config\.json is not a JSON object; copy it again"):
+        open_model(tmp_path / "a")

@@ -60,18 +60,52 @@ def test_only_what_differs_is_listed(comparison: Comparison) -> None:
     assert environment[HOSTILE_TEXT][0] == "–"
 
 
-def test_bits_per_byte_are_compared_at_the_same_tokens(comparison: Comparison) -> None:
-    # The first run ends at 30k tokens; the second is then halfway from step 0 to 20, and so on.
-    table = rows(comparison.equal_tokens)
-    assert list(table) == ["3.00k", "7.50k", "15.0k", "22.5k", "30.0k"]
-    assert table["30.0k"] == ("1.0000", f"{2.0 + 30 / 40 * (1.2 - 2.0):.4f}")
-    assert table["3.00k"] == (f"{2.0 - 0.3 * 0.5:.4f}", f"{2.0 - 3 / 40 * 0.8:.4f}")
+def test_bits_per_byte_are_compared_at_the_same_tokens(tmp_path: Path) -> None:
+    # Evaluations of the first run after 10k, 20k and 30k tokens; of the second after 18k, 22k and 60k.
+    make_run(tmp_path / "a", bits={0: 2.0, 10: 1.5, 20: 1.2, 30: 1.0})
+    make_run(tmp_path / "b", [3.0] * 30, {0: 2.0, 90: 1.4, 110: 1.0, 300: 0.9}, tokens_a_step=200)
+    table = rows(compare_runs([tmp_path / "a", tmp_path / "b"]).equal_tokens)
+    assert table == {"10.0k": ("1.5000", "–"), "20.0k": ("1.2000", "1.2000"), "30.0k": ("1.0000", "–")}
 
 
-def test_a_value_outside_of_all_reports_is_not_made_up() -> None:
-    curve = [Point(1, 10.0, None, 5.0), Point(2, 20.0, None, 3.0)]
-    assert at_tokens(curve, 15) == 4.0
+def test_nothing_is_interpolated_from_step_0(comparison: Comparison) -> None:
+    # Evaluations after 10k and 30k tokens, and after 40k and 60k.
+    assert rows(comparison.equal_tokens) == {"10.0k": ("1.5000", "–"), "30.0k": ("1.0000", "–")}
+
+
+def test_values_are_interpolated_between_near_evaluations_only() -> None:
+    curve = [Point(0, 0.0, None, 9.0), Point(1, 16.0, None, 5.0), Point(2, 20.0, None, 3.0)]
+    assert at_tokens(curve, 18) == 4.0
+    assert (at_tokens(curve, 0), at_tokens(curve, 16), at_tokens(curve, 20)) == (9.0, 5.0, 3.0)
     assert (at_tokens(curve, 9), at_tokens(curve, 21)) == (None, None)
+    assert at_tokens([Point(1, 15.0, None, 5.0), Point(2, 20.0, None, 3.0)], 18) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "fingerprints", "ranked"),
+    [
+        ({}, {}, True),
+        ({}, {"training text": "x" * 32}, False),
+        ({"data": ("a.jsonl",), "val_data": ("held_out.jsonl",)}, {"training text": "x" * 32}, True),
+        # The fingerprint is of the tokens.
+        ({}, {"training text": "x" * 32, "tokenizer": "y" * 64}, True),
+        ({"data": ("other.jsonl",)}, {"training text": "x" * 32, "tokenizer": "y" * 64}, False),
+    ],
+)
+def test_runs_with_other_validation_data_are_not_ranked(
+    tmp_path: Path, options: dict[str, Any], fingerprints: dict[str, str], ranked: bool
+) -> None:
+    make_run(tmp_path / "a", **(options if "val_data" in options else {}))
+    known = {"training text": "d" * 32, "tokenizer": "e" * 64, "mixture": "none"}
+    make_run(tmp_path / "b", environment={"fingerprints": known | fingerprints}, **options)
+    found = compare_runs([tmp_path / "a", tmp_path / "b"])
+    assert bool(found.equal_tokens) == ranked
+    assert any("validated on different data" in note for note in found.notes) != ranked
+
+
+def test_evaluations_are_marked_by_points(comparison: Comparison) -> None:
+    assert [chart.name for chart in CHARTS if chart.points] == ["val_bits_per_byte"]
+    assert "if (chart.points)" in comparison_html(comparison)
 
 
 def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
@@ -80,7 +114,7 @@ def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
     found = compare_runs([tmp_path / "a", tmp_path / "b"])
     assert found.equal_tokens == ()
     assert rows(found.outcome)["best bits/byte"] == ("–", "1.0000")
-    assert "Not all runs have evaluations" in comparison_html(found)
+    assert "Not all runs have evaluations on the same data" in comparison_html(found)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,37 @@ def test_reading_a_run_needs_no_torch(out: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(out)], check=True)
+
+
+@pytest.mark.parametrize("totals", [False, True])
+def test_the_training_time_of_a_resumed_run_is_the_sum_of_its_parts(tmp_path: Path, totals: bool) -> None:
+    """Three parts of 3, 5 and 9 s; each later part reports first after more seconds than the part before."""
+    run = make_run(tmp_path / "run", [], {})
+    start, lines = datetime(2026, 1, 2, tzinfo=UTC), []
+    for part, (begin, clocks, total) in enumerate(((0, (1, 2), 3), (100, (2.5, 4), 5), (200, (6, 8), 9))):
+        for number, elapsed in enumerate(clocks):
+            step = 2 * part + number + 1
+            time = (start + timedelta(seconds=begin + elapsed + 0.01)).isoformat(timespec="milliseconds")
+            values = {"loss": 1.0, "tokens": step * 10, "elapsed": elapsed}
+            lines.append({"step": step, "time": time, "kind": "train", **values})
+        if totals:
+            lines.append({"step": 2 * part + 2, "time": time, "kind": "train", "total_elapsed": total})
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    expected = 3 + 5 + 9 if totals else 2 + 4 + 8
+    assert read_run(run).seconds == expected
+    assert read_info(run).values["training_seconds"] == expected
+    (row,) = (row for row in compare_runs([run]).outcome if row.name == "training time")
+    assert row.values == (f"{expected}s",)
+    # What the page draws.
+    seconds = [point.seconds for point in read_run(run).curve("loss")]
+    assert seconds == ([1, 2, 5.5, 7, 14, 16] if totals else [1, 2, 4.5, 6, 12, 14])
+
+
+def test_a_pause_of_the_process_is_not_another_part(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [], {})
+    lines = [
+        {"step": 1, "time": "2026-01-02T00:01:40+00:00", "loss": 1.0, "tokens": 1, "elapsed": 100.0},
+        {"step": 2, "time": "2026-01-02T00:03:10+00:00", "loss": 1.0, "tokens": 2, "elapsed": 130.0},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert read_run(run).seconds == 130

@@ -289,3 +289,18 @@ def test_git_outside_of_a_repository_is_told_apart() -> None:
     first, second = changes_module._git_changes(then, other)
     assert "aaaaaaaaaaaa and is bbbbbbbbbbbb" in first
     assert "now" in second
+
+
+def test_an_empty_list_of_trackers_stays_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tiny_runs.write_corpus(tmp_path / "corpus.jsonl")
+    found = record(tmp_path / "run", tiny_runs.tiny(corpus, tmp_path / "out", tracker=()))
+    assert "--tracker none" in found.command
+    assert read_back(list(found.args[2:]), monkeypatch).tracker == ("none",)
+
+
+def test_a_run_named_none_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tiny_runs.write_corpus(tmp_path / "corpus.jsonl")
+    found = record(tmp_path / "run", tiny_runs.tiny(corpus, tmp_path / "out", run_name="none"))
+    config = read_back(list(found.args[2:]), monkeypatch)
+    # Trackers name a run without a name after its folder.
+    assert (config.run_name or Path(config.output_dir).name) == "none"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from minimind.tracking.environment import describe_environment, hide_secrets
+from minimind.tracking.environment import HIDDEN, describe_environment, hide_secrets
 
 
 def git(*arguments: str) -> str:
@@ -72,4 +72,39 @@ def test_secrets_are_hidden(given, shown):
 
 def test_options_of_the_program_are_shown():
     command = ["--max-tokens", "1e9", "--text-key=body", "--tokenizer", "t", "--num-key-value-heads", "2"]
+    assert hide_secrets(command) == command
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--wandbApiKey", "SECRET"],
+        ["--wandb_apikey=SECRET"],
+        ["--hftoken", "SECRET"],
+        ["--HF-TOKEN", "-SECRET"],
+        ["WANDB.API.KEY=SECRET"],
+        ["Authorization: Bearer SECRET"],
+        ["--header", "x: bearer SECRET"],
+        ["--note", "hf_SECRETSECRETSECRET"],
+        ["--data", "https://h/x?download=1&Signature=SECRET&y=2"],
+    ],
+)
+def test_secrets_are_hidden_in_every_spelling(given: list[str]) -> None:
+    shown = hide_secrets(given)
+    assert "SECRET" not in " ".join(shown)
+    assert HIDDEN in " ".join(shown)
+
+
+def test_what_only_resembles_a_secret_is_shown() -> None:
+    command = [
+        "--tokenizer",
+        "a",
+        "--text-key",
+        "body",
+        "--tokens",
+        "1e8",
+        "--data",
+        "key.jsonl:0.5",
+        "sk-learn",
+    ]
     assert hide_secrets(command) == command

@@ -128,6 +128,10 @@
     for (const { run, points } of shown) {
       const path = points.map((p, n) => `${n ? "L" : "M"}${x(p[chosen.axis]).toFixed(1)} ${y(p[VALUE]).toFixed(1)}`).join("");
       curves.append(make("path", { class: `line c${run % COLOURS} d${run % 4}`, d: path, "data-run": run }));
+      // Between evaluations nothing was measured.
+      if (chart.points) {
+        for (const p of points) curves.append(make("circle", { class: `mark f${run % COLOURS}`, cx: x(p[chosen.axis]), cy: y(p[VALUE]), r: 2.5 }));
+      }
       const last = points[points.length - 1];
       curves.append(make("circle", { class: `mark f${run % COLOURS}`, cx: x(last[chosen.axis]), cy: y(last[VALUE]), r: 4 }));
     }

@@ -1,0 +1,136 @@
+"""Runs and models with damaged or hostile files: refused in a sentence, shown without control characters."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.errors import ConfigError, UserError
+from minimind.formats.huggingface import check_weights, load_config, save_model
+from minimind.formats.open_model import load_with_tokenizer, open_model
+from minimind.formatting import json_line, printable
+from minimind.modeling.config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.runs.compare import compare_runs
+from minimind.runs.info import read_info
+from minimind.runs.record import read_run
+from minimind.runs.reproduce import reproduce
+from minimind.tokenizer import load_tokenizer
+from support.made_runs import make_run
+
+DEEP = "[" * 200_000
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_model(MiniMindForCausalLM(MiniMindConfig(**SIZES)), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["environment.json", "metrics.jsonl", "checkpoints/best.json", "checkpoints/step-00000009/trainer.json"],
+)
+def test_a_run_with_json_that_is_nested_too_deeply_is_still_read(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text(DEEP)
+    assert read_info(run).values["kind"] == "run"
+    assert compare_runs([run]).names == ("run",)
+    assert "pretrain" in reproduce(read_run(run)).args
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_a_model_with_json_that_is_nested_too_deeply_is_damaged(model: Path, name: str) -> None:
+    if "index" in name:
+        (model / "model.safetensors").unlink()
+    (model / name).write_text(DEEP)
+    with pytest.raises(ConfigError, match=rf"{name} (cannot be read|is not valid JSON)"):
+        open_model(model).weights()
+    if name == "config.json":
+        with pytest.raises(ConfigError, match=r"config\.json cannot be read \(it is nested too deeply\)"):
+            read_info(model)
+
+
+def test_the_number_of_layers_is_compared_before_a_model_is_built(model: Path) -> None:
+    path = model / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "num_hidden_layers": 10**9}))
+    expected = r"has 2 layers, but num_hidden_layers is 1000000000\. Use the config"
+    for use in (open_model, read_info):
+        with pytest.raises(ConfigError, match=expected):
+            use(model)
+    with pytest.raises(ConfigError, match=expected):
+        check_weights(
+            load_config(model), MiniMindForCausalLM(MiniMindConfig(**SIZES)).state_dict(), "weights"
+        )
+
+
+def test_the_number_of_experts_is_compared_before_a_model_is_built(tmp_path: Path) -> None:
+    config = MiniMindConfig(**SIZES, use_moe=True, num_experts=3)
+    save_model(MiniMindForCausalLM(config), tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    open_model(tmp_path)
+    path.write_text(text.replace('"num_experts": 3', '"num_experts": 1000000000'))
+    with pytest.raises(ConfigError, match=r"has 3 experts, but num_experts is 1000000000"):
+        open_model(tmp_path)
+
+
+def test_a_header_that_is_longer_than_the_file_is_damaged(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    for use in (open_model, read_info):
+        with pytest.raises(ConfigError, match="cannot be read as safetensors"):
+            use(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "environment.json"])
+def test_a_fifo_is_not_opened(model: Path, tmp_path: Path, name: str) -> None:
+    folder = model if "model" in name else make_run(tmp_path / "run")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    found: list[object] = []
+
+    def read() -> None:
+        try:
+            found.append(read_info(folder))
+        except UserError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found, "still waiting for a writer"
+
+
+def test_control_characters_are_escaped() -> None:
+    text = "a\x1b[2J\x07\r\n\x85\u202eb\u2066\u200f\u2028é汉😀\t"
+    assert printable(text) == r"a\x1b[2J\x07\x0d\x0a\x85\u202eb\u2066\u200f\u2028é汉😀\x09"
+    assert printable("a\n\tb\r", keep="\n\t") == "a\n\tb\\x0d"
+    line = json_line({"text": text + r"\x41"})
+    assert printable(line) == line
+    assert json.loads(line) == {"text": text + r"\x41"}
+
+
+def test_a_tokenizer_config_that_is_nested_too_deeply_is_damaged(model: Path) -> None:
+    load_tokenizer().save(model)
+    (model / "tokenizer_config.json").write_text(DEEP)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+        load_with_tokenizer(model)
+
+
+def test_the_advice_of_torch_to_run_code_is_not_passed_on(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "hostile.pth")
+    with pytest.raises(
+        ConfigError, match=r"it contains torch.nn.modules.linear.Linear, which is not"
+    ) as refused:
+        read_info(tmp_path / "hostile.pth")
+    assert "trust" not in str(refused.value)
