@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..io.reading import open_regular, parse_json
 
 # A header of this size would hold a million tensors.
 _LARGEST_HEADER = 100 << 20
@@ -44,11 +44,11 @@ def read_headers(paths: list[Path]) -> WeightHeader:
 
 def _safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(_LARGEST_HEADER, path.stat().st_size):
                 raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length))
         return {
             name: (values["dtype"], tuple(values["shape"]))
             for name, values in header.items()

@@ -6,7 +6,6 @@ error, for what there is still tells something.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..config.options import PretrainConfig
 from ..config.schema import parse_values, read_toml
 from ..errors import ConfigError, UserError
+from ..io.reading import parse_json, read_bytes
 from ..run_folder import RunFolder
 from ..tracking.metrics_file import read_metrics
 
@@ -192,7 +192,7 @@ def _config(path: Path) -> tuple[PretrainConfig, tuple[str, ...]]:
 
 def _environment(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_bytes(path))
     except (OSError, ValueError):
         return {}
     if not isinstance(values, dict):
