@@ -40,7 +40,8 @@ def hidden_files(folder: Path) -> list[str]:
 def checked_train(run: Any, state: Any, train: Any = MODULE.train) -> None:
     """Refuse to train beside what a killed process left."""
     out = Path(run.config.output_dir)
-    left = [name for name in hidden_files(out) if name != ".lock"]
+    # The lock and the mark of the best checkpoint are written by this process.
+    left = [name for name in hidden_files(out) if name != ".lock" and "best.json" not in name]
     if left:
         print("left over:", left, file=sys.stderr, flush=True)
         os._exit(LEFTOVERS)
