@@ -48,7 +48,9 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     typed = {**flags, **typed_values(ctx, PretrainConfig)}
     if typed.get("resume") and not preset and not file:
         output_dir = typed.get("output_dir")
-        run = run_to_resume(typed["resume"], output_dir, complete="data" in typed)
+        run = run_to_resume(
+            typed["resume"], output_dir, complete=bool({"data", *SHAPE_OPTIONS} & typed.keys())
+        )
         file = None if run.config is None else str(run.config)
         if run.output_dir is not None:
             flags = {**flags, "output_dir": run.output_dir}

@@ -85,8 +85,9 @@ class RunFolder:
             UserError: when the folder cannot be written.
         """
         with ExitStack() as held:
-            held.callback(self._remove_if_empty)
             try:
+                if not self.path.exists():
+                    held.callback(self._remove_if_empty)
                 held.enter_context(hold_lock(self.path / ".lock", wait_seconds))
                 if not resume and self.holds_a_run():
                     raise ConfigError(

@@ -17,12 +17,14 @@ from support.tiny_runs import STEPS, assert_same_end, tiny, write_corpus
 
 TESTS = Path(__file__).parents[1]
 KILLS = 48
+MOMENTS = 30
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     # One thread each: a process with threads cannot fork safely, and results do not depend on the machine.
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = {**os.environ, **single, "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **single, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
     command = [sys.executable, str(TESTS / "support" / name), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -39,6 +41,8 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> N
     assert happened["kills"] >= KILLS
     assert happened["during a save"] >= 5
     assert happened["during a removal"] >= 1
+    assert happened["during the final write"] >= 1
+    assert happened["while tokenizing"] >= 1
 
 
 @pytest.mark.alone
@@ -77,3 +81,18 @@ def test_a_disk_that_takes_files_again_gets_the_next_checkpoint(tmp_path: Path) 
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert newest.step == STEPS
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs a tmpfs, which only root mounts"
+)
+def test_a_disk_that_is_full_for_a_while_loses_no_report(tmp_path: Path) -> None:
+    """The end equals that of an undisturbed run to the last bit, after a resume where the run had to stop."""
+    done = run_script("full_disk_runs.py", tmp_path, MOMENTS)
+    logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("log-*"))
+    assert done.returncode == 0, done.stderr + logs
+    happened = json.loads(done.stdout)
+    assert (happened["moments"], happened["tracebacks"]) == (MOMENTS, 0)
+    assert happened["warnings"] > 0

@@ -201,6 +201,30 @@ def test_no_single_bit_of_a_checkpoint_can_flip_unseen(tmp_path: Path) -> None:
     assert stored.problem() is None
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("name", [*FILES, "../best.json"])
+def test_a_fifo_is_damage_and_does_not_block(tmp_path: Path, name: str) -> None:
+    store = filled(tmp_path, 1)
+    store.mark_best(1, 1.0)
+    store.wait()
+    file = tmp_path / "step-00000001" / name
+    file.unlink()
+    os.mkfifo(file)
+    if name in FILES:
+        assert "regular" in str(store.entries()[0].problem()) or "bytes" in str(store.entries()[0].problem())
+    else:
+        assert store.best() is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json"])
+def test_deep_json_is_damage(tmp_path: Path, name: str) -> None:
+    store = filled(tmp_path, 1)
+    (tmp_path / "step-00000001" / name).write_text("[" * 200_000)
+    assert name in str(store.entries()[0].problem())
+    with pytest.raises(CheckpointError, match=name):
+        _ = store.entries()[0].trainer if name == "trainer.json" else store.open(tmp_path / "step-00000001")
+
+
 def test_when_all_are_damaged_the_message_says_so(tmp_path: Path) -> None:
     store = filled(tmp_path, 1, 2)
     for entry in store.entries():
@@ -263,6 +287,26 @@ def test_those_of_every_so_many_steps_stay(tmp_path: Path) -> None:
     store.save(snapshot(7))
     store.wait()
     assert steps_of(store) == [3, 7]
+
+
+def test_rotation_counts_only_checkpoints_that_verify(tmp_path: Path) -> None:
+    filled(tmp_path, 20, 30)
+    for step in (20, 30):
+        file = tmp_path / f"step-000000{step}" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    store = filled(tmp_path, 3, 6, 9, keep=2)
+    assert [entry.step for entry in store.entries() if entry.problem() is None] == [6, 9]
+
+
+def test_a_checkpoint_is_not_saved_before_what_must_come_first(tmp_path: Path) -> None:
+    errors: list[CheckpointError] = []
+    store = CheckpointStore(tmp_path, 2, on_error=errors.append)
+    store.save(snapshot(1), first=lambda: raising(errno.ENOSPC)("metrics.jsonl"))
+    store.wait_until_written()
+    assert steps_of(store) == []
+    assert "step 1 was not saved: No space left on device at metrics.jsonl; free space" in str(errors[0])
 
 
 def test_marking_a_step_without_checkpoint_does_nothing(tmp_path: Path) -> None:

@@ -56,8 +56,34 @@ def test_without_a_size_a_machine_without_gpu_trains_the_tiny_preset(
 
 @pytest.mark.usefixtures("has_gpu")
 def test_the_flag_of_the_original_resumes(run: Command, trained: list[PretrainConfig]) -> None:
-    assert run("pretrain --from_resume 1 --epochs 3").code == 0
+    assert run("pretrain --from_resume 1 --epochs 3 --data a.jsonl").code == 0
     assert (trained[0].resume, trained[0].epochs) == ("auto", 3)
+
+
+@pytest.mark.usefixtures("has_gpu")
+@pytest.mark.parametrize("how", ["--resume", "--resume auto --max-steps 9", "--from_resume 1"])
+def test_a_mistyped_folder_is_not_resumed_with_default_options(
+    run: Command, trained: list[PretrainConfig], how: str, tmp_path: Path
+) -> None:
+    done = run("pretrain", *how.split(), "--output-dir", "typo")
+    assert (done.code, trained) == (2, [])
+    assert done.err.startswith("error: typo holds no run to resume; check --output-dir, or name --data")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["", "checkpoints", "checkpoints/step-00000009"])
+def test_the_path_of_a_run_continues_it_with_its_options(
+    run: Command, trained: list[PretrainConfig], path: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "step-00000009").mkdir(parents=True)
+    folder.describe(PretrainConfig(hidden_size=64, output_dir="where it was trained"), {})
+    done = run("pretrain", "--resume", str(folder.path / path), "--epochs", "3")
+    assert (done.code, trained[0].output_dir, trained[0].hidden_size) == (0, str(folder.path), 64)
+    assert f"Continuing in {folder.path} with the options of {folder.config}" in done.err
+    done = run("pretrain", "--resume", str(folder.path / path), "--output-dir", "other")
+    assert (done.code, trained[1].output_dir, trained[1].hidden_size) == (0, "other", 64)
+    assert "in other with the options of" in done.err
 
 
 @pytest.mark.parametrize("how", ["--from_resume 1", "--resume", "--resume auto"])
@@ -66,8 +92,8 @@ def test_a_resumed_run_keeps_the_options_it_began_with(
 ) -> None:
     began = PretrainConfig(hidden_size=64, epochs=2, batch_size=4, output_dir=str(tmp_path / "run"))
     folder = RunFolder(tmp_path / "run")
-    folder.claim(resume=False)
-    folder.describe(began, {})
+    with folder.claim(resume=False):
+        folder.describe(began, {})
     done = run("pretrain", *how.split(), "--epochs", "3", "--save_dir", str(folder.path))
     assert done.code == 0
     assert trained == [dataclasses.replace(began, epochs=3, resume="auto")]

@@ -229,7 +229,7 @@ def test_processes_that_were_refused_and_started_anew_leave_another_run_alone(
     # A wish for more steps, which --resume would fulfil.
     code, text = launch(torchrun("", corpus, out, "--max-steps", 4, restarts=1), tmp_path)
     assert code != 0
-    assert text.count(f"error: --output-dir {out} already holds a run; go on with it by --resume") == 2
+    assert text.count(f"error: --output-dir {out} already holds a run; continue it with --resume") == 2
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

@@ -165,11 +165,11 @@ def test_precision_is_chosen_and_values_beyond_it_are_refused(tmp_path):
 def test_what_does_not_read_back_as_written_is_not_kept(tmp_path, monkeypatch):
     save(tmp_path / "a")
 
-    def spoil(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def spoil(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str]) -> None:
         tensors["model.norm.weight"].view(torch.int16)[3] ^= 1
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("minimind.formats.huggingface.save_file", spoil)
+    monkeypatch.setattr("minimind.formats.huggingface.write_tensors", spoil)
     with pytest.raises(UserError, match=r"verification failed: model\.norm\.weight did not read back"):
         export_model(tmp_path / "a", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]

@@ -7,6 +7,7 @@ Called with a folder, the number of kills and a seed; prints one JSON object abo
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import random
@@ -39,7 +40,8 @@ def hidden_files(folder: Path) -> list[str]:
 def checked_train(run: Any, train: Any = MODULE.Trainer.train) -> None:
     """Refuse to train beside what a killed process left."""
     out = Path(run.config.output_dir)
-    left = [name for name in hidden_files(out) if "best.json" not in name and "model/" not in name]
+    # The lock and the mark of the best checkpoint are written by this process.
+    left = [name for name in hidden_files(out) if name != ".lock" and "best.json" not in name]
     if left:
         print("left over:", left, file=sys.stderr, flush=True)
         os._exit(LEFTOVERS)
@@ -90,12 +92,12 @@ def ended(child: int, *, wait: bool = False) -> bool:
     return pid != 0
 
 
-def kill_at(child: int, deadline: float, out: Path, pattern: str | None, delay: float) -> bool:
+def kill_at(child: int, deadline: float, pattern: str | None, delay: float) -> bool:
     """Kill a child at a time, or a little after a file appears; return False where it ended before."""
     while time.monotonic() < deadline:
         if ended(child):
             return False
-        if pattern is not None and any(out.glob(pattern)):
+        if pattern is not None and glob.glob(pattern):
             time.sleep(delay)
             break
         time.sleep(0.0005)
@@ -130,18 +132,22 @@ def main(folder: Path, kills: int, seed: int) -> None:
             if count["kills"] >= kills:
                 ended(child, wait=True)
                 break
-            # At a random moment, or while a checkpoint is written, or while an old one is removed.
+            # At a random moment, or at start-up, while a checkpoint is written, and so on.
             pattern = chance.choice(
-                [None, "checkpoints/.step-*.tmp-*", "checkpoints/.step-*.tmp-*/manifest.json",
-                 "checkpoints/.step-*.deleted-*"]
+                [None, f"{out}/.lock", f"{config.cache_dir}/*.building-*", f"{out}/checkpoints/.step-*.tmp-*",
+                 f"{out}/checkpoints/.step-*.tmp-*/manifest.json", f"{out}/checkpoints/.step-*.deleted-*",
+                 f"{out}/.model.tmp", f"{out}/.model.tmp/*.safetensors"]
             )  # fmt: skip
             wait = chance.uniform(0, 0.8 * span) if pattern is None else PATIENCE
-            if not kill_at(child, time.monotonic() + wait, out, pattern, chance.uniform(0, 0.004)):
+            if not kill_at(child, time.monotonic() + wait, pattern, chance.uniform(0, 0.004)):
                 break
             count["kills"] += 1
             left = hidden_files(out) if out.exists() else []
             count["during a save"] += any(".tmp-" in name for name in left)
             count["during a removal"] += any(".deleted-" in name for name in left)
+            count["during the final write"] += ".model.tmp" in left
+            count["while tokenizing"] += bool(glob.glob(f"{config.cache_dir}/*.building-*"))
+            count["before the first step"] += not (out / "metrics.jsonl").exists()
         assert not hidden_files(out), hidden_files(out)
         assert_same_end(out, Path(straight.output_dir))
     print(json.dumps({**count, "seconds": time.monotonic() - began, "span": span}))
