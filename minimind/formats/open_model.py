@@ -183,6 +183,11 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
                 found = load_tokenizer(place)
                 if found.fingerprint == settings.get("tokenizer_fingerprint"):
                     return found
+        initial = settings.get("from_weight")
+        if named is None and initial is not None and Path(initial).exists():
+            of_weights = open_model(initial).tokenizer()
+            if of_weights is not None and of_weights.fingerprint == settings.get("tokenizer_fingerprint"):
+                return of_weights
         raise ConfigError(
             f"the tokenizer of {checkpoint.path}, {named or 'the packaged one'}, was moved or changed; name "
             "it by --tokenizer."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError
-from minimind.formats.open_model import training_tokenizer
+from minimind.formats.open_model import open_model, training_tokenizer
 from minimind.run_folder import RunFolder
 from minimind.tokenizer import PACKAGED, Tokenizer, load_tokenizer, train_tokenizer
 from minimind.training.pretrain import pretrain
@@ -34,6 +35,14 @@ def own(folder: Path) -> Tokenizer:
     return load_tokenizer(str(folder / "own"))
 
 
+def continued(folder: Path, out: Path) -> PretrainConfig:
+    """Return the options of a run that starts from the weights of the first run."""
+    defaults = PretrainConfig()
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    changes = {name: getattr(defaults, name) for name in sizes} | {"from_weight": str(folder / "base")}
+    return tiny_runs.tiny(folder / "corpus.jsonl", out, max_steps=2, **changes)
+
+
 @pytest.mark.parametrize("path", ["base", "base/model", "base/checkpoints"])
 def test_the_tokenizer_beside_the_weights_is_used(folder: Path, path: str) -> None:
     tokenizer, note = training_tokenizer(None, str(folder / path))
@@ -42,10 +51,13 @@ def test_the_tokenizer_beside_the_weights_is_used(folder: Path, path: str) -> No
 
 
 def test_a_run_goes_on_from_weights_with_their_tokenizer(folder: Path, tmp_path: Path) -> None:
-    defaults = PretrainConfig()
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    changes = {name: getattr(defaults, name) for name in sizes} | {"from_weight": str(folder / "base")}
-    pretrain(tiny_runs.tiny(folder / "corpus.jsonl", tmp_path / "next", max_steps=2, **changes))
+    config = continued(folder, tmp_path / "next")
+    pretrain(config, stop_after=1)
+    # There is no final model yet, from which a checkpoint could take its tokenizer.
+    unfinished = open_model(tmp_path / "next").tokenizer()
+    assert unfinished is not None
+    assert unfinished.fingerprint == own(folder).fingerprint
+    pretrain(dataclasses.replace(config, resume="auto"))
     environment = json.loads(RunFolder(tmp_path / "next").environment.read_text())
     assert environment["fingerprints"]["tokenizer"] == own(folder).fingerprint
     evaluations = [line for line in tiny_runs.reports(folder / "base") if "val_loss" in line]

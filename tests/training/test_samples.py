@@ -86,6 +86,7 @@ def test_a_prompt_beyond_the_positions_is_refused_before_the_run(corpus: Path, t
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=48
     )
     save_model(MiniMindForCausalLM(shape), tmp_path / "small")
+    load_tokenizer().save(tmp_path / "small")
     config = tiny(
         corpus,
         tmp_path / "run",
