@@ -96,7 +96,7 @@ print(f"loss {loss_of(batch, targets).item():.2f}, ln(512) = {math.log(512):.2f}
 # %% [markdown]
 # ## Training
 #
-# Forward, backward, step. `minimind.training.trainer` does the same, with everything a long run needs.
+# Forward, backward, step. `minimind.training.step` does the same, with everything a long run needs.
 
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
