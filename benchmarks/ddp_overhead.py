@@ -3,7 +3,7 @@
 Three ways to train the same model on the same rows, each in processes of its own, one after another and
 several times over, so that whatever else the machine does falls on all of them:
 
-    alone   one process with all threads: `pretrain`'s step (`minimind.training.trainer.train_step`)
+    alone   one process with all threads: `pretrain`'s step (`minimind.training.step.train_step`)
     ours    N processes with 1/N of the threads each: the same step, through Accelerate
     bare    N processes likewise: torch and DistributedDataParallel, a loop of a few lines
 
@@ -27,7 +27,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median
-from types import SimpleNamespace
 
 import psutil
 import torch
@@ -38,11 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 from minimind.config.options import PretrainConfig
 from minimind.data.loader import MicroBatch, StepBatch
 from minimind.distributed.accelerator import check_launch, prepare, start_accelerator
-from minimind.distributed.shutdown import StopRequest
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim.build import build_optimizer
-from minimind.training.trainer import TrainState, train_step
+from minimind.training.step import train_step
 
 WARM_UP = 3
 # Reports of a whole run that are not measured: it compiles in the first step.
@@ -215,14 +213,10 @@ def our_step(options: argparse.Namespace, config: PretrainConfig):  # type: igno
     accelerator = start_accelerator(config)
     model = model_of(options)
     optimizer = build_optimizer(model, config, accelerator.device)
-    prepared = prepare(accelerator, model, optimizer, tied=True, accumulation_steps=1)
-    run = SimpleNamespace(
-        config=config, accelerator=accelerator, model=prepared[0], optimizer=prepared[1], stop=StopRequest()
-    )
-    run.meter = SimpleNamespace(seconds_per_step=lambda: None)
+    model, optimizer = prepare(accelerator, model, optimizer, tied=True, accumulation_steps=1)
 
-    def step(rows: StepBatch) -> None:
-        values = train_step(run, rows, TrainState())  # type: ignore[arg-type]
+    def step(batch: StepBatch) -> None:
+        values = train_step(model, optimizer, batch, accelerator, grad_clip=config.grad_clip)
         assert math.isfinite(values[0].item())
 
     return step, accelerator.process_index, accelerator.wait_for_everyone

@@ -172,7 +172,7 @@ class Bench:
                 for name, parameter in self.bare.named_parameters():
                     if name.endswith(WRITING):
                         parameter.zero_()
-        optimizer = build_optimizer(self.bare, config, self.accelerator.device, compiled=self.compiled)
+        optimizer = build_optimizer(self.bare, config, self.accelerator.device, kernels=self.compiled)
         embedding = self.bare.get_input_embeddings().weight
         for group in optimizer.param_groups:
             if any(parameter is embedding for parameter in group["params"]):

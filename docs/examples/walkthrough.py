@@ -96,7 +96,7 @@ print(f"loss {loss_of(batch, targets).item():.2f}, ln(512) = {math.log(512):.2f}
 # %% [markdown]
 # ## Training
 #
-# Forward pass, backward pass, optimizer step. `minimind.training.trainer` does the same and adds what a long
+# Forward pass, backward pass, optimizer step. `minimind.training.step` does the same and adds what a long
 # run needs.
 
 # %%

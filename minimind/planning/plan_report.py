@@ -1,4 +1,4 @@
-"""A run before it is started, in numbers and in lines: sizes, memory, time, money and disk."""
+"""The plan of a run as values and as lines: sizes, memory, time, cost and disk."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from .memory import MemoryEstimate
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will be. Sizes are in bytes, times in seconds.
+    """The plan of a run. Sizes are in bytes, times in seconds.
 
     Attributes:
         config: the options, with all sizes of the model filled in.
-        batches: how a step is divided.
-        parts: parameters by part; a tied head has none of its own.
-        flops_per_token: arithmetic of the model; see `MiniMindConfig.flops_per_token`.
-        data: the tokenized text.
-        tokens_per_epoch: real input tokens in one pass.
-        steps_per_epoch: optimizer steps in one pass.
-        first_step: the step that --resume goes on from, else 0.
+        batches: batches of a step.
+        parts: parameters by part; a tied LM head has none.
+        flops_per_token: of the model; see `MiniMindConfig.flops_per_token`.
+        data: the tokenized data.
+        tokens_per_epoch: input tokens of an epoch, without padding.
+        steps_per_epoch: optimizer steps of an epoch.
+        first_step: the step that --resume continues from, else 0.
         total_steps: optimizer steps of the whole run.
-        total_tokens: real input tokens of the whole run, about.
-        cache_folder: where the tokens lie.
-        cache_bytes: what they take there, about.
+        total_tokens: input tokens of the whole run, about.
+        cache_folder: of the token cache.
+        cache_bytes: its size, about.
         memory: the estimate for one GPU.
         device_memory: of one GPU, None without one.
-        measured: a few real steps, None where they do not fit into the GPU.
-        step_seconds: of a step as it will be, None where nothing was measured.
+        measured: benchmark of a few steps, None where they do not fit into the GPU.
+        step_seconds: of a full step, None where nothing was measured.
         evaluation_seconds: of all evaluations together, about; likewise None.
         checkpoint_bytes: of one checkpoint.
-        disk_bytes: of all checkpoints that lie there at one time, and the model.
-        disk_free: where the output folder is or will be.
-        price_per_hour: of all machines together, None where it was not told.
-        problems: what keeps the run from going well, in sentences.
+        disk_bytes: peak size of all checkpoints, and the model.
+        disk_free: free space of the output folder's disk.
+        price_per_hour: of all machines together, None where not given.
+        problems: sentences about what would go wrong.
     """
 
     config: PretrainConfig
@@ -75,7 +75,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float | None:
-        """The time from the start to the model, None where nothing was measured."""
+        """The time from start to final model, None where nothing was measured."""
         if self.measured is None or self.step_seconds is None or self.evaluation_seconds is None:
             return None
         steps = self.total_steps - self.first_step
@@ -83,19 +83,19 @@ class RunPlan:
 
     @property
     def cost(self) -> float | None:
-        """What the run costs in the currency of the price, None without price or measurement."""
+        """The cost of the run in the currency of the price, None without price or measurement."""
         seconds, price = self.seconds, self.price_per_hour
         return None if seconds is None or price is None else seconds / 3600 * price
 
     @property
     def measured_memory(self) -> int | None:
-        """The peak of the real steps on a GPU, None where they were not those of the run."""
+        """The measured peak on a GPU, None where the steps were smaller than those of the run."""
         if self.measured is None or self.measured.reduced or self.device_memory is None:
             return None
         return round(self.measured.memory_gb * 1e9)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as values that JSON holds."""
+        """Return the plan as JSON values."""
         memory = self.memory
         return {
             "parameters": {"all": self.parameters, **self.parts},
@@ -132,40 +132,40 @@ class RunPlan:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan in rows of a key and a value."""
+        """Return the plan as pairs of a key and a value."""
         return [*self._sizes(), *self._memory_rows(), *self._time_rows(), *self._disk_rows()]
 
     def _sizes(self) -> Iterator[tuple[str, str]]:
-        tied = " (the embedding's)" if self.config.tie_word_embeddings else ""
+        tied = " (tied)" if self.config.tie_word_embeddings else ""
         parts = [
             f"{part} {count(number)}" + (tied if part == "head" else "")
             for part, number in self.parts.items()
         ]
         yield "model", f"{count(self.parameters)} parameters: {', '.join(parts)}"
         total = self.flops_per_token * self.total_tokens
-        yield "arithmetic", f"{count(self.flops_per_token)} FLOP a token, {count(total)} FLOP in all"
+        yield "arithmetic", f"{count(self.flops_per_token)} FLOP per token, {count(total)} FLOP in total"
         data = self.data
         validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
         yield (
             "data",
-            f"{count(self.tokens_per_epoch)} tokens a pass in {data.train.num_documents:,} documents"
+            f"{count(self.tokens_per_epoch)} tokens per epoch in {data.train.num_documents:,} documents"
             f"{validation}",
         )
-        done = "tokenized now" if data.built else "found"
-        yield "cache", f"{size(self.cache_bytes)} in {self.cache_folder}, {done}; the run will use it"
+        how = "tokenized now" if data.built else "found"
+        yield "cache", f"{size(self.cache_bytes)} in {self.cache_folder}, {how}; the run will use it"
         b = self.batches
+        length = self.config.max_seq_len
         yield (
             "step",
-            f"{count(b.global_batch_size * self.config.max_seq_len)} tokens (micro-batch "
-            f"{b.micro_batch_size} x accumulation {b.accumulation_steps} x processes {b.num_processes}, rows "
-            f"of {self.config.max_seq_len})",
+            f"{count(b.global_batch_size * length)} tokens (micro-batch {b.micro_batch_size} x accumulation "
+            f"{b.accumulation_steps} x processes {b.num_processes}, sequences of {length} tokens)",
         )
-        passes = self.total_tokens / max(self.tokens_per_epoch, 1)
+        epochs = self.total_tokens / max(self.tokens_per_epoch, 1)
         left = f", {self.total_steps - self.first_step:,} of them left" if self.first_step else ""
         yield (
             "run",
-            f"{self.total_steps:,} steps{left}, {count(self.total_tokens)} tokens, {passes:.3g} passes, "
-            f"{self.total_tokens / self.parameters:.3g} tokens a parameter",
+            f"{self.total_steps:,} steps{left}, {count(self.total_tokens)} tokens, {epochs:.3g} epochs, "
+            f"{self.total_tokens / self.parameters:.3g} tokens per parameter",
         )
 
     def _memory_rows(self) -> Iterator[tuple[str, str]]:
@@ -190,21 +190,18 @@ class RunPlan:
         tokens = self.batches.global_batch_size * self.config.max_seq_len
         how = f"{measured.steps} steps measured on {measured.device} x {measured.processes}"
         if measured.reduced:
-            how += f", of {measured.batch_size} rows of {measured.max_seq_len} and scaled up"
+            how += f", of {measured.batch_size} sequences of {measured.max_seq_len} tokens and scaled up"
         step = self.step_seconds
         time = f"{step:.3g} s" if step >= 1 else f"{step * 1e3:.3g} ms"
-        yield "speed", f"{count(tokens / step)} tokens/s, {time} a step ({how})"
-        if measured.mfu is None:
-            utilization = "not known: the peak of this device is not known"
-        else:
-            utilization = f"{measured.mfu:.1%} of the peak arithmetic"
-        yield "MFU", utilization
+        yield "speed", f"{count(tokens / step)} tokens/s, {time} per step ({how})"
+        if measured.mfu is not None:
+            yield "MFU", f"{measured.mfu:.1%} of the peak FLOP/s"
         parts = f"steps {duration((self.total_steps - self.first_step) * self.step_seconds)}"
         parts += f", evaluations {duration(self.evaluation_seconds or 0.0)}"
         parts += f", start {duration(measured.start_seconds)}"
         yield "time", f"{duration(seconds)}: {parts}"
         if self.cost is not None:
-            yield "cost", f"{self.cost:,.2f} at {self.price_per_hour:g} an hour"
+            yield "cost", f"{self.cost:,.2f} at {self.price_per_hour:g} per hour"
 
     def _disk_rows(self) -> Iterator[tuple[str, str]]:
         yield (

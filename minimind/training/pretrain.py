@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from ..checkpoint.checkpointer import RunCheckpoints
@@ -31,7 +34,7 @@ from ..distributed.heartbeat import record_start, started_before
 from ..distributed.launcher import watch_launcher
 from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
@@ -53,6 +56,9 @@ from .setup import RunInputs, TrainingParts, build_training, check_auto_batch_si
 from .summary import PretrainResult, banner, summary
 from .throughput import Meter
 from .trainer import Trainer
+
+# The signal handlers and the state of Accelerate belong to one run at a time.
+_RUNNING = threading.Lock()
 
 
 def pretrain(
@@ -87,6 +93,7 @@ def pretrain(
     check_trackers(config)
     check_auto_batch_size(config, model_factory)
     with ExitStack() as closing:
+        closing.enter_context(_torch_for_training())
         session = _open_session(config, started, closing)
         progress, stop = session.progress, session.stop
         source = resume_source(config.resume, session.folder)
@@ -134,6 +141,28 @@ def pretrain(
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
+
+
+@contextmanager
+def _torch_for_training() -> Iterator[None]:
+    """Train with gradients and in float32 whatever the caller has set, and restore the caller's settings.
+
+    Raises:
+        ConfigError: while another call of `pretrain` runs in this process.
+    """
+    if not _RUNNING.acquire(blocking=False):
+        raise ConfigError(
+            "pretrain() is already running in this process; wait for it to end, or use another process."
+        )
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        # Inference mode would make tensors that cannot be trained.
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        _RUNNING.release()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A record of what a few training steps did, operation by operation, for Perfetto or TensorBoard."""
+"""Profiler traces of a few training steps, for Perfetto or TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-# Late enough that compilation is over and the allocator at rest; few, for a trace grows by megabytes a step.
+# After compilation and allocator warm-up; few, because a trace grows by megabytes per step.
 FIRST_STEP, LAST_STEP = 10, 14
 
 
 class ProfileTrace:
-    """Records steps 10 to 14 of this process, counted from where it starts, and writes one file.
+    """Records steps 10 to 14 of this rank, counted from the first one after start or resume.
 
     As a context manager around the training loop, which calls `step` after each optimizer step. The file is
     `FOLDER/process0-steps-10-14.pt.trace.json`: open it at ui.perfetto.dev, in chrome://tracing, or with
-    TensorBoard's profiler. A run that ends within the steps leaves what there is.
+    TensorBoard's profiler. A run that ends within these steps writes those recorded.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class ProfileTrace:
         """Record nothing yet.
 
         Args:
-            folder: where the file goes; made when there is one.
-            device: whose work is recorded besides the host's.
+            folder: of the file; created with it.
+            device: recorded besides the host.
             process_index: part of the file's name.
-            start_step: steps done before, by the run that this one goes on from.
-            note: gets one sentence when the file is written, or why there is none.
+            start_step: steps done before, on a resume.
+            note: gets one sentence with the file's path, or why there is none.
         """
         self._folder, self._process, self._start, self._note = folder, process_index, start_step, note
         self._steps = 0
@@ -48,7 +48,7 @@ class ProfileTrace:
         recorded = LAST_STEP - FIRST_STEP + 1
         self._profiler = profile(
             activities=activities,
-            # One step of warm-up before the first: starting to record is slow itself.
+            # One step of warm-up before the first: starting to record is slow.
             schedule=schedule(wait=FIRST_STEP - 2, warmup=1, active=recorded, repeat=1),
             on_trace_ready=self._write,
         )
@@ -75,7 +75,7 @@ class ProfileTrace:
             )
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        # A run that ended before the first recorded step has nothing to tell.
+        # Nothing was recorded before the first of these steps.
         if self._written or self._steps < FIRST_STEP:
             return
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""How fast a run goes, how long it still takes, and where its time went.
+"""Throughput, remaining time, and time by phase.
 
-On a GPU the host only launches work: it runs some steps ahead of the device, and the time that it takes to
-launch a step says little about the time that the step takes. A report is therefore given the moment at which
-the device had done the step (`readback.HostValues.time`), and the time between two reports is what the device
-took for the steps between them.
+On a GPU the host runs some steps ahead of the device, and the time to launch a step says little about its
+duration. A report is therefore given the time when the device had computed the step
+(`async_metrics.HostValues.time`), and the time between two reports is that of the steps between them.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import torch
 
 # The first steps compile kernels, fill the allocator's pools and start the prefetch: none is typical.
 WARMUP_STEPS = 3
-# The estimate of the time left follows the speed of this many last report intervals.
+# The estimate of the remaining time uses this many last report intervals.
 RECENT_INTERVALS = 10
-# Inside training time: a run that waits for data is slow, and its speed has to show it.
+# Part of training time: the throughput of a run that waits for data must show it.
 _WAITING = "data"
 
 
@@ -37,7 +36,7 @@ class _Mark:
 
 
 class Meter:
-    """Counts steps and tokens against the clock; make it just before the first step."""
+    """Measures steps and tokens per second; create it just before the first step."""
 
     def __init__(
         self,
@@ -54,15 +53,15 @@ class Meter:
         """Start the clock.
 
         Args:
-            flops_per_token: arithmetic for the forward and backward pass of one token.
-            num_processes: devices that share the work.
-            peak_flops: of one device, see `peak_flops_of`; None leaves utilization out of all reports.
-            total_steps: steps of the whole run, for the time left.
-            start_step: steps done before, by the run that this one goes on from.
-            intervals: steps between two phases of a name, such as {"evaluation": 100, "saving": 1000}; the
-                time left counts those that are to come, one of them after the last step.
-            device: whose memory is reported; None or a device without its own counter: the process.
-            clock: seconds that never go back.
+            flops_per_token: of forward and backward pass.
+            num_processes: world size.
+            peak_flops: of one device, see `peak_flops_of`; None reports no MFU.
+            total_steps: steps of the whole run, for the remaining time.
+            start_step: steps done before, on a resume.
+            intervals: steps between phases by name, such as {"evaluation": 100, "saving": 1000}; the
+                remaining time includes those to come, one of each after the last step.
+            device: whose memory is reported; None or not CUDA for the memory of the process.
+            clock: monotonic seconds.
         """
         self._flops_per_token = flops_per_token
         self._peak = None if peak_flops is None else peak_flops * num_processes
@@ -88,10 +87,10 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Book the time inside under `name`; phases do not nest.
+        """Count the time inside as `name`; phases do not nest.
 
         `data` is waiting for a batch and belongs to training. Any other phase (`evaluation`, `saving`,
-        `compile`) is left out of the speed.
+        `compile`) does not count for the throughput.
         """
         began = self._clock()
         try:
@@ -101,7 +100,7 @@ class Meter:
             self._phase_counts[name] = self._phase_counts.get(name, 0) + 1
 
     def step(self, num_tokens: int) -> None:
-        """Count a step that the host has launched, with its real tokens over all processes."""
+        """Count a step that the host has launched, with its tokens over all ranks, without padding."""
         self._step += 1
         self._tokens += num_tokens
         self._tokens_at.append((self._step, self._tokens))
@@ -115,11 +114,11 @@ class Meter:
         self._mark = None if self._mark is None else self._marked(step, self._tokens, self._clock())
 
     def report(self, step: int, at: float | None = None) -> dict[str, float]:
-        """Return the numbers of the interval that ends with `step`; call it when the step's values arrive.
+        """Return the metrics of the interval that ends with `step`; call it when the step's values are read.
 
         Args:
             step: optimizer steps done.
-            at: when the device had done them, by the same clock; None for now.
+            at: when the device had computed them, by the same clock; None for now.
 
         Returns:
             `elapsed` seconds since the start; `memory_gb` (10^9 bytes: the most allocated so far on a CUDA
@@ -153,7 +152,7 @@ class Meter:
         return sum(seconds for _, seconds in self._recent) / steps if steps else None
 
     def seconds_of(self, phase: str) -> float:
-        """Return what a phase took on average, 0 where there was none yet."""
+        """Return the mean time of a phase, 0 where there was none yet."""
         count = self._phase_counts.get(phase, 0)
         return self._phase_seconds[phase] / count if count else 0.0
 
@@ -175,7 +174,7 @@ class Meter:
         return values | self._speed(self._tokens / max(elapsed, 1e-9))
 
     def bottleneck(self) -> str:
-        """Say in one sentence what kept the run from being faster, or that nothing stands out."""
+        """Return a sentence about what limited the speed, or that nothing stands out."""
         totals = self.totals()
         elapsed = max(totals["elapsed"], 1e-9)
 

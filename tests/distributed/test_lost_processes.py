@@ -211,8 +211,8 @@ def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp
             wait_for(lambda saved=saved: stored_checkpoints(out / "checkpoints")[-1].step > saved)
         os.kill(pid_of(process.pid, 0), signal.SIGTERM)
         text, _ = process.communicate(timeout=PATIENCE)
-    assert "restart 1 by the launcher: going on as with --resume." in text
-    assert "restart 2 by the launcher: going on as with --resume." in text
+    assert "restart 1 by the launcher: resuming as with --resume." in text
+    assert "restart 2 by the launcher: resuming as with --resume." in text
     assert text.count("resuming from step") == 2
     assert text.count("stopped by SIGTERM") == 1
     steps = [row["step"] for row in rows(out) if "loss" in row]

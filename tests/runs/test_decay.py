@@ -63,7 +63,7 @@ def branched(tmp_path_factory: pytest.TempPathFactory) -> Branched:
             return {"wandb": "id-of-the-trunk"}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("minimind.training.pretrain"), "Trackers", Charted)
+        patch.setattr(importlib.import_module("minimind.training.outputs"), "Trackers", Charted)
         trunk = tiny(corpus, folder / "trunk", **STABLE, keep_every=4, save_interval=STEPS)
         assert pretrain(trunk, stop_after=13).stopped
         before = contents(folder / "trunk")
@@ -181,8 +181,8 @@ def checkpoint(folder: Path, step: int, total_steps: int = 100, **options: Any) 
     settings = dataclasses.asdict(PretrainConfig(**{"batch_size": 4, "max_seq_len": 16, **options}))
     settings |= {"global_batch_size": 8, "total_steps": total_steps, "steps_per_epoch": 60}
     ending = options.pop("ending", None)
-    state = TrainState(step=step, tokens=step * 100, ending=ending)
-    trainer = {"step": step, "settings": settings, "state": dataclasses.asdict(state)}
+    state = TrainState(step=step, tokens=step * 100, decay_window=ending)
+    trainer = {"step": step, "settings": settings, "state": state.to_dict()}
     (path / "trainer.json").write_text(json.dumps(trainer))
     return StoredCheckpoint(path, step)
 

@@ -28,7 +28,7 @@ from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import parse_values, read_toml, write_toml
 from minimind.tracking.console import Progress
 from minimind.training.summary import PretrainResult
-from minimind.training.trainer import END_SECONDS
+from minimind.training.trainer import END_SECONDS, Trainer
 from support.cycle_corpus import WORDS, write_corpus
 from support.step_clock import StepClock
 
@@ -352,3 +352,40 @@ def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: p
     ]
     assert evaluations[-1] < 0.52 * evaluations[0]
     assert result.sample
+
+
+def test_a_run_does_not_depend_on_the_callers_torch_settings(corpus: Path, tmp_path: Path) -> None:
+    expected = pretrain(tiny(corpus, tmp_path / "usual", max_steps=3))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            found = pretrain(tiny(corpus, tmp_path / "unusual", max_steps=3))
+            assert torch.is_inference_mode_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        again = pretrain(tiny(corpus, tmp_path / "no-grad", max_steps=3))
+        assert not torch.is_grad_enabled()
+    assert found.loss == again.loss == expected.loss
+    assert found.val_loss == again.val_loss == expected.val_loss
+
+
+def test_a_second_run_in_the_same_process_is_refused_while_one_runs(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+    original = Trainer.validate
+
+    def validate(run: Trainer) -> None:
+        with pytest.raises(ConfigError, match="already running in this process") as error:
+            pretrain(tiny(corpus, tmp_path / "second"))
+        refused.append(str(error.value))
+        original(run)
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    assert pretrain(tiny(corpus, tmp_path / "first", max_steps=1)).steps == 1
+    assert len(refused) == 1
+    assert not (tmp_path / "second").exists()
+    # And the next one may run.
+    assert pretrain(tiny(corpus, tmp_path / "third", max_steps=1, val_fraction=0.0)).steps == 1
