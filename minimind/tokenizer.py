@@ -259,7 +259,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {_FIX}") from error
     except (ValueError, RecursionError) as error:

@@ -452,3 +452,11 @@ def test_unknown_tokens_carry_their_bytes_and_are_warned_of(tmp_path):
     assert "unknown     40.00% of the training tokens are the unknown token" in data.report.lines()
     ids = data.train.tokens(0, data.train.num_tokens)
     assert data.train.bytes_per_token(tokenizer)[ids].sum() == pytest.approx(20 * len(text.encode()))
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    SHIPPED.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = tmp_path / name
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_tokenizer(tmp_path).fingerprint == SHIPPED.fingerprint

@@ -155,7 +155,7 @@ def prepare_data(
             stacklevel=2,
         )
     if opened.corrupt is not None:
-        corrupt = f"the token cache was corrupt and was built again: {opened.corrupt}."
+        corrupt = f"the token cache was damaged and was built again: {opened.corrupt}."
         warnings.warn(corrupt, stacklevel=2)
         report = dataclasses.replace(report, notes=(*report.notes, corrupt))
     report = dataclasses.replace(

@@ -97,7 +97,7 @@ def test_a_file_that_is_missing_is_named_and_built_again(tmp_path, tokenizer):
     prepare(tmp_path, tokenizer)
     (file,) = (tmp_path / "cache").rglob("train.blocks.crc")
     file.unlink()
-    with pytest.warns(UserWarning, match=r"corrupt .* train\.blocks\.crc|train\.blocks\.crc is missing"):
+    with pytest.warns(UserWarning, match=r"damaged .*train\.blocks\.crc is missing"):
         assert prepare(tmp_path, tokenizer).built
 
 
