@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all."""
+"""File primitives: atomic writes, append-only files, locks, and reading of regular files only."""

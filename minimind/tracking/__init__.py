@@ -1,1 +1,1 @@
-"""What a run reports: the console, metrics.jsonl and experiment trackers."""
+"""Reporting of a run: console, metrics.jsonl and experiment trackers."""

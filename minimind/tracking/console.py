@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line in a terminal, plain lines in a pipe or a file."""
+"""Console output of a run: a progress bar in a terminal, plain lines in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from rich.text import Text
 
 from ..formatting import count, format_evaluation_metrics, format_train_metrics
 
-# In a pipe, a line about the preparation of data at most so often.
+# Shortest interval between lines about data preparation, in a pipe.
 SECONDS_BETWEEN_LINES = 10.0
 
 BAR_WIDTH = 20
-# What a narrow terminal does without, in this order.
-LEAVE_OUT = ("memory_gb", "learning_rate", "mfu", "tokens_per_second")
+# Values to drop in a narrow terminal, in this order.
+DROP_WHEN_NARROW = ("memory_gb", "learning_rate", "mfu", "tokens_per_second")
 
 Rows = Sequence[tuple[str, str]]
 
 
 class Progress:
-    """Shows a run on a stream. In a terminal a bar stays at the bottom, redrawn by a thread of rich.
+    """Shows a run on a stream; in a terminal, with a progress bar that a thread of rich redraws.
 
-    A stream that is closed, or cannot show a character, never stops a run: the text is dropped, or the
-    character replaced.
+    A closed stream or an unencodable character never stops a run: output is dropped or replaced.
     """
 
     def __init__(self, total_steps: int = 0, enabled: bool = True, stream: TextIO | None = None) -> None:
-        """Show nothing yet.
+        """Write nothing yet.
 
         Args:
-            total_steps: steps of the whole run; `start` may tell it later.
-            enabled: False on all processes but one: nothing is ever written.
-            stream: where to; standard output where None.
+            total_steps: steps of the whole run; `start` may set it later.
+            enabled: False on all ranks but one: nothing is written.
+            stream: output stream, by default standard output.
         """
         self.total_steps = total_steps
         stream = sys.stdout if stream is None else stream
@@ -48,28 +47,28 @@ class Progress:
         self._data_done = False
         if self._stream is not None and self._stream.isatty():
             console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
-            # A dumb terminal cannot take a line back.
+            # A dumb terminal cannot redraw a line.
             self._console = None if console.is_dumb_terminal else console
 
     def start(self, total_steps: int, step: int = 0) -> None:
-        """Set the length of the run and, in a terminal, show the bar before there is a first report."""
+        """Set the length of the run and, in a terminal, show the bar before the first report."""
         self.total_steps = total_steps
         if self._console is not None:
             self._show("train", step, total_steps, {})
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show a report of the training loop; the time left runs down until the next one."""
+        """Show training metrics; the remaining time counts down until the next report."""
         if self._console is not None:
             self._show("train", step, self.total_steps, values)
         else:
             self._line(" | ".join([f"step {step}/{self.total_steps}", *format_train_metrics(values)]))
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the result of an evaluation in a line that stays."""
+        """Show the result of an evaluation in a permanent line."""
         self._line(" | ".join([f"step {step}/{self.total_steps}", *format_evaluation_metrics(values)]))
 
     def warn(self, text: str) -> None:
-        """Show a sentence that deserves attention."""
+        """Show a warning."""
         self._line(f"warning: {text}", style="yellow")
 
     def note(self, text: str) -> None:
@@ -77,15 +76,15 @@ class Progress:
         self._line(text)
 
     def banner(self, rows: Rows) -> None:
-        """Show what the run is, a row for each key and value."""
+        """Show a table with one row per key and value."""
         width = max((len(key) for key, _ in rows), default=0)
         for key, value in rows:
             self._line(f"{key + ':':<{width + 1}} {value}")
 
     def data_build(self, done: int, total: int) -> None:
-        """Show how many bytes of text of how many are prepared; call it as often as convenient.
+        """Show how many bytes of the data are prepared; call it as often as convenient.
 
-        Where it is not known how many there are, `total` is 0, and one line says all there is to say.
+        If the total is unknown, `total` is 0, and a single line is shown.
         """
         if self._data_done:
             return
@@ -104,19 +103,19 @@ class Progress:
             self._line(f"preparing data: {count(done)}B of {count(total)}B ({done / total:.0%})")
 
     def summary(self, rows: Rows) -> None:
-        """Take the bar away and show how the run ended, a row for each key and value."""
+        """Remove the bar and show a table of results."""
         self.close()
         self._line("")
         self.banner(rows)
 
     def close(self) -> None:
-        """Take the bar away; safe to repeat, and a later report brings it back."""
+        """Remove the bar; safe to repeat. A later report shows it again."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _show(self, kind: str, done: int, total: int, values: Mapping[str, Any]) -> None:
-        """Draw the bar, beginning a new one where there is none or it shows something else."""
+        """Draw the bar; start a new one if there is none, or if it shows something else."""
         if self._bar is not None and self._bar.tasks[0].fields["kind"] != kind:
             self.close()
         shown: dict[str, Any] = {"completed": done, "total": total or None}
@@ -139,7 +138,7 @@ class Progress:
 
 
 class _Numbers(ProgressColumn):
-    """The numbers after the bar; rich asks for them anew at each redraw."""
+    """The numbers after the bar, rendered at each redraw."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -154,7 +153,7 @@ class _Numbers(ProgressColumn):
             passed = time.monotonic() - task.fields["since"]
             values["eta_seconds"] = max(values["eta_seconds"] - passed, 0.0)
         room = self._console.width - BAR_WIDTH - 1
-        for name in ("", *LEAVE_OUT):
+        for name in ("", *DROP_WHEN_NARROW):
             values.pop(name, None)
             line = " | ".join([f"step {done}/{total}", *format_train_metrics(values)])
             if len(line) <= room:
@@ -163,9 +162,9 @@ class _Numbers(ProgressColumn):
 
 
 class _ForgivingStream:
-    """A text stream that takes any text and survives its reader's end.
+    """A text stream that accepts any text and ignores a closed reader.
 
-    A reader that goes away (`| head`, a closed terminal) must not end a run that is hours old.
+    A closed pipe (`| head`) or terminal must not end a run after hours of training.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""What a run ran on, for the record: versions, hardware, source revision and command line."""
+"""Description of a run's environment: versions, hardware, source revision and command line."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ HIDDEN = "***"
 
 
 def describe_environment(device: torch.device | str) -> dict[str, Any]:
-    """Return a description of machine and software that JSON can hold; nothing in it ever fails a run.
+    """Return a JSON-serializable description of machine and software. Never raises.
 
     Args:
-        device: the one that this process trains on.
+        device: the device of this process.
     """
     device = torch.device(device)
     return {
@@ -70,11 +70,11 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
 
 
 def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, Any]:
-    """Return how the processes of a run were started, as far as the launcher told.
+    """Return how the processes of a run were launched.
 
     Args:
         accelerator: of this run.
-        compiled: the model is.
+        compiled: whether the model is compiled.
     """
     kind = "one process" if accelerator.num_processes == 1 else "DDP"
     return {
@@ -84,7 +84,7 @@ def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, An
         "on_cpu": accelerator.device.type == "cpu",
         "precision": accelerator.mixed_precision,
         "compiled": compiled,
-        # How FSDP divides the model; nothing else of the environment is anyone's business.
+        # How FSDP shards the model; other variables may hold secrets.
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -97,7 +97,7 @@ def hide_secrets(arguments: Sequence[str]) -> list[str]:
     """Return a command line without the values that look like keys, tokens or passwords.
 
     A value is hidden after an option such as `--api-key` (or in `--api-key=...`, `WANDB_API_KEY=...`) that
-    is not one of this program's own, and between `//` and `@` in an address.
+    is not an option of this program, and between `//` and `@` in an address.
     """
     shown: list[str] = []
     hide_next = False

@@ -209,7 +209,9 @@ class Trackers:
 
     def _drop(self, name: str, what: str, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [""])[0]
-        self._warn(f"tracker {name} {what} ({type(error).__name__}: {reason}); training goes on without it.")
+        self._warn(
+            f"tracker {name} {what} ({type(error).__name__}: {reason}); training continues without it."
+        )
 
 
 class _Text(str):

@@ -1,4 +1,4 @@
-"""A flipped byte or a cut at 20 offsets of every file of a checkpoint is found without a traceback."""
+"""A flipped byte or a cut at 20 offsets of every file of a checkpoint is found, without a traceback."""
 
 from __future__ import annotations
 

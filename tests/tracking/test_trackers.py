@@ -250,7 +250,7 @@ def test_tracker_that_cannot_start_is_reported_and_training_goes_on(desk, packag
     trackers.close()
     assert desk.warnings == [
         f"tracker {package.__name__} could not be started (ConnectionError: no network); "
-        "training goes on without it."
+        "training continues without it."
     ]
     assert len(desk.lines()) == 1
 
