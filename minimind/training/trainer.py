@@ -248,8 +248,8 @@ class Trainer:
         """Evaluate before the first step, so that an evaluation that fails does so at once.
 
         A new run evaluates and reports what later evaluations do, the baseline of its curve. A resumed run
-        evaluates one batch, and makes up for an evaluation that was due at its checkpoint, or for the mark of the
-        best checkpoint that follows it.
+        evaluates one batch, and makes up for an evaluation that was due at its checkpoint, or for the mark of
+        the best checkpoint that follows it.
         """
         if self.evaluator is None:
             return
