@@ -238,7 +238,8 @@ def _evaluation_batches(
         sequences = math.ceil(data.validation.num_tokens / config.max_seq_len)
     once = math.ceil(sequences / (batches.micro_batch_size * batches.num_processes))
     interval = config.evaluation_interval
-    times = math.ceil(total_steps / interval) - first_step // interval
+    # A new run also evaluates before its first step.
+    times = math.ceil(total_steps / interval) - first_step // interval + (first_step == 0)
     return times * min(once, config.eval_batches or once)
 
 

@@ -70,8 +70,8 @@ def pretrain(
 ) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
-    Under `accelerate launch` every rank calls this. SIGTERM and SIGINT end the run after the current step
-    with a checkpoint; `PretrainResult.stopped` says so.
+    Under `accelerate launch` every rank calls this. SIGTERM and SIGINT end the run after the current step,
+    with a checkpoint; see `PretrainResult.stopped`.
 
     Args:
         config: all options.
@@ -157,7 +157,6 @@ def _torch_for_training() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        # Inference mode would make tensors that cannot be trained.
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
@@ -436,8 +435,8 @@ def _summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str)
         sample=sample,
         stopped=_stop_reason(trainer) if state.stopping else None,
     )
-    rows = summary(result, totals, trainer.meter.bottleneck(), state.skipped_steps, state.rewinds)
-    trainer.progress.summary(rows)
+    bottleneck = trainer.meter.bottleneck()
+    trainer.progress.summary(summary(result, totals, bottleneck, state.skipped_steps, state.rewinds))
     return result
 
 

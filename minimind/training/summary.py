@@ -88,8 +88,8 @@ def banner(
         (
             "steps",
             f"{total_steps:,} of up to {count(tokens)} tokens (micro-batch {plan.micro_batch_size} x "
-            f"accumulation {plan.accumulation_steps} x processes {plan.num_processes}, rows of "
-            f"{config.max_seq_len})",
+            f"accumulation {plan.accumulation_steps} x processes {plan.num_processes}, sequences "
+            f"of {config.max_seq_len} tokens)",
         ),
         (
             "device",
@@ -134,7 +134,7 @@ def summary(
         )
     if rewinds:
         rows.append(
-            ("rewound", f"{rewinds} times, leaving rows out; see {result.model_dir.parent / 'spikes'}")
+            ("rewound", f"{rewinds} times, excluding sequences; see {result.model_dir.parent / 'spikes'}")
         )
     if result.sample:
         rows.append(("sample", " ".join(result.sample.split())))

@@ -245,18 +245,22 @@ class Trainer:
         self.reports.evaluation(self.state.step, result)
 
     def sanity_check_validation(self) -> None:
-        """Evaluate one batch before the first step, so that an evaluation that fails does so at once.
+        """Evaluate before the first step, so that an evaluation that fails does so at once.
 
-        A resumed run also makes up for an evaluation that was due at its checkpoint, or for the mark of the
-        best checkpoint that follows it.
+        A new run evaluates and reports what later evaluations do, the baseline of its curve. A resumed run
+        evaluates one batch, and makes up for an evaluation that was due at its checkpoint, or for the mark of
+        the best checkpoint that follows it.
         """
         if self.evaluator is None:
             return
         state = self.state
         with self.meter.phase("evaluation"):
-            result = self.evaluator.evaluate(1)
-        if state.step == 0 and result is not None:
-            self.reports.evaluation(self.state.step, result)
+            batches = self.config.eval_batches if state.step == 0 else 1
+            result = self.evaluator.evaluate(batches, self.stop)
+        if result is None:
+            state.stopping = True
+        elif state.step == 0:
+            self.reports.evaluation(0, result)
         elif state.step == self.total_steps or state.step % self.config.evaluation_interval == 0:
             step, loss = run_on_main_and_broadcast(
                 self.accelerator, lambda: last_with(self.outputs.metrics_path, "val_loss") or (-1, None)

@@ -123,7 +123,7 @@ def test_time_and_cost_count_the_start_the_steps_and_the_evaluations(
 ) -> None:
     config = tiny_runs.tiny(corpus, tmp_path / "out", eval_batches=1)
     plan = plan_run(config, price_per_hour=3600.0, quiet=True)
-    evaluations = -(-plan.total_steps // 5)
+    evaluations = 1 + -(-plan.total_steps // 5)
     assert plan.evaluation_seconds == pytest.approx(0.2 * evaluations)
     assert plan.seconds == pytest.approx(7.0 + plan.total_steps * 1.0 + 0.2 * evaluations)
     assert plan.cost == pytest.approx(plan.seconds)

@@ -389,3 +389,13 @@ def test_a_second_run_in_the_same_process_is_refused_while_one_runs(
     assert not (tmp_path / "second").exists()
     # And the next one may run.
     assert pretrain(tiny(corpus, tmp_path / "third", max_steps=1, val_fraction=0.0)).steps == 1
+
+
+def test_step_0_evaluates_what_later_evaluations_do(corpus: Path, tmp_path: Path) -> None:
+    """With a learning rate of almost 0 the model stays the same, so the losses must be equal."""
+    out = tmp_path / "out"
+    pretrain(tiny(corpus, out, max_steps=1, learning_rate=1e-12))
+    first, last = (row for row in metrics(out) if "val_loss" in row)
+    assert (first["step"], last["step"]) == (0, 1)
+    assert first["val_tokens"] == last["val_tokens"] > 4 * 64
+    assert first["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
