@@ -63,7 +63,11 @@ def test_the_source_archive_holds_what_a_build_needs(built: dict[str, Path]) -> 
     assert any(name.startswith("minimind/assets/") for name in names)
 
 
-def test_it_installs_in_an_empty_environment_and_runs(built: dict[str, Path], tmp_path: Path) -> None:
+def test_it_installs_in_an_empty_environment_and_runs(
+    built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A checkout on this path would come before what is installed.
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     # The wheel was built from the source archive, so this speaks for both.
     ran(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv/bin/python"

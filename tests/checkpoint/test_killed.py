@@ -16,8 +16,8 @@ from minimind.checkpoint.files import latest_checkpoint, stored_checkpoints
 from support.tiny_runs import STEPS, assert_same_end, tiny, write_corpus
 
 TESTS = Path(__file__).parents[1]
-KILLS = 48
-MOMENTS = 30
+KILLS = 32
+MOMENTS = 12
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

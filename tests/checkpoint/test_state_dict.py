@@ -15,7 +15,7 @@ import torch
 from torch.amp import GradScaler
 
 from minimind.checkpoint.files import StoredCheckpoint
-from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict, reserve_host_memory
+from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict
 from minimind.checkpoint.store import CheckpointStore, Snapshot
 from minimind.distributed.collectives import run_on_main_and_broadcast
 from minimind.errors import CheckpointError
@@ -168,49 +168,6 @@ def test_missing_unknown_and_untied_parameters_are_named(tmp_path: Path) -> None
     del optimizer.param_groups[1]
     with pytest.raises(CheckpointError, match="other groups of parameters"):
         load_state_dict(accelerator, model, optimizer, checkpoint)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
-    accelerator, model, optimizer = topologies.start(cpu=False)
-    reserve_host_memory(accelerator, model, optimizer)
-    topologies.train(accelerator, model, optimizer, 0, 3)
-    snapshot = gather_state_dict(accelerator, model, optimizer, {"step": 3})
-    losses = topologies.train(accelerator, model, optimizer, 3, 6)
-    assert snapshot is not None
-    assert all(tensor.is_pinned() for tensor in snapshot.weights.values())
-    checkpoint = saved(tmp_path, snapshot)
-    for cpu in (False, True):
-        topologies.forget_accelerator()
-        accelerator, model, optimizer = topologies.start(cpu=cpu, seed=4)
-        load_state_dict(accelerator, model, optimizer, checkpoint)
-        again = gather_state_dict(accelerator, model, optimizer, {"step": 3})
-        assert again is not None
-        for kind in ("weights", "optimizer_state"):
-            for name, tensor in getattr(checkpoint, kind)().items():
-                assert torch.equal(getattr(again, kind)[name], tensor), name
-        assert topologies.train(accelerator, model, optimizer, 3, 6) == pytest.approx(losses, rel=1e-4)
-        checkpoint = saved(tmp_path / str(cpu), again)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_pinned_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
-    accelerator, model, optimizer = topologies.start(cpu=False)
-    topologies.train(accelerator, model, optimizer, 0, 1)
-    store = CheckpointStore(tmp_path, 1)
-    addresses = []
-    for step in range(3):
-        store.wait_until_written()
-        snapshot = gather_state_dict(accelerator, model, optimizer, {"step": step})
-        assert snapshot is not None
-        tensors = [*snapshot.weights.values(), *snapshot.optimizer_state.values()]
-        addresses.append({tensor.data_ptr() for tensor in tensors})
-        store.save(snapshot)
-        del snapshot, tensors
-    store.wait()
-    assert addresses[0] == addresses[1] == addresses[2]
 
 
 def test_extra_may_not_take_the_names_collect_uses() -> None:

@@ -157,19 +157,6 @@ def test_closing_stops_the_thread_and_it_runs_only_so_far_ahead(shards):
     assert not _prefetch_threads()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_steps_equal_those_of_the_cpu(shards):
-    for ours, theirs in zip(
-        loader_for(shards, device="cuda").steps(0), loader_for(shards).steps(0), strict=True
-    ):
-        for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True):
-            torch.testing.assert_close(a.input_ids.cpu(), b.input_ids)
-            torch.testing.assert_close(a.shift_labels.cpu(), b.shift_labels)
-            torch.testing.assert_close(a.document_ids.cpu(), b.document_ids)
-            torch.testing.assert_close(a.position_ids.cpu(), b.position_ids)
-
-
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("process", [0, 2])
 def test_the_pieces_of_a_step_spell_its_rows(shards, packing, process):

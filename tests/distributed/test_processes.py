@@ -117,7 +117,7 @@ def test_a_step_that_does_not_divide_ends_every_process_with_a_sentence(tmp_path
     ends = [child.communicate(timeout=60) for child in children]
     assert [child.returncode for child in children] == [2, 2]
     assert ends[0][1].splitlines()[-1] == (
-        "error: --global-batch-size 12 is not a multiple of 8 rows (--batch-size 4 x 2 processes); "
+        "error: --global-batch-size 12 is not a multiple of 8 sequences (--batch-size 4 x 2 processes); "
         "use --global-batch-size 8 or 16, or --batch-size 3."
     )
     assert not any("Traceback" in error for _, error in ends)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minimind.config.options import PretrainConfig
 from minimind.data.loader import MicroBatch
 from minimind.training.cuda_graph import WARMUP, ForwardBackwardGraph, unsupported_reason
-from minimind.training.pretrain import pretrain
 
 
 class RecordedGraph:
@@ -221,37 +217,3 @@ def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | Non
     } | change
     device = torch.device(options.pop("device"))
     assert unsupported_reason(device, **options) == reason
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumulation: int) -> None:
-    losses = {}
-    ways = {"with": (True, True), "without": (True, False), "with, not compiled": (False, True)}
-    for name, (compiled, graphs) in ways.items():
-        config = PretrainConfig(
-            hidden_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_seq_len=128,
-            batch_size=4,
-            accumulation_steps=accumulation,
-            max_steps=12,
-            eval_interval=5,
-            log_interval=1,
-            compile=compiled,
-            cuda_graphs=graphs,
-            output_dir=str(tmp_path / name),
-            cache_dir=str(tmp_path / "cache"),
-            tracker=("none",),
-        )
-        pretrain(config)
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [
-            row.get("loss", row.get("val_loss")) for row in rows if "loss" in row or "val_loss" in row
-        ]
-    assert losses["with"] == pytest.approx(losses["without"], rel=1e-4)
-    assert losses["with, not compiled"] == pytest.approx(losses["without"], rel=1e-3)
-    assert len(losses["with"]) >= 12
