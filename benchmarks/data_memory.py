@@ -1,4 +1,4 @@
-"""Peak memory of tokenizing a small and a large file, and of loading the large one; each in a process."""
+"""Peak memory of tokenizing a small and a large file, and of loading the large one, in separate processes."""
 
 from __future__ import annotations
 

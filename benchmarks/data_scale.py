@@ -1,7 +1,7 @@
-"""How long a run over very much text takes to its first step, and what memory that needs.
+"""Time and memory until the first step of a run on a very large corpus.
 
 The index of the documents is written as a build writes it; the tokens are holes in sparse files, so that 100
-billion of them fit on a small disk. Each measurement is a process of its own.
+billion of them fit on a small disk. Each measurement runs in a separate process.
 """
 
 from __future__ import annotations

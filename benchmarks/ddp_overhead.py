@@ -1,6 +1,6 @@
-"""What several processes cost, and what this trainer adds to bare DDP.
+"""Overhead of several processes, and of this trainer compared with bare DDP.
 
-Three ways to train the same model on the same rows, each in processes of its own, one after another and
+Three ways to train the same model on the same sequences, each in separate processes, one after another and
 several times over, so that whatever else the machine does falls on all of them:
 
     alone   one process with all threads: `pretrain`'s step (`minimind.training.step.train_step`)

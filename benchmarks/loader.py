@@ -1,4 +1,4 @@
-"""How fast one process builds rows, without a model."""
+"""Speed of one process that builds sequences, without a model."""
 
 from __future__ import annotations
 

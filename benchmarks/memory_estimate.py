@@ -1,6 +1,6 @@
 """The estimate of a run's memory against the peak of real steps on a GPU.
 
-Each line is a `benchmark` of a few steps in a process of its own. On a CPU there is no peak to compare with:
+Each line is a `benchmark` of a few steps in a separate process. On a CPU there is no peak to compare with:
 --allow-cpu shows that the script runs, and the estimates.
 
     python benchmarks/memory_estimate.py

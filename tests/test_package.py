@@ -1,4 +1,4 @@
-"""The package as it is handed out: what a wheel and a source archive hold, and that they install and run."""
+"""The distributed package: what a wheel and a source archive hold, and that they install and run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_source_archive_holds_what_a_build_needs(built: dict[str, Path]) -> 
 
 
 def test_it_installs_in_an_empty_environment_and_runs(built: dict[str, Path], tmp_path: Path) -> None:
-    # The wheel was built from the source archive, so this speaks for both.
+    # The wheel was built from the source archive, so this checks both.
     ran(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv/bin/python"
     pip = (sys.executable, "-m", "pip", "--python", python)

@@ -60,7 +60,7 @@ def test_micro_batches_of_a_power_of_two_are_the_powers_below():
         ({"batch_size": "auto", "global_batch_size": 96}, 96),
     ],
 )
-def test_auto_leaves_a_step_the_rows_of_the_default(options, rows):
+def test_auto_leaves_a_step_the_sequences_of_the_default(options, rows):
     config = PretrainConfig(**options)
     assert sequences_per_step(config, 2) == rows
     if options["batch_size"] != "auto":

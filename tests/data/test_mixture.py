@@ -1,4 +1,4 @@
-"""Entries with weights: shares are met, nothing repeats within a pass, any place is found."""
+"""Entries with weights: shares are met, nothing repeats within an epoch, any position is found."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_no_document_comes_again_before_its_entry_was_read_whole(
 
 @quick
 @given(entries, packings, st.integers(0, 99), st.integers(0, 40))
-def test_a_stream_reads_each_pass_whole_and_once(make_shards, lengths, packing, seed, cuts):
+def test_a_stream_reads_each_epoch_whole_and_once(make_shards, lengths, packing, seed, cuts):
     shards = make(make_shards, lengths)
     order = order_of(shards, weights_for(lengths, seed), seq_len=8, packing=packing, seed=seed)
     for part, stream in zip(shards.parts, order._streams, strict=True):
@@ -156,7 +156,7 @@ def test_shares_are_met_within_each_window_of_a_larger_corpus(make_shards):
     assert passes[1] > 5
 
 
-def test_padded_rows_meet_the_shares_by_the_mean_of_an_entry(make_shards):
+def test_padded_sequences_meet_the_shares_by_the_mean_of_an_entry(make_shards):
     rng = np.random.default_rng(0)
     lengths = [rng.integers(2, 60, 2000).tolist(), rng.integers(20, 30, 1000).tolist()]
     shards = make(make_shards, lengths)
@@ -200,7 +200,9 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(
 
 @quick
 @given(entries, st.integers(2, 20), packings, st.integers(0, 5), st.data())
-def test_starting_at_any_row_gives_the_tail_of_the_epoch(make_shards, lengths, seq_len, packing, epoch, data):
+def test_starting_at_any_sequence_gives_the_tail_of_the_epoch(
+    make_shards, lengths, seq_len, packing, epoch, data
+):
     shards = make(make_shards, lengths)
     weights = weights_for(lengths, epoch)
     where = {"seq_len": seq_len, "packing": packing, "epoch": epoch}
@@ -214,7 +216,7 @@ def test_starting_at_any_row_gives_the_tail_of_the_epoch(make_shards, lengths, s
 
 @quick
 @given(entries, st.integers(2, 20), st.integers(0, 99))
-def test_packed_rows_are_full_and_labels_follow_their_inputs(make_shards, lengths, seq_len, seed):
+def test_packed_sequences_are_full_and_labels_follow_their_inputs(make_shards, lengths, seq_len, seed):
     shards = make(make_shards, lengths)
     firsts = set(shards.offsets[:-1].tolist())
     for inputs, labels in rows_of(
@@ -229,7 +231,7 @@ def test_packed_rows_are_full_and_labels_follow_their_inputs(make_shards, length
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_epochs_seeds_and_passes_have_different_orders(make_shards, packing):
+def test_epochs_and_seeds_have_different_orders(make_shards, packing):
     lengths = [np.random.default_rng(i).integers(2, 60, 200).tolist() for i in range(2)]
     shards = make(make_shards, lengths)
     orders = [

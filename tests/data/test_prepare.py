@@ -103,14 +103,14 @@ def test_moved_text_is_still_the_same_text_and_reordered_text_is_not(tmp_path, c
     assert prepare_data(config_for(tmp_path, moved), tokenizer).fingerprint != first.fingerprint
 
 
-def test_the_row_length_is_no_part_of_the_cache(tmp_path, corpus, tokenizer):
+def test_the_sequence_length_is_no_part_of_the_cache(tmp_path, corpus, tokenizer):
     prepare_data(config_for(tmp_path, corpus), tokenizer)
     longer = prepare_data(config_for(tmp_path, corpus, max_seq_len=64), tokenizer)
     assert not longer.built
     assert longer.report.seq_len == 64
 
 
-def test_a_build_that_dies_is_not_taken_for_finished_and_is_cleaned_up(tmp_path, corpus, tokenizer):
+def test_a_build_that_dies_is_not_treated_as_finished_and_is_cleaned_up(tmp_path, corpus, tokenizer):
     context = multiprocessing.get_context("fork")
     config = config_for(tmp_path, corpus)
 

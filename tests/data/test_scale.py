@@ -1,4 +1,4 @@
-"""What is read at the start of a run, and at any row of it, does not grow with the text."""
+"""What is read at the start of a run, and at any position, does not grow with the corpus."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class LargeShards:
 
 @pytest.mark.parametrize("weights", [(), (0.2, 0.5, 0.3)])
 @pytest.mark.parametrize("packing", [True, False])
-def test_any_row_of_100_billion_tokens_is_found_at_once_and_in_little_memory(weights, packing):
+def test_any_sequence_of_100_billion_tokens_is_found_at_once_and_in_little_memory(weights, packing):
     shards = LargeShards()
     plan = BatchPlan(8, 1, 1)
     seconds = []

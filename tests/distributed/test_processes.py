@@ -46,7 +46,7 @@ def command_line(words: list[str], **environment: str) -> subprocess.Popen[str]:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_number_of_processes_changes_neither_rows_nor_losses(tmp_path: Path) -> None:
+def test_the_number_of_processes_changes_neither_sequences_nor_losses(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     pretrain(tiny(corpus, tmp_path / "straight", max_steps=STEPS, **OPTIONS))
     file = tmp_path / "run.toml"

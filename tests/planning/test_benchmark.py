@@ -39,7 +39,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[BenchmarkResult, list[tuple[int, int]]]:
-    """The result, and micro-batches and rows of each training step that was taken for it."""
+    """The result, and micro-batches and sequences of each training step that was measured."""
     steps: list[tuple[int, int]] = []
 
     def counting(model: Any, optimizer: Any, batch: Any, *rest: Any, **options: Any) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_the_parts_make_up_a_step(measured: Any) -> None:
     assert result.step_seconds > 0
 
 
-def test_utilization_is_told_only_where_the_peak_is_known(
+def test_utilization_is_reported_only_where_the_peak_is_known(
     measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, _ = measured

@@ -174,7 +174,7 @@ def test_more_of_anything_takes_more() -> None:
     assert (quarter.weights, quarter.optimizer) == (estimate().weights // 4, estimate().optimizer // 4)
 
 
-def test_a_large_model_of_few_rows_peaks_when_all_gradients_are_there() -> None:
+def test_a_large_model_of_few_sequences_peaks_when_all_gradients_are_there() -> None:
     large = MiniMindConfig(hidden_size=1024, num_hidden_layers=24)
     found = estimate(large, sequences=1, seq_len=16)
     assert found.peak - found.weights - found.optimizer - (64 << 20) == found.gradients

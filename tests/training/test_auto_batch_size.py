@@ -156,7 +156,9 @@ def test_the_fastest_one_is_taken_and_said_once(settle: Any, monkeypatch: pytest
     assert sentence == "--batch-size auto: 4 sequences x accumulation 2 (as measured before)."
 
 
-def test_a_device_without_room_for_a_row_is_an_error(settle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_room_for_a_sequence_is_an_error(
+    settle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SpeedTrial, "seconds", lambda self, size: math.inf)
     with pytest.raises(ConfigError, match=r"not even 1 sequence of --max-seq-len 32 fits"):
         settle()
@@ -175,7 +177,7 @@ def test_the_device_running_out_of_memory_is_a_size_that_does_not_fit(
     assert config.batch_size == 2
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(
+def test_other_errors_are_not_treated_as_a_lack_of_memory(
     settle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(self: SpeedTrial, size: int) -> float:

@@ -174,18 +174,18 @@ def test_a_decay_by_the_clock_must_end_before_the_schedule_does() -> None:
 
 @pytest.mark.parametrize(("asked", "end"), [(12.0, 52), (200.0, 100)])
 def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: int) -> None:
-    run, state, told = make_run(tiny_model()), TrainState(step=40), []
+    run, state, calls = make_run(tiny_model()), TrainState(step=40), []
     run.total_steps = 100
     run.progress = SimpleNamespace(
-        start=lambda *steps: told.append(steps), note=lambda text: told.append("--max-time" in text)
+        start=lambda *steps: calls.append(steps), note=lambda text: calls.append("--max-time" in text)
     )
-    run.meter = SimpleNamespace(end_at=told.append)
+    run.meter = SimpleNamespace(end_at=calls.append)
     for decay in (asked, 5.0):
         run.readback.put(record(40), torch.tensor([3.0, 0.0, decay, 1.0]))
         settle(run, state, everything=True)
     assert state.ending == (40, end)
     assert run.last_step(state) == end
-    assert sorted(map(str, told)) == sorted(map(str, [end, (end, 40), True]))
+    assert sorted(map(str, calls)) == sorted(map(str, [end, (end, 40), True]))
 
 
 def test_a_report_tells_the_share_of_the_epoch_that_is_done() -> None:
@@ -197,11 +197,11 @@ def test_a_report_tells_the_share_of_the_epoch_that_is_done() -> None:
 
 
 def test_going_back_counts_steps_and_reports_from_the_checkpoint_on() -> None:
-    run, state, told = make_run(tiny_model(), on_spike="rewind"), TrainState(step=9, stopping=True), []
-    run.meter.go_back = lambda step: told.append(("meter", step))
-    run.samples = SimpleNamespace(go_back=lambda step: told.append(("samples", step)))
-    run.trackers.go_back = lambda step: told.append(("trackers", step))
-    run.save = lambda state: told.append(("save", state.step))
+    run, state, calls = make_run(tiny_model(), on_spike="rewind"), TrainState(step=9, stopping=True), []
+    run.meter.go_back = lambda step: calls.append(("meter", step))
+    run.samples = SimpleNamespace(go_back=lambda step: calls.append(("samples", step)))
+    run.trackers.go_back = lambda step: calls.append(("trackers", step))
+    run.save = lambda state: calls.append(("save", state.step))
 
     def go_back(state: TrainState) -> None:
         state.step, state.stopping, state.left_out = 4, False, []
@@ -210,7 +210,7 @@ def test_going_back_counts_steps_and_reports_from_the_checkpoint_on() -> None:
     spike = SimpleNamespace(step=8, what="a jump", epoch=1, row=16, rows=8)
     rewind(run, state, spike)
     assert (state.step, state.rewinds, state.left_out, state.stopping) == (4, 1, [[1, 16, 8]], True)
-    assert told == [("meter", 4), ("trackers", 4), ("samples", 4), ("save", 4)]
+    assert calls == [("meter", 4), ("trackers", 4), ("samples", 4), ("save", 4)]
     ((step, values),) = run.trackers.logged
     assert step == 4
     assert values == {

@@ -173,7 +173,7 @@ def test_a_model_folder_of_another_shape_is_refused_with_both_shapes(
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 
-def test_padded_rows_train_too(corpus: Path, tmp_path: Path) -> None:
+def test_padded_sequences_train_too(corpus: Path, tmp_path: Path) -> None:
     result = pretrain(tiny(corpus, tmp_path / "padded", packing=False, max_steps=20))
     assert result.steps == 20
     evaluations = [row["val_loss"] for row in metrics(tmp_path / "padded") if "val_loss" in row]
