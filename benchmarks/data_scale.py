@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=float, default=100e9, help="tokens in all")
     parser.add_argument("--document-length", type=int, default=1000, help="mean tokens of a document")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--weights", type=float, nargs="*", default=[0.5, 0.3, 0.2], help="of the entries")
     parser.add_argument("--folder", help="where the index is written; default: the temporary folder")
     args = parser.parse_args()

@@ -19,7 +19,7 @@ import tempfile
 
 import torch
 
-# Preset, rows of a micro-batch, tokens of a row.
+# Preset, sequences of a micro-batch, tokens of a sequence.
 CASES = (
     "minimind2-small:32:512",
     "minimind2-small:128:512",

@@ -108,7 +108,7 @@ def write(results: list[dict[str, Any]], title: str, out: Path | None) -> None:
 
 
 class Bench:
-    """A model that is trained again and again from the same weights on the same rows."""
+    """A model that is trained again and again from the same weights on the same sequences."""
 
     def __init__(self, options: argparse.Namespace, device: str, folder: Path) -> None:
         self.began = time.perf_counter()

@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--packed-batch-size", type=int, help="of contenders on full rows; default: the same")
+    parser.add_argument(
+        "--packed-batch-size", type=int, help="of contenders on full sequences; default: the same"
+    )
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="of minimind")
     parser.add_argument("--minutes", type=float, help="begin no contender later than this")
     parser.add_argument("--max-seq-len", type=int, default=512)
@@ -89,7 +91,7 @@ def compare(options: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
     title = f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
     print(
-        f"{title}\npreset {options.preset}, {options.batch_size} rows of {options.max_seq_len}, "
+        f"{title}\npreset {options.preset}, {options.batch_size} sequences of {options.max_seq_len}, "
         f"{options.packed_batch_size} full ones\n",
         flush=True,
     )
@@ -171,7 +173,7 @@ def _config(options: argparse.Namespace, **changes: Any) -> PretrainConfig:
 class Stopwatch:
     """Counts steps and real targets from the end of warm-up until the time is over.
 
-    The first token of a document, which full rows have in their midst, is no real target for that before it.
+    A document's first token inside a full sequence is no real target for the token before it.
     """
 
     def __init__(self, seconds: float, device: str) -> None:
@@ -305,7 +307,7 @@ def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def run_trainer(options: argparse.Namespace, folder: Path, *, packing: bool) -> dict[str, float]:
-    """Trainer with torch_compile, on rows that were tokenized before the clock starts."""
+    """Trainer with torch_compile, on sequences that were tokenized before the clock starts."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     config = _config(options)

@@ -45,17 +45,17 @@ def main() -> None:
         first_step(folder, options, "early", "--max-steps", "2", "--save-interval", "1")
         early = latest_checkpoint(folder / "early" / "checkpoints")
         assert early is not None
-        rows = rows_of_a_pass(folder / "early")
-        late_row = rows - rows % options.batch_size - 10 * options.batch_size
-        move(early.path, folder / "late", late_row, options.batch_size)
+        rows = sequences_per_epoch(folder / "early")
+        late_sequence = rows - rows % options.batch_size - 10 * options.batch_size
+        move(early.path, folder / "late", late_sequence, options.batch_size)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(
             f"{device}, torch {torch.__version__}, {datetime.date.today()}; an epoch has {rows:,} sequences"
         )
         cases = {
             "from nothing": ("none", []),
-            f"resumed at row {2 * options.batch_size}": ("early", ["--resume"]),
-            f"resumed at row {late_row:,}": ("late", ["--resume"]),
+            f"resumed at sequence {2 * options.batch_size}": ("early", ["--resume"]),
+            f"resumed at sequence {late_sequence:,}": ("late", ["--resume"]),
         }
         # Alternate, so that other load on the machine affects all alike.
         seconds: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
@@ -113,7 +113,7 @@ def reports(out: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
-def rows_of_a_pass(out: Path) -> int:
+def sequences_per_epoch(out: Path) -> int:
     """Return the sequences of an epoch, from how far a run says it is after so many of them."""
     checkpoint = latest_checkpoint(out / "checkpoints")
     assert checkpoint is not None

@@ -70,16 +70,16 @@ class Sizes:
 
     Attributes:
         small: the model whose losses are compared.
-        small_rows: rows of its micro-batch; a step is four of them on one GPU.
-        small_len: tokens of its rows.
-        ddp: model and rows per GPU that DDP is timed with.
-        fsdp2: model and rows per GPU that FSDP2 is timed with.
+        small_batch: sequences of its micro-batch; a step is four of them on one GPU.
+        small_len: tokens of its sequences.
+        ddp: model and sequences per GPU that DDP is timed with.
+        fsdp2: model and sequences per GPU that FSDP2 is timed with.
         steps: of a timed run of DDP and of FSDP2.
         save_every: steps between two checkpoints of the run that saves.
     """
 
     small: str
-    small_rows: int
+    small_batch: int
     small_len: int
     ddp: str
     fsdp2: str
@@ -89,7 +89,7 @@ class Sizes:
 
 GPU = Sizes(
     small="--hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 2",
-    small_rows=8,
+    small_batch=8,
     small_len=512,
     ddp="--preset minimind-3 --batch-size 128",
     fsdp2="--preset 350m --batch-size 16 --max-seq-len 2048",
@@ -97,7 +97,7 @@ GPU = Sizes(
 )
 CPU = Sizes(
     small="--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --num-key-value-heads 2",
-    small_rows=2,
+    small_batch=2,
     small_len=64,
     ddp="--preset tiny --batch-size 4 --max-seq-len 64",
     fsdp2="--preset tiny --batch-size 4 --max-seq-len 128",
@@ -139,7 +139,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.sizes = CPU if self.options.cpu else GPU
         # Short enough that an epoch, and with it a short step, ends within the steps compared.
-        tokens = self.options.steps * 2 // 3 * 4 * self.sizes.small_rows * self.sizes.small_len
+        tokens = self.options.steps * 2 // 3 * 4 * self.sizes.small_batch * self.sizes.small_len
         self.short = write_corpus(self.folder / "short.jsonl", 3 * tokens)
         self.long = write_corpus(self.folder / "long.jsonl", None)
 
@@ -195,7 +195,7 @@ class Bench:
 
     def small(self, precision: str, last_step: int, *more: object) -> Words:
         """Return the options of a run whose losses are compared, up to a step."""
-        rows = self.sizes.small_rows
+        rows = self.sizes.small_batch
         shape = (*self.sizes.small.split(), "--max-seq-len", self.sizes.small_len)
         # The schedule is constant, so that where a part ends has no effect on it.
         rate = ("--lr-schedule", "constant", "--warmup-steps", 5, *OPTIMIZERS[precision].split())
@@ -320,7 +320,7 @@ class Bench:
         """Tokens/s of two GPUs against twice those of one."""
         for way, model, wanted in (("DDP", self.sizes.ddp, 0.95), ("FSDP2", self.sizes.fsdp2, 0.90)):
             _, preset, _, rows, *_ = model.split()
-            what = f"{way}, {preset}, {rows} rows a process"
+            what = f"{way}, {preset}, {rows} sequences per process"
             try:
                 one = self.timed("1 GPU", way, model, NEVER)
                 two = self.ddp_speed if way == "DDP" else self.timed(way, way, model, NEVER)

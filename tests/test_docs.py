@@ -193,7 +193,7 @@ def test_pages_show_the_default_run_as_it_is() -> None:
     shape = MiniMindConfig(**{name: getattr(config, name) for name in SHAPE if name != "vocab_size"})
     (steps,) = re.findall(r"^steps: +(\d+) of up to", read("docs/quickstart.md"), re.M)
     plan = read("docs/planning.md")
-    assert re.search(rf"^run: +{steps} steps, .*, {config.epochs} passes,", plan, re.M)
+    assert re.search(rf"^run: +{steps} steps, .*, {config.epochs} epochs,", plan, re.M)
     assert f"optimizer {size(optimizer_bytes(shape, config.optimizer))}, activations" in plan
 
 

@@ -161,7 +161,7 @@ def summary_rows(
 ) -> list[tuple[str, str]]:
     """Return the result of a run as pairs of a key and a value."""
     if result.stopped is not None:
-        end = f"stopped by {result.stopped} after step {result.steps:,}; go on with --resume"
+        end = f"stopped by {result.stopped} after step {result.steps:,}; continue with --resume"
         rows = [("end", end)]
     else:
         rows = [("model", str(result.model_dir))]

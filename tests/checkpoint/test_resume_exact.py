@@ -69,7 +69,7 @@ def test_the_run_that_is_compared_has_what_could_go_wrong(straight: Path) -> Non
 
 
 # Before the first report and checkpoint, at a checkpoint between two reports, at an evaluation, at both edges
-# of a pass (whose last step is short) and before the end.
+# of an epoch (whose last step is short) and before the end.
 @pytest.mark.parametrize("step", [1, 4, 5, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, STEPS - 1])
 def test_stopped_at_a_step_and_resumed_equals_never_stopped(
     corpus: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

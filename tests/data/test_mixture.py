@@ -54,7 +54,7 @@ def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row
 
 
 def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
-    """The rows of an epoch in order, put together from all processes: (inputs, labels) each."""
+    """The sequences of an epoch in order, put together from all processes: (inputs, labels) each."""
     rows = []
     parts = [steps_of(shards, weights, plan=plan, process=r, **where) for r in range(plan.num_processes)]
     for step in zip(*parts, strict=True):
@@ -90,7 +90,7 @@ def test_no_document_comes_again_before_its_entry_was_read_whole(
     for part in shards.parts:
         firsts = shards.offsets[part.first_document : part.end_document]
         counts = [met[first] for first in firsts.tolist()]
-        # One for the pass under way, one where the rows of the last epoch end within a window, whose
+        # One for the epoch under way, one where the sequences of the last epoch end within a window, whose
         # documents are permuted; and the last token of each epoch, maybe always the same, is a target only.
         apart = 2 + epochs
         assert max(counts) - min(counts) <= apart
@@ -123,7 +123,7 @@ def test_shares_are_met_in_every_epoch_to_within_a_few_documents(make_shards, le
     shards = make(make_shards, lengths)
     weights = weights_for(lengths, seed)
     owner = np.repeat(np.arange(len(lengths)), [sum(n) for n in lengths])
-    # A window may begin a document late in each entry, and its rows are permuted at both ends of the epoch.
+    # A window may begin a document late in each entry, and sequences are permuted at both ends of the epoch.
     slack = 2 * sum(max(n) for n in lengths) + 2 * seq_len + 100
     rows = 0
     tokens = np.zeros(len(lengths))
@@ -245,7 +245,7 @@ def test_epochs_and_seeds_have_different_orders(make_shards, packing):
         stream = order_of(blocks, (0.5, 0.5), seq_len=16, packing=packing)._streams[0]
         passes = [stream.documents(i * stream.size, (i + 1) * stream.size).tolist() for i in range(2)]
         assert passes[0] != passes[1] != sorted(passes[1])
-    # Documents of both entries share rows: they are mixed within a window, not laid one after the other.
+    # Documents of both entries share sequences: they are mixed within a window, not laid one after the other.
     if packing:
         owner = [int(np.array(row[0][:1])[0] >= shards.parts[0].num_tokens) for row in orders[0]]
         assert max(len(list(run)) for _, run in groupby(owner)) < 40

@@ -40,7 +40,7 @@ def steps_of(
 
 
 def global_rows(shards, plan, **kwargs):
-    """All rows of a pass in the order, put together from all processes: a list of (inputs, labels, …)."""
+    """All sequences of an epoch in order, from all processes: a list of (inputs, labels, …)."""
     rows = []
     for parts in zip(
         *(steps_of(shards, plan=plan, process=r, **kwargs) for r in range(plan.num_processes)), strict=True

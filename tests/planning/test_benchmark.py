@@ -121,7 +121,7 @@ def test_a_step_that_would_take_long_is_made_smaller_and_says_so() -> None:
 def test_a_smaller_step_tells_the_speed_of_the_one_asked_for(
     monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
-    """On a CPU; the optimizer works once whatever the rows, so one row alone would look much slower."""
+    """On a CPU; the optimizer steps once for any batch, so one sequence alone would look much slower."""
     steps: list[None] = []
 
     def counting(*arguments: Any, **options: Any) -> torch.Tensor:

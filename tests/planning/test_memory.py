@@ -156,7 +156,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
 def test_what_was_measured_on_an_h100_is_estimated_within_a_few_percent(
     hidden_size: int, rows: int, fused: bool, measured: float
 ) -> None:
-    """minimind-3 and minimind2-small in rows of 512; docs/performance.md."""
+    """minimind-3 and minimind2-small in sequences of 512; docs/performance.md."""
     kv_heads, inner = {768: (4, 2432), 512: (2, 1408)}[hidden_size]
     shape = MiniMindConfig(hidden_size=hidden_size, num_key_value_heads=kv_heads, intermediate_size=inner)
     found = estimate(shape, sequences=rows, seq_len=512, fused=fused).peak

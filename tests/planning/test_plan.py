@@ -138,7 +138,7 @@ def test_a_step_measured_smaller_is_scaled_by_its_arithmetic_but_for_the_optimiz
     monkeypatch.setattr(module, "benchmark", lambda config, seconds: smaller)
     monkeypatch.setattr(module, "_device_memory", lambda: 8 * 10**9)
     plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), quiet=True)
-    # A second, of which the optimizer took 0.2, for a quarter of the rows.
+    # A second, of which the optimizer took 0.2, for a quarter of the sequences.
     assert plan.step_seconds == pytest.approx(4 * 0.8 + 0.2)
     assert plan.measured_memory is None
     assert "scaled up" in dict(plan.rows())["speed"]

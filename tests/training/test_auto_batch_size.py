@@ -142,7 +142,7 @@ def test_a_number_is_left_as_it_is(settle: Any) -> None:
 
 
 def test_the_fastest_one_is_taken_and_said_once(settle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {1: 3.0, 2: 3.0, 4: 3.5, 8: math.inf}  # of a micro-batch: 4 rows are the fastest
+    times = {1: 3.0, 2: 3.0, 4: 3.5, 8: math.inf}  # of a micro-batch: 4 sequences are the fastest
     monkeypatch.setattr(SpeedTrial, "seconds", lambda self, size: times[size])
     config, (sentence,) = settle()
     assert (config.batch_size, config.global_batch_size, config.accumulation_steps) == (4, 8, None)
@@ -205,7 +205,7 @@ def test_a_run_measures_trains_the_same_and_keeps_its_step_when_resumed(
     monkeypatch.setattr(module, "search_upwards", lambda sizes, first, measure, **_: {2: measure(2)})
     pretrain(auto)
     assert "--batch-size auto: 2 sequences x accumulation 4" in capfd.readouterr().out
-    # The look before the first step is at one micro-batch, whose rows are fewer.
+    # The look before the first step is at one micro-batch, whose sequences are fewer.
     ours, theirs = (reports(tmp_path / name)[1:] for name in ("auto", "plain"))
     assert [line.get("digest") for line in ours] == [line.get("digest") for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):

@@ -32,7 +32,7 @@ class RecordedGraph:
 
 
 class Model:
-    """Two parameters, a summed loss of the rows, and what was asked of it."""
+    """Two parameters, a summed loss of the sequences, and what was asked of it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, memory: float = 0.1) -> None:
         generator = torch.Generator().manual_seed(0)

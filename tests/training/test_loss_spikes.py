@@ -322,7 +322,7 @@ def marker_token() -> int:
 
 
 class Poison:
-    """Makes the loss of rows with the marker what `factor` says, and counts such micro-batches."""
+    """Makes the loss of sequences with the marker what `factor` says, and counts such micro-batches."""
 
     def __init__(self, factor: float) -> None:
         self.factor, self.met = factor, 0
@@ -341,7 +341,7 @@ class Poison:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 50 steps a pass; the marker comes in step 41."""
+    """Some 50 steps an epoch; the marker comes in step 41."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 130, poisoned=100)
 
 
@@ -414,7 +414,7 @@ def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
     assert report["update_skipped"]
     culprits = [one for one in report["documents"] if one["loss"] is None]
     assert any(MARKER in one["text"] for one in culprits)
-    # A NaN reaches what lies in the same row, through a masked place times zero, and no further.
+    # A NaN reaches what lies in the same sequence, through a masked place times zero, and no further.
     assert len({one["row"] for one in culprits}) == 1
     assert len(report["documents"]) > len(culprits)
     assert report["documents"][: len(culprits)] == culprits
@@ -466,7 +466,7 @@ def test_a_rewind_excludes_the_sequences_as_if_they_had_never_been(
     samples = map(json.loads, (out / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     assert [sample["step"] for sample in samples] == list(range(2, STEPS + 1, 2))
 
-    # The same run without these rows from the first step on.
+    # The same run without these sequences from the first step on.
     take_up = RunCheckpoints.resume
 
     def leave_out(*args: Any, **options: Any) -> Any:

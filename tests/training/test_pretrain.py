@@ -344,7 +344,7 @@ def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(
 
 @pytest.mark.slow
 def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `minimind-train pretrain` without arguments where there is no GPU, but one pass instead of two."""
+    """As `minimind-train pretrain` without arguments where there is no GPU, but one epoch instead of two."""
     monkeypatch.chdir(tmp_path)
     result = pretrain(preset_config("tiny", epochs=1, cache_dir=str(tmp_path / "cache")))
     evaluations = [

@@ -55,7 +55,7 @@ def ragged_rows(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
-    """The same `rows` rows cut into micro-batches; rows beyond them are masked, as at the end of a pass."""
+    """The same `rows` sequences as micro-batches; those beyond are masked, as at the end of an epoch."""
     inputs, labels = ragged_rows(seed)
     labels[rows:] = -100
     cut = zip(inputs.split(micro_batch_size), labels.split(micro_batch_size), strict=True)
@@ -190,7 +190,7 @@ def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, ro
 
 
 def test_the_mean_of_micro_batch_means_would_differ() -> None:
-    """The rows are ragged enough that weighting micro-batches alike, a common fault, is seen."""
+    """The sequences are ragged enough that weighting micro-batches alike, a common fault, is seen."""
     inputs, labels = ragged_rows(1)
     logits = tiny_model()(inputs).logits
     per_row = [
