@@ -18,6 +18,7 @@ from minimind.config.options import CONFIG_SCHEMA, PretrainConfig
 from minimind.config.presets import resolve
 from minimind.config.schema import (
     ConfigField,
+    FieldInfo,
     flag_of,
     parse_values,
     path_problem,
@@ -33,6 +34,11 @@ from .help import show_all_options
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 RESUME_NEWEST = "auto"
+
+ModelTokenizer = Annotated[
+    str | None,
+    FieldInfo("A tokenizer.json, or its folder.", metavar="PATH", default_text="the tokenizer of the model"),
+]
 
 _SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 

@@ -19,7 +19,7 @@ from minimind.config.options import PretrainConfig
 from minimind.data import cache, prepare
 from minimind.data.prepare import default_cache_dir, prepare_data
 from minimind.data.report import DataReport
-from minimind.data.tokenization import content_hash
+from minimind.data.tokenization import hash_text
 from minimind.errors import DataError
 from support.made_text import ByteTokenizer, write_jsonl
 
@@ -193,7 +193,7 @@ def test_held_out_documents_stay_when_files_are_added_or_reordered(tmp_path, tok
 
 
 def test_the_hash_that_splits_is_fixed_for_ever():
-    assert content_hash(b"minimind") == 2598110885896034164
+    assert hash_text("minimind") == (2598110885896034164, 8)
 
 
 def test_validation_files_are_all_validation(tmp_path, corpus, tokenizer):
