@@ -1,4 +1,4 @@
-"""Peak memory of tokenizing a small and a large file, and of loading the large one; each in a process."""
+"""Peak memory of tokenizing a small and a large file, and of loading the large one, in separate processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from synthetic_text import write_jsonl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, nargs=2, default=[10, 1000], help="sizes of the two files")
-    parser.add_argument("--loader-steps", type=int, default=0, help="also load so many steps of 64 rows")
+    parser.add_argument("--loader-steps", type=int, default=0, help="also load so many steps of 64 sequences")
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder; default: the shipped one")
     parser.add_argument("--folder", help="where the text is written; default: the temporary folder")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""How long a run over very much text takes to its first step, and what memory that needs.
+"""Time and memory until the first step of a run on a very large corpus.
 
 The index of the documents is written as a build writes it; the tokens are holes in sparse files, so that 100
-billion of them fit on a small disk. Each measurement is a process of its own.
+billion of them fit on a small disk. Each measurement runs in a separate process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=float, default=100e9, help="tokens in all")
     parser.add_argument("--document-length", type=int, default=1000, help="mean tokens of a document")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--weights", type=float, nargs="*", default=[0.5, 0.3, 0.2], help="of the entries")
     parser.add_argument("--folder", help="where the index is written; default: the temporary folder")
     args = parser.parse_args()

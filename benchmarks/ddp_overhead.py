@@ -1,6 +1,6 @@
-"""What several processes cost, and what this trainer adds to bare DDP.
+"""Overhead of several processes, and of this trainer compared with bare DDP.
 
-Three ways to train the same model on the same rows, each in processes of its own, one after another and
+Three ways to train the same model on the same sequences, each in separate processes, one after another and
 several times over, so that whatever else the machine does falls on all of them:
 
     alone   one process with all threads: `pretrain`'s step (`minimind.training.step.train_step`)
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="steps measured in one round")
     parser.add_argument("--rounds", type=int, default=3, help="of all ways, one after another")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step over all processes")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step over all processes")
     parser.add_argument("--max-seq-len", type=int, help="default: 256, or that of the preset")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-hidden-layers", type=int, default=8)
@@ -103,7 +103,7 @@ def compare_commands(options: argparse.Namespace) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     ways = {"plain": program, "launched": [*launcher, *program]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}, {options.preset}, {options.batch_size} rows a step")
+    print(f"{device}, torch {torch.__version__}, {options.preset}, {options.batch_size} sequences a step")
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         data = write_corpus(Path(folder) / "corpus.jsonl")
@@ -190,7 +190,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def batch(options: argparse.Namespace, number: int, rank: int) -> StepBatch:
-    """Return this process's rows of a step, the same for every way."""
+    """Return this process's sequences of a step, the same for every way."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     generator = torch.Generator().manual_seed(number)
     shape = (options.batch_size, options.max_seq_len + 1)

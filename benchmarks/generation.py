@@ -1,10 +1,10 @@
-"""How fast text is written, beside `generate` of Hugging Face transformers: same weights, same process.
+"""Generation speed, compared with `generate` of Hugging Face transformers: same weights, same process.
 
     python benchmarks/generation.py [--preset minimind-3] [--threads 2] [--rounds 12] [--tokens 24]
     python benchmarks/generation.py --batch 4
     python benchmarks/generation.py --device cuda --dtype bfloat16 --tokens 256
 
-The two take turns, so that whatever else the machine does falls on both. Both are greedy, and float32 unless
+The two alternate, so that other load on the machine affects both. Both are greedy, and float32 unless
 --dtype says otherwise. Printed are tokens per second of wall time and of processor time (which tells more on
 a machine that is busy): the medians of the rounds, the best rounds, and the ratios. On a GPU the step is
 compiled. Threads sleep while they wait for each other, unless OMP_WAIT_POLICY says otherwise.

@@ -1,4 +1,4 @@
-"""How fast one process builds rows, without a model."""
+"""Speed of one process that builds sequences, without a model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=float, default=60e6, help="tokens in the shards")
     parser.add_argument("--document-length", type=int, default=200, help="mean tokens of a document")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows in a micro-batch")
-    parser.add_argument("--seq-len", type=int, action="append", help="tokens in a row; repeatable")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences in a micro-batch")
+    parser.add_argument("--seq-len", type=int, action="append", help="tokens in a sequence; repeatable")
     parser.add_argument(
         "--weights", type=float, nargs="*", default=[], help="cut the text into entries of these weights"
     )

@@ -1,6 +1,6 @@
 """The estimate of a run's memory against the peak of real steps on a GPU.
 
-Each line is a `benchmark` of a few steps in a process of its own. On a CPU there is no peak to compare with:
+Each line is a `benchmark` of a few steps in a separate process. On a CPU there is no peak to compare with:
 --allow-cpu shows that the script runs, and the estimates.
 
     python benchmarks/memory_estimate.py
@@ -19,7 +19,7 @@ import tempfile
 
 import torch
 
-# Preset, rows of a micro-batch, tokens of a row.
+# Preset, sequences of a micro-batch, tokens of a sequence.
 CASES = (
     "minimind2-small:32:512",
     "minimind2-small:128:512",

@@ -1,11 +1,11 @@
 """Mixture of experts: speed against the dense model and against a loop over experts, and the load of experts.
 
-Speed is that of the product's own steps on made-up tokens, all contenders one after the other: the dense
-preset, the same with experts as wide (of minimind-3 that is minimind-3-moe), that without compilation, and a
-loop over experts, which cannot be compiled whole because its shapes depend on the routing; last that loop in
-a model of PyTorch's own operators only, as a plain trainer has it. With --data a run
-of 500 steps trains on real text instead, and prints the load of the busiest expert of any block as a multiple
-of the mean. Meant for a CUDA GPU; on a CPU it shows that it works.
+Speed is that of minimind's own steps on random tokens, all contenders one after the other: the dense preset,
+the same with experts of the MLP's size (of minimind-3 that is minimind-3-moe), that without compilation, and
+a loop over experts, which cannot be compiled whole because its shapes depend on the routing; last that loop
+in a model of PyTorch's own operators only, as a plain trainer has it. With --data a run of 500 steps trains
+on real text instead, and prints the load of the busiest expert of any block as a multiple of the mean. Meant
+for a CUDA GPU; on a CPU it shows that it works.
 
     python benchmarks/moe.py --batch-size 128 --seconds 10
     python benchmarks/moe.py --data corpus.jsonl --batch-size 128

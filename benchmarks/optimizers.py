@@ -90,7 +90,7 @@ def main() -> None:
         title = (
             f"{name}, torch {torch.__version__}, {datetime.date.today()}; {options.preset}, "
             f"{bench.total_steps:,} steps of {bench.config.batch_size} x {bench.config.max_seq_len}, "
-            f"{bench.passes:.1f} passes over the text"
+            f"{bench.epochs:.1f} epochs"
         )
         out = Path(options.output) if options.output else None
         results = sweep(bench, options, lambda points: write(points, title, out))
@@ -108,7 +108,7 @@ def write(results: list[dict[str, Any]], title: str, out: Path | None) -> None:
 
 
 class Bench:
-    """A model that is trained again and again from the same weights on the same rows."""
+    """A model that is trained again and again from the same weights on the same sequences."""
 
     def __init__(self, options: argparse.Namespace, device: str, folder: Path) -> None:
         self.began = time.perf_counter()
@@ -146,7 +146,7 @@ class Bench:
             device=device_type,
         )
         self.total_steps = max(int(options.max_tokens / options.batch_size / self.config.max_seq_len), 2)
-        self.passes = self.total_steps / self.loader.steps_per_epoch
+        self.epochs = self.total_steps / self.loader.steps_per_epoch
         self._held_out = lambda: evaluation_batches(
             text.validation,
             seq_len=self.config.max_seq_len,
@@ -207,7 +207,7 @@ class Bench:
         epoch = 0
         while True:
             for batch in self.loader.steps(epoch):
-                # The last one of a pass is short: its rows without targets would weigh as much as the others.
+                # The last step of an epoch is short: its empty sequences would weigh as much as the others.
                 if batch.num_sequences == self.config.batch_size:
                     yield batch
             epoch += 1

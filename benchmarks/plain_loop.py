@@ -1,21 +1,21 @@
 """minimind against the loop that people write by hand, and against the Trainer of Hugging Face.
 
-All contenders train the same shape of model on the same JSONL files, one after the other on this machine,
-each in a process of its own. What is compared is real tokens per second: targets that are not padding and
-belong to the document of the tokens before them. On a CPU that has other work to do, look at those per second
-of processor time (of the training process, without the workers of a DataLoader), and give --threads 1:
+All contenders train a model of the same configuration on the same JSONL files, one after the other on this
+machine, each in a separate process. What is compared is real tokens per second: targets that are not padding
+and belong to the document of the tokens before them. On a CPU that has other work to do, look at those per
+second of processor time (of the training process, without the workers of a DataLoader), and give --threads 1:
 threads that wait for each other hardly move there.
 
     plain     Qwen3ForCausalLM of transformers (minimind's model, if that is not installed), eager; text
-              tokenized by the workers of a torch DataLoader in every pass; one document a row, cut and
-              padded; autocast to bf16 on a GPU; AdamW; clipping; loss.item() at each log
-    trainer   Trainer of transformers on the same rows, tokenized ahead, with torch_compile and bf16 on a GPU
-    trainer-packed  the same on full rows: documents joined and cut, seeing each other
-    padded    minimind with --no-packing: the same rows
+              tokenized by the workers of a torch DataLoader in every epoch; one document per sequence, cut
+              and padded; autocast to bf16 on a GPU; AdamW; clipping; loss.item() at each log
+    trainer   Trainer of transformers on the same sequences, tokenized ahead; torch_compile, and bf16 on a GPU
+    trainer-packed  the same on full sequences: documents joined and cut, seeing each other
+    padded    minimind with --no-packing: the same sequences
     packed    minimind as it is by default: documents laid end to end, none cut, none seeing another
 
-A fast device wants more rows in a step than the plain loop has: --packed-batch-size sets those of the two
-contenders on full rows.
+A fast device needs more sequences per step than the plain loop has: --packed-batch-size sets those of the two
+contenders on full sequences.
 
     python benchmarks/plain_loop.py --preset tiny --seconds 30 --data zh.jsonl --data en.jsonl
 """
@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--packed-batch-size", type=int, help="of contenders on full rows; default: the same")
+    parser.add_argument(
+        "--packed-batch-size", type=int, help="of contenders on full sequences; default: the same"
+    )
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="of minimind")
     parser.add_argument("--minutes", type=float, help="begin no contender later than this")
     parser.add_argument("--max-seq-len", type=int, default=512)
@@ -85,11 +87,11 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Run each contender in a process of its own and print a table."""
+    """Run each contender in a separate process and print a table."""
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
     title = f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
     print(
-        f"{title}\npreset {options.preset}, {options.batch_size} rows of {options.max_seq_len}, "
+        f"{title}\npreset {options.preset}, {options.batch_size} sequences of {options.max_seq_len}, "
         f"{options.packed_batch_size} full ones\n",
         flush=True,
     )
@@ -128,7 +130,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def run_apart(contender: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Run a contender in a process of its own; None where it failed."""
+    """Run a contender in a separate process; None where it failed."""
     command = [sys.executable, __file__, "--contender", contender, "--preset", options.preset]
     command += [word for path in options.data for word in ("--data", path)]
     keys = ("seconds", "device", "batch_size", "packed_batch_size", "max_seq_len", "workers", "optimizer")
@@ -171,7 +173,7 @@ def _config(options: argparse.Namespace, **changes: Any) -> PretrainConfig:
 class Stopwatch:
     """Counts steps and real targets from the end of warm-up until the time is over.
 
-    The first token of a document, which full rows have in their midst, is no real target for that before it.
+    A document's first token inside a full sequence is no real target for the token before it.
     """
 
     def __init__(self, seconds: float, device: str) -> None:
@@ -263,7 +265,7 @@ def hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
 
 
 def endless(rows: torch.utils.data.Dataset) -> torch.utils.data.Sampler:
-    """Return an order without an end: a small file must not make workers start anew all the time."""
+    """Return an endless order, so that workers do not restart after each epoch of a small file."""
     return torch.utils.data.RandomSampler(rows, replacement=True, num_samples=10**8)
 
 
@@ -305,7 +307,7 @@ def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def run_trainer(options: argparse.Namespace, folder: Path, *, packing: bool) -> dict[str, float]:
-    """Trainer with torch_compile, on rows that were tokenized before the clock starts."""
+    """Trainer with torch_compile, on sequences that were tokenized before the clock starts."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     config = _config(options)

@@ -1,6 +1,6 @@
-"""Training speed of the whole product on this machine's GPU: JSONL file in, metrics of a real run out.
+"""Training speed of `pretrain` on this machine's GPU: JSONL file in, metrics of a real run out.
 
-Runs `pretrain` in a process of its own, as a user would, on a JSONL file made of the text that Python
+Runs `pretrain` in a separate process, as a user would, on a JSONL file made of the text that Python
 carries, and averages the tokens/s that the run itself reported after warm-up: over all of it, and from the
 slowest to the fastest of its parts. Needs a CUDA GPU unless --allow-cpu is given.
 

@@ -1,9 +1,9 @@
-"""Time from the start of the program to its first new step: from nothing, or resumed early or late in a pass.
+"""Time from the start of the program to its first new step: a new run, or resumed early or late in an epoch.
 
-The place in a pass is found without replaying what came before it, so resuming near the end of a large pass
-must take as long as resuming at its start, and little longer than a start from nothing: what is added is
-reading and verifying the checkpoint. Text is tokenized before the clock starts. Each time is that of a
-process of its own, from its launch to the line of its first new step in metrics.jsonl; processor time tells
+The position in an epoch is found without replaying what came before it, so resuming near the end of a large
+epoch must take as long as resuming at its start, and little longer than a start from nothing: what is added
+is reading and verifying the checkpoint. Text is tokenized before the clock starts. Each time is that of a
+separate process, from its launch to the line of its first new step in metrics.jsonl; processor time tells
 what it is where the machine has other things to do.
 
     python benchmarks/resume.py --preset minimind2-small --size 200
@@ -33,7 +33,7 @@ LIMIT = 1.2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--size", type=int, default=200, help="megabytes of text in a pass")
+    parser.add_argument("--size", type=int, default=200, help="megabytes of text in an epoch")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-seq-len", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=5, help="the shortest is shown")
@@ -41,21 +41,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_jsonl(folder / "corpus.jsonl", options.size * 10**6)
-        # Leaves the token cache, the files in the system's memory, and a checkpoint at the start of the pass.
+        # Leaves the token cache, files in the page cache, and a checkpoint at the start of the epoch.
         first_step(folder, options, "early", "--max-steps", "2", "--save-interval", "1")
         early = latest_checkpoint(folder / "early" / "checkpoints")
         assert early is not None
-        rows = rows_of_a_pass(folder / "early")
-        late_row = rows - rows % options.batch_size - 10 * options.batch_size
-        move(early.path, folder / "late", late_row, options.batch_size)
+        rows = sequences_per_epoch(folder / "early")
+        late_sequence = rows - rows % options.batch_size - 10 * options.batch_size
+        move(early.path, folder / "late", late_sequence, options.batch_size)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        print(f"{device}, torch {torch.__version__}, {datetime.date.today()}; a pass has {rows:,} rows")
+        print(
+            f"{device}, torch {torch.__version__}, {datetime.date.today()}; an epoch has {rows:,} sequences"
+        )
         cases = {
             "from nothing": ("none", []),
-            f"resumed at row {2 * options.batch_size}": ("early", ["--resume"]),
-            f"resumed at row {late_row:,}": ("late", ["--resume"]),
+            f"resumed at sequence {2 * options.batch_size}": ("early", ["--resume"]),
+            f"resumed at sequence {late_sequence:,}": ("late", ["--resume"]),
         }
-        # In turns, so that what else the machine does falls on all alike.
+        # Alternate, so that other load on the machine affects all alike.
         seconds: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
         for number in range(options.repeat):
             for case, (start, words) in cases.items():
@@ -111,8 +113,8 @@ def reports(out: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
-def rows_of_a_pass(out: Path) -> int:
-    """Return the rows of a pass, from how far a run says it is after so many of them."""
+def sequences_per_epoch(out: Path) -> int:
+    """Return the sequences of an epoch, from how far a run says it is after so many of them."""
     checkpoint = latest_checkpoint(out / "checkpoints")
     assert checkpoint is not None
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -121,7 +123,7 @@ def rows_of_a_pass(out: Path) -> int:
 
 
 def move(checkpoint: Path, out: Path, row: int, batch_size: int) -> None:
-    """Copy a run's checkpoint to another run, as that of a step late in the pass."""
+    """Copy a run's checkpoint to another run, as that of a step late in the epoch."""
     stored = latest_checkpoint(checkpoint.parent)
     assert stored is not None
     step = row // batch_size

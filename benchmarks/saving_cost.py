@@ -1,7 +1,7 @@
 """What saving costs a run: wall time of the same steps with a checkpoint every 50 of them and with none.
 
-Two runs of the whole product on the same text, in turn, so that the ratio is one of the same machine and
-hour. Time is counted from report to report, saving included; warm-up and the last save are not.
+Two `pretrain` runs on the same text alternate, so that both see the same load of the machine. Time is counted
+from report to report, saving included; warm-up and the last save are not.
 
     python benchmarks/saving_cost.py --preset minimind-3 --batch-size 128 --steps 300
 """

@@ -1,9 +1,9 @@
-"""How speed and memory grow with the micro-batch and the length of rows.
+"""How speed and memory grow with the micro-batch and the sequence length.
 
-Each cell is the product's own measurement (`minimind-train bench`) of real steps on made-up tokens, in one
-process, compiled anew for its shape. Longer rows cost more arithmetic for each token, in attention. `cost` is
-the time of a token relative to that of the shortest row measured with as many rows; `FLOP` is its arithmetic
-likewise. Cost should grow no faster: `grows` is the ratio of the two.
+Each cell is measured by `minimind-train bench`: real steps on random tokens, in one process, compiled for its
+shape. Longer sequences cost more FLOPs per token, in attention. `cost` is the time per token relative to that
+of the shortest sequences measured with as many sequences; `FLOP` is its arithmetic likewise. Cost should grow
+no faster: `grows` is the ratio of the two.
 
     python benchmarks/scaling.py --preset minimind-3 --seconds 2
 """

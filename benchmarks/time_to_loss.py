@@ -1,9 +1,9 @@
-"""How long minimind takes to the loss that a plain loop has after one pass, on the same text and device.
+"""Time that minimind takes to the loss of a plain loop after one epoch, on the same text and device.
 
-The plain loop is the one of plain_loop.py (Qwen3 of transformers, eager, one document a row, cut and padded
-to 512, tokenized by the workers of a DataLoader, 32 rows a step) with the settings usual for it: AdamW at
-5e-4 with torch's betas and weight decay, a cosine down to a tenth. Its weights are then measured as
-`pretrain` measures its own: bits per byte of the same held-out documents, in packed rows.
+The plain loop is the one of plain_loop.py (Qwen3 of transformers, eager, one document per sequence, cut and
+padded to 512, tokenized by the workers of a DataLoader, 32 sequences a step) with the settings usual for it:
+AdamW at 5e-4 with torch's betas and weight decay, a cosine down to a tenth. Its weights are then measured as
+`pretrain` measures its own: bits per byte of the same held-out documents, in packed sequences.
 
 minimind trains by whole `pretrain` runs, each with its schedule brought to the end: the shortest one that
 reaches the loss counts. The first run starts with empty caches of tokens and compiled code; what starting
@@ -45,7 +45,7 @@ from minimind.training.build_model import resolve_model_config
 LEARNING_RATE = 5e-4
 WARMUP_STEPS = 5
 HELD_OUT = 0.05
-# The length of the first run, as a share of a pass; the next ones are shorter or longer by this factor.
+# The length of the first run, as a share of an epoch; the next ones are shorter or longer by this factor.
 FIRST_SHARE = 0.25
 FACTOR = 2.0
 
@@ -102,7 +102,7 @@ def write_documents(options: argparse.Namespace, folder: Path) -> str:
 
 
 def plain_apart(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run the plain loop in a process of its own."""
+    """Run the plain loop in a separate process."""
     command = [sys.executable, __file__, "--plain", folder, "--preset", options.preset]
     for key in ("plain_batch_size", "max_seq_len", "device", "workers"):
         command += ["--" + key.replace("_", "-"), getattr(options, key)]
@@ -138,7 +138,7 @@ def _data(options: argparse.Namespace, folder: Path) -> PretrainConfig:
 
 
 def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train one pass by hand and measure the result; times in seconds."""
+    """Train one epoch by hand and measure the result; times in seconds."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     model = hugging_face_model(_data(options, folder)).to(device).train()
@@ -244,7 +244,7 @@ def shortest_run(
 
 
 def run_minimind(options: argparse.Namespace, folder: Path, share: float, number: int) -> dict[str, Any]:
-    """Run `pretrain` on a share of a pass, or several passes, to the end of its schedule."""
+    """Run `pretrain` on a share of an epoch, or several epochs, to the end of its schedule."""
     out = folder / f"run-{number}"
     tokens = _tokens(options, folder) * share
     steps = max(round(tokens / options.batch_size / options.max_seq_len), 4)
@@ -254,7 +254,7 @@ def run_minimind(options: argparse.Namespace, folder: Path, share: float, number
         *("--batch-size", options.batch_size, "--max-seq-len", options.max_seq_len),
         *("--epochs", math.ceil(share) + 1, "--max-steps", steps, "--log-interval", max(steps // 20, 1)),
         *("--save-interval", steps, "--eval-interval", steps, "--tracker", "none"),
-        # Tokenized anew every time: it is part of the way from the command to the loss.
+        # Tokenized every time: it counts in the time from the command to the loss.
         *("--output-dir", out, "--cache-dir", out / "cache", *options.extra),
     ]
     began = time.perf_counter()
@@ -283,7 +283,7 @@ def _tokens(options: argparse.Namespace, folder: Path) -> int:
 
 def report(plain: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     """Print the loss reached, both times and their ratios."""
-    print(f"{'':<10}{'bits/byte':>11}{'steps':>8}{'passes':>8}{'training alone':>16}{'from the command':>18}")
+    print(f"{'':<10}{'bits/byte':>11}{'steps':>8}{'epochs':>8}{'training alone':>16}{'from the command':>18}")
     print(
         f"{'plain':<10}{plain['bits_per_byte']:>11.4f}{plain['steps']:>8}{1:>8.2f}"
         f"{plain['training']:>14.1f} s{plain['wall']:>16.1f} s"

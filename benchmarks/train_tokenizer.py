@@ -119,7 +119,7 @@ def catalogue_texts(catalogue: bytes) -> list[str]:
 
 
 def documents(source: Path) -> Iterator[str]:
-    """Yield the documents of a source; files that are no text it knows are passed over."""
+    """Yield the documents of a source; files of unknown formats are skipped."""
     if not source.exists():
         raise SystemExit(f"there is no {source}")
     for file in sorted(source.rglob("*")) if source.is_dir() else [source]:

@@ -1,11 +1,11 @@
-"""Whether two GPUs do what they should: one command, one table, PASS or FAIL a row.
+"""Check training on two GPUs: one command, one table, PASS or FAIL per row.
 
-Every run is the product's own command line, started by `accelerate launch` where it has two processes. Parts:
+Every run is the `minimind-train` command, started by `accelerate launch` where it has two processes. Parts:
 
     equality  losses and order of the same steps on one GPU, with DDP and with FSDP2; AdamW in float32 and
               Muon in bf16
     resume    the same steps in three parts: 1, 2 and 1 GPUs; DDP, FSDP2 and DDP
-    killed    a process that dies by SIGKILL: the other ends in time, it is named, --max_restarts goes on
+    killed    a process ended by SIGKILL: the other ends in time and names it, --max_restarts resumes
     speed     tokens/s of two GPUs against twice those of one: DDP with minimind-3, FSDP2 with 350m
     saves     what a checkpoint every 50 steps costs on two GPUs
 
@@ -56,7 +56,7 @@ NAMES = {"no": "float32", "bf16": "bf16"}
 CHAINS = {"1, 2, 1 GPUs": ("1 GPU", "DDP", "1 GPU"), "DDP, FSDP2, DDP": ("DDP", "FSDP2", "DDP")}
 NEVER = 1_000_000_000
 # A process that is waited for: far above what anything here takes.
-PATIENCE = 300.0
+TIMEOUT = 300.0
 # Seconds within which processes that hang end the others.
 DIST_TIMEOUT = 60
 AS_FSDP2 = "as-fsdp2-on-cpu"
@@ -70,16 +70,16 @@ class Sizes:
 
     Attributes:
         small: the model whose losses are compared.
-        small_rows: rows of its micro-batch; a step is four of them on one GPU.
-        small_len: tokens of its rows.
-        ddp: model and rows per GPU that DDP is timed with.
-        fsdp2: model and rows per GPU that FSDP2 is timed with.
+        small_batch: sequences of its micro-batch; a step is four of them on one GPU.
+        small_len: tokens of its sequences.
+        ddp: model and sequences per GPU that DDP is timed with.
+        fsdp2: model and sequences per GPU that FSDP2 is timed with.
         steps: of a timed run of DDP and of FSDP2.
         save_every: steps between two checkpoints of the run that saves.
     """
 
     small: str
-    small_rows: int
+    small_batch: int
     small_len: int
     ddp: str
     fsdp2: str
@@ -89,7 +89,7 @@ class Sizes:
 
 GPU = Sizes(
     small="--hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 2",
-    small_rows=8,
+    small_batch=8,
     small_len=512,
     ddp="--preset minimind-3 --batch-size 128",
     fsdp2="--preset 350m --batch-size 16 --max-seq-len 2048",
@@ -97,7 +97,7 @@ GPU = Sizes(
 )
 CPU = Sizes(
     small="--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --num-key-value-heads 2",
-    small_rows=2,
+    small_batch=2,
     small_len=64,
     ddp="--preset tiny --batch-size 4 --max-seq-len 64",
     fsdp2="--preset tiny --batch-size 4 --max-seq-len 128",
@@ -138,8 +138,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.sizes = CPU if self.options.cpu else GPU
-        # Short enough that a pass, and with it a short step, ends within the steps compared.
-        tokens = self.options.steps * 2 // 3 * 4 * self.sizes.small_rows * self.sizes.small_len
+        # Short enough that an epoch, and with it a short step, ends within the steps compared.
+        tokens = self.options.steps * 2 // 3 * 4 * self.sizes.small_batch * self.sizes.small_len
         self.short = write_corpus(self.folder / "short.jsonl", 3 * tokens)
         self.long = write_corpus(self.folder / "long.jsonl", None)
 
@@ -195,7 +195,7 @@ class Bench:
 
     def small(self, precision: str, last_step: int, *more: object) -> Words:
         """Return the options of a run whose losses are compared, up to a step."""
-        rows = self.sizes.small_rows
+        rows = self.sizes.small_batch
         shape = (*self.sizes.small.split(), "--max-seq-len", self.sizes.small_len)
         # The schedule is constant, so that where a part ends has no effect on it.
         rate = ("--lr-schedule", "constant", "--warmup-steps", 5, *OPTIMIZERS[precision].split())
@@ -280,7 +280,7 @@ class Bench:
         return Row(part, what, measured, wanted, same and furthest <= tolerance)
 
     def kill_twice(self) -> Iterator[Row]:
-        """Kill rank 1 twice: the launcher starts all anew once, and gives up the second time."""
+        """Kill rank 1 twice: the launcher restarts all once, and gives up the second time."""
         out = self.folder / "killed"
         words = self.small("no", NEVER, "--save-interval", 10, "--output-dir", out)
         with launched(self.command("DDP", words, restarts=1), self.environment()) as (process, text):
@@ -299,7 +299,7 @@ class Bench:
                     wait_for(lambda v=victim: (p := rank_of(process.pid, 1)) and p.pid != v.pid, process)
                     wait_for(lambda s=saved: any(row["step"] == s + 10 for row in reports(out)), process)
                     wait_for(lambda: "going on from step" in text(), process)
-            code, said = process.wait(PATIENCE), text()
+            code, said = process.wait(TIMEOUT), text()
         limit = DIST_TIMEOUT
         measured = " and ".join(f"{s:.1f} s" for s in seconds)
         yield Row(
@@ -320,7 +320,7 @@ class Bench:
         """Tokens/s of two GPUs against twice those of one."""
         for way, model, wanted in (("DDP", self.sizes.ddp, 0.95), ("FSDP2", self.sizes.fsdp2, 0.90)):
             _, preset, _, rows, *_ = model.split()
-            what = f"{way}, {preset}, {rows} rows a process"
+            what = f"{way}, {preset}, {rows} sequences per process"
             try:
                 one = self.timed("1 GPU", way, model, NEVER)
                 two = self.ddp_speed if way == "DDP" else self.timed(way, way, model, NEVER)
@@ -424,12 +424,12 @@ def wait_for(find: Callable[[], Any], process: subprocess.Popen[bytes] | None) -
     Raises:
         RunError: where it takes too long, or the process has ended.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not (found := find()):
         if process is not None and process.poll() is not None:
             raise RunError(f"the launcher ended early with {process.returncode}")
         if time.monotonic() > deadline:
-            raise RunError(f"nothing happened for {PATIENCE:.0f} s")
+            raise RunError(f"nothing happened for {TIMEOUT:.0f} s")
         time.sleep(0.1)
     return found
 

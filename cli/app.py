@@ -16,7 +16,6 @@ from typing import Annotated, NoReturn
 import typer
 
 import minimind
-from minimind.config.options import PretrainConfig
 from minimind.config.schema import options_were_typed
 from minimind.errors import ConfigError, UserError
 from minimind.formatting import printable
@@ -102,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     if not is_main_process():
         _prefix_warnings()
-    args = normalize(sys.argv[1:] if args is None else args, PretrainConfig)
+    args = normalize(sys.argv[1:] if args is None else args)
     if not is_main_process() and (not args or {"--help", "--help-all", "-h", "--version"} & set(args)):
         _exit(0)  # only the main process prints
     try:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
+from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.presets import SHAPE_OPTIONS, default_preset
 from minimind.launch_env import is_main_process
 
@@ -29,7 +29,7 @@ def bench(
 ) -> None:
     """Measure training speed on random tokens, with the options of pretrain; write nothing."""
     resolved = parse_config(ctx, preset=preset, file=config)
-    shape_given = bool(preset or config or SHAPE_OPTIONS & typed_values(ctx, PretrainConfig).keys())
+    shape_given = bool(preset or config or SHAPE_OPTIONS & typed_values(ctx).keys())
     default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
     if default is not None:
         resolved = parse_config(ctx, preset=default)

@@ -45,7 +45,7 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     uses the preset `tiny`.
     """
     flags, problems, notes = upstream_flags.translate(ctx)
-    typed = {**flags, **typed_values(ctx, PretrainConfig)}
+    typed = {**flags, **typed_values(ctx)}
     if typed.get("resume") and not preset and not file:
         output_dir = typed.get("output_dir")
         run = run_to_resume(

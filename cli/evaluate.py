@@ -21,7 +21,7 @@ from minimind.formatting import printable
 from minimind.launch_env import is_main_process
 from minimind.run_folder import find_run
 
-from .options import expand_path, parse_settings, with_options
+from .options import ModelTokenizer, expand_path, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.evaluation.corpus import Breakdown, CorpusEvaluation
@@ -44,14 +44,7 @@ class EvaluationOptions:
             default_text="required",
         ),
     ] = ()
-    tokenizer: Annotated[
-        str | None,
-        FieldInfo(
-            "A tokenizer.json, or its folder.",
-            metavar="PATH",
-            default_text="the tokenizer of the model",
-        ),
-    ] = None
+    tokenizer: ModelTokenizer = None
     max_seq_len: Annotated[
         int | None,
         FieldInfo("Sequence length in tokens.", minimum=2, default_text="that of the run, else 512"),

@@ -12,7 +12,7 @@ from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 from minimind.formatting import count, parse_size, printable, size
 
-from .options import expand_path, parse_settings, with_options
+from .options import ModelTokenizer, expand_path, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.formats.export import Exported
@@ -62,14 +62,7 @@ class ExportOptions:
             default_text="NAME.config.json next to NAME.pth, else inferred from the tensors",
         ),
     ] = None
-    tokenizer: Annotated[
-        str | None,
-        FieldInfo(
-            "A tokenizer.json, or its folder.",
-            metavar="PATH",
-            default_text="the tokenizer of the model",
-        ),
-    ] = None
+    tokenizer: ModelTokenizer = None
     overwrite: Annotated[bool, FieldInfo("Overwrite a model in the output folder.")] = False
 
 

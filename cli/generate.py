@@ -18,7 +18,7 @@ from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError, UserError
 from minimind.formatting import json_line, printable
 
-from .options import expand_path, parse_settings, with_options
+from .options import ModelTokenizer, expand_path, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.generation.engine import InferenceEngine
@@ -64,14 +64,7 @@ class GenerateOptions:
             default_text="random",
         ),
     ] = None
-    tokenizer: Annotated[
-        str | None,
-        FieldInfo(
-            "A tokenizer.json, or its folder.",
-            metavar="PATH",
-            default_text="the tokenizer of the model",
-        ),
-    ] = None
+    tokenizer: ModelTokenizer = None
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"],
         FieldInfo("Device; `auto` uses a GPU if available."),

@@ -14,10 +14,11 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from minimind.config.options import PretrainConfig
+from minimind.config.options import CONFIG_SCHEMA, PretrainConfig
 from minimind.config.presets import resolve
 from minimind.config.schema import (
     ConfigField,
+    FieldInfo,
     flag_of,
     parse_values,
     path_problem,
@@ -33,6 +34,11 @@ from .help import show_all_options
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 RESUME_NEWEST = "auto"
+
+ModelTokenizer = Annotated[
+    str | None,
+    FieldInfo("A tokenizer.json, or its folder.", metavar="PATH", default_text="the tokenizer of the model"),
+]
 
 _SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
@@ -156,7 +162,7 @@ def hidden_option(name: str, kind: type) -> inspect.Parameter:
     )
 
 
-def typed_values(ctx: typer.Context, cls: type) -> dict[str, Any]:
+def typed_values(ctx: typer.Context, cls: type = PretrainConfig) -> dict[str, Any]:
     """Return the values of `cls` given on the command line, as strings; None for the value `none`."""
     typed = {name: ctx.params[name] for name in schema_of(cls) if name in ctx.params and _is_typed(ctx, name)}
     for name, field in schema_of(cls).items():
@@ -232,7 +238,7 @@ def parse_config(
             file_values = read_toml(Path(file))
     except ConfigError as error:
         found += error.problems
-    values = {**(flags or {}), **typed_values(ctx, PretrainConfig)}
+    values = {**(flags or {}), **typed_values(ctx)}
     try:
         config = resolve(preset=preset, file=file_values, file_name=str(file), flags=values)
     except ConfigError as error:
@@ -242,13 +248,13 @@ def parse_config(
     return config
 
 
-def normalize(args: Sequence[str], cls: type) -> list[str]:
+def normalize(args: Sequence[str]) -> list[str]:
     """Rewrite command-line arguments for Typer.
 
     Options may have underscores, `--resume` without a path means the newest checkpoint, and a switch may have
     a value: `--batch_size 8 --resume --packing false` becomes `--batch-size 8 --resume=auto --no-packing`.
     """
-    switches = {field.flag: field for field in schema_of(cls).values() if field.kind is bool}
+    switches = {field.flag: field for field in CONFIG_SCHEMA.values() if field.kind is bool}
     return list(_normalized(list(args), switches))
 
 

@@ -94,7 +94,7 @@ ALL_COMMANDS = sorted({(page, shlex.join(words)) for page in NAMES for words in 
 
 def parse(words: list[str]) -> list[str]:
     """Return what the program would say against a command line; nothing is run."""
-    words = normalize(words, PretrainConfig)
+    words = normalize(words)
     command = get_command(app)
     while hasattr(command, "commands") and not words[0].startswith("-"):
         if words[0] not in command.commands:
@@ -112,7 +112,7 @@ def parse(words: list[str]) -> list[str]:
         return [str(error)]
     if command.context_settings != LENIENT:
         return []
-    _, problems = parse_values(PretrainConfig, typed_values(context, PretrainConfig))
+    _, problems = parse_values(PretrainConfig, typed_values(context))
     return [*unknown_args(context), *problems]
 
 
@@ -193,7 +193,7 @@ def test_pages_show_the_default_run_as_it_is() -> None:
     shape = MiniMindConfig(**{name: getattr(config, name) for name in SHAPE if name != "vocab_size"})
     (steps,) = re.findall(r"^steps: +(\d+) of up to", read("docs/quickstart.md"), re.M)
     plan = read("docs/planning.md")
-    assert re.search(rf"^run: +{steps} steps, .*, {config.epochs} passes,", plan, re.M)
+    assert re.search(rf"^run: +{steps} steps, .*, {config.epochs} epochs,", plan, re.M)
     assert f"optimizer {size(optimizer_bytes(shape, config.optimizer))}, activations" in plan
 
 

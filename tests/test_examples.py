@@ -63,13 +63,13 @@ def test_the_walkthrough_learns_and_writes() -> None:
     assert len(left["sample"]) > len("The")
 
 
-def test_the_loop_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_custom_loop_resumes_where_it_was(tmp_path: Path) -> None:
     corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
     train = example("custom_loop")["train"]
     straight = train(corpus, tmp_path / "straight", steps=6)
-    train(corpus, tmp_path / "parted", steps=3)
-    resumed = train(corpus, tmp_path / "parted", steps=6)
-    steps = sorted(path.name for path in (tmp_path / "parted").glob("step-*"))
+    train(corpus, tmp_path / "resumed", steps=3)
+    resumed = train(corpus, tmp_path / "resumed", steps=6)
+    steps = sorted(path.name for path in (tmp_path / "resumed").glob("step-*"))
     assert steps == ["step-00000003", "step-00000006"]
     for name, weight in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name

@@ -1,4 +1,4 @@
-"""The package as it is handed out: what a wheel and a source archive hold, and that they install and run."""
+"""The distributed package: what a wheel and a source archive hold, and that they install and run."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..config.options import PretrainConfig
-from ..config.schema import flag_of, schema_of
+from ..config.options import CONFIG_SCHEMA, PretrainConfig
+from ..config.schema import flag_of
 from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
@@ -137,7 +137,7 @@ def _short(value: Any) -> str:
 
 def _spell(key: str, value: Any) -> str:
     """Return an option as typed; empty for a value that is no option."""
-    field = schema_of(PretrainConfig).get(key)
+    field = CONFIG_SCHEMA.get(key)
     return " ".join(field.spell(value)) if field else ""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.options import AUTO, PretrainConfig
+from ..config.options import AUTO, CONFIG_SCHEMA
 from ..config.schema import read_toml
 from ..errors import CheckpointError, ConfigError, UserError
 from ..run_folder import RunFolder
@@ -42,7 +42,7 @@ def run_to_resume(resume: str, output_dir: str | None, *, complete: bool) -> Run
         ConfigError: when there is no run to resume.
     """
     if resume == AUTO:
-        folder = RunFolder(Path(output_dir or PretrainConfig.output_dir).expanduser())
+        folder = RunFolder(Path(output_dir or CONFIG_SCHEMA["output_dir"].default).expanduser())
         if folder.config.is_file():
             return RunToResume(
                 folder.config, note=f"Continuing with the options of {folder.config}; flags override them."
@@ -160,5 +160,8 @@ def _first_save(folder: RunFolder) -> int:
     values: dict[str, Any] = {}
     with suppress(UserError):
         values = read_toml(folder.config)
-    intervals = [values.get("save_interval", PretrainConfig.save_interval), values.get("keep_every")]
+    intervals = [
+        values.get("save_interval", CONFIG_SCHEMA["save_interval"].default),
+        values.get("keep_every"),
+    ]
     return min((number for number in intervals if isinstance(number, int) and number > 0), default=1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .options import PretrainConfig
+from .options import CONFIG_SCHEMA, PretrainConfig
 from .presets import PRESETS, SHAPE_OPTIONS, resolve
-from .schema import schema_of
 
 # A repeated run has another folder and starts at step 0.
 _RUN_SPECIFIC = ("output_dir", "resume")
@@ -17,7 +16,7 @@ def to_argv(config: PretrainConfig) -> list[str]:
 
 def _argv_from(config: PretrainConfig, preset: str | None) -> list[str]:
     """Return the arguments on top of a preset, or of the defaults."""
-    schema = schema_of(PretrainConfig)
+    schema = CONFIG_SCHEMA
     given: set[str] = set()
     # Repeat, because an option may change the default of another one.
     while True:

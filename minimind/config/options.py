@@ -349,7 +349,7 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     def __post_init__(self) -> None:
         convert_fields(self)
         problems = [*range_problems(self)]
-        problems = problems or [for_caller(problem, schema_of(PretrainConfig)) for problem in conflicts(self)]
+        problems = problems or [for_caller(problem, CONFIG_SCHEMA) for problem in conflicts(self)]
         if problems:
             raise ConfigError(problems)
 
@@ -376,3 +376,4 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
 
 
 CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
+CONFIG_SCHEMA = schema_of(PretrainConfig)

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..launch_env import world_size
-from .options import AUTO, PretrainConfig
-from .schema import flag_of, for_caller, options_were_typed, parse_values, schema_of
+from .options import AUTO, CONFIG_SCHEMA, PretrainConfig
+from .schema import flag_of, for_caller, options_were_typed, parse_values
 
 # The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -189,7 +189,7 @@ def resolve(
         # Do not report conflicts with the default in place of a rejected value.
         rejected_flags = [flag_of(name) for name in rejected]
         conflicting = [line for line in error.problems if not any(flag in line for flag in rejected_flags)]
-        problems += [for_caller(line, schema_of(PretrainConfig)) for line in conflicting]
+        problems += [for_caller(line, CONFIG_SCHEMA) for line in conflicting]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)

@@ -27,6 +27,13 @@ from ..errors import ConfigError
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Integers in tensors and files have 64 bits.
 LARGEST_INTEGER = 2**63 - 1
+# Of each type: the placeholder in --help, its name in a sentence, and an example.
+_KINDS = {
+    int: ("INTEGER", "a whole number", "for example 8"),
+    float: ("NUMBER", "a number", "for example 0.001"),
+    bool: ("BOOLEAN", "true or false", "true or false"),
+    str: ("TEXT", "text", "text in quotes"),
+}
 
 # Whether messages name options as typed (`--max-steps 0`) or as in Python (`max_steps=0`).
 _typed: ContextVar[bool] = ContextVar("typed", default=False)
@@ -143,12 +150,7 @@ class ConfigField:
     def range_text(self) -> str:
         """The valid range, such as `at least 0 and below 1`; empty if unbounded."""
         info = self.info
-        bounds = {
-            "at least": info.minimum,
-            "above": info.above,
-            "at most": info.maximum,
-            "below": info.below,
-        }
+        bounds = {"at least": info.minimum, "above": info.above, "at most": info.maximum, "below": info.below}
         return " and ".join(f"{name} {bound:.10g}" for name, bound in bounds.items() if bound is not None)
 
     @property
@@ -158,8 +160,7 @@ class ConfigField:
             return "|".join(self.choices)
         if self.info.metavar is not None:
             return self.info.metavar
-        kind = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}[self.kind]
-        return "|".join((kind, *self.keywords))
+        return "|".join((_KINDS[self.kind][0], *self.keywords))
 
 
 def flag_of(name: str) -> str:
@@ -236,7 +237,7 @@ def _problem(field: ConfigField, value: Any) -> str | None:
         return f"{given} is not known; choose {_either(field.choices)}."
     has_type = isinstance(value, (int, float) if field.kind is float else field.kind)
     if not has_type or (field.kind is not bool and isinstance(value, bool)):
-        return f"{given} is not {_article(field)}; write {_example(field)}."
+        return f"{given} is not {_KINDS[field.kind][1]}; write {_example(field)}."
     if isinstance(value, str) and not value.isascii() and _SURROGATES.search(value):
         # Python decodes invalid bytes of a command line to lone surrogates, which no file can hold.
         return f"{label} is not valid UTF-8; write it, or name the file, in UTF-8."
@@ -392,13 +393,7 @@ def _either(choices: Sequence[str]) -> str:
     return ", ".join(choices[:-1]) + f" or {choices[-1]}"
 
 
-def _article(field: ConfigField) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[field.kind]
-
-
 def _example(field: ConfigField) -> str:
     if field.default is not None and not isinstance(field.default, tuple):
         return " or ".join((f"for example {_toml_value(field.default)}", *field.keywords))
-    return {int: "for example 8", float: "for example 0.001", bool: "true or false", str: "text in quotes"}[
-        field.kind
-    ]
+    return _KINDS[field.kind][2]

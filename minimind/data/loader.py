@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config.options import PretrainConfig
-from .batch_plan import BatchPlan, count_steps
+from .batch_plan import BatchPlan
 from .batching import StepBuilder, StepSequences
 from .mixture import MixedOrder
 from .packing import IGNORED, Piece
@@ -241,20 +240,6 @@ def _synchronize(tensors: _Tensors, copied: torch.cuda.Event) -> None:
     for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(current)
-
-
-def count_total_steps(config: PretrainConfig, loader: Loader, plan: BatchPlan) -> int:
-    """Return the number of optimizer steps of a run."""
-    # Packed sequences are full, except the last of an epoch; padded ones are as long as their documents.
-    mean_length = (
-        config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.sequences_per_epoch
-    )
-    return count_steps(
-        config,
-        steps_per_epoch=loader.steps_per_epoch,
-        tokens_per_epoch=loader.tokens_per_epoch,
-        tokens_per_step=plan.global_batch_size * mean_length,
-    )
 
 
 class _End:

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -123,20 +123,12 @@ class _Ids:
     lengths: NDArray[np.int64]
 
 
-def content_hash(data: bytes) -> int:
-    """Return a 64-bit hash of the text, equal in every version and on every machine."""
-    return _hash_parts([data])[0]
-
-
-def _hash_text(text: str) -> tuple[int, int]:
-    """Return the content hash and the UTF-8 bytes of a text, encoded in slices."""
-    slices = range(0, len(text), _LONG_CHARACTERS)
-    return _hash_parts(text[start : start + _LONG_CHARACTERS].encode() for start in slices)
-
-
-def _hash_parts(parts: Iterable[bytes]) -> tuple[int, int]:
+def hash_text(text: str) -> tuple[int, int]:
+    """Return a 64-bit hash of a document, equal in all versions and on all machines, and its UTF-8 bytes."""
     digest, size = hashlib.blake2b(digest_size=8, key=b"minimind document"), 0
-    for part in parts:
+    # In slices, so that a long document is not copied as a whole.
+    for start in range(0, len(text), _LONG_CHARACTERS):
+        part = text[start : start + _LONG_CHARACTERS].encode()
         digest.update(part)
         size += len(part)
     return int.from_bytes(digest.digest(), "little"), size
@@ -231,7 +223,7 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
             texts, columns, size = [], ([], [], []), 0
         part = assignment.part
         for text in assignment.source.documents(readings[number]):
-            hashed, text_bytes = _hash_text(text)
+            hashed, text_bytes = hash_text(text)
             texts.append(text)
             for column, value in zip(columns, (number, hashed, text_bytes), strict=True):
                 column.append(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -14,8 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from ..config.options import PretrainConfig
-from ..config.schema import schema_of
+from ..config.schema import flag_of
 from ..errors import RankError
 from ..version import __version__
 
@@ -54,14 +52,10 @@ def check_same_on_all_ranks(accelerator: Accelerator, values: Mapping[str, Any])
 
 
 def run_signature(
-    accelerator: Accelerator, config: PretrainConfig, fingerprints: Mapping[str, str]
+    accelerator: Accelerator, options: Mapping[str, Any], fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what must be equal on all ranks: options, versions, launch settings and input fingerprints."""
-    options = {
-        schema_of(PretrainConfig)[name].flag: value
-        for name, value in asdict(config).items()
-        if name not in MACHINE_LOCAL_OPTIONS
-    }
+    shared = {flag_of(name): value for name, value in options.items() if name not in MACHINE_LOCAL_OPTIONS}
     versions = {
         "minimind": __version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
@@ -72,7 +66,7 @@ def run_signature(
     if accelerator.is_fsdp2:
         prefixes = ("FSDP_", "PARALLELISM_CONFIG_")
         launch |= {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
-    return {**options, **versions, **launch, **fingerprints}
+    return {**shared, **versions, **launch, **fingerprints}
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -141,7 +141,8 @@ def evaluate_text(
             "text": data.fingerprint,
             "weights": weights_fingerprint(loaded),
         }
-        check_same_on_all_ranks(accelerator, run_signature(accelerator, config, fingerprints))
+        shared = run_signature(accelerator, dataclasses.asdict(config), fingerprints)
+        check_same_on_all_ranks(accelerator, shared)
         loaded.to(accelerator.device).eval()
         sums = _sums(
             loaded, data.train, tokenizer, config, stride or length, accelerator, progress, len(files)

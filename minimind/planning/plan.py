@@ -16,7 +16,6 @@ from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.files import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
 from ..config.options import PretrainConfig
 from ..data.batch_plan import BatchPlan, plan_batches
-from ..data.loader import count_total_steps
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
@@ -68,7 +67,7 @@ def plan_run(
     inputs, batches, data = _resolve(config, quiet=quiet)
     model_config = inputs.model_config
     loader = inputs.loader(data.train, batches, weights=data.weights)
-    total_steps = count_total_steps(inputs.config, loader, batches)
+    total_steps = inputs.total_steps(loader, batches)
     damaged: list[str] = []
     first_step = _first_step(inputs, batches, data, total_steps, damaged.append)
     measured, too_large = _measure(inputs.config, batches, seconds)

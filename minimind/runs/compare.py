@@ -11,8 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..config.options import PretrainConfig
-from ..config.schema import schema_of
+from ..config.options import CONFIG_SCHEMA
 from ..errors import ConfigError
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
@@ -149,7 +148,7 @@ def _validation_data(run: RunRecord, *, same_tokenizer: bool) -> object:
 
 
 def _differing_options(runs: Sequence[RunRecord]) -> Iterable[Row]:
-    for name, field in schema_of(PretrainConfig).items():
+    for name, field in CONFIG_SCHEMA.items():
         values = [getattr(run.config, name) for run in runs]
         if name not in _NOT_COMPARED and any(value != values[0] for value in values):
             yield Row(field.flag, tuple(_option(value) for value in values))

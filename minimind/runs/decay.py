@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..checkpoint.train_state import TrainState
-from ..config.options import PretrainConfig
-from ..config.schema import schema_of
+from ..config.options import CONFIG_SCHEMA, PretrainConfig
 from ..data.batch_plan import fit_micro_batch
 from ..distributed.heartbeat import first_choice, started_before
 from ..errors import CheckpointError, ConfigError
@@ -136,7 +135,7 @@ def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, lis
 
 def _config_of(settings: dict[str, Any]) -> PretrainConfig:
     """Return the options of a checkpoint, for any number of processes."""
-    known = schema_of(PretrainConfig)
+    known = CONFIG_SCHEMA
     values = {name: settings[name] for name in known if name in settings}
     for name, field in known.items():
         if field.repeatable and name in values:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config.command_line import to_argv
-from ..config.options import ModelConfig, PretrainConfig
+from ..config.options import CONFIG_SCHEMA, ModelConfig, PretrainConfig
 from ..config.schema import schema_of
 from ..distributed.accelerator import choose_precision
 from ..errors import UserError
@@ -94,7 +94,7 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
 
 def _without_derived_sizes(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
     """Return the options without the sizes that follow from others."""
-    fields = schema_of(PretrainConfig)
+    fields = CONFIG_SCHEMA
     if config.from_weight is not None:
         return dataclasses.replace(config, **{name: fields[name].default for name in _FROM_WEIGHT})
     changes: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def _absolute(run: RunRecord) -> tuple[PretrainConfig, list[str]]:
     if started_in is None or Path(started_in) == Path.cwd():
         relative = [name for name in _PATHS if any(map(_is_relative, _as_tuple(getattr(config, name))))]
         if started_in is None and relative:
-            flags = ", ".join(schema_of(PretrainConfig)[name].flag for name in relative)
+            flags = ", ".join(CONFIG_SCHEMA[name].flag for name in relative)
             return config, [
                 f"{flags} are relative to the working folder of the run, which it did not record."
             ]

@@ -16,8 +16,7 @@ import psutil  # a dependency of Accelerate
 import torch
 from accelerate import Accelerator
 
-from ..config.options import PretrainConfig
-from ..config.schema import schema_of
+from ..config.options import CONFIG_SCHEMA
 from ..version import __version__
 
 PACKAGES = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensorboard")
@@ -120,7 +119,7 @@ def hide_secrets(arguments: Sequence[str]) -> list[str]:
 
 def _is_secret(option: str) -> bool:
     name = option.lstrip("-").replace("-", "_")
-    if name.lower() in schema_of(PretrainConfig):
+    if name.lower() in CONFIG_SCHEMA:
         return False
     # `wandbApiKey` has three words, `WANDB.API.KEY` as well.
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

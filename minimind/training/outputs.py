@@ -9,13 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.options import PretrainConfig
-from ..modeling.config import MiniMindConfig
 from ..run_folder import RunFolder
-from ..tokenizer import Tokenizer
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
 from .samples import Samples
+from .setup import RunInputs
 
 
 class Outputs:
@@ -31,18 +29,16 @@ class Outputs:
 
     def __init__(
         self,
-        config: PretrainConfig,
-        model_config: MiniMindConfig,
+        inputs: RunInputs,
         folder: RunFolder,
         accelerator: Accelerator,
         model: nn.Module,
-        tokenizer: Tokenizer,
         environment: Mapping[str, Any],
         progress: Progress,
     ) -> None:
         """Open nothing yet; see `open`."""
-        self._config, self._model_config, self._folder = config, model_config, folder
-        self._accelerator, self._model, self._tokenizer = accelerator, model, tokenizer
+        self._inputs, self._folder = inputs, folder
+        self._accelerator, self._model = accelerator, model
         self._environment, self._progress = environment, progress
 
     @property
@@ -52,8 +48,9 @@ class Outputs:
 
     def open(self, step: int, tracker_ids: Mapping[str, str]) -> None:
         """Open everything to continue after `step` in the charts of these run ids."""
+        config = self._inputs.config
         self.trackers = Trackers(
-            self._config,
+            config,
             self._folder,
             self._accelerator,
             tracker_ids,
@@ -62,13 +59,13 @@ class Outputs:
             warn=self._progress.warn,
         )
         self.samples = None
-        if self._config.sample_interval is not None:
+        if config.sample_interval is not None:
             self.samples = Samples(
-                self._config.sample_prompt or ("",),
-                self._config.seed,
-                self._model_config,
+                config.sample_prompt or ("",),
+                config.seed,
+                self._inputs.model_config,
                 self._model,
-                self._tokenizer,
+                self._inputs.tokenizer,
                 self._accelerator,
                 self._folder,
                 start_step=step,

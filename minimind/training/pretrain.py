@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
 from ..config.options import AUTO, PretrainConfig
-from ..data.loader import count_total_steps
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -42,7 +40,6 @@ from ..run_folder import RunFolder
 from ..schedule import LearningRateSchedule, warmup_steps
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
-from ..tracking.metrics_file import read_metrics
 from ..tracking.trackers import check_trackers
 from .build_model import ModelFactory
 from .evaluator import Evaluator
@@ -53,7 +50,7 @@ from .peak_flops import peak_flops_of
 from .profiler import ProfileTrace
 from .samples import check_prompts
 from .setup import RunInputs, TrainingParts, build_training, check_auto_batch_size, resolve_run
-from .summary import PretrainResult, banner, summary
+from .summary import PretrainResult, banner, finished_result, summarize
 from .throughput import Meter
 from .trainer import Trainer
 
@@ -98,14 +95,17 @@ def pretrain(
         progress, stop = session.progress, session.stop
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
-        check_prompts(options.config, options.model_config, options.tokenizer)
+        if options.config.sample_interval is not None:
+            max_tokens = options.model_config.max_position_embeddings
+            check_prompts(options.config.sample_prompt, max_tokens, options.tokenizer)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
         place = closing.enter_context(report_peer_failures(accelerator))
         fingerprints = {"tokenizer": options.tokenizer.fingerprint, "training text": data.fingerprint}
-        check_same_on_all_ranks(accelerator, run_signature(accelerator, options.config, fingerprints))
+        shared = run_signature(accelerator, dataclasses.asdict(options.config), fingerprints)
+        check_same_on_all_ranks(accelerator, shared)
         inputs = options.with_batch_size(accelerator, progress.note)
         parts = build_training(
             inputs,
@@ -116,17 +116,18 @@ def pretrain(
             model_factory=model_factory,
             note=progress.note,
         )
-        total_steps = count_total_steps(inputs.config, parts.loader, parts.plan)
+        total_steps = inputs.total_steps(parts.loader, parts.plan)
         if options.config.resume == AUTO and not branch:
             done = run_on_main_and_broadcast(accelerator, partial(finished_run, session.folder, total_steps))
             if done is not None:
-                return _finished(session, done, total_steps, time.monotonic() - started)
-        environment = _environment(accelerator, parts, fingerprints, data)
+                progress.note(
+                    f"finished ({done['step']:,}/{total_steps:,} steps); --max-steps or --epochs trains on."
+                )
+                return finished_result(session.folder, done, time.monotonic() - started)
+        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         # `auto` is kept in the run's file: it may be resumed on another device.
         written = dataclasses.replace(inputs.config, batch_size=options.config.batch_size)
-        trainer = _build_trainer(
-            inputs, parts, data, accelerator, session, total_steps, written, environment, branch
-        )
+        trainer = run.build_trainer(written, run.environment(fingerprints), branch=branch)
         trainer.stop_after = stop_after
         # Last in the ExitStack, so that the watchdog ends before cleanup.
         store, timeout = trainer.checkpointer.store, parse_duration(config.dist_timeout)
@@ -137,7 +138,7 @@ def pretrain(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = _summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
@@ -228,162 +229,129 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
     return data
 
 
-def _finished(session: _Session, state: dict[str, Any], total_steps: int, seconds: float) -> PretrainResult:
-    """Report that nothing is left to train, and return the result of the finished run."""
-    step = state["step"]
-    session.progress.note(f"finished ({step:,}/{total_steps:,} steps); --max-steps or --epochs trains on.")
-    last: dict[str, Any] = {}
-    for line in read_metrics(session.folder.metrics):
-        last |= {name: value for name, value in line.items() if value is not None}
-    return PretrainResult(
-        model_dir=session.folder.model,
-        steps=step,
-        tokens=state["tokens"],
-        loss=last.get("loss", math.nan),
-        val_loss=last.get("val_loss"),
-        bits_per_byte=last.get("val_bits_per_byte"),
-        tokens_per_second=last.get("total_tokens_per_second", 0.0),
-        seconds=seconds,
-        sample="",
-        stopped=None,
-    )
+@dataclass(frozen=True)
+class _Run:
+    """What the trainer of a run is built from."""
 
+    session: _Session
+    inputs: RunInputs
+    parts: TrainingParts
+    data: PreparedData
+    accelerator: Accelerator
+    total_steps: int
 
-def _environment(
-    accelerator: Accelerator, parts: TrainingParts, fingerprints: dict[str, str], data: PreparedData
-) -> dict[str, Any]:
-    """Return what the run runs on; empty on all ranks but the main process."""
-    if not accelerator.is_main_process:
-        return {}
-    launch = describe_launch(accelerator, compiled=parts.compiled)
-    facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": data.mixture}}
-    return describe_environment(accelerator.device) | facts
+    def environment(self, fingerprints: dict[str, str]) -> dict[str, Any]:
+        """Return what the run runs on; empty on all ranks but the main process."""
+        accelerator = self.accelerator
+        if not accelerator.is_main_process:
+            return {}
+        launch = describe_launch(accelerator, compiled=self.parts.compiled)
+        facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": self.data.mixture}}
+        return describe_environment(accelerator.device) | facts
 
+    def build_trainer(self, written: PretrainConfig, environment: dict[str, Any], *, branch: bool) -> Trainer:
+        """Load the checkpoint to resume, open all outputs, and return the trainer.
 
-def _build_trainer(
-    inputs: RunInputs,
-    parts: TrainingParts,
-    data: PreparedData,
-    accelerator: Accelerator,
-    session: _Session,
-    total_steps: int,
-    written: PretrainConfig,
-    environment: dict[str, Any],
-    branch: bool,
-) -> Trainer:
-    """Load the checkpoint to resume, open all outputs, and return the trainer.
+        `written` are the options as the run's folder keeps them.
+        """
+        session, inputs, parts, total_steps = self.session, self.inputs, self.parts, self.total_steps
+        accelerator, model_config, config = self.accelerator, inputs.model_config, inputs.config
+        progress, closing = session.progress, session.closing
+        store = CheckpointStore(
+            session.folder.checkpoints,
+            config.keep_checkpoints,
+            keep_every=config.keep_every,
+            on_error=partial(_save_failed, config, progress, session.stop),
+        )
+        settings = settings_of_run(config, model_config, parts.plan, inputs.tokenizer, self.data) | {
+            "total_steps": total_steps,
+            "steps_per_epoch": parts.loader.steps_per_epoch,
+            # For those who read the weights without the run.
+            "model_config": model_config.to_dict() if parts.custom_model is None else None,
+        }
+        checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
+        state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
+        if accelerator.is_main_process:
+            session.folder.describe(written, environment)
+        outputs = Outputs(inputs, session.folder, accelerator, parts.model, environment, progress)
+        outputs.open(state.step, tracker_ids)
+        closing.callback(outputs.close)
+        checkpointer.trackers = outputs.trackers
+        # Flush pending checkpoint writes however the run ends.
+        closing.callback(store.wait_until_written)
+        steps_per_epoch, warmup = parts.loader.steps_per_epoch, warmup_steps(config, total_steps)
+        for note in run_notes(config, total_steps, steps_per_epoch, warmup):
+            progress.note(note)
+        progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
+        return Trainer(
+            config=config,
+            model_config=model_config,
+            accelerator=accelerator,
+            model=parts.model,
+            optimizer=parts.optimizer,
+            loader=parts.loader,
+            schedule=LearningRateSchedule(config, total_steps),
+            total_steps=total_steps,
+            checkpointer=checkpointer,
+            outputs=outputs,
+            meter=self._meter(state),
+            progress=progress,
+            stop=session.stop,
+            state=state,
+            evaluator=self._evaluator(),
+            spikes=SpikeReporter(
+                accelerator, parts.model, parts.loader, inputs.tokenizer, session.folder.spikes
+            ),
+            graph=parts.graph,
+            profiler=self._profiler(state),
+            saved_step=saved_step,
+        )
 
-    `written` are the options as the run's folder keeps them.
-    """
-    config, model_config = inputs.config, inputs.model_config
-    progress, closing, plan = session.progress, session.closing, parts.plan
-    store = CheckpointStore(
-        session.folder.checkpoints,
-        config.keep_checkpoints,
-        keep_every=config.keep_every,
-        on_error=partial(_save_failed, config, progress, session.stop),
-    )
-    settings = settings_of_run(config, model_config, plan, inputs.tokenizer, data) | {
-        "total_steps": total_steps,
-        "steps_per_epoch": parts.loader.steps_per_epoch,
-        # For those who read the weights without the run.
-        "model_config": model_config.to_dict() if parts.custom_model is None else None,
-    }
-    checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
-    state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
-    if accelerator.is_main_process:
-        session.folder.describe(written, environment)
-    folder, tokenizer, model = session.folder, inputs.tokenizer, parts.model
-    outputs = Outputs(config, model_config, folder, accelerator, model, tokenizer, environment, progress)
-    outputs.open(state.step, tracker_ids)
-    closing.callback(outputs.close)
-    checkpointer.trackers = outputs.trackers
-    # Flush pending checkpoint writes however the run ends.
-    closing.callback(store.wait_until_written)
-    for note in run_notes(
-        config, total_steps, parts.loader.steps_per_epoch, warmup_steps(config, total_steps)
-    ):
-        progress.note(note)
-    progress.banner(banner(inputs, parts, data, accelerator, total_steps))
-    return Trainer(
-        config=config,
-        model_config=model_config,
-        accelerator=accelerator,
-        model=parts.model,
-        optimizer=parts.optimizer,
-        loader=parts.loader,
-        schedule=LearningRateSchedule(config, total_steps),
-        total_steps=total_steps,
-        checkpointer=checkpointer,
-        outputs=outputs,
-        meter=_build_meter(inputs, parts, data, accelerator, state, total_steps),
-        progress=progress,
-        stop=session.stop,
-        state=state,
-        evaluator=_build_evaluator(inputs, parts, data, accelerator),
-        spikes=SpikeReporter(accelerator, model, parts.loader, tokenizer, folder.spikes),
-        graph=parts.graph,
-        profiler=_open_profiler(config, session, accelerator, state),
-        saved_step=saved_step,
-    )
+    def _meter(self, state: TrainState) -> Meter:
+        config, accelerator = self.inputs.config, self.accelerator
+        # Steps between the phases that the remaining time includes.
+        intervals = {"saving": config.save_interval}
+        if self.data.validation is not None:
+            intervals["evaluation"] = config.evaluation_interval
+        if config.sample_interval is not None:
+            intervals["sampling"] = config.sample_interval
+        return Meter(
+            self.inputs.model_config.flops_per_token(config.max_seq_len),
+            accelerator.num_processes,
+            peak_flops_of(accelerator.device) if self.parts.custom_model is None else None,
+            state.decay_window[1] if state.decay_window else self.total_steps,
+            start_step=state.step,
+            intervals=intervals,
+            device=accelerator.device,
+        )
 
+    def _evaluator(self) -> Evaluator | None:
+        inputs, parts, validation = self.inputs, self.parts, self.data.validation
+        if validation is None:
+            return None
+        return Evaluator(
+            validation,
+            parts.model,
+            self.accelerator,
+            inputs.tokenizer,
+            vocab_size=inputs.model_config.vocab_size,
+            seq_len=inputs.config.max_seq_len,
+            packing=inputs.config.packing,
+            plan=parts.plan,
+        )
 
-def _build_meter(
-    inputs: RunInputs,
-    parts: TrainingParts,
-    data: PreparedData,
-    accelerator: Accelerator,
-    state: TrainState,
-    total_steps: int,
-) -> Meter:
-    config = inputs.config
-    # Steps between the phases that the remaining time includes.
-    intervals = {"saving": config.save_interval}
-    if data.validation is not None:
-        intervals["evaluation"] = config.evaluation_interval
-    if config.sample_interval is not None:
-        intervals["sampling"] = config.sample_interval
-    return Meter(
-        inputs.model_config.flops_per_token(config.max_seq_len),
-        accelerator.num_processes,
-        peak_flops_of(accelerator.device) if parts.custom_model is None else None,
-        state.decay_window[1] if state.decay_window else total_steps,
-        start_step=state.step,
-        intervals=intervals,
-        device=accelerator.device,
-    )
-
-
-def _build_evaluator(
-    inputs: RunInputs, parts: TrainingParts, data: PreparedData, accelerator: Accelerator
-) -> Evaluator | None:
-    if data.validation is None:
-        return None
-    return Evaluator(
-        data.validation,
-        parts.model,
-        accelerator,
-        inputs.tokenizer,
-        vocab_size=inputs.model_config.vocab_size,
-        seq_len=inputs.config.max_seq_len,
-        packing=inputs.config.packing,
-        plan=parts.plan,
-    )
-
-
-def _open_profiler(
-    config: PretrainConfig, session: _Session, accelerator: Accelerator, state: TrainState
-) -> ProfileTrace | None:
-    if not config.profile:
-        return None
-    trace = ProfileTrace(
-        session.folder.profile,
-        accelerator.device,
-        process_index=accelerator.process_index,
-        start_step=state.step,
-        note=session.progress.note,
-    )
-    return session.closing.enter_context(trace)
+    def _profiler(self, state: TrainState) -> ProfileTrace | None:
+        session, accelerator = self.session, self.accelerator
+        if not self.inputs.config.profile:
+            return None
+        trace = ProfileTrace(
+            session.folder.profile,
+            accelerator.device,
+            process_index=accelerator.process_index,
+            start_step=state.step,
+            note=session.progress.note,
+        )
+        return session.closing.enter_context(trace)
 
 
 def _save_failed(
@@ -416,31 +384,3 @@ def _save_final(trainer: Trainer, parts: TrainingParts, inputs: RunInputs, folde
     if not accelerator.is_main_process:
         return ""
     return write_sample(folder.model, tokenizer, inputs.config.seed, accelerator.device)
-
-
-def _summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) -> PretrainResult:
-    """Log the totals, show a summary, and return the result."""
-    state, totals = trainer.state, trainer.meter.totals()
-    trainer.outputs.trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
-    evaluation = trainer.reports.last_evaluation
-    result = PretrainResult(
-        model_dir=folder.model,
-        steps=state.step,
-        tokens=state.tokens,
-        loss=trainer.reports.last_loss,
-        val_loss=evaluation.loss if evaluation else None,
-        bits_per_byte=evaluation.bits_per_byte if evaluation else None,
-        tokens_per_second=totals["tokens_per_second"],
-        seconds=time.monotonic() - started,
-        sample=sample,
-        stopped=_stop_reason(trainer) if state.stopping else None,
-    )
-    bottleneck = trainer.meter.bottleneck()
-    trainer.progress.summary(summary(result, totals, bottleneck, state.skipped_steps, state.rewinds))
-    return result
-
-
-def _stop_reason(trainer: Trainer) -> str:
-    if trainer.stop.reason is not None:
-        return trainer.stop.reason
-    return "the step asked for" if trainer.state.step == trainer.stop_after else "another process"

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..checkpoint.state_dict import gather_weights
-from ..config.options import PretrainConfig
 from ..errors import ConfigError
 from ..formats.huggingface import model_from_weights
 from ..generation.text import continue_texts, encode_prompt
@@ -22,17 +21,16 @@ from ..tracking.trackers import Trackers
 SAMPLE_TOKENS = 64
 
 
-def check_prompts(config: PretrainConfig, model_config: MiniMindConfig, tokenizer: Tokenizer) -> None:
+def check_prompts(prompts: Sequence[str], max_tokens: int, tokenizer: Tokenizer) -> None:
     """Refuse prompts that leave no position to generate.
 
     Raises:
         ConfigError: with the length of the first such prompt.
     """
-    positions = model_config.max_position_embeddings
-    for prompt in config.sample_prompt if config.sample_interval is not None else ():
-        if (length := len(encode_prompt(tokenizer, prompt))) >= positions:
+    for prompt in prompts:
+        if (length := len(encode_prompt(tokenizer, prompt))) >= max_tokens:
             raise ConfigError(
-                f"--sample-prompt '{prompt[:20]}...' has {length} tokens, but the model has {positions} "
+                f"--sample-prompt '{prompt[:20]}...' has {length} tokens, but the model has {max_tokens} "
                 "positions; shorten it."
             )
 

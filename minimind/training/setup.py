@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config.options import AUTO, PretrainConfig
-from ..data.batch_plan import BatchPlan, max_training_tokens, plan_batches
+from ..data.batch_plan import BatchPlan, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
@@ -73,6 +73,18 @@ class RunInputs:
             pad_token_id=self.tokenizer.pad_token_id,
             trim=trim,
             weights=weights,
+        )
+
+    def total_steps(self, loader: Loader, plan: BatchPlan) -> int:
+        """Return the number of optimizer steps of the run."""
+        # Packed sequences are full, except the last of an epoch; padded ones are as long as their documents.
+        mean_length = loader.tokens_per_epoch / loader.sequences_per_epoch
+        return count_steps(
+            self.config,
+            steps_per_epoch=loader.steps_per_epoch,
+            tokens_per_epoch=loader.tokens_per_epoch,
+            tokens_per_step=plan.global_batch_size
+            * (self.config.max_seq_len if self.config.packing else mean_length),
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +14,10 @@ from accelerate import Accelerator
 from ..data.prepare import PreparedData
 from ..formatting import count, duration
 from ..modeling.kernels.dispatch import unsupported_reason
+from ..run_folder import RunFolder
+from ..tracking.metrics_file import read_metrics
 from .setup import RunInputs, TrainingParts
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,54 @@ def banner(
     ]
 
 
-def summary(
+def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) -> PretrainResult:
+    """Return the result of a run that has nothing left to train."""
+    last: dict[str, Any] = {}
+    for line in read_metrics(folder.metrics):
+        last |= {name: value for name, value in line.items() if value is not None}
+    return PretrainResult(
+        model_dir=folder.model,
+        steps=state["step"],
+        tokens=state["tokens"],
+        loss=last.get("loss", math.nan),
+        val_loss=last.get("val_loss"),
+        bits_per_byte=last.get("val_bits_per_byte"),
+        tokens_per_second=last.get("total_tokens_per_second", 0.0),
+        seconds=seconds,
+        sample="",
+        stopped=None,
+    )
+
+
+def summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) -> PretrainResult:
+    """Log the totals, show a summary, and return the result."""
+    state, totals = trainer.state, trainer.meter.totals()
+    trainer.outputs.trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
+    evaluation = trainer.reports.last_evaluation
+    result = PretrainResult(
+        model_dir=folder.model,
+        steps=state.step,
+        tokens=state.tokens,
+        loss=trainer.reports.last_loss,
+        val_loss=evaluation.loss if evaluation else None,
+        bits_per_byte=evaluation.bits_per_byte if evaluation else None,
+        tokens_per_second=totals["tokens_per_second"],
+        seconds=time.monotonic() - started,
+        sample=sample,
+        stopped=_stop_reason(trainer) if state.stopping else None,
+    )
+    bottleneck = trainer.meter.bottleneck()
+    trainer.progress.summary(summary_rows(result, totals, bottleneck, state.skipped_steps, state.rewinds))
+    return result
+
+
+def _stop_reason(trainer: Trainer) -> str:
+    if trainer.stop.reason is not None:
+        return trainer.stop.reason
+    return "the step asked for" if trainer.state.step == trainer.stop_after else "another process"
+
+
+def summary_rows(
     result: PretrainResult,
     totals: dict[str, float],
     bottleneck: str,
@@ -109,7 +161,7 @@ def summary(
 ) -> list[tuple[str, str]]:
     """Return the result of a run as pairs of a key and a value."""
     if result.stopped is not None:
-        end = f"stopped by {result.stopped} after step {result.steps:,}; go on with --resume"
+        end = f"stopped by {result.stopped} after step {result.steps:,}; continue with --resume"
         rows = [("end", end)]
     else:
         rows = [("model", str(result.model_dir))]

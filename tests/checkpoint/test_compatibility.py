@@ -1,4 +1,4 @@
-"""Which options may change when a run goes on."""
+"""Which options may change on resume."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_free_options_change_silently(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", sorted(CHANGED))
-def test_changed_options_are_told(key: str) -> None:
+def test_changed_options_are_reported(key: str) -> None:
     refused, changed = compare_settings(settings(**{key: 1}), settings(**{key: 2}))
     assert refused == []
     (line,) = changed

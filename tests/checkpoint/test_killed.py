@@ -1,4 +1,4 @@
-"""Runs that end as runs end in practice: killed at any moment, or with a disk that takes no more."""
+"""Runs that end as runs end in practice: killed at any moment, or with a full disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path: Path) -> None:
     """Weights, moments, reports and delivered model equal those of a run that nobody killed."""
     done = run_script("killed_runs.py", tmp_path, KILLS, 1)
     logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))

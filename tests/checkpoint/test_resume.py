@@ -234,7 +234,7 @@ def test_a_folder_without_a_run_is_refused_unless_the_command_is_complete(tmp_pa
     assert run_to_resume(str(tmp_path / "typo"), None, complete=False).config is None
 
 
-def test_a_folder_of_runs_is_not_taken_for_one(run: Path) -> None:
+def test_a_folder_of_runs_is_not_accepted_as_a_run(run: Path) -> None:
     (run / "other").mkdir()
     assert containing_run(run / "other") is None
     assert containing_run(run.parent) is None

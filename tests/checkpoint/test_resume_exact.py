@@ -1,4 +1,4 @@
-"""A run that was stopped and went on is, to the last bit, the run that never stopped."""
+"""A resumed run equals an uninterrupted one, to the bit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_run_that_is_compared_has_what_could_go_wrong(straight: Path) -> Non
 
 
 # Before the first report and checkpoint, at a checkpoint between two reports, at an evaluation, at both edges
-# of a pass (whose last step is short) and before the end.
+# of an epoch (whose last step is short) and before the end.
 @pytest.mark.parametrize("step", [1, 4, 5, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, STEPS - 1])
 def test_stopped_at_a_step_and_resumed_equals_never_stopped(
     corpus: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -121,7 +121,7 @@ def stop_before_evaluation(number: int, work: Callable[..., Any]) -> Callable[..
 
 # Evaluations of the loop, counted from 1; the fourth is the one at the end.
 @pytest.mark.parametrize("number", [2, 4])
-def test_an_evaluation_that_was_cut_off_is_made_up_for(
+def test_an_evaluation_that_was_cut_off_is_done_later(
     corpus: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     config = tiny(corpus, tmp_path / "run")
@@ -132,7 +132,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
     assert_same_end(tmp_path / "run", straight)
 
 
-def test_a_mark_of_the_best_that_a_crash_prevented_is_made_up_for(corpus: Path, tmp_path: Path) -> None:
+def test_a_mark_of_the_best_that_a_crash_prevented_is_set_on_resume(corpus: Path, tmp_path: Path) -> None:
     """The evaluation was written down, but the process was killed before best.json was."""
     config = tiny(corpus, tmp_path / "run", save_interval=5)
     pretrain(config, stop_after=10)
@@ -155,7 +155,7 @@ def test_a_run_can_be_ended_after_a_step_to_go_on_another_time(
     assert_same_end(tmp_path / "run", straight)
 
 
-def test_other_rows_have_another_digest(corpus: Path, straight: Path, tmp_path: Path) -> None:
+def test_other_sequences_have_another_digest(corpus: Path, straight: Path, tmp_path: Path) -> None:
     pretrain(tiny(corpus, tmp_path / "run", seed=7, max_steps=3))
     assert reports(tmp_path / "run")[1]["digest"] != reports(straight)[1]["digest"]
 

@@ -88,7 +88,7 @@ def test_changed_group_values_stay_and_all_others_are_those_of_the_checkpoint(tm
     assert (decay, betas, no_decay) == (0.5, (0.7, 0.8), 0.0)
 
 
-def test_changed_options_are_told_unless_the_run_is_left_on_purpose(tmp_path: Path) -> None:
+def test_changed_options_are_reported_unless_the_run_branches_off(tmp_path: Path) -> None:
     save(checkpoints_in(tmp_path), step=1)
     parts = checkpoints_in(tmp_path, learning_rate=5e-3)
     parts.resume("auto", branch=True)
@@ -205,7 +205,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_resume(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir() if "step" in path.name] == ["step-00000002"]
 
 
-def test_a_run_that_the_launcher_starts_again_goes_on_from_its_last_checkpoint(
+def test_a_run_that_the_launcher_starts_again_resumes_from_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")

@@ -176,7 +176,7 @@ def test_extra_may_not_take_the_names_collect_uses() -> None:
         gather_state_dict(accelerator, model, optimizer, {"step": 0, "scaler": None})
 
 
-def test_agree_returns_or_raises_what_the_work_did() -> None:
+def test_run_on_main_and_broadcast_returns_or_raises_what_the_work_did() -> None:
     accelerator, _, _ = topologies.start()
     assert run_on_main_and_broadcast(accelerator, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
@@ -186,7 +186,7 @@ def test_agree_returns_or_raises_what_the_work_did() -> None:
 @pytest.mark.parametrize(
     ("topology", "optimizer_name"), [("ddp", "adamw"), ("fsdp2", "adamw"), ("fsdp2", "muon")]
 )
-def test_another_topology_loads_the_same_state_and_goes_on_alike(
+def test_another_topology_loads_the_same_state_and_continues_alike(
     tmp_path: Path, topology: str, optimizer_name: str
 ) -> None:
     muon = optimizer_name == "muon"

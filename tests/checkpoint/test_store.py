@@ -125,7 +125,7 @@ def test_tensor_files_read_back_by_the_safetensors_library(
         assert torch.equal(found[name], tensor)
 
 
-def test_tensors_lie_at_multiples_of_their_width(tmp_path: Path) -> None:
+def test_tensors_lie_at_multiples_of_their_item_size(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     write_tensors(file, {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float64)})
     data = file.read_bytes()
@@ -540,8 +540,8 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> 
             time.sleep(chance.uniform(0, 0.05))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            heard = first + stream.read()
-        reported = int.from_bytes(heard[-4:], "little")
+            received = first + stream.read()
+        reported = int.from_bytes(received[-4:], "little")
         store = CheckpointStore(tmp_path, 2)
         interrupted += bool(hidden(tmp_path))
         assert all(entry.problem() is None for entry in store.entries())

@@ -1,4 +1,4 @@
-"""The program: commands, exit codes, and which process speaks."""
+"""The program: commands, exit codes, and which process prints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_help_lists_the_commands(run: Command) -> None:
 
 
 @pytest.mark.parametrize("command", ["", "pretrain ", "info ", "tokenizer ", "tokenizer train "])
-def test_the_short_word_for_help_is_understood(run: Command, command: str) -> None:
+def test_the_short_flag_for_help_is_understood(run: Command, command: str) -> None:
     short, long = run(f"{command}-h"), run(f"{command}--help")
     assert (short.code, short.out) == (0, long.out)
     assert "Usage" in short.out
@@ -55,7 +55,7 @@ def test_an_unknown_command_suggests_the_nearest(run: Command) -> None:
 
 
 @pytest.mark.parametrize("words", [["generate", "x"], ["eval", "--data", "x"], ["export", "--output", "x"]])
-def test_a_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]) -> None:
+def test_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]) -> None:
     done = run(words[0], "Once upon a time " * 20, *words[1:])
     assert done.code == 2
     assert done.err == (
@@ -72,7 +72,7 @@ def test_a_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]
     ],
 )
 @pytest.mark.parametrize("rank", [None, "0", "1"])
-def test_one_process_speaks_for_all(
+def test_only_the_main_process_prints(
     run: Command,
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
@@ -88,7 +88,7 @@ def test_one_process_speaks_for_all(
         monkeypatch.setenv("RANK", rank)
     done = run("pretrain --preset tiny")
     assert done.code == code
-    # Rank 1 gives the first one time to speak, after which a launcher ends it; left alive, it speaks too.
+    # Rank 1 gives rank 0 time to print, after which a launcher ends it; if still running, it prints too.
     signed = [f"rank 1: {line}" for line in lines if "interrupted" not in line]
     assert done.err.splitlines() == (signed if rank == "1" else lines)
 

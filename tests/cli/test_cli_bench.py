@@ -70,7 +70,7 @@ def test_a_launch_that_would_measure_one_process_for_several_is_refused(
     assert done.err.startswith("error: the launcher was asked for several processes but started one")
 
 
-def test_a_wrong_option_is_told_in_a_sentence(run: Command) -> None:
+def test_a_wrong_option_is_reported_in_a_sentence(run: Command) -> None:
     done = run("bench", "--batch-sise", "4")
     assert done.code == 2
     assert "--batch-size" in done.err

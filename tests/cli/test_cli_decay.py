@@ -1,4 +1,4 @@
-"""`minimind-train decay`: from words to a call."""
+"""`minimind-train decay`: from arguments to a call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_option_is_passed_on(run: Command, calls: list[Call]) -> None:
     assert calls == [((Path("out"), 5), chosen)]
 
 
-def test_mistakes_are_reported_together(run: Command, calls: list[Call]) -> None:
+def test_user_errors_are_reported_together(run: Command, calls: list[Call]) -> None:
     done = run("decay out --tokens 0 --from-stp 7 --decay-shape round")
     assert done.code == 2
     assert done.err.splitlines() == [
@@ -51,7 +51,9 @@ def test_mistakes_are_reported_together(run: Command, calls: list[Call]) -> None
     assert calls == []
 
 
-def test_a_word_too_many_is_told_without_an_option_that_there_is_not(run: Command, calls: list[Call]) -> None:
+def test_an_extra_argument_is_reported_without_an_option_that_there_is_not(
+    run: Command, calls: list[Call]
+) -> None:
     done = run("decay trunk another --tokens 5")
     assert (done.code, calls) == (2, [])
     assert done.err == (

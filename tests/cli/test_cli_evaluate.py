@@ -123,7 +123,7 @@ def test_a_narrow_terminal_loses_no_column(
         (["--datta", "x"], "error: unknown option --datta; did you mean '--data'?"),
     ],
 )
-def test_mistakes_are_told(run: Command, words: list[str], sentence: str) -> None:
+def test_user_errors_are_reported(run: Command, words: list[str], sentence: str) -> None:
     done = run("eval", "nowhere", *words)
     assert (done.code, done.err.splitlines()[0]) == (2, sentence)
 

@@ -1,4 +1,4 @@
-"""`minimind-train export`: its words, what it prints, and its mistakes."""
+"""`minimind-train export`: its arguments, output and errors."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_next_command_suits_the_format(run: Command, calls: list[Any], forma
         ("export out --output x", "out does not exist; name a run folder"),
     ],
 )
-def test_mistakes_are_one_line_each(run: Command, words: str, sentence: str) -> None:
+def test_user_errors_are_one_line_each(run: Command, words: str, sentence: str) -> None:
     done = run(words)
     assert done.code == 2
     assert done.out == ""

@@ -144,7 +144,9 @@ def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
         (["-5 degrees"], "No such option: -5. Put a prompt that begins with a dash after --."),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_read(run: Command, words: list[str], sentence: str) -> None:
+def test_user_errors_are_reported_before_the_model_is_read(
+    run: Command, words: list[str], sentence: str
+) -> None:
     done = run("generate", "nowhere", "x", *words)
     assert done.code == 2
     assert sentence in done.err

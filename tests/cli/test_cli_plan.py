@@ -23,7 +23,7 @@ TINY = (
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Put a made-up plan in place of the real one; the list holds what it was asked for."""
+    """Put a fake plan in place of the real one; the list holds what it was asked for."""
     calls: list[tuple[Any, ...]] = []
 
     def plan_run(config: Any, *, price_per_hour: float | None, quiet: bool) -> SimpleNamespace:

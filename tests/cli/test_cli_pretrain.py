@@ -1,4 +1,4 @@
-"""`minimind-train pretrain`: from words to a configuration."""
+"""`minimind-train pretrain`: from arguments to a configuration."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ def test_flags_in_every_spelling(
     assert getattr(trained[0], name) == value
 
 
-def test_all_mistakes_are_reported_together_one_a_line(run: Command, trained: list[PretrainConfig]) -> None:
+def test_all_user_errors_are_reported_together_one_a_line(
+    run: Command, trained: list[PretrainConfig]
+) -> None:
     done = run(
         "pretrain --batch_size many --learnin_rate 3 --from_resume 7 --lr-schedule cosin --epochs 0 "
         "--warmup_steps -1 text.jsonl --config nowhere.toml"

@@ -84,7 +84,7 @@ def test_all_options_of_the_original_can_be_given_at_once(
 @pytest.mark.parametrize(
     ("device", "cpu"), [("cpu", "true"), ("cuda", None), ("cuda:0", None), ("mps", None)]
 )
-def test_the_device_cpu_is_taken_and_others_are_left_to_the_machine(
+def test_the_device_cpu_is_used_and_others_are_left_to_the_machine(
     run: Command, trained: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch, device: str, cpu: str | None
 ) -> None:
     # Set first, so that it is put back at the end.
@@ -141,8 +141,8 @@ def test_the_page_on_migration_tells_our_defaults() -> None:
         MIGRATION.read_text(encoding="utf-8"),
         re.M,
     )
-    told = {flag: value for flag, value in rows if by_flag.get(flag) is not None and flag != "--use-moe"}
-    assert len(told) > 10
-    for flag, value in told.items():
+    mapped = {flag: value for flag, value in rows if by_flag.get(flag) is not None and flag != "--use-moe"}
+    assert len(mapped) > 10
+    for flag, value in mapped.items():
         ours = by_flag[flag]
         assert (float(value) if isinstance(ours, int | float) else value) == ours, flag

@@ -80,7 +80,7 @@ def test_options_of_experts_belong_to_experts_and_to_each_other() -> None:
 
 
 @pytest.mark.parametrize("values", [{"head_dim": 63}, {"hidden_size": 72, "num_attention_heads": 8}])
-def test_a_head_of_odd_width_is_refused(values: dict[str, int]) -> None:
+def test_an_odd_head_size_is_refused(values: dict[str, int]) -> None:
     assert problems_when_typed(**values) == [
         "rotary position embeddings need an even head dimension; set --head-dim to an even number."
     ]

@@ -91,7 +91,7 @@ def test_a_learning_rate_that_is_given_counts_for_any_optimizer() -> None:
     assert unset.peak_learning_rate == preset_config("tiny").peak_learning_rate
 
 
-def test_auto_in_place_of_a_batch_size_keeps_the_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_in_place_of_a_batch_size_keeps_the_sequences_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preset_config("tiny").batch_size == 16
     config = preset_config("tiny", batch_size="auto")
     assert (config.batch_size, config.global_batch_size) == ("auto", 16)

@@ -38,7 +38,7 @@ class Example:
     size: Annotated[int | Literal["auto"], FieldInfo("A size.", minimum=1)] = 4
 
 
-def test_a_declaration_is_taken_apart() -> None:
+def test_a_declaration_is_parsed() -> None:
     settings = schema_of(Example)
     assert list(settings) == ["count", "rate", "switch", "limit", "kind", "names", "title", "size"]
     assert (settings["limit"].kind, settings["limit"].optional, settings["limit"].default_text) == (

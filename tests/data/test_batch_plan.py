@@ -60,7 +60,7 @@ def test_micro_batches_of_a_power_of_two_are_the_powers_below():
         ({"batch_size": "auto", "global_batch_size": 96}, 96),
     ],
 )
-def test_auto_leaves_a_step_the_rows_of_the_default(options, rows):
+def test_auto_leaves_a_step_the_sequences_of_the_default(options, rows):
     config = PretrainConfig(**options)
     assert sequences_per_step(config, 2) == rows
     if options["batch_size"] != "auto":
@@ -111,7 +111,7 @@ def test_run_ends_at_the_first_limit():
     assert steps(epochs=3) == 48
     assert steps(epochs=3, max_steps=40) == 40
     assert steps(epochs=3, max_steps=500) == 48
-    # 64 rows of 100 tokens a step.
+    # 64 sequences of 100 tokens a step.
     assert steps(epochs=3, max_tokens=6400) == 1
     assert steps(epochs=3, max_tokens=6401) == 2
     assert steps(epochs=3, max_tokens=64_000, max_steps=5) == 5
@@ -132,7 +132,7 @@ def test_other_limits_go_beyond_one_epoch_unless_epochs_are_given():
     tokens=st.integers(1, 300_000),
 )
 def test_steps_for_a_number_of_tokens_are_the_fewest_that_train_them(rows, batch, epochs, tokens):
-    """Against walking through the passes step by step, the last step of a pass being short."""
+    """Against walking through the epochs step by step, the last step of an epoch being short."""
     trained = walked = 0
     for _ in range(epochs):
         for first in range(0, rows, batch):

@@ -1,4 +1,4 @@
-"""The text every Python carries: there, in one order, and its fingerprint tells of changes."""
+"""The text every Python carries: present, in one order, and its fingerprint changes with it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Thing:
     ]
 
 
-def test_tests_tables_packages_and_tiny_documents_are_left_out(library):
+def test_tests_tables_packages_and_tiny_documents_are_skipped(library):
     for name in ("test/a.py", "encodings/b.py", "site-packages/c.py", "config-3.12/d.py", "x/tests/e.py"):
         library(name, f'"""{prose(name)}"""')
     library("tiny.py", '"""Too small."""')
@@ -93,13 +93,13 @@ def test_tests_tables_packages_and_tiny_documents_are_left_out(library):
     assert list(builtin_documents()) == [f"kept\n\n{prose('kept')}"]
 
 
-def test_a_docstring_met_before_is_left_out(library):
+def test_a_docstring_met_before_is_skipped(library):
     library("a.py", f'"""{prose("same")}"""')
     library("b.py", f'"""{prose("same")}"""')
     assert list(builtin_documents()) == [f"a\n\n{prose('same')}"]
 
 
-def test_sources_that_cannot_be_read_are_passed_over(library, recwarn):
+def test_sources_that_cannot_be_read_are_skipped(library, recwarn):
     library("broken.py", "def (:")
     library("binary.py", b"\x00\xff\xfe")
     library("escape.py", f'"""{prose("odd")} \\d"""')

@@ -61,7 +61,7 @@ def test_every_token_that_follows_another_is_a_target_once(
     assert sorted(met) == [t for s, e in zip(starts, ends, strict=True) for t in range(s + 1, e)]
 
 
-def test_packed_windows_are_the_rows_of_a_validation(tmp_path: Path) -> None:
+def test_packed_windows_are_the_sequences_of_a_validation(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [30, 5, 1, 44, 2, 18, 60, 7])
     rows = window_batch(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
     batches = evaluation_batches(

@@ -1,4 +1,4 @@
-"""The loader hands out the steps as tensors, ahead of the consumer, and stops when told."""
+"""The loader yields steps as tensors, prefetches them, and stops when closed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def loader_for(shards, plan=None, process=0, device="cpu", packing=True):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_sizes_of_a_pass_are_what_its_steps_add_up_to(shards, packing):
+def test_sizes_of_an_epoch_are_what_its_steps_add_up_to(shards, packing):
     loader = loader_for(shards, packing=packing)
     for epoch in range(2):
         steps = list(loader.steps(epoch, 0))
@@ -60,14 +60,14 @@ def test_every_step_has_the_same_shapes_also_the_short_last_one(shards):
                 assert tensor.dtype == dtype
 
 
-def test_padded_rows_need_no_documents_or_positions(shards):
+def test_padded_sequences_need_no_documents_or_positions(shards):
     batch = next(loader_for(shards, packing=False).steps(0)).micro_batches[0]
     assert batch.document_ids is None
     assert batch.position_ids is None
 
 
 @pytest.mark.parametrize("width", [8, 3])
-def test_trimmed_rows_lose_only_columns_without_a_target(shards, width, monkeypatch):
+def test_trimmed_sequences_lose_only_columns_without_a_target(shards, width, monkeypatch):
     monkeypatch.setattr("minimind.data.loader._TRIM_TO", width)
 
     def steps(*, trim):
@@ -91,7 +91,7 @@ def test_trimmed_rows_lose_only_columns_without_a_target(shards, width, monkeypa
     assert len(widths) > 1
 
 
-def test_packed_rows_are_not_trimmed(shards):
+def test_packed_sequences_are_not_trimmed(shards):
     options = {"seq_len": 48, "packing": True, "plan": BatchPlan(2, 2, 3), "seed": 5, "process_index": 2}
     steps = Loader(shards, device="cpu", trim=True, **options).steps(0)
     assert {batch.input_ids.shape for step in steps for batch in step.micro_batches} == {(2, 48)}
@@ -99,7 +99,9 @@ def test_packed_rows_are_not_trimmed(shards):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_batches", [None, 3])
-def test_evaluation_has_equally_many_batches_and_the_same_rows_on_any_processes(shards, packing, max_batches):
+def test_evaluation_has_equally_many_batches_and_the_same_sequences_on_any_processes(
+    shards, packing, max_batches
+):
     def targets(num_processes, batch_size):
         parts = [
             list(
@@ -159,7 +161,7 @@ def test_closing_stops_the_thread_and_it_runs_only_so_far_ahead(shards):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("process", [0, 2])
-def test_the_pieces_of_a_step_spell_its_rows(shards, packing, process):
+def test_the_pieces_of_a_step_spell_its_sequences(shards, packing, process):
     loader = loader_for(shards, process=process, packing=packing)
     pieces_seen = rows_of_padding = 0
     for step in loader.steps(1):
@@ -182,7 +184,7 @@ def test_the_pieces_of_a_step_spell_its_rows(shards, packing, process):
     assert rows_of_padding > 0 or process == 0
 
 
-def test_the_pieces_of_all_processes_are_every_input_of_a_pass_once(shards):
+def test_the_pieces_of_all_processes_are_every_input_of_an_epoch_once(shards):
     seen = []
     for process in range(3):
         loader = loader_for(shards, process=process)

@@ -1,4 +1,4 @@
-"""Entries with weights: shares are met, nothing repeats within a pass, any place is found."""
+"""Entries with weights: shares are met, nothing repeats within an epoch, any position is found."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row
 
 
 def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
-    """The rows of an epoch in order, put together from all processes: (inputs, labels) each."""
+    """The sequences of an epoch in order, put together from all processes: (inputs, labels) each."""
     rows = []
     parts = [steps_of(shards, weights, plan=plan, process=r, **where) for r in range(plan.num_processes)]
     for step in zip(*parts, strict=True):
@@ -90,7 +90,7 @@ def test_no_document_comes_again_before_its_entry_was_read_whole(
     for part in shards.parts:
         firsts = shards.offsets[part.first_document : part.end_document]
         counts = [met[first] for first in firsts.tolist()]
-        # One for the pass under way, one where the rows of the last epoch end within a window, whose
+        # One for the epoch under way, one where the sequences of the last epoch end within a window, whose
         # documents are permuted; and the last token of each epoch, maybe always the same, is a target only.
         apart = 2 + epochs
         assert max(counts) - min(counts) <= apart
@@ -103,7 +103,7 @@ def test_no_document_comes_again_before_its_entry_was_read_whole(
 
 @quick
 @given(entries, packings, st.integers(0, 99), st.integers(0, 40))
-def test_a_stream_reads_each_pass_whole_and_once(make_shards, lengths, packing, seed, cuts):
+def test_a_stream_reads_each_epoch_whole_and_once(make_shards, lengths, packing, seed, cuts):
     shards = make(make_shards, lengths)
     order = order_of(shards, weights_for(lengths, seed), seq_len=8, packing=packing, seed=seed)
     for part, stream in zip(shards.parts, order._streams, strict=True):
@@ -123,7 +123,7 @@ def test_shares_are_met_in_every_epoch_to_within_a_few_documents(make_shards, le
     shards = make(make_shards, lengths)
     weights = weights_for(lengths, seed)
     owner = np.repeat(np.arange(len(lengths)), [sum(n) for n in lengths])
-    # A window may begin a document late in each entry, and its rows are permuted at both ends of the epoch.
+    # A window may begin a document late in each entry, and sequences are permuted at both ends of the epoch.
     slack = 2 * sum(max(n) for n in lengths) + 2 * seq_len + 100
     rows = 0
     tokens = np.zeros(len(lengths))
@@ -156,7 +156,7 @@ def test_shares_are_met_within_each_window_of_a_larger_corpus(make_shards):
     assert passes[1] > 5
 
 
-def test_padded_rows_meet_the_shares_by_the_mean_of_an_entry(make_shards):
+def test_padded_sequences_meet_the_shares_by_the_mean_of_an_entry(make_shards):
     rng = np.random.default_rng(0)
     lengths = [rng.integers(2, 60, 2000).tolist(), rng.integers(20, 30, 1000).tolist()]
     shards = make(make_shards, lengths)
@@ -200,7 +200,9 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(
 
 @quick
 @given(entries, st.integers(2, 20), packings, st.integers(0, 5), st.data())
-def test_starting_at_any_row_gives_the_tail_of_the_epoch(make_shards, lengths, seq_len, packing, epoch, data):
+def test_starting_at_any_sequence_gives_the_tail_of_the_epoch(
+    make_shards, lengths, seq_len, packing, epoch, data
+):
     shards = make(make_shards, lengths)
     weights = weights_for(lengths, epoch)
     where = {"seq_len": seq_len, "packing": packing, "epoch": epoch}
@@ -214,7 +216,7 @@ def test_starting_at_any_row_gives_the_tail_of_the_epoch(make_shards, lengths, s
 
 @quick
 @given(entries, st.integers(2, 20), st.integers(0, 99))
-def test_packed_rows_are_full_and_labels_follow_their_inputs(make_shards, lengths, seq_len, seed):
+def test_packed_sequences_are_full_and_labels_follow_their_inputs(make_shards, lengths, seq_len, seed):
     shards = make(make_shards, lengths)
     firsts = set(shards.offsets[:-1].tolist())
     for inputs, labels in rows_of(
@@ -229,7 +231,7 @@ def test_packed_rows_are_full_and_labels_follow_their_inputs(make_shards, length
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_epochs_seeds_and_passes_have_different_orders(make_shards, packing):
+def test_epochs_and_seeds_have_different_orders(make_shards, packing):
     lengths = [np.random.default_rng(i).integers(2, 60, 200).tolist() for i in range(2)]
     shards = make(make_shards, lengths)
     orders = [
@@ -243,7 +245,7 @@ def test_epochs_seeds_and_passes_have_different_orders(make_shards, packing):
         stream = order_of(blocks, (0.5, 0.5), seq_len=16, packing=packing)._streams[0]
         passes = [stream.documents(i * stream.size, (i + 1) * stream.size).tolist() for i in range(2)]
         assert passes[0] != passes[1] != sorted(passes[1])
-    # Documents of both entries share rows: they are mixed within a window, not laid one after the other.
+    # Documents of both entries share sequences: they are mixed within a window, not laid one after the other.
     if packing:
         owner = [int(np.array(row[0][:1])[0] >= shards.parts[0].num_tokens) for row in orders[0]]
         assert max(len(list(run)) for _, run in groupby(owner)) < 40

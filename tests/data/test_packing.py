@@ -40,7 +40,7 @@ def steps_of(
 
 
 def global_rows(shards, plan, **kwargs):
-    """All rows of a pass in the order, put together from all processes: a list of (inputs, labels, …)."""
+    """All sequences of an epoch in order, from all processes: a list of (inputs, labels, …)."""
     rows = []
     for parts in zip(
         *(steps_of(shards, plan=plan, process=r, **kwargs) for r in range(plan.num_processes)), strict=True
@@ -62,7 +62,7 @@ def global_rows(shards, plan, **kwargs):
 
 @quick
 @given(lengths_of_documents, st.integers(2, 50), plans, st.integers(0, 3), st.booleans())
-def test_packed_rows_make_every_token_but_first_ones_a_target_once(
+def test_packed_sequences_make_every_token_but_first_ones_a_target_once(
     make_shards, lengths, seq_len, plan, epoch, split
 ):
     shards = make_shards(lengths, shard_tokens=50 if split else 1 << 28)
@@ -77,7 +77,7 @@ def test_packed_rows_make_every_token_but_first_ones_a_target_once(
 
 @quick
 @given(lengths_of_documents, st.integers(2, 50), st.integers(0, 3))
-def test_nothing_in_a_packed_row_crosses_documents(make_shards, lengths, seq_len, epoch):
+def test_nothing_in_a_packed_sequence_crosses_documents(make_shards, lengths, seq_len, epoch):
     shards = make_shards(lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for inputs, labels, documents, positions in global_rows(
@@ -96,7 +96,7 @@ def test_nothing_in_a_packed_row_crosses_documents(make_shards, lengths, seq_len
 
 @quick
 @given(lengths_of_documents, st.integers(2, 50), plans, st.booleans(), st.integers(0, 2))
-def test_padded_rows_equal_a_plain_reference(make_shards, lengths, seq_len, plan, shuffle, epoch):
+def test_padded_sequences_equal_a_plain_reference(make_shards, lengths, seq_len, plan, shuffle, epoch):
     shards = make_shards(lengths)
     rows = global_rows(shards, plan, seq_len=seq_len, packing=False, epoch=epoch, shuffle=shuffle)
     expected = []
@@ -125,7 +125,7 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(make_shards, lengths,
 
 @quick
 @given(lengths_of_documents, st.integers(2, 30), st.booleans(), st.data())
-def test_starting_at_any_row_gives_the_tail_of_the_pass(make_shards, lengths, seq_len, packing, data):
+def test_starting_at_any_sequence_gives_the_tail_of_the_epoch(make_shards, lengths, seq_len, packing, data):
     shards = make_shards(lengths)
     plan = BatchPlan(2, 1, 1)
     whole = global_rows(shards, plan, seq_len=seq_len, packing=packing, epoch=1)
@@ -147,7 +147,7 @@ def test_a_step_after_resuming_has_the_same_digest(make_shards, lengths, seq_len
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_passes_and_seeds_have_different_orders(make_shards, packing):
+def test_epochs_and_seeds_have_different_orders(make_shards, packing):
     shards = make_shards(np.random.default_rng(0).integers(2, 60, 200).tolist())
     plan = BatchPlan(4, 1, 1)
     orders = [
@@ -185,7 +185,7 @@ def test_full_size_blocks_and_windows_cover_a_larger_corpus(make_shards):
     assert (seen == ~firsts).all()
 
 
-def test_finding_a_row_touches_only_its_window(make_shards, monkeypatch):
+def test_finding_a_sequence_touches_only_its_window(make_shards, monkeypatch):
     shards = make_shards([20] * 500, block_tokens=64)
     order = SequenceOrder(shards, seq_len=16, packing=True, seed=1, window_blocks=4)
     sorted_keys = []

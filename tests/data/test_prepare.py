@@ -19,7 +19,7 @@ from minimind.config.options import PretrainConfig
 from minimind.data import cache, prepare
 from minimind.data.prepare import default_cache_dir, prepare_data
 from minimind.data.report import DataReport
-from minimind.data.tokenization import content_hash
+from minimind.data.tokenization import hash_text
 from minimind.errors import DataError
 from support.made_text import ByteTokenizer, write_jsonl
 
@@ -103,14 +103,14 @@ def test_moved_text_is_still_the_same_text_and_reordered_text_is_not(tmp_path, c
     assert prepare_data(config_for(tmp_path, moved), tokenizer).fingerprint != first.fingerprint
 
 
-def test_the_row_length_is_no_part_of_the_cache(tmp_path, corpus, tokenizer):
+def test_the_sequence_length_is_no_part_of_the_cache(tmp_path, corpus, tokenizer):
     prepare_data(config_for(tmp_path, corpus), tokenizer)
     longer = prepare_data(config_for(tmp_path, corpus, max_seq_len=64), tokenizer)
     assert not longer.built
     assert longer.report.seq_len == 64
 
 
-def test_a_build_that_dies_is_not_taken_for_finished_and_is_cleaned_up(tmp_path, corpus, tokenizer):
+def test_a_build_that_dies_is_not_treated_as_finished_and_is_cleaned_up(tmp_path, corpus, tokenizer):
     context = multiprocessing.get_context("fork")
     config = config_for(tmp_path, corpus)
 
@@ -193,7 +193,7 @@ def test_held_out_documents_stay_when_files_are_added_or_reordered(tmp_path, tok
 
 
 def test_the_hash_that_splits_is_fixed_for_ever():
-    assert content_hash(b"minimind") == 2598110885896034164
+    assert hash_text("minimind") == (2598110885896034164, 8)
 
 
 def test_validation_files_are_all_validation(tmp_path, corpus, tokenizer):

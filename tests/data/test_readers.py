@@ -1,4 +1,4 @@
-"""Files become documents, and what cannot be read is told with file and line."""
+"""Files become documents, and errors name file and line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path):
     assert reading.bad_lines["invalid JSON"] == 2
 
 
-def test_gzip_that_ends_early_is_told_and_keeps_what_came_before(tmp_path):
+def test_gzip_that_ends_early_is_reported_and_keeps_what_came_before(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     lines = b"".join(json.dumps({"text": f"document {i * 7919}"}).encode() + b"\n" for i in range(2000))
     path.write_bytes(gzip.compress(lines)[:-2000])
@@ -81,7 +81,7 @@ def test_gzip_that_ends_early_is_told_and_keeps_what_came_before(tmp_path):
     assert reading.bad_lines == {"the gzip data ends early": 1}
 
 
-def test_a_file_that_is_no_gzip_is_told(tmp_path):
+def test_a_file_that_is_no_gzip_is_reported(tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: damaged gzip data"):
         read(jsonl(tmp_path / "a.jsonl.gz", '{"text": "x"}'))
 
@@ -105,7 +105,7 @@ def test_a_large_text_file_is_cut_without_losing_a_character(tmp_path, monkeypat
     assert all(piece.endswith("\n") for piece in pieces) == newlines
 
 
-def test_a_broken_line_of_a_text_file_is_told_by_number(tmp_path):
+def test_a_broken_line_of_a_text_file_is_reported_by_number(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\nthr\xff\xffee\nfour\n")
     with pytest.raises(DataError, match=r"a\.txt:3: broken UTF-8"):

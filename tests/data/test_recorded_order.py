@@ -1,4 +1,4 @@
-"""The weighted order is recorded: a change of it would give resumed runs other sequences without a word."""
+"""The weighted order is recorded: a change of it would give resumed runs other sequences silently."""
 
 from __future__ import annotations
 

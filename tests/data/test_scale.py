@@ -1,4 +1,4 @@
-"""What is read at the start of a run, and at any row of it, does not grow with the text."""
+"""What is read at the start of a run, and at any position, does not grow with the corpus."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_blocks_written_are_those_found_from_all_offsets(tmp_path_factory, b
     [(True, "a8a13b76117c8d4a229e2f58378da4b5"), (False, "58d85a516649600dc852b9118f2f31ee")],
 )
 def test_the_order_without_weights_is_fixed_for_ever(make_shards, packing, digest):
-    """A run that was begun with an earlier version goes on with the rows it has not seen."""
+    """A run that was begun with an earlier version goes on with the sequences it has not seen."""
     shards = make_shards([i * 37 % 90 + 2 for i in range(400)] + [700], block_tokens=32)
     shards.content = ""  # the digests of the positions alone, as earlier versions recorded them
     order = SequenceOrder(shards, seq_len=16, packing=packing, seed=5, window_blocks=4)
@@ -102,7 +102,7 @@ class LargeShards:
 
 @pytest.mark.parametrize("weights", [(), (0.2, 0.5, 0.3)])
 @pytest.mark.parametrize("packing", [True, False])
-def test_any_row_of_100_billion_tokens_is_found_at_once_and_in_little_memory(weights, packing):
+def test_any_sequence_of_100_billion_tokens_is_found_at_once_and_in_little_memory(weights, packing):
     shards = LargeShards()
     plan = BatchPlan(8, 1, 1)
     seconds = []

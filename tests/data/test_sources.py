@@ -69,7 +69,7 @@ def test_a_weight_that_is_no_share_is_refused(two, weight):
         read_sources([f"a.jsonl:{weight}", "b.jsonl:1"])
 
 
-def test_a_weight_that_is_no_number_is_told(two):
+def test_a_weight_that_is_no_number_is_reported(two):
     with pytest.raises(DataError, match=r"--data a\.jsonl:0,7: '0,7' is not a weight; .* a\.jsonl:0\.5"):
         read_sources(["a.jsonl:0,7"])
 
@@ -91,7 +91,7 @@ def config_for(tmp_path, *data, **values):
     return PretrainConfig(data=data, **values)
 
 
-def test_entries_are_told_apart_and_their_weights_are_no_part_of_the_cache(two, tmp_path, tokenizer):
+def test_entries_are_distinguished_and_their_weights_are_no_part_of_the_cache(two, tmp_path, tokenizer):
     write_jsonl(tmp_path / "c.jsonl", ["one more"])
     mixed = prepare_data(config_for(tmp_path, "[ac].jsonl:3", "b.jsonl:1"), tokenizer)
     assert mixed.weights == (0.75, 0.25)

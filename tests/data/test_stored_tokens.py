@@ -8,7 +8,7 @@ import pytest
 from minimind.config.options import PretrainConfig
 from minimind.data.prepare import prepare_data
 from minimind.data.shards import token_dtype
-from minimind.data.tokenization import content_hash
+from minimind.data.tokenization import hash_text
 from support.made_text import ByteTokenizer, write_jsonl
 
 
@@ -40,7 +40,7 @@ def test_a_fraction_of_the_documents_is_held_out_by_their_hashes(tmp_path, token
         data=(str(corpus),), cache_dir=str(tmp_path / "cache"), max_seq_len=8, val_fraction=fraction
     )
     data = prepare_data(config, tokenizer)
-    held_out = [text for text in texts if content_hash(text.encode()) < fraction * 2**64]
+    held_out = [text for text in texts if hash_text(text)[0] < fraction * 2**64]
     shards = data.validation
     found = [tokenizer.decode(shards.document(i).tolist()) for i in range(shards.num_documents)]
     assert found == held_out

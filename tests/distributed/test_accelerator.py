@@ -150,8 +150,8 @@ def test_cores_that_a_launcher_leaves_idle_are_reported(
         monkeypatch.delenv(name, raising=False)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    told = "1 of 8 cores are used: launchers set 1 thread per process; set OMP_NUM_THREADS=8"
-    assert (told in (check_launch(PretrainConfig()) or "")) == idle
+    message = "1 of 8 cores are used: launchers set 1 thread per process; set OMP_NUM_THREADS=8"
+    assert (message in (check_launch(PretrainConfig()) or "")) == idle
 
 
 def test_all_problems_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:

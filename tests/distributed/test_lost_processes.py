@@ -1,4 +1,4 @@
-"""Processes that fail, die, hang or lose their network end together, say which one it was, and go on."""
+"""When a process fails, is killed, hangs or loses its network, all end, name it, and can resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.cycle_corpus import write_corpus
 from support.launching import (
     ACCELERATE,
     FEW_STEPS,
-    PATIENCE,
+    TIMEOUT,
     command,
     launch,
     launched,
@@ -60,7 +60,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["options", "text", "precision", "compilation"],
 )
-def test_processes_that_are_not_alike_are_named_with_both_values(
+def test_ranks_that_disagree_are_named_with_both_values(
     corpus: Path, tmp_path: Path, code: str, difference: str
 ) -> None:
     corpus.with_name("corpus.jsonl.other.jsonl").write_text(corpus.read_text().replace("cat", "dog"))
@@ -100,7 +100,7 @@ minimind.training.step.forward_loss = hang"""
     with launched(words, tmp_path) as process:
         wait_for_step(tmp_path / "out", 3)
         hanging = time.monotonic()
-        text, _ = process.communicate(timeout=PATIENCE)
+        text, _ = process.communicate(timeout=TIMEOUT)
     assert time.monotonic() - hanging < 25
     assert process.returncode != 0
     assert "error: rank 1 no longer answers: it was killed, hangs, or its machine cannot be reached;" in text
@@ -121,7 +121,7 @@ minimind.training.step.forward_loss = stick"""
         wait_for_step(tmp_path / "out", 3)
         os.kill(pid_of(process.pid, 1), signal.SIGKILL)
         killed = time.monotonic()
-        text, _ = process.communicate(timeout=PATIENCE)
+        text, _ = process.communicate(timeout=TIMEOUT)
     # The launcher itself would have ended it after 30 seconds, without a word.
     assert time.monotonic() - killed < 25
     assert process.returncode != 0
@@ -153,7 +153,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path:
         for rank in alive:
             rank.kill()
         assert alive == []
-        text, _ = process.communicate(timeout=PATIENCE)
+        text, _ = process.communicate(timeout=TIMEOUT)
     assert re.search("end: +stopped by (the end of its launcher|another process) after step", text)
     assert stored_checkpoints(out / "checkpoints")[-1].step == max(row["step"] for row in rows(out))
 
@@ -196,7 +196,7 @@ sys.argv += ["--cache-dir", f"{tmp_path / cache}"]
     assert text.count("data: training ") == len(built)
 
 
-def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_whose_process_is_killed_twice_restarts_by_itself(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = torchrun("", corpus, out, "--save-interval", 4, "--dist-timeout", "30s", restarts=2)
     with launched(words, tmp_path) as process:
@@ -210,7 +210,7 @@ def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp
             wait_for(lambda pid=pid, victim=victim: pid_of(process.pid, victim) != pid)
             wait_for(lambda saved=saved: stored_checkpoints(out / "checkpoints")[-1].step > saved)
         os.kill(pid_of(process.pid, 0), signal.SIGTERM)
-        text, _ = process.communicate(timeout=PATIENCE)
+        text, _ = process.communicate(timeout=TIMEOUT)
     assert "restart 1 by the launcher: resuming as with --resume." in text
     assert "restart 2 by the launcher: resuming as with --resume." in text
     assert text.count("resuming from step") == 2
@@ -219,14 +219,14 @@ def test_a_run_whose_process_is_killed_twice_goes_on_by_itself(corpus: Path, tmp
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_processes_that_were_refused_and_started_anew_leave_another_run_alone(
+def test_processes_that_were_refused_and_restarted_leave_another_run_alone(
     corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     code, _ = launch(torchrun("", corpus, out, *FEW_STEPS), tmp_path)
     assert code == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    # A wish for more steps, which --resume would fulfil.
+    # More steps, which --resume would train.
     code, text = launch(torchrun("", corpus, out, "--max-steps", 4, restarts=1), tmp_path)
     assert code != 0
     assert text.count(f"error: --output-dir {out} already holds a run; continue it with --resume") == 2
@@ -284,8 +284,8 @@ def test_two_machines_train_together_fail_together_and_go_on(
     ):
         wait_for_step(out, 9)
         os.kill(pid_of(second.pid, 1), signal.SIGKILL)
-        text, _ = first.communicate(timeout=PATIENCE)
-        second.communicate(timeout=PATIENCE)
+        text, _ = first.communicate(timeout=TIMEOUT)
+        second.communicate(timeout=TIMEOUT)
     assert first.returncode != 0
     assert second.returncode != 0
     assert "device: CPU x 2" in text
@@ -296,8 +296,8 @@ def test_two_machines_train_together_fail_together_and_go_on(
         launched(on_machine(machines, 1, more), tmp_path) as second,
         launched(on_machine(machines, 0, more), tmp_path) as first,
     ):
-        text, _ = first.communicate(timeout=PATIENCE)
-        second.communicate(timeout=PATIENCE)
+        text, _ = first.communicate(timeout=TIMEOUT)
+        second.communicate(timeout=TIMEOUT)
     assert (first.returncode, second.returncode) == (0, 0), text
     assert f"resuming from step {saved}" in text
     steps = [row["step"] for row in rows(out) if "loss" in row]
@@ -321,6 +321,6 @@ def test_machines_that_lose_the_network_both_end_in_time_and_name_each_other(
         assert time.monotonic() - cut < 30
         for launcher in (second, first):
             launcher.terminate()  # which looks for its partner for minutes
-        texts = [launcher.communicate(timeout=PATIENCE)[0] for launcher in (first, second)]
+        texts = [launcher.communicate(timeout=TIMEOUT)[0] for launcher in (first, second)]
     for text, other in zip(texts, (1, 0), strict=True):
         assert f"error: rank {other} no longer answers: it was killed, hangs, or its machine" in text

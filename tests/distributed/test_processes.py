@@ -46,7 +46,7 @@ def command_line(words: list[str], **environment: str) -> subprocess.Popen[str]:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_number_of_processes_changes_neither_rows_nor_losses(tmp_path: Path) -> None:
+def test_the_number_of_processes_changes_neither_sequences_nor_losses(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     pretrain(tiny(corpus, tmp_path / "straight", max_steps=STEPS, **OPTIONS))
     file = tmp_path / "run.toml"
@@ -144,7 +144,7 @@ def test_a_signal_stops_all_processes_at_one_step_with_the_state_saved(tmp_path:
     workers = [process for process in psutil.Process(child.pid).children() if process.is_running()]
     os.kill(child.pid if to_whom == "launcher" else workers[-1].pid, signal.SIGTERM)
     output, errors = child.communicate(timeout=60)
-    assert "; go on with --resume" in output, errors
+    assert "; continue with --resume" in output, errors
     assert not psutil.pid_exists(workers[0].pid) or not workers[0].is_running()
     (checkpoint,) = (out / "checkpoints").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))

@@ -151,7 +151,7 @@ def _enter(tree: Tree, work: Path) -> None:
 
 @dataclass
 class Record:
-    """What one run of the tests told.
+    """Results of one run of the tests.
 
     Attributes:
         seconds: of each test that passed.

@@ -282,7 +282,7 @@ def test_a_checkpoint_can_be_named(run, tmp_path):
     assert open_model(run / "checkpoints").path == newest(run)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said_so(run, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_note(run, tmp_path):
     os.truncate(newest(run) / "optimizer.safetensors", 99)
     done = export_model(run, tmp_path / "b")
     assert done.source.startswith("checkpoint of step 4 (")
@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(run, tmp_path):
         export_model(newest(run), tmp_path / "c")
 
 
-def test_without_checkpoints_the_delivered_model_is_taken(run, tmp_path):
+def test_without_checkpoints_the_final_model_is_used(run, tmp_path):
     shutil.rmtree(run / "checkpoints")
     done = export_model(run, tmp_path / "b")
     assert done.source == f"Hugging Face folder ({run / 'model'})"
@@ -315,7 +315,7 @@ def test_a_checkpoint_finds_the_tokenizer_it_was_trained_with_or_says_that_it_ca
     assert "tokenizer.json" in export_model(tmp_path / "out", tmp_path / "b", tokenizer=roles.parent).files
 
 
-def test_a_model_of_ones_own_is_not_taken_for_ours(corpus, tmp_path):
+def test_a_custom_model_is_not_treated_as_ours(corpus, tmp_path):
     class Own(MiniMindForCausalLM):
         pass
 
@@ -395,7 +395,7 @@ def test_an_exported_folder_generates_in_transformers_what_the_source_does(tmp_p
     transformers = pytest.importorskip("transformers")
     first = with_settings(tmp_path / "a", QWEN_LIKE["generation"])
     export_model(first, tmp_path / "b")
-    # 0 is a token like any other: taken for padding it would be masked.
+    # 0 is a token like any other: treated as padding it would be masked.
     prompt = torch.tensor([[7, 0, 0, 9]])
     outputs = []
     for folder in (first, tmp_path / "b"):

@@ -211,7 +211,7 @@ def test_a_tokenizer_without_an_equal_in_llama_cpp_is_refused(change, sentence, 
         pre_tokenizer_name({**tokenizer.rules(), **change})
 
 
-def test_yarn_is_told_in_llama_cpps_factors(tokenizer):
+def test_yarn_is_written_in_llama_cpps_factors(tokenizer):
     def scaling(**numbers: float) -> dict[str, object]:
         config = MiniMindConfig(**SHAPE, rope_scaling={**YARN, **numbers})
         values = metadata(config, tokenizer, "float16", "m")

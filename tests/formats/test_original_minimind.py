@@ -165,7 +165,7 @@ def test_the_shape_is_worked_out_from_the_tensors(shared, kind):
     assert inferred == dataclasses.replace(given, max_position_embeddings=32768, num_experts_per_tok=1)
 
 
-def test_untied_weights_are_told_by_their_values():
+def test_untied_weights_are_recognized_by_their_values():
     config = MiniMindConfig(**TINY, tie_word_embeddings=False)
     weights = MiniMindForCausalLM(config).state_dict()
     assert infer_upstream_config(weights, "x.pth") == config
@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_found(tmp_path):
         read_upstream_weights(tmp_path / "x.pth")
 
 
-def test_an_older_architecture_is_not_taken_for_this_one():
+def test_an_older_architecture_is_not_accepted_as_this_one():
     weights = MiniMindForCausalLM(MiniMindConfig(**TINY)).state_dict()
     del weights["model.layers.0.self_attn.q_norm.weight"]
     with pytest.raises(ConfigError, match=r"x.pth has no .*q_norm.weight: it is of another architecture"):

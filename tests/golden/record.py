@@ -235,7 +235,7 @@ def write_corpus(path: Path, seed: int) -> None:
 
 
 def record(names: list[str]) -> dict[str, Any]:
-    """Return the facts of these cases; runs in a folder of its own, in the portable environment."""
+    """Return the facts of these cases; runs in a separate folder, in the portable environment."""
     import torch
 
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[BenchmarkResult, list[tuple[int, int]]]:
-    """The result, and micro-batches and rows of each training step that was taken for it."""
+    """The result, and micro-batches and sequences of each training step that was measured."""
     steps: list[tuple[int, int]] = []
 
     def counting(model: Any, optimizer: Any, batch: Any, *rest: Any, **options: Any) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_the_parts_make_up_a_step(measured: Any) -> None:
     assert result.step_seconds > 0
 
 
-def test_utilization_is_told_only_where_the_peak_is_known(
+def test_utilization_is_reported_only_where_the_peak_is_known(
     measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, _ = measured
@@ -121,7 +121,7 @@ def test_a_step_that_would_take_long_is_made_smaller_and_says_so() -> None:
 def test_a_smaller_step_tells_the_speed_of_the_one_asked_for(
     monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
-    """On a CPU; the optimizer works once whatever the rows, so one row alone would look much slower."""
+    """On a CPU; the optimizer steps once for any batch, so one sequence alone would look much slower."""
     steps: list[None] = []
 
     def counting(*arguments: Any, **options: Any) -> torch.Tensor:

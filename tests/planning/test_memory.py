@@ -156,7 +156,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
 def test_what_was_measured_on_an_h100_is_estimated_within_a_few_percent(
     hidden_size: int, rows: int, fused: bool, measured: float
 ) -> None:
-    """minimind-3 and minimind2-small in rows of 512; docs/performance.md."""
+    """minimind-3 and minimind2-small in sequences of 512; docs/performance.md."""
     kv_heads, inner = {768: (4, 2432), 512: (2, 1408)}[hidden_size]
     shape = MiniMindConfig(hidden_size=hidden_size, num_key_value_heads=kv_heads, intermediate_size=inner)
     found = estimate(shape, sequences=rows, seq_len=512, fused=fused).peak
@@ -174,7 +174,7 @@ def test_more_of_anything_takes_more() -> None:
     assert (quarter.weights, quarter.optimizer) == (estimate().weights // 4, estimate().optimizer // 4)
 
 
-def test_a_large_model_of_few_rows_peaks_when_all_gradients_are_there() -> None:
+def test_a_large_model_of_few_sequences_peaks_when_all_gradients_are_there() -> None:
     large = MiniMindConfig(hidden_size=1024, num_hidden_layers=24)
     found = estimate(large, sequences=1, seq_len=16)
     assert found.peak - found.weights - found.optimizer - (64 << 20) == found.gradients

@@ -1,4 +1,4 @@
-"""A plan against the run that it tells of: sizes, steps and disk must be those that then come."""
+"""A plan against the run that it describes: sizes, steps and disk must be those that then come."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
-    """Put a made-up measurement in place of the real one; the list holds what was to be measured."""
+    """Put a fake measurement in place of the real one; the list holds what was to be measured."""
     configs: list[PretrainConfig] = []
 
     def benchmark(config: PretrainConfig, seconds: float) -> BenchmarkResult:
@@ -138,7 +138,7 @@ def test_a_step_measured_smaller_is_scaled_by_its_arithmetic_but_for_the_optimiz
     monkeypatch.setattr(module, "benchmark", lambda config, seconds: smaller)
     monkeypatch.setattr(module, "_device_memory", lambda: 8 * 10**9)
     plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), quiet=True)
-    # A second, of which the optimizer took 0.2, for a quarter of the rows.
+    # A second, of which the optimizer took 0.2, for a quarter of the sequences.
     assert plan.step_seconds == pytest.approx(4 * 0.8 + 0.2)
     assert plan.measured_memory is None
     assert "scaled up" in dict(plan.rows())["speed"]
@@ -159,7 +159,7 @@ def test_a_step_that_does_not_fit_leaves_a_plan_without_times(
 
 
 @pytest.mark.parametrize("place", ["build_training", "measure_steps"])
-def test_memory_that_runs_out_is_told_apart_from_other_mistakes(
+def test_out_of_memory_is_distinguished_from_other_errors(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     def fails(*args: Any, **options: Any) -> None:
@@ -171,7 +171,7 @@ def test_memory_that_runs_out_is_told_apart_from_other_mistakes(
     assert "does not fit into the memory of the GPU" in plan.problems[0]
 
 
-def test_what_would_go_wrong_is_told(
+def test_what_would_go_wrong_is_reported(
     corpus: Path, tmp_path: Path, asked: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_runs.tiny(corpus, tmp_path / "out")

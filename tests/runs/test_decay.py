@@ -1,4 +1,4 @@
-"""A branch that decays from the stable phase of a run, and the run that stays as it is."""
+"""A run annealed from the stable phase of another, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -120,14 +120,14 @@ def test_the_decay_has_charts_and_a_configuration_of_its_own(branched: Branched)
 
 def test_a_decay_that_was_stopped_goes_on(branched: Branched, tmp_path: Path) -> None:
     trunk = stored_checkpoints(branched.trunk / "checkpoints")
-    config = decay_config(next(one for one in trunk if one.step == FROM), TOKENS, tmp_path / "parted")
+    config = decay_config(next(one for one in trunk if one.step == FROM), TOKENS, tmp_path / "separate")
     assert pretrain(config, stop_after=FROM + 2, branch=True).stopped
     # What `pretrain --resume` reads is in the folder.
-    flags, _ = parse_values(PretrainConfig, read_toml(RunFolder(tmp_path / "parted").config))
+    flags, _ = parse_values(PretrainConfig, read_toml(RunFolder(tmp_path / "separate").config))
     pretrain(PretrainConfig(**{**flags, "resume": "auto"}))
     losses = [
         [report for report in reports(folder) if "loss" in report]
-        for folder in (tmp_path / "parted", branched.decayed)
+        for folder in (tmp_path / "separate", branched.decayed)
     ]
     assert losses[0] == losses[1]
 
@@ -239,7 +239,7 @@ def test_other_processes_share_the_rows_of_a_step(
     assert (plan.global_batch_size, plan.micro_batch_size) == (8, batch_size)
 
 
-def test_processes_that_cannot_share_a_step_are_told_how_many_can(
+def test_a_step_that_processes_cannot_share_names_how_many_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")

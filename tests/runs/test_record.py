@@ -54,14 +54,14 @@ def test_an_evaluation_lies_between_the_reports_around_it(tmp_path: Path) -> Non
     assert run.best()["step"] == 25  # type: ignore[index]
 
 
-def test_what_is_not_finite_or_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_what_is_not_finite_or_cut_short_is_skipped(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", [4.0, None, 2.0]))
     assert [point.value for point in run.curve("loss")] == [4.0, 2.0]
     assert (run.steps, run.tokens, run.last("loss")) == (30, 30_000, 2.0)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "9" * 400, '"x"', "[1]"])
-def test_numbers_that_are_none_are_left_out(tmp_path: Path, number: str) -> None:
+def test_numbers_that_are_none_are_skipped(tmp_path: Path, number: str) -> None:
     make_run(tmp_path / "a")
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write("\n")
@@ -171,9 +171,7 @@ def test_a_run_tells_what_it_was(out: Path) -> None:
         ({"epochs": 2, "max_tokens": 30_000}, "--max-tokens"),
     ],
 )
-def test_a_finished_run_is_told_to_raise_what_ended_it(
-    tmp_path: Path, options: dict[str, int], flag: str
-) -> None:
+def test_a_finished_run_names_the_limit_to_raise(tmp_path: Path, options: dict[str, int], flag: str) -> None:
     run = make_run(tmp_path / "a", [4.0, 3.0, 2.0] if flag != "--epochs" else [4.0, 3.0, 2.5, 2.0], **options)
     (run / "model").mkdir()
     (run / "model" / "model.safetensors").touch()
@@ -220,7 +218,7 @@ def test_what_a_run_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_nothing_at_a_path_is_told_apart_from_what_cannot_be_read(tmp_path: Path) -> None:
+def test_a_missing_path_is_distinguished_from_an_unreadable_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere does not exist; name a run"):
         read_info(tmp_path / "nowhere")
 
@@ -271,7 +269,7 @@ def test_a_pth_is_counted_without_running_anything_in_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0{}"])
-def test_a_damaged_header_is_told_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_header_is_reported_in_a_sentence(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be read as safetensors"):

@@ -44,7 +44,7 @@ def read_back(words: list[str], monkeypatch: pytest.MonkeyPatch) -> PretrainConf
 
     note.__signature__ = command.__signature__  # type: ignore[attr-defined]
     app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(note)
-    result = CliRunner().invoke(app, normalize(words, PretrainConfig))
+    result = CliRunner().invoke(app, normalize(words))
     assert result.exit_code == 0, (result.output, result.exception)
     return read[0]
 
@@ -280,7 +280,7 @@ def test_a_run_that_recorded_little_is_repeated_with_a_warning_for_each_gap(
         assert words in text, words
 
 
-def test_git_outside_of_a_repository_is_told_apart() -> None:
+def test_git_outside_of_a_repository_is_distinguished() -> None:
     then = {"commit": "a" * 40, "changed": False}
     assert list(changes_module._git_changes(then, then)) == []
     assert "in none" in next(changes_module._git_changes(then, None))

@@ -1,7 +1,7 @@
 """The fused functions against float64: a program that prints the relative error of each output and gradient.
 
 With --interpret the kernels run on the CPU in Triton's interpreter, which must be chosen before Triton is
-loaded; hence a process of its own.
+loaded; hence a separate process.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from support.tiny_runs import assert_same_end, tiny, write_corpus
 MODULE = sys.modules["minimind.training.pretrain"]
 LEFTOVERS = 3
 # A kill waits for such a file at most so long: the run may have ended.
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 
 def hidden_files(folder: Path) -> list[str]:
@@ -138,7 +138,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
                  f"{out}/checkpoints/.step-*.tmp-*/manifest.json", f"{out}/checkpoints/.step-*.deleted-*",
                  f"{out}/.model.tmp", f"{out}/.model.tmp/*.safetensors"]
             )  # fmt: skip
-            wait = chance.uniform(0, 0.8 * span) if pattern is None else PATIENCE
+            wait = chance.uniform(0, 0.8 * span) if pattern is None else TIMEOUT
             if not kill_at(child, time.monotonic() + wait, pattern, chance.uniform(0, 0.004)):
                 break
             count["kills"] += 1

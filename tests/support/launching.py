@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
-PATIENCE = 150.0
+TIMEOUT = 150.0
 FEW_STEPS = ("--max-steps", 2)
 
 
@@ -31,7 +31,7 @@ def environment(tmp: Path, **more: str) -> dict[str, str]:
 
 @contextmanager
 def launched(words: Sequence[object], tmp: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a launcher in a process group of its own, and leave nothing of it behind."""
+    """Start a launcher in a separate process group, and leave nothing of it behind."""
     process = subprocess.Popen(
         [str(word) for word in words],
         env=environment(tmp, **env),
@@ -52,7 +52,7 @@ def launched(words: Sequence[object], tmp: Path, **env: str) -> Iterator[subproc
 def launch(words: Sequence[object], tmp: Path, **env: str) -> tuple[int, str]:
     """Run a launcher to its end; return its exit code and all that was printed."""
     with launched(words, tmp, **env) as process:
-        out, _ = process.communicate(timeout=PATIENCE)
+        out, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, out
 
 
@@ -78,7 +78,7 @@ def pid_of(launcher: int, rank: int) -> int:
 
 
 def wait_for(find: Any) -> Any:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if found := find():
             return found
@@ -103,7 +103,7 @@ def losses(out: Path) -> list[float]:
 
 
 def command(corpus: Path, out: Path, *more: object) -> list[object]:
-    """Return the words of a run as small as those of `several`, without end unless told."""
+    """Return the arguments of a run as small as those of `several`, endless by default."""
     shape = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --num-key-value-heads 2"
     run = "--max-seq-len 64 --batch-size 4 --epochs 100000 --log-interval 1 --eval-batches 1 --tracker none"
     places = ("--data", corpus, "--cache-dir", corpus.parent / "cache", "--output-dir", out)

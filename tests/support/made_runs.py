@@ -1,4 +1,4 @@
-"""Folders of runs that were never trained, with the numbers that a test wants."""
+"""Folders of runs that were never trained, with the numbers that a test needs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_run(
         losses: of the reports.
         bits: validation bits per byte by step; the loss is twice that.
         seconds_a_step: by the clock of the run.
-        resumed_at: the step after which the clock began anew.
+        resumed_at: the step after which the clock restarted.
         tokens_a_step: trained.
         environment: what differs from `ENVIRONMENT`; None as a value leaves a key out.
         options: what differs from `CONFIG`.

@@ -26,7 +26,7 @@ from minimind.config.options import PretrainConfig
 STEPS = 20
 # Between the norms of gradients that come up.
 CLIP = 1.4
-# Options of each run. A step is of 8 rows over all processes; a pass over the corpus ends in a short one.
+# Options of each run. A step is of 8 sequences over all processes; an epoch ends in a short one.
 RUNS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"packing": False},
@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def config(corpus: Path, out: Path, processes: int, **changes: Any) -> PretrainConfig:
-    """Return a small run whose steps are of 8 rows whatever the number of processes."""
+    """Return a small run whose steps are of 8 sequences whatever the number of processes."""
     options: dict[str, Any] = {
         "data": (str(corpus),),
         "cache_dir": str(corpus.parent / "cache"),

@@ -1,4 +1,4 @@
-"""A clock for runs with a time limit, which goes on with each step and not with the machine."""
+"""A clock for runs with a time limit, which advances with each step."""
 
 from __future__ import annotations
 

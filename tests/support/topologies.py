@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class TinyTied(nn.Module):
-    """Eleven ids, so that rows do not divide evenly among processes."""
+    """Eleven ids, so that sequences do not divide evenly among processes."""
 
     _no_split_modules = ("Block",)
 
@@ -84,7 +84,7 @@ def start(*, cpu: bool = True, muon: bool = False, **model_options: Any):
 
 
 def train(accelerator, model, optimizer, first: int, last: int) -> list[float]:
-    """Do steps first..last-1, each with the same rows on every process; return the losses."""
+    """Do steps first..last-1, each with the same sequences on every process; return the losses."""
     losses = []
     for step in range(first, last):
         ids = torch.randint(0, 11, (20,), generator=torch.Generator().manual_seed(step))

@@ -69,7 +69,7 @@ def test_pipe_gets_a_plain_line_for_each_report():
     ]
 
 
-def test_what_is_not_known_is_left_out():
+def test_what_is_not_known_is_skipped():
     out = io.StringIO()
     Progress(2000, stream=out).step(1, {"loss": float("nan"), "memory_gb": 1.0})
     assert out.getvalue() == "step 1/2000 | loss nan | 1.0 GB\n"
@@ -135,7 +135,7 @@ def test_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     assert terminal.getvalue() == LINE + "\n"
 
 
-def test_text_in_brackets_is_not_taken_for_markup(terminal):
+def test_text_in_brackets_is_not_treated_as_markup(terminal):
     Progress(10, stream=terminal).warn("use 'swanlab[dashboard]'")
     assert "use 'swanlab[dashboard]'" in terminal.text()
 
@@ -150,7 +150,7 @@ def test_data_preparation_in_a_pipe_is_reported_seldom_and_at_its_end():
     assert last == "preparing data: 4.00GB of 4.00GB (100%)"
 
 
-def test_the_end_of_data_preparation_is_told_once():
+def test_the_end_of_data_preparation_is_reported_once():
     """What was read last is still being tokenized while no more is read."""
     out = io.StringIO()
     progress = Progress(stream=out)
@@ -163,7 +163,7 @@ def test_the_end_of_data_preparation_is_told_once():
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_data_of_unknown_size_is_told_in_one_line_without_numbers(terminal, is_terminal):
+def test_data_of_unknown_size_is_reported_in_one_line_without_numbers(terminal, is_terminal):
     out = terminal if is_terminal else io.StringIO()
     progress = Progress(stream=out)
     for _ in range(5):

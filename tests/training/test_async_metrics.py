@@ -1,4 +1,4 @@
-"""Numbers on their way from a device to the host."""
+"""Non-blocking copies of scalars from a device to the host."""
 
 from __future__ import annotations
 

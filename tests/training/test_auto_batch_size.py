@@ -137,7 +137,7 @@ def test_a_number_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_fastest_one_is_taken_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {1: 3.0, 2: 3.0, 4: 3.5, 8: math.inf}  # of a micro-batch: 4 rows are the fastest
+    times = {1: 3.0, 2: 3.0, 4: 3.5, 8: math.inf}  # of a micro-batch: 4 sequences are the fastest
     monkeypatch.setattr(SpeedTrial, "seconds", lambda self, size: times[size])
     config, (sentence,) = resolve(tmp_path)
     assert (config.batch_size, config.global_batch_size, config.accumulation_steps) == (4, 8, None)
@@ -151,7 +151,9 @@ def test_the_fastest_one_is_taken_and_said_once(tmp_path: Path, monkeypatch: pyt
     assert sentence == "--batch-size auto: 4 sequences x accumulation 2 (as measured before)."
 
 
-def test_a_device_without_room_for_a_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_room_for_a_sequence_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SpeedTrial, "seconds", lambda self, size: math.inf)
     with pytest.raises(ConfigError, match=r"not even 1 sequence of --max-seq-len 32 fits"):
         resolve(tmp_path)
@@ -170,7 +172,7 @@ def test_the_device_running_out_of_memory_is_a_size_that_does_not_fit(
     assert config.batch_size == 2
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(
+def test_other_errors_are_not_treated_as_a_lack_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(self: SpeedTrial, size: int) -> float:
@@ -198,7 +200,7 @@ def test_a_run_measures_trains_the_same_and_keeps_its_step_when_resumed(
     monkeypatch.setattr(module, "search_upwards", lambda sizes, first, measure, **_: {2: measure(2)})
     pretrain(auto)
     assert "--batch-size auto: 2 sequences x accumulation 4" in capfd.readouterr().out
-    # The look before the first step is at one micro-batch, whose rows are fewer.
+    # The look before the first step is at one micro-batch, whose sequences are fewer.
     ours, theirs = (reports(tmp_path / name)[1:] for name in ("auto", "plain"))
     assert [line.get("digest") for line in ours] == [line.get("digest") for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):

@@ -75,7 +75,7 @@ def test_only_a_long_run_makes_up_for_the_later_start() -> None:
         {"use_moe": True},
     ],
 )
-def test_without_a_graph_of_the_passes_short_runs_compile_too(change: dict[str, Any]) -> None:
+def test_without_a_cuda_graph_short_runs_compile_too(change: dict[str, Any]) -> None:
     assert pays(1000, machine(), **change)
 
 
@@ -99,7 +99,7 @@ def test_what_the_user_asks_for_counts(asked: bool) -> None:
     assert wants_compile(config, machine(), pays=not asked) == asked
 
 
-def test_what_the_launcher_was_told_counts() -> None:
+def test_what_the_launcher_was_received_counts() -> None:
     accelerator = machine()
     accelerator.state.dynamo_plugin.backend = DynamoBackend.INDUCTOR
     assert wants_compile(PretrainConfig(), accelerator, pays=False)
@@ -182,18 +182,18 @@ def test_a_run_asks_by_its_length_whether_to_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bool
 ) -> None:
     asked: list[int] = []
-    told: list[bool] = []
+    received: list[bool] = []
 
     def pays_or_not(*arguments: Any) -> bool:
         asked.append(arguments[-1])
         return answer
 
-    def told_so(*arguments: Any, pays: bool) -> bool:
-        told.append(pays)
+    def received_so(*arguments: Any, pays: bool) -> bool:
+        received.append(pays)
         return False
 
     monkeypatch.setattr(prepared_model, "compiling_pays", pays_or_not)
-    monkeypatch.setattr(prepared_model, "wants_compile", told_so)
+    monkeypatch.setattr(prepared_model, "wants_compile", received_so)
     config = preset_config(
         "tiny",
         hidden_size=32,
@@ -209,4 +209,4 @@ def test_a_run_asks_by_its_length_whether_to_compile(
         cache_dir=str(tmp_path / "cache"),
     )
     pretrain(config)
-    assert (asked, told) == ([3 * 2 * 64], [answer])
+    assert (asked, received) == ([3 * 2 * 64], [answer])

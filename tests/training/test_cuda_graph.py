@@ -1,4 +1,4 @@
-"""Passes as a CUDA graph: the same gradients and losses, accumulation, other shapes, where it is used."""
+"""Forward and backward as a CUDA graph: gradients, losses, accumulation, other shapes, where it is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RecordedGraph:
 
 
 class Model:
-    """Two parameters, a summed loss of the rows, and what was asked of it."""
+    """Two parameters, a summed loss of the sequences, and what was asked of it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, memory: float = 0.1) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def by_hand(model: Model, seeds: list[int], scale: float) -> tuple[list[float], 
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_losses_and_gradients_are_those_of_the_passes_by_themselves(
+def test_losses_and_gradients_equal_those_without_a_graph(
     monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
     model = Model(monkeypatch)
@@ -142,7 +142,7 @@ def test_the_graph_begins_behind_the_warm_up_and_its_capture_adds_no_gradient(
         torch.testing.assert_close(a, b)
 
 
-def test_rows_of_another_shape_run_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_of_another_shape_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(monkeypatch)
     graph = model.graph()
     for number in range(WARMUP + 1):
@@ -175,7 +175,9 @@ def test_a_run_that_fills_the_gpu_has_no_graph_unless_asked_for(
     assert model.notes == []
 
 
-def test_where_capturing_fails_it_is_said_once_and_the_passes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_capturing_fails_one_warning_is_given_and_training_continues(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = Model(monkeypatch)
     model.fails = True
     graph = model.graph()

@@ -50,7 +50,7 @@ def test_the_tokenizer_beside_the_weights_is_used(folder: Path, path: str) -> No
     assert note is None
 
 
-def test_a_run_goes_on_from_weights_with_their_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_weights_with_their_tokenizer(folder: Path, tmp_path: Path) -> None:
     config = continued(folder, tmp_path / "next")
     pretrain(config, stop_after=1)
     # There is no final model yet, from which a checkpoint could take its tokenizer.

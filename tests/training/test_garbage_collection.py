@@ -1,4 +1,4 @@
-"""The collector of cyclic garbage while it is held back, and after."""
+"""Cyclic garbage collection while it is disabled, and after."""
 
 from __future__ import annotations
 

@@ -97,9 +97,9 @@ def test_the_numbers_tell_the_busiest_expert_and_that_nothing_was_dropped() -> N
     with torch.no_grad():
         for part in batch.micro_batches:
             counts += model(2)(part.input_ids, token_mask=part.shift_labels >= 0).routing[:, 0]
-    told = numbers(train_step(run, batch, TrainState()).tolist()[4:], 2, batch.num_targets)
-    assert told["expert_load"] == pytest.approx((counts / counts.mean(1, keepdim=True)).max().item())
-    assert told["dropped_share"] == 0
+    reported = numbers(train_step(run, batch, TrainState()).tolist()[4:], 2, batch.num_targets)
+    assert reported["expert_load"] == pytest.approx((counts / counts.mean(1, keepdim=True)).max().item())
+    assert reported["dropped_share"] == 0
     assert counts.sum(1).tolist() == [2 * batch.num_targets] * 2
 
 
@@ -112,8 +112,8 @@ def test_tokens_that_no_expert_took_would_be_seen(monkeypatch: pytest.MonkeyPatc
         return out._replace(routing=out.routing / 2)
 
     monkeypatch.setattr(run.model, "forward", half_dropped)
-    told = numbers(train_step(run, batch, TrainState()).tolist()[4:], 1, batch.num_targets)
-    assert told["dropped_share"] == pytest.approx(0.5)
+    reported = numbers(train_step(run, batch, TrainState()).tolist()[4:], 1, batch.num_targets)
+    assert reported["dropped_share"] == pytest.approx(0.5)
 
 
 def test_a_weight_of_zero_trains_on_the_language_loss_alone() -> None:
@@ -154,7 +154,7 @@ def test_a_report_is_of_all_steps_since_the_last_one() -> None:
     assert second["dropped_share"] == 0
 
 
-def test_a_whole_run_reports_its_experts_and_another_goes_on_from_its_folder(
+def test_a_whole_run_reports_its_experts_and_another_starts_from_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")

@@ -194,18 +194,18 @@ def test_a_decay_by_the_clock_must_end_before_the_schedule_does() -> None:
 
 @pytest.mark.parametrize(("asked", "end"), [(12.0, 52), (200.0, 100)])
 def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: int) -> None:
-    run, state, told = make_trainer(tiny_model()), TrainState(step=40), []
+    run, state, calls = make_trainer(tiny_model()), TrainState(step=40), []
     run.total_steps = 100
     run.progress = SimpleNamespace(
-        start=lambda *steps: told.append(steps), note=lambda text: told.append("--max-time" in text)
+        start=lambda *steps: calls.append(steps), note=lambda text: calls.append("--max-time" in text)
     )
-    run.meter = SimpleNamespace(end_at=told.append)
+    run.meter = SimpleNamespace(end_at=calls.append)
     for decay in (asked, 5.0):
         run.metrics.enqueue(record(40), torch.tensor([3.0, 0.0, decay, 1.0]))
         drain_metrics(run, state, everything=True)
     assert state.decay_window == (40, end)
     assert run.last_step == end
-    assert sorted(map(str, told)) == sorted(map(str, [end, (end, 40), True]))
+    assert sorted(map(str, calls)) == sorted(map(str, [end, (end, 40), True]))
 
 
 def test_a_report_tells_the_share_of_the_epoch_that_is_done() -> None:

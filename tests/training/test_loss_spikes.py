@@ -1,4 +1,4 @@
-"""A loss that jumps: told from noise, traced to its text, skipped, or gone back from.
+"""Loss spikes: detection, the report of their documents, skip and rewind.
 
 Run as a script this is one process of several.
 """
@@ -164,7 +164,7 @@ def test_few_losses_are_remembered_and_none_that_matters_is_forgotten() -> None:
         (math.inf, math.inf, False),
     ],
 )
-def test_an_update_is_left_out_for_a_loss_above_the_limit_or_not_finite(
+def test_an_update_is_skipped_for_a_loss_above_the_limit_or_not_finite(
     fused: bool, loss: float, limit: float, stepped: bool
 ) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -176,7 +176,7 @@ def test_an_update_is_left_out_for_a_loss_above_the_limit_or_not_finite(
 
 
 @pytest.mark.parametrize(("loss", "stepped"), [(2.0, True), (3.5, False)])
-def test_under_an_fp16_scaler_a_loss_above_the_limit_is_left_out_too(loss: float, stepped: bool) -> None:
+def test_under_an_fp16_scaler_a_loss_above_the_limit_is_skipped_too(loss: float, stepped: bool) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     optimizer.scaler = torch.amp.GradScaler("cpu")  # as on an optimizer that Accelerate prepared
@@ -322,7 +322,7 @@ def marker_token() -> int:
 
 
 class Poison:
-    """Makes the loss of rows with the marker what `factor` says, and counts such micro-batches."""
+    """Makes the loss of sequences with the marker what `factor` says, and counts such micro-batches."""
 
     def __init__(self, factor: float) -> None:
         self.factor, self.met = factor, 0
@@ -341,7 +341,7 @@ class Poison:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 50 steps a pass; the marker comes in step 41."""
+    """Some 50 steps an epoch; the marker comes in step 41."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 130, poisoned=100)
 
 
@@ -414,7 +414,7 @@ def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
     assert report["update_skipped"]
     culprits = [one for one in report["documents"] if one["loss"] is None]
     assert any(MARKER in one["text"] for one in culprits)
-    # A NaN reaches what lies in the same row, through a masked place times zero, and no further.
+    # A NaN reaches what lies in the same sequence, through a masked place times zero, and no further.
     assert len({one["row"] for one in culprits}) == 1
     assert len(report["documents"]) > len(culprits)
     assert report["documents"][: len(culprits)] == culprits
@@ -438,7 +438,7 @@ def rows_met(out: Path) -> list[int]:
 
 @pytest.mark.parametrize("factor", [math.nan, 50.0])
 @pytest.mark.parametrize("lag", [0, 2])
-def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
+def test_a_rewind_excludes_the_sequences_as_if_they_had_never_been(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, lag: int
 ) -> None:
     poison = Poison(factor)
@@ -466,7 +466,7 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
     samples = map(json.loads, (out / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     assert [sample["step"] for sample in samples] == list(range(2, STEPS + 1, 2))
 
-    # The same run without these rows from the first step on.
+    # The same run without these sequences from the first step on.
     take_up = RunCheckpoints.resume
 
     def leave_out(*args: Any, **options: Any) -> Any:
@@ -484,7 +484,7 @@ def test_a_rewind_passes_over_the_rows_as_if_they_had_never_been(
         assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_a_run_resumed_after_a_rewind_still_leaves_the_rows_out(
+def test_a_run_resumed_after_a_rewind_still_excludes_the_sequences(
     corpus: Path, tmp_path: Path, nan_poison: Poison
 ) -> None:
     out = tmp_path / "out"
@@ -541,7 +541,7 @@ def test_going_back_does_not_take_a_checkpoint_that_was_given_up(
 @pytest.mark.slow
 @pytest.mark.parametrize("on_spike", ["skip", "rewind"])
 def test_two_processes_decide_alike(corpus: Path, tmp_path: Path, nan_poison: Poison, on_spike: str) -> None:
-    """Only one of them has the text, in a micro-batch of its own."""
+    """Only one of them has the text, in a separate micro-batch."""
     folder = tmp_path / "two"
     folder.mkdir()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -1,4 +1,4 @@
-"""A model of the caller's own in a run: what it is asked for, and what is refused."""
+"""A custom model in a run: how it is called, and what is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-def test_a_plain_model_with_weights_of_ones_own_is_delivered_as_ever(corpus: Path, tmp_path: Path) -> None:
+def test_a_plain_model_with_custom_weights_is_saved_as_usual(corpus: Path, tmp_path: Path) -> None:
     def all_zero(shape: MiniMindConfig) -> nn.Module:
         model = MiniMindForCausalLM(shape)
         for weight in model.parameters():

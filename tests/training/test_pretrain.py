@@ -173,7 +173,7 @@ def test_a_model_folder_of_another_shape_is_refused_with_both_shapes(
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 
-def test_padded_rows_train_too(corpus: Path, tmp_path: Path) -> None:
+def test_padded_sequences_train_too(corpus: Path, tmp_path: Path) -> None:
     result = pretrain(tiny(corpus, tmp_path / "padded", packing=False, max_steps=20))
     assert result.steps == 20
     evaluations = [row["val_loss"] for row in metrics(tmp_path / "padded") if "val_loss" in row]
@@ -346,7 +346,7 @@ def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(
 
 @pytest.mark.slow
 def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `minimind-train pretrain` without arguments where there is no GPU, but one pass instead of two."""
+    """As `minimind-train pretrain` without arguments where there is no GPU, but one epoch instead of two."""
     monkeypatch.chdir(tmp_path)
     result = pretrain(preset_config("tiny", epochs=1, cache_dir=str(tmp_path / "cache")))
     evaluations = [

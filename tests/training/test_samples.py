@@ -1,4 +1,4 @@
-"""Samples in the course of a run, which is not to notice them."""
+"""Samples during training, which must not change it."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_a_prompt_beyond_the_positions_is_refused_before_the_run(corpus: Path, t
 
 
 def test_trackers_get_the_text(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, str, int]] = []
+    logged: list[tuple[str, str, int]] = []
     monkeypatch.setattr(
         "minimind.tracking.trackers.Trackers.log_text",
-        lambda self, name, text, step: told.append((name, text, step)),
+        lambda self, name, text, step: logged.append((name, text, step)),
     )
     pretrain(tiny(corpus, tmp_path / "run", max_steps=4, **SAMPLED))
     written = samples(tmp_path / "run")
-    assert told == [(f"sample_{n}", prompt + text, 4) for n, (_, prompt, text) in enumerate(written)]
+    assert logged == [(f"sample_{n}", prompt + text, 4) for n, (_, prompt, text) in enumerate(written)]

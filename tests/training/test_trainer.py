@@ -55,7 +55,7 @@ def ragged_rows(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
-    """The same `rows` rows cut into micro-batches; rows beyond them are masked, as at the end of a pass."""
+    """The same `rows` sequences as micro-batches; those beyond are masked, as at the end of an epoch."""
     inputs, labels = ragged_rows(seed)
     labels[rows:] = -100
     cut = zip(inputs.split(micro_batch_size), labels.split(micro_batch_size), strict=True)
@@ -78,7 +78,7 @@ def record(step: int) -> StepRecord:
 
 
 class Recorder:
-    """Stands for progress and trackers: keeps what it is told."""
+    """Stands for progress and trackers: records its calls."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -190,7 +190,7 @@ def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, ro
 
 
 def test_the_mean_of_micro_batch_means_would_differ() -> None:
-    """The rows are ragged enough that weighting micro-batches alike, a common fault, is seen."""
+    """The sequences are ragged enough that weighting micro-batches alike, a common fault, is seen."""
     inputs, labels = ragged_rows(1)
     logits = tiny_model()(inputs).logits
     per_row = [
@@ -344,7 +344,7 @@ def test_the_digest_tells_all_steps_so_far_in_their_order() -> None:
     assert digest("a", "b") == hashlib.blake2b((expected + "b").encode(), digest_size=16).hexdigest()
 
 
-def test_a_wish_to_stop_ends_the_loop_after_a_save() -> None:
+def test_a_requested_to_stop_ends_the_loop_after_a_save() -> None:
     trainer = make_trainer(tiny_model(), save_interval=100)
     trainer.total_steps = 1000
     saved: list[int] = []
@@ -364,17 +364,17 @@ def test_a_wish_to_stop_ends_the_loop_after_a_save() -> None:
     assert saved == [state.step] == [5]
 
 
-def test_an_evaluation_is_left_when_a_stop_is_wished_and_the_state_is_saved_once() -> None:
+def test_an_evaluation_is_left_when_a_stop_is_requesteded_and_the_state_is_saved_once() -> None:
     trainer = make_trainer(tiny_model(), save_interval=2, eval_interval=2)
     saved: list[int] = []
     trainer.checkpointer.save = lambda state: saved.append(state.step)
-    wish = [False]
+    requested = [False]
 
     def validation(limit: int | None) -> Any:
         for number in range(100):
             if number == 9:
                 trainer.stop.request("a test")
-            wish[0] = number
+            requested[0] = number
             yield step_batch(5, 8).micro_batches[0]
 
     trainer.evaluator = BatchEvaluator(trainer, validation)
@@ -384,5 +384,5 @@ def test_an_evaluation_is_left_when_a_stop_is_wished_and_the_state_is_saved_once
     state = TrainState()
     train(trainer, state)
     assert saved == [2]
-    assert wish[0] < 20
+    assert requested[0] < 20
     assert trainer.reports.last_evaluation is None
