@@ -265,7 +265,7 @@ class Trainer:
             step, loss = run_on_main_and_broadcast(
                 self.accelerator, lambda: last_with(self.outputs.metrics_path, "val_loss") or (-1, None)
             )
-            if step != state.step:
+            if step != state.step or self.checkpointer.best_restarted:
                 self.validate()
             elif loss is not None and loss < state.best_val_loss:
                 state.best_val_loss = loss
