@@ -158,9 +158,11 @@ def find_run(path: Path) -> RunFolder:
 
     A path outside of any run is returned itself.
     """
-    path = path.resolve()
-    for folder in (path, path.parent, path.parent.parent):
-        run = RunFolder(folder)
-        if run.config.is_file() and path in (folder, run.model, run.checkpoints, run.checkpoints / path.name):
-            return run
+    resolved = path.resolve()
+    with suppress(OSError):  # a text that is too long for a file name
+        for folder in (resolved, resolved.parent, resolved.parent.parent):
+            run = RunFolder(folder)
+            inside = (folder, run.model, run.checkpoints, run.checkpoints / resolved.name)
+            if run.config.is_file() and resolved in inside:
+                return run
     return RunFolder(path)

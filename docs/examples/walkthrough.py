@@ -55,7 +55,7 @@ config = minimind.PretrainConfig(data=(str(corpus),), cache_dir=str(folder / "ca
 data = prepare_data(config, tokenizer)
 plan = BatchPlan(micro_batch_size=8, accumulation_steps=1, num_processes=1)
 loader = Loader(data.train, seq_len=64, packing=True, plan=plan, seed=0, process_index=0, device="cpu")
-batch = loader.step(epoch=0, row=0).micro_batches[0]
+batch = loader.step(epoch=0, first_sequence=0).micro_batches[0]
 print(f"{data.train.num_tokens:,} tokens make {loader.sequences_per_epoch} sequences per epoch")
 print("inputs ", batch.input_ids[0, :8].tolist())
 print("targets", batch.shift_labels[0, :8].tolist(), "- each input's next token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from minimind.checkpoint.files import stored_checkpoints
 from minimind.checkpoint.resume import containing_run, run_to_resume
 from minimind.errors import CheckpointError, ConfigError
 from minimind.run_folder import RunFolder
+from minimind.training.trainer import Trainer
 from support.tiny_runs import assert_same_end, last_checkpoint, reports, tiny, write_corpus
 
 MODULE = sys.modules["minimind.training.pretrain"]
@@ -186,20 +188,23 @@ def test_options_are_saved_before_tokenization(
 def test_a_second_run_is_refused_while_the_first_one_trains(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused: list[str] = []
-    train = MODULE.train
+    refused: list[subprocess.CompletedProcess[str]] = []
+    train = Trainer.train
 
-    def train_beside_another(*args: Any) -> None:
-        for resume in (None, "auto"):
-            with pytest.raises(ConfigError) as caught:
-                pretrain(config_of(run, resume=resume, seed=7))
-            refused.append(str(caught.value))
-        train(*args)
+    def train_beside_others(trainer: Trainer) -> None:
+        for resume in ([], ["--resume"]):
+            words = ["pretrain", *resume, "--output-dir", str(run), "--config", str(run / "config.toml")]
+            command = [sys.executable, "-m", "minimind_cli", *words, "--seed", "7"]
+            paths = os.pathsep.join(filter(None, sys.path))
+            env = os.environ | {"PYTHONPATH": paths, "COLUMNS": "1000"}
+            refused.append(subprocess.run(command, env=env, capture_output=True, text=True))
+        train(trainer)
 
-    monkeypatch.setattr(MODULE, "train", train_beside_another)
+    monkeypatch.setattr(Trainer, "train", train_beside_others)
     pretrain(dataclasses.replace(config_of(run, resume="auto"), max_steps=13))
-    assert len(refused) == 2
-    assert all(f"is in use by another run (process {os.getpid()} on " in text for text in refused)
+    assert [done.returncode for done in refused] == [2, 2]
+    holder = f"is in use by another run (process {os.getpid()} on "
+    assert all(holder in done.stderr for done in refused)
     assert "seed = 42\n" in (run / "config.toml").read_text()
 
 

@@ -51,7 +51,7 @@ def checkpoints_in(folder: Path, **settings: Any) -> RunCheckpoints:
     parts = RunCheckpoints(
         CheckpointStore(folder, 9), accelerator, model, optimizer, SETTINGS | settings, Messages()
     )
-    parts.trackers = SimpleNamespace(state=lambda: {"board": "chart 7"}, settle=lambda: None)
+    parts.trackers = SimpleNamespace(state=lambda: {"board": "chart 7"}, flush=lambda: None)
     return parts
 
 
@@ -79,19 +79,13 @@ def test_a_run_resumed_with_another_weight_decay_and_beta_trains_with_them(tmp_p
     ]
 
 
-@pytest.mark.parametrize("again", ["resume", "go back"])
-def test_changed_group_values_stay_and_all_others_are_those_of_the_checkpoint(
-    tmp_path: Path, again: str
-) -> None:
+def test_changed_group_values_stay_and_all_others_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     saved = checkpoints_in(tmp_path)
     saved.optimizer.param_groups[0]["betas"] = (0.7, 0.8)
     save(saved, step=1)
     parts = checkpoints_in(tmp_path, weight_decay=0.5)
     parts.optimizer.param_groups[0]["weight_decay"] = 0.5
-    if again == "resume":
-        parts.resume("auto")
-    else:
-        parts.go_back(TrainState(step=3))
+    parts.resume("auto")
     (decay, betas), (no_decay, _) = group_values(parts)
     assert (decay, betas, no_decay) == (0.5, (0.7, 0.8), 0.0)
 
@@ -172,25 +166,22 @@ def test_a_worse_checkpoint_is_not_marked_best_after_a_resume(tmp_path: Path) ->
     assert parts.store.best() == (2, 1.5)
 
 
-def test_going_back_restores_the_whole_state_of_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_resume_restores_the_whole_state_of_the_last_checkpoint(tmp_path: Path) -> None:
     parts = checkpoints_in(tmp_path)
     saved = TrainState(
-        step=2, epoch=1, row=3, tokens=40, skipped_steps=1, digest="d", interval_loss=2.5, interval_targets=9,
-        interval_routing=[1.0], left_out_in_a_row=1, recent_losses=[2.0], left_out=[[0, 1, 2]], rewinds=1,
-        stopping=True, ending=(3, 9), best_val_loss=1.25,
+        step=2, epoch=1, sequence=3, tokens=40, skipped_steps=1, digest="d", interval_loss=2.5,
+        interval_targets=9, interval_routing=[1.0], skipped_in_a_row=1, recent_losses=[2.0],
+        excluded_sequences=[[0, 1, 2]], rewinds=1, stopping=True, decay_window=(3, 9), best_val_loss=1.25,
     )  # fmt: skip
     parts.save(saved)
-    state = TrainState(step=7, tokens=90)
-    parts.go_back(state)
-    # A run that was asked to stop when it was saved goes on when it is resumed.
+    state, *_ = parts.resume("auto")
+    # A run that was asked to stop when it was saved continues when it is resumed.
     assert state == dataclasses.replace(saved, stopping=False)
-    assert isinstance(state.ending, tuple)
+    assert isinstance(state.decay_window, tuple)
 
 
-def test_going_back_gives_up_the_later_checkpoints_and_needs_one(tmp_path: Path) -> None:
+def test_resuming_an_earlier_checkpoint_abandons_the_later_ones(tmp_path: Path) -> None:
     parts = checkpoints_in(tmp_path)
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        parts.go_back(TrainState())
     for step in (2, 4):
         save(parts, step=step)
     parts.resume(str(tmp_path / "step-00000002"))
@@ -201,7 +192,7 @@ def test_going_back_gives_up_the_later_checkpoints_and_needs_one(tmp_path: Path)
 def test_a_checkpoint_is_written_after_the_reports_before_it(tmp_path: Path) -> None:
     order: list[str] = []
     parts = checkpoints_in(tmp_path)
-    parts.trackers.settle = lambda: order.append(f"reports, {len(list(tmp_path.glob('step-*')))} checkpoints")
+    parts.trackers.flush = lambda: order.append(f"reports, {len(list(tmp_path.glob('step-*')))} checkpoints")
     save(parts, step=1)
     assert order == ["reports, 0 checkpoints"]
 

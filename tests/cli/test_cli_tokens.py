@@ -78,7 +78,7 @@ def test_a_trained_tokenizer_can_be_inspected(run: Command, corpus: Path, tmp_pa
 
     again = run(*words)
     assert again.code == 2
-    assert "already contains a tokenizer" in again.err
+    assert "already holds a tokenizer" in again.err
 
 
 def test_training_a_tokenizer_reports_all_mistakes(run: Command) -> None:

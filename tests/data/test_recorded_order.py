@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from minimind.data.batch_plan import BatchPlan
-from minimind.data.batching import step_rows
+from minimind.data.batching import StepBuilder
 from minimind.data.document_index import Part
-from minimind.data.mixture import MixedOrder, passes_per_epoch
+from minimind.data.mixture import MixedOrder, source_epochs
 
 # Where a recorded value is to change on purpose, `data_mixture` in the settings of a run must change with it,
 # so that runs begun before are refused and not continued in another order.
@@ -22,8 +22,8 @@ WEIGHTS = (0.5, 0.3, 0.2)
 @pytest.mark.parametrize(
     ("packing", "num_sequences", "digest"),
     [
-        (True, 169, "9b68237b6d4a5293221a473adc2e76fa"),
-        (False, 141, "c0a4098fe4c6911cc111ec90c0a9794b"),
+        (True, 169, "38b3e461e053434e5e4d1798a48c204f"),
+        (False, 141, "25e905f3cbc5cb2eaf222549df982b4f"),
     ],
 )
 def test_the_steps_of_four_epochs_are_those_recorded(make_shards, packing, num_sequences, digest):
@@ -31,14 +31,11 @@ def test_the_steps_of_four_epochs_are_those_recorded(make_shards, packing, num_s
     shards = make_shards([n for lengths in LENGTHS for n in lengths], parts=parts)
     order = MixedOrder(shards, WEIGHTS, seq_len=16, packing=packing, seed=42, window_tokens=300)
     assert order.num_sequences == num_sequences
+    builder = StepBuilder(shards, order, 16, packing, BatchPlan(8, 1, 1), process_index=0)
     found = hashlib.blake2b(digest_size=16)
     for epoch in range(4):
-        for step in step_rows(
-            shards, order, seq_len=16, packing=packing, plan=BatchPlan(8, 1, 1), process_index=0,
-            pad_token_id=0, epoch=epoch, row=0,
-        ):  # fmt: skip
-            found.update(step.digest.encode())
-            found.update(step.rows.wide.astype("<i8").tobytes())
+        for step in builder.steps(epoch):
+            found.update(step.arrays.wide.astype("<i8").tobytes())
     assert found.hexdigest() == digest
 
 
@@ -57,7 +54,7 @@ def test_the_windows_of_a_corpus_of_40_million_tokens_are_those_recorded():
     found = hashlib.blake2b(digest_size=16)
     windows = [window for epoch in range(3) for window in order.windows(epoch)]
     for window in windows:
-        for array in (np.array([window.first_row, window.skip]), window.order, window.documents):
+        for array in (np.array([window.first_sequence, window.skip]), window.order, window.documents):
             found.update(array.astype("<i8").tobytes())
     assert [len(window.order) for window in windows] == [
         26776,
@@ -82,12 +79,12 @@ def test_an_epoch_reads_each_entry_as_often_as_its_weight_says():
         for n, first in zip(lengths, (0, 3), strict=True)
     ]
     # 80 tokens, 79 of them with a successor: 16 sequences of 5.
-    packed = passes_per_epoch(parts, (0.75, 0.25), seq_len=5, packing=True)
+    packed = source_epochs(parts, (0.75, 0.25), seq_len=5, packing=True)
     assert packed == (0.75 * 16 * 5 / 60, 0.25 * 16 * 5 / 20)
     # Inputs of at most 8 tokens: 3 * 8 of the first entry, 4 * 4 of the second; 40 in all.
     documents = np.array([0.5 * 40 * 3 / 24, 0.5 * 40 * 4 / 16])
     scaled = documents * round(documents.sum()) / documents.sum()
-    padded = passes_per_epoch(parts, (0.5, 0.5), seq_len=8, packing=False)
+    padded = source_epochs(parts, (0.5, 0.5), seq_len=8, packing=False)
     assert padded == pytest.approx((scaled[0] / 3, scaled[1] / 4))
 
 

@@ -191,7 +191,9 @@ def test_names_that_are_not_known_are_refused(tmp_path):
         export_model(tmp_path / "a", tmp_path / "b", dtype="q8_0")
     with pytest.raises(ConfigError, match="a GGUF file contains the tokenizer, and this model has none"):
         export_model(tmp_path / "a", tmp_path / "b", "gguf")
-    too_small = r"the tokenizer has 6400 entries, but the embedding of .*a only 40 rows; name the one it was"
+    too_small = (
+        r"the tokenizer has 6400 entries, but the embedding of .*a has only 40; pass the tokenizer it was"
+    )
     with pytest.raises(ConfigError, match=too_small):
         export_model(tmp_path / "a", tmp_path / "b", tokenizer=PACKAGED)
     with pytest.raises(ConfigError, match=too_small):

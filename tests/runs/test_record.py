@@ -283,7 +283,7 @@ def test_a_pth_of_more_than_weights_is_refused_without_advice_to_run_its_code(
 ) -> None:
     path = tmp_path / "w.pth"
     torch.save({"a": path}, path)
-    with pytest.raises(ConfigError, match=r"it holds pathlib\.\w+, which is no tensor\.$") as caught:
+    with pytest.raises(ConfigError, match=r"it contains pathlib\.\w+, which is not a tensor\.$") as caught:
         read_headers([path])
     assert "weights_only" not in str(caught.value)
 

@@ -49,7 +49,7 @@ class Talking(Trackers):
         if "val_loss" in values:
             self.log_text("sample", {SAMPLE!r}.format(step=step), step)
 
-module.Trackers = Talking
+importlib.import_module("minimind.training.outputs").Trackers = Talking
 config = dict(tracker=tuple(sys.argv[2].split(",")), project="letters")
 first = module.pretrain(tiny(Path("corpus.jsonl"), Path("my-run"), **config), stop_after={STOP})
 assert first.stopped

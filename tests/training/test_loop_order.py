@@ -8,51 +8,67 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import ROWS, VOCAB, make_run, record, step_batch, tiny_model
-
-from minimind.distributed.shutdown import StopRequest
-from minimind.errors import TrainingError
-from minimind.training.trainer import (
-    END_SECONDS,
-    UPDATES_LEFT_OUT_ALLOWED,
-    Run,
-    TrainState,
-    decay_wanted,
-    rewind,
-    settle,
+from test_trainer import (
+    ROWS,
+    VOCAB,
+    BatchEvaluator,
+    drain_metrics,
+    make_trainer,
+    record,
+    step_batch,
+    tiny_model,
     train,
     train_step,
-    validate,
 )
+
+from minimind.checkpoint.train_state import TrainState
+from minimind.distributed.shutdown import StopRequest
+from minimind.errors import TrainingError
+from minimind.evaluation.validation import Evaluation, evaluate
+from minimind.training.trainer import END_SECONDS, MAX_SKIPPED_IN_A_ROW, Trainer
 
 BAD, GOOD = [math.nan, 0.0, 0.0, 1.0], [3.0, 0.0, 0.0, 1.0]
 
 
-def looped(total_steps: int, **options: Any) -> tuple[Run, list[str]]:
+def validate(trainer: Trainer, state: TrainState) -> None:
+    trainer.state = state
+    trainer.validate()
+
+
+def decay_steps(trainer: Trainer, state: TrainState) -> int:
+    trainer.state = state
+    return trainer._decay_steps()
+
+
+def looped(total_steps: int, **options: Any) -> tuple[Trainer, list[str]]:
     """A run of so many steps, and the list of what it will have done."""
-    run, done = make_run(tiny_model(), **options), []
-    run.total_steps = total_steps
-    run.save = lambda state: done.append(f"save {state.step}")
-    run.mark_best = lambda state: done.append(f"best {state.step}")
-    run.validation = lambda limit: done.append("evaluate") or [step_batch(5, 8).micro_batches[0]]
-    run.loader = SimpleNamespace(
-        sequences_per_epoch=1000, steps=lambda epoch, row: (step_batch(k, 8) for k in range(100))
+    trainer, done = make_trainer(tiny_model(), **options), []
+    trainer.total_steps = total_steps
+    trainer.checkpointer = SimpleNamespace(
+        save=lambda state: done.append(f"save {state.step}"),
+        mark_best=lambda state: done.append(f"best {state.step}"),
     )
-    return run, done
+    trainer.evaluator = BatchEvaluator(
+        trainer, lambda limit: done.append("evaluate") or [step_batch(5, 8).micro_batches[0]]
+    )
+    trainer.loader = SimpleNamespace(
+        sequences_per_epoch=1000, steps=lambda epoch, first: (step_batch(k, 8) for k in range(100))
+    )
+    return trainer, done
 
 
 def test_a_good_step_ends_a_series_of_skipped_ones() -> None:
-    run, state = make_run(tiny_model()), TrainState()
-    series = [*[BAD] * (UPDATES_LEFT_OUT_ALLOWED - 1), GOOD, *[BAD] * (UPDATES_LEFT_OUT_ALLOWED - 1)]
+    run, state = make_trainer(tiny_model()), TrainState()
+    series = [*[BAD] * (MAX_SKIPPED_IN_A_ROW - 1), GOOD, *[BAD] * (MAX_SKIPPED_IN_A_ROW - 1)]
     for number, values in enumerate(series):
-        run.readback.put(record(number), torch.tensor(values))
-        settle(run, state)
-        expected = number % UPDATES_LEFT_OUT_ALLOWED + 1 if values is BAD else 0
-        assert state.left_out_in_a_row == expected
+        run.metrics.enqueue(record(number), torch.tensor(values))
+        drain_metrics(run, state)
+        expected = number % MAX_SKIPPED_IN_A_ROW + 1 if values is BAD else 0
+        assert state.skipped_in_a_row == expected
     assert state.skipped_steps == len(series) - 1
-    run.readback.put(record(99), torch.tensor(BAD))
+    run.metrics.enqueue(record(99), torch.tensor(BAD))
     with pytest.raises(TrainingError, match="in a row"):
-        settle(run, state)
+        drain_metrics(run, state)
 
 
 @pytest.mark.parametrize("save_interval", [2, 100])
@@ -73,7 +89,7 @@ def test_a_worse_evaluation_is_not_marked_best() -> None:
     state = TrainState(step=2, best_val_loss=99.0)
     validate(run, state)
     assert done == ["evaluate", "evaluate", "best 2"]
-    assert state.best_val_loss == run.last_evaluation.loss < 99.0
+    assert state.best_val_loss == run.reports.last_evaluation.loss < 99.0
 
 
 def test_a_checkpoint_is_due_at_either_of_its_two_intervals() -> None:
@@ -84,7 +100,7 @@ def test_a_checkpoint_is_due_at_either_of_its_two_intervals() -> None:
 
 def test_processes_and_steps_draw_different_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(process: int, step: int) -> float:
-        run = make_run(tiny_model(dropout=0.3), dropout=0.3)
+        run = make_trainer(tiny_model(dropout=0.3), dropout=0.3)
         monkeypatch.setattr(type(run.accelerator), "process_index", property(lambda _: process))
         run.model.train()
         return train_step(run, step_batch(1, 8), TrainState(step=step))[0].item()
@@ -95,24 +111,28 @@ def test_processes_and_steps_draw_different_dropout(monkeypatch: pytest.MonkeyPa
 
 
 def test_targets_of_id_0_are_trained_and_evaluated_like_any_other() -> None:
-    run, state = make_run(tiny_model()), TrainState()
+    run, state = make_trainer(tiny_model()), TrainState()
     batch = step_batch(1, 8)
     batch.micro_batches[0].shift_labels.fill_(0)
-    run.validation = lambda limit: batch.micro_batches
-    run.bytes_per_token = torch.arange(1.0, VOCAB + 1)
+    sizes = torch.arange(1.0, VOCAB + 1)
+
+    def evaluated(*_: Any) -> Evaluation | None:
+        return evaluate(run.model, batch.micro_batches, sizes, run.accelerator)
+
+    run.evaluator = SimpleNamespace(evaluate=evaluated)
     inputs, labels = batch.micro_batches[0].input_ids, batch.micro_batches[0].shift_labels
     logits = run.model(inputs).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     validate(run, state)
-    assert run.last_evaluation.tokens == labels.numel() == ROWS * labels.shape[1]
-    assert run.last_evaluation.loss == pytest.approx(expected, rel=1e-5)
-    assert run.last_evaluation.bits_per_byte == pytest.approx(expected / math.log(2), rel=1e-5)
+    assert run.reports.last_evaluation.tokens == labels.numel() == ROWS * labels.shape[1]
+    assert run.reports.last_evaluation.loss == pytest.approx(expected, rel=1e-5)
+    assert run.reports.last_evaluation.bits_per_byte == pytest.approx(expected / math.log(2), rel=1e-5)
     loss_sum = train_step(run, batch, state)[0].item()
     assert loss_sum == pytest.approx(expected * labels.numel(), rel=1e-5)
 
 
 def test_the_loss_of_a_step_is_summed_in_float32_beside_autocast() -> None:
-    run = make_run(tiny_model(), accumulation_steps=8)
+    run = make_trainer(tiny_model(), accumulation_steps=8)
     with torch.autocast("cpu", torch.bfloat16):
         values = train_step(run, step_batch(1, 1), TrainState())
     assert values.dtype == torch.float32
@@ -129,12 +149,12 @@ def test_the_loss_of_a_step_is_summed_in_float32_beside_autocast() -> None:
 def timed(left: float, *, evaluation: float = 3.0, saving: float = 2.0, **options: Any) -> int:
     """Steps to decay where so many seconds are left, a step takes one and 10 are to decay."""
     options = {"lr_schedule": "wsd", "decay_steps": 10} | options
-    run = make_run(tiny_model(), **options)
+    run = make_trainer(tiny_model(), **options)
     run.total_steps = 10_000
     run.stop = StopRequest(left, started=0.0, clock=lambda: 0.0)
     seconds = {"evaluation": evaluation, "saving": saving}
     run.meter = SimpleNamespace(seconds_per_step=lambda: 1.0, seconds_of=seconds.__getitem__)
-    return decay_wanted(run, TrainState(step=100))
+    return decay_steps(run, TrainState(step=100))
 
 
 def test_the_decay_begins_when_its_steps_and_the_end_of_the_run_only_just_fit() -> None:
@@ -150,41 +170,41 @@ def test_the_decay_begins_when_its_steps_and_the_end_of_the_run_only_just_fit() 
 def test_the_decay_is_left_to_the_schedule_where_nothing_limits_the_time() -> None:
     assert timed(20.0) == 4
     assert timed(20.0, lr_schedule="cosine") == 0
-    run = make_run(tiny_model(), lr_schedule="wsd", decay_steps=10)
+    run = make_trainer(tiny_model(), lr_schedule="wsd", decay_steps=10)
     run.total_steps = 10_000
     run.meter = SimpleNamespace(seconds_per_step=lambda: 1.0, seconds_of=lambda _: 0.0)
-    assert decay_wanted(run, TrainState(step=100)) == 0
+    assert decay_steps(run, TrainState(step=100)) == 0
     run.stop = StopRequest(20.0, started=0.0, clock=lambda: 0.0)
-    assert decay_wanted(run, TrainState(step=100, ending=(90, 120))) == 0
+    assert decay_steps(run, TrainState(step=100, decay_window=(90, 120))) == 0
     # The schedule's own decay ends the run sooner.
     run.total_steps = 105
-    assert decay_wanted(run, TrainState(step=100)) == 0
+    assert decay_steps(run, TrainState(step=100)) == 0
 
 
 def test_a_decay_by_the_clock_must_end_before_the_schedule_does() -> None:
     def steps(total_steps: int) -> int:
-        run = make_run(tiny_model(), lr_schedule="wsd", decay_steps=10)
+        run = make_trainer(tiny_model(), lr_schedule="wsd", decay_steps=10)
         run.total_steps = total_steps
         run.stop = StopRequest(END_SECONDS + 10.9 / 0.9, started=0.0, clock=lambda: 0.0)
         run.meter = SimpleNamespace(seconds_per_step=lambda: 1.0, seconds_of=lambda _: 0.0)
-        return decay_wanted(run, TrainState(step=100))
+        return decay_steps(run, TrainState(step=100))
 
     assert [steps(110), steps(111)] == [0, 10]
 
 
 @pytest.mark.parametrize(("asked", "end"), [(12.0, 52), (200.0, 100)])
 def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: int) -> None:
-    run, state, told = make_run(tiny_model()), TrainState(step=40), []
+    run, state, told = make_trainer(tiny_model()), TrainState(step=40), []
     run.total_steps = 100
     run.progress = SimpleNamespace(
         start=lambda *steps: told.append(steps), note=lambda text: told.append("--max-time" in text)
     )
     run.meter = SimpleNamespace(end_at=told.append)
     for decay in (asked, 5.0):
-        run.readback.put(record(40), torch.tensor([3.0, 0.0, decay, 1.0]))
-        settle(run, state, everything=True)
-    assert state.ending == (40, end)
-    assert run.last_step(state) == end
+        run.metrics.enqueue(record(40), torch.tensor([3.0, 0.0, decay, 1.0]))
+        drain_metrics(run, state, everything=True)
+    assert state.decay_window == (40, end)
+    assert run.last_step == end
     assert sorted(map(str, told)) == sorted(map(str, [end, (end, 40), True]))
 
 
@@ -192,28 +212,33 @@ def test_a_report_tells_the_share_of_the_epoch_that_is_done() -> None:
     run, _ = looped(4, log_interval=1)
     run.loader.sequences_per_epoch = 4 * ROWS
     train(run, TrainState())
-    epochs = [values["epoch"] for _, values in run.trackers.logged if "epoch" in values]
+    epochs = [values["epoch"] for _, values in run.outputs.trackers.logged if "epoch" in values]
     assert epochs == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_going_back_counts_steps_and_reports_from_the_checkpoint_on() -> None:
-    run, state, told = make_run(tiny_model(), on_spike="rewind"), TrainState(step=9, stopping=True), []
-    run.meter.go_back = lambda step: told.append(("meter", step))
-    run.samples = SimpleNamespace(go_back=lambda step: told.append(("samples", step)))
-    run.trackers.go_back = lambda step: told.append(("trackers", step))
-    run.save = lambda state: told.append(("save", state.step))
-
-    def go_back(state: TrainState) -> None:
-        state.step, state.stopping, state.left_out = 4, False, []
-
-    run.go_back = go_back
-    spike = SimpleNamespace(step=8, what="a jump", epoch=1, row=16, rows=8)
-    rewind(run, state, spike)
-    assert (state.step, state.rewinds, state.left_out, state.stopping) == (4, 1, [[1, 16, 8]], True)
-    assert told == [("meter", 4), ("trackers", 4), ("samples", 4), ("save", 4)]
-    ((step, values),) = run.trackers.logged
+def test_a_rewind_resumes_with_the_counts_of_the_checkpoint_and_saves_at_once() -> None:
+    run, done = make_trainer(tiny_model(), on_spike="rewind"), []
+    run.state = TrainState(step=9, stopping=True)
+    trackers = run.outputs.trackers
+    run.meter.rewind = lambda step: done.append(("meter", step))
+    run.outputs = SimpleNamespace(
+        trackers=trackers,
+        samples=None,
+        close=lambda: done.append(("closed",)),
+        open=lambda step, ids: done.append(("opened", step, ids)),
+    )
+    run.reports.outputs = run.outputs
+    run.checkpointer = SimpleNamespace(
+        resume=lambda source: (TrainState(step=4), 4, {"board": "chart 7"}),
+        save=lambda state: done.append(("save", state.step)),
+    )
+    run.rewind(SimpleNamespace(step=8, what="a spike", epoch=1, sequence=16, num_sequences=8))
+    state = run.state
+    assert (state.step, state.rewinds, state.excluded_sequences, state.stopping) == (4, 1, [[1, 16, 8]], True)
+    assert done == [("closed",), ("opened", 4, {"board": "chart 7"}), ("meter", 4), ("save", 4)]
+    assert run.checkpointer.trackers is trackers
+    ((step, values),) = trackers.logged
     assert step == 4
     assert values == {
         "rewound_from": 8, "left_out_epoch": 1, "left_out_row": 16, "left_out_rows": 8, "rewinds": 1,
     }  # fmt: skip
-    assert "rows 16 to 23 of pass 1" in run.progress.warnings[0]
