@@ -50,6 +50,7 @@ class RunCheckpoints:
         settings: compared with those of a checkpoint; see `compare_settings`.
         progress: shows warnings and notes.
         trackers: set before the first save, after `resume` has returned the step to open them at.
+        saved_settings: of the checkpoint that `resume` has loaded; None without one.
         best_restarted: whether `resume` has started the best validation loss again.
     """
 
@@ -60,6 +61,7 @@ class RunCheckpoints:
     settings: dict[str, Any]
     progress: Progress
     trackers: Trackers = field(init=False)
+    saved_settings: dict[str, Any] | None = field(init=False, default=None)
     best_restarted: bool = field(init=False, default=False)
 
     def resume(self, source: str | None, *, branch: bool = False) -> tuple[TrainState, int, dict[str, str]]:
@@ -104,15 +106,16 @@ class RunCheckpoints:
             return changed_group_values(checkpoint.trainer["settings"], self.settings)
 
         changed = run_on_main_and_broadcast(self.accelerator, compare)
-        restarts_best = changes_evaluation(checkpoint.trainer["settings"], self.settings)
+        trainer = load_state_dict(
+            self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
+        )
+        self.saved_settings = trainer["settings"]
+        restarts_best = changes_evaluation(self.saved_settings, self.settings)
         if restarts_best:
             self.progress.warn(
                 "--eval-batches or the batch size has changed: evaluations use another sample of the "
                 "validation data than before, so the best validation loss starts again."
             )
-        trainer = load_state_dict(
-            self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
-        )
         state = self._load_train_state(trainer, restart_best=restarts_best)
         self.progress.note(f"resuming from step {state.step:,} ({checkpoint.path}).")
         charts = {} if branch and not is_own else trainer["trackers"]

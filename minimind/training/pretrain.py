@@ -39,7 +39,7 @@ from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..schedule import LearningRateSchedule, warmup_steps
+from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.metrics_file import read_metrics
@@ -291,6 +291,15 @@ def _build_trainer(
     }
     checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
     state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
+    schedule = LearningRateSchedule(config, total_steps)
+    if (saved := checkpointer.saved_settings) is not None:
+        resumed = resume_schedule(
+            config, total_steps, saved=saved, step=state.step, decay_window=state.decay_window
+        )
+        schedule, state.decay_window = resumed.schedule, resumed.decay_window
+        for note in resumed.notes if not branch else ():
+            progress.note(note)
+    settings[WARMUP_KEY] = schedule.warmup_steps
     if accelerator.is_main_process:
         session.folder.describe(written, environment)
     folder, tokenizer, model = session.folder, inputs.tokenizer, parts.model
@@ -300,9 +309,7 @@ def _build_trainer(
     checkpointer.trackers = outputs.trackers
     # Flush pending checkpoint writes however the run ends.
     closing.callback(store.wait_until_written)
-    for note in run_notes(
-        config, total_steps, parts.loader.steps_per_epoch, warmup_steps(config, total_steps)
-    ):
+    for note in run_notes(config, total_steps, parts.loader.steps_per_epoch, schedule.warmup_steps):
         progress.note(note)
     progress.banner(banner(inputs, parts, data, accelerator, total_steps))
     return Trainer(
@@ -312,7 +319,7 @@ def _build_trainer(
         model=parts.model,
         optimizer=parts.optimizer,
         loader=parts.loader,
-        schedule=LearningRateSchedule(config, total_steps),
+        schedule=schedule,
         total_steps=total_steps,
         checkpointer=checkpointer,
         outputs=outputs,
