@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from .config.options import PretrainConfig
+from .formatting import parse_duration
 
 DEFAULT_WARMUP_SHARE = 0.02
 DEFAULT_WARMUP_LIMIT = 1000
+# In the settings of checkpoints: the number of warm-up steps, also where it was the default.
+WARMUP_KEY = "chosen_warmup_steps"
+# Options that the learning rate follows from.
+_SCHEDULE_OPTIONS = (
+    *("learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio"),
+    *("decay_ratio", "decay_steps", "decay_shape"),
+)
 
 
 def lr_factor(
@@ -75,14 +87,25 @@ def lr_factor(
 
 
 class LearningRateSchedule:
-    """The learning rate of each optimizer step of a run."""
+    """The learning rate of each optimizer step of a run.
 
-    def __init__(self, config: PretrainConfig, total_steps: int) -> None:
-        """Take the schedule of a configuration for a run of `total_steps`."""
+    Attributes:
+        warmup_steps: number of warm-up steps.
+    """
+
+    def __init__(self, config: PretrainConfig, total_steps: int, warmup: int | None = None) -> None:
+        """Take the schedule of a configuration for a run of `total_steps`.
+
+        Args:
+            config: of the run.
+            total_steps: optimizer steps of the whole run.
+            warmup: number of warm-up steps; None for that of the configuration.
+        """
         self._peak, self._total_steps = config.peak_learning_rate, total_steps
+        self.warmup_steps = warmup_steps(config, total_steps) if warmup is None else warmup
         self._factor = partial(
             lr_factor,
-            warmup_steps=warmup_steps(config, total_steps),
+            warmup_steps=self.warmup_steps,
             schedule=config.lr_schedule,
             min_lr_ratio=config.min_lr_ratio,
             decay_ratio=config.decay_ratio,
@@ -111,7 +134,94 @@ def warmup_steps(config: PretrainConfig, total_steps: int) -> int:
     """Return the number of warm-up steps of a run."""
     if config.warmup_steps is not None:
         return config.warmup_steps
+    return default_warmup_steps(total_steps)
+
+
+def default_warmup_steps(total_steps: int) -> int:
+    """Return the number of warm-up steps of a run without --warmup-steps."""
     return min(DEFAULT_WARMUP_LIMIT, round(DEFAULT_WARMUP_SHARE * total_steps))
+
+
+def stored_warmup_steps(settings: Mapping[str, Any]) -> int | None:
+    """Return the number of warm-up steps of the run of a checkpoint; None where it cannot be derived.
+
+    Args:
+        settings: of the checkpoint. Older versions stored only what the default follows from.
+    """
+    for key in (WARMUP_KEY, "warmup_steps"):
+        if settings.get(key) is not None:
+            return int(settings[key])
+    if "total_steps" not in settings:
+        return None
+    return default_warmup_steps(settings["total_steps"])
+
+
+@dataclass(frozen=True)
+class ResumedSchedule:
+    """The learning rate of a run from its checkpoint on.
+
+    Attributes:
+        schedule: with the warm-up of the beginning.
+        decay_window: that of the checkpoint, or None where its time limit no longer counts.
+        notes: sentences for the user.
+    """
+
+    schedule: LearningRateSchedule
+    decay_window: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+
+def resume_schedule(
+    config: PretrainConfig,
+    total_steps: int,
+    *,
+    saved: Mapping[str, Any],
+    step: int,
+    decay_window: tuple[int, int] | None,
+) -> ResumedSchedule:
+    """Return how the learning rate continues from a checkpoint.
+
+    The warm-up stays that of the beginning, unless --warmup-steps has changed. The decay that --max-time
+    began counts only for a run without more time.
+
+    Args:
+        config: of the run as it continues.
+        total_steps: optimizer steps of the whole run, as it continues.
+        saved: settings of the checkpoint.
+        step: optimizer steps done.
+        decay_window: of the checkpoint.
+    """
+    warmup = None
+    if config.warmup_steps == saved.get("warmup_steps"):
+        warmup = stored_warmup_steps(saved)
+    schedule = LearningRateSchedule(config, total_steps, warmup)
+    notes = []
+    window = decay_window
+    if window is not None and _allows_more_time(config.max_time, saved.get("max_time")):
+        window = None
+    if window is not None and step >= window[1]:
+        notes.append(
+            f"finished at step {step:,} within --max-time {config.max_time}; a longer --max-time, or "
+            "--max-time none, trains on."
+        )
+    elif step and "total_steps" in saved and step < total_steps:
+        names = [name for name in _SCHEDULE_OPTIONS if name in saved]
+        before = dataclasses.replace(config, **{name: saved[name] for name in names})
+        old = LearningRateSchedule(before, saved["total_steps"], stored_warmup_steps(saved))
+        if not math.isclose(old.at(step, decay_window), schedule.at(step, window), rel_tol=1e-9):
+            last = old.at(step - 1, decay_window)
+            notes.append(
+                f"the learning rate goes from {last:.3g} before the resume to "
+                f"{schedule.at(step, window):.3g} after it (step {step:,}), because its schedule has "
+                f"changed; the run ends at step {total_steps:,}."
+            )
+    return ResumedSchedule(schedule, window, tuple(notes))
+
+
+def _allows_more_time(now: str | None, before: str | None) -> bool:
+    if now is None or before is None:
+        return now is None
+    return parse_duration(now) > parse_duration(before)
 
 
 def stable_phase(
@@ -164,3 +274,43 @@ def decay_steps_due(
         wanted = math.ceil(steps_done * decay_ratio / max(1 - decay_ratio, 0.05))
     possible = int(seconds_left / seconds_per_step)
     return max(min(wanted, possible), 1) if possible <= wanted else 0
+
+
+def fit_to_time(
+    config: PretrainConfig,
+    *,
+    warmup: int,
+    total_steps: int,
+    steps_done: int,
+    seconds_left: float,
+    seconds_per_step: float,
+) -> int:
+    """Return how a `wsd` run changes its schedule now so that it ends within --max-time.
+
+    Args:
+        config: of the run.
+        warmup: current number of warm-up steps.
+        total_steps: optimizer steps of the run without a time limit.
+        steps_done: optimizer steps of the whole run so far.
+        seconds_left: time for training steps.
+        seconds_per_step: recent speed.
+
+    Returns:
+        The steps to decay from now on, never inside the warm-up; or as a negative number the warm-up steps,
+        where the default is more than twice as long as that of the steps that the time allows; else 0.
+    """
+    if config.lr_schedule != "wsd":
+        return 0
+    if steps_done < warmup:
+        possible = steps_done + int(max(seconds_left, 0.0) / seconds_per_step)
+        fitting = max(default_warmup_steps(possible), 1)
+        by_default = config.warmup_steps is None and possible < total_steps
+        return -fitting if by_default and fitting < warmup // 2 else 0
+    steps = decay_steps_due(
+        steps_done=steps_done,
+        decay_ratio=config.decay_ratio,
+        decay_steps=config.decay_steps,
+        seconds_left=seconds_left,
+        seconds_per_step=seconds_per_step,
+    )
+    return steps if steps_done + steps < total_steps else 0

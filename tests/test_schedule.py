@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minimind.config.options import PretrainConfig
-from minimind.schedule import LearningRateSchedule, decay_steps_due, lr_factor, stable_phase, warmup_steps
+from minimind.schedule import (
+    LearningRateSchedule,
+    ResumedSchedule,
+    decay_steps_due,
+    fit_to_time,
+    lr_factor,
+    resume_schedule,
+    stable_phase,
+    warmup_steps,
+)
 
 FALLING = ("cosine", "linear", "wsd")
 
@@ -216,3 +226,68 @@ def test_a_moved_end_decays_from_the_peak_to_the_minimum() -> None:
     assert falling[-1] == pytest.approx(0.1)
     assert [rate(4, None), rate(5, (5, 20)), rate(19, (5, 20))] == pytest.approx([0.5, 0.6, 0.06], abs=0.16)
     assert rate(19, (5, 20)) == pytest.approx(0.06)
+
+
+def resumed(total: int, step: int, window: tuple[int, int] | None = None, **saved: Any) -> ResumedSchedule:
+    """The schedule of a run of 100 steps, resumed for `total` steps by the options `now`."""
+    now = {"lr_schedule": "cosine", "learning_rate": 1.0, **saved.pop("now", {})}
+    stored = {"warmup_steps": None, "total_steps": 100, **now, **saved}
+    config = PretrainConfig(**now)
+    return resume_schedule(config, total, saved=stored, step=step, decay_window=window)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_longer_run_keeps_the_warm_up_of_the_beginning(schedule: str) -> None:
+    # 2% of 10,000 steps are 200, and the run was at its peak.
+    found = resumed(10_000, 50, now={"lr_schedule": schedule}, chosen_warmup_steps=2)
+    assert found.schedule.warmup_steps == 2
+    assert found.schedule.at(50) == 1.0
+    assert found.notes == ()
+    # Older checkpoints have the number of steps only.
+    assert resumed(10_000, 50).schedule.warmup_steps == 2
+    assert resumed(10_000, 50, chosen_warmup_steps=7).schedule.warmup_steps == 7
+    # A new number counts.
+    assert resumed(10_000, 50, now={"warmup_steps": 60}, warmup_steps=None).schedule.warmup_steps == 60
+
+
+def test_a_longer_run_says_the_rate_before_and_after() -> None:
+    found = resumed(1000, 90)
+    (note,) = found.notes
+    before = LearningRateSchedule(PretrainConfig(learning_rate=1.0), 100).at(89)
+    after = LearningRateSchedule(PretrainConfig(learning_rate=1.0, warmup_steps=2), 1000).at(90)
+    assert f"from {before:.3g} before the resume to {after:.3g} after" in note
+    assert before < 0.2 < 0.9 < after
+    assert resumed(100, 90).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "binds"),
+    [
+        ("20s", "20s", True),
+        ("20s", "10s", True),
+        ("20s", "1m", False),
+        ("20s", None, False),
+        (None, "1m", True),
+    ],
+)
+def test_the_end_of_a_time_limit_does_not_bind_a_run_with_more_time(
+    before: str | None, now: str | None, binds: bool
+) -> None:
+    options = {"lr_schedule": "wsd", "max_time": now}
+    found = resumed(1000, 60, (50, 60), now=options, max_time=before, total_steps=1000)
+    assert found.decay_window == ((50, 60) if binds else None)
+    (note,) = found.notes
+    assert ("--max-time none, trains on" if binds else "from 0.1 before the resume to 1 after") in note
+
+
+def test_a_decay_never_begins_in_the_warm_up() -> None:
+    run = {"total_steps": 10_000, "seconds_per_step": 1.0}
+    given = PretrainConfig(lr_schedule="wsd", warmup_steps=200)
+    assert fit_to_time(given, warmup=200, steps_done=199, seconds_left=5.0, **run) == 0
+    assert fit_to_time(given, warmup=200, steps_done=200, seconds_left=5.0, **run) == 5
+    # A default warm-up is shortened to 2% of the steps that the time allows.
+    default = PretrainConfig(lr_schedule="wsd")
+    assert fit_to_time(default, warmup=200, steps_done=10, seconds_left=990.0, **run) == -20
+    assert fit_to_time(default, warmup=30, steps_done=10, seconds_left=990.0, **run) == 0
+    assert fit_to_time(default, warmup=200, steps_done=10, seconds_left=1e9, **run) == 0
+    assert fit_to_time(PretrainConfig(), warmup=200, steps_done=10, seconds_left=990.0, **run) == 0

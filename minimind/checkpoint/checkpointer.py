@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import CheckpointError
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
-from .compatibility import changed_group_values, compare_settings
+from .compatibility import changed_group_values, changes_evaluation, compare_settings
 from .files import StoredCheckpoint
 from .resume import AUTO, all_damaged
 from .state_dict import gather_state_dict, load_state_dict
@@ -49,6 +50,8 @@ class RunCheckpoints:
         settings: compared with those of a checkpoint; see `compare_settings`.
         progress: shows warnings and notes.
         trackers: set before the first save, after `resume` has returned the step to open them at.
+        saved_settings: of the checkpoint that `resume` has loaded; None without one.
+        best_restarted: whether `resume` has started the best validation loss again.
     """
 
     store: CheckpointStore
@@ -58,6 +61,8 @@ class RunCheckpoints:
     settings: dict[str, Any]
     progress: Progress
     trackers: Trackers = field(init=False)
+    saved_settings: dict[str, Any] | None = field(init=False, default=None)
+    best_restarted: bool = field(init=False, default=False)
 
     def resume(self, source: str | None, *, branch: bool = False) -> tuple[TrainState, int, dict[str, str]]:
         """Load a checkpoint, if one is asked for, and return the state to start from.
@@ -104,7 +109,14 @@ class RunCheckpoints:
         trainer = load_state_dict(
             self.accelerator, self.model, self.optimizer, checkpoint, keep_group_values=changed
         )
-        state = self._load_train_state(trainer)
+        self.saved_settings = trainer["settings"]
+        restarts_best = changes_evaluation(self.saved_settings, self.settings)
+        if restarts_best:
+            self.progress.warn(
+                "--eval-batches or the batch size has changed: evaluations use another sample of the "
+                "validation data than before, so the best validation loss starts again."
+            )
+        state = self._load_train_state(trainer, restart_best=restarts_best)
         self.progress.note(f"resuming from step {state.step:,} ({checkpoint.path}).")
         charts = {} if branch and not is_own else trainer["trackers"]
         return state, state.step if is_own else -1, charts
@@ -129,9 +141,14 @@ class RunCheckpoints:
         if self.accelerator.is_main_process:
             self.store.mark_best(state.step, state.best_val_loss)
 
-    def _load_train_state(self, trainer: dict[str, Any]) -> TrainState:
+    def _load_train_state(self, trainer: dict[str, Any], *, restart_best: bool) -> TrainState:
         """Return the state of a loaded checkpoint, and abandon later checkpoints."""
         state = TrainState.from_dict(trainer["state"])
+        if restart_best:
+            state.best_val_loss, self.best_restarted = math.inf, True
+            if self.accelerator.is_main_process:
+                self.store.forget_best()
+            self.accelerator.wait_for_everyone()
         best = self.store.best()
         if best is not None and best[0] <= state.step:
             state.best_val_loss = min(state.best_val_loss, best[1])

@@ -114,6 +114,17 @@ def changed_group_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> fr
     return frozenset(value for key, value in _GROUP_VALUES.items() if _differ(key, saved, now))
 
 
+def changes_evaluation(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether evaluations use another sample of the validation data than those of the checkpoint.
+
+    Versions that did not store `evaluated_sequences` evaluated the first batches instead of a sample.
+    """
+    key = "evaluated_sequences"
+    if key in saved or saved.get("eval_batches") is None:
+        return bool(saved.get(key) != now.get(key))
+    return True
+
+
 def _differ(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return key in saved and key in now and _plain(saved[key]) != _plain(now[key])
 
@@ -156,4 +167,12 @@ def settings_of_run(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": data.fingerprint,
         "data_mixture": data.mixture,
+        "evaluated_sequences": _evaluated_sequences(config, plan),
     }
+
+
+def _evaluated_sequences(config: PretrainConfig, plan: BatchPlan) -> int | None:
+    """Return the size of the sample of --eval-batches; None for all validation data."""
+    if config.eval_batches is None:
+        return None
+    return config.eval_batches * plan.micro_batch_size * plan.num_processes

@@ -168,6 +168,10 @@ class CheckpointStore:
         failed = f"step {step} was not marked as the best"
         self._submit(lambda: self._attempt(failed, lambda: self._mark_best(step, val_loss)))
 
+    def forget_best(self) -> None:
+        """Remove the mark of the best checkpoint; rotation may then delete that checkpoint."""
+        (self.folder / BEST).unlink(missing_ok=True)
+
     def rewind(self, step: int) -> None:
         """Continue from `step`: newer checkpoints are removed once the next one is written."""
         self._abandoned = {entry.path.name for entry in self.entries() if entry.step > step}

@@ -261,7 +261,12 @@ class RunConfig:
         FieldInfo("Steps between evaluations.", minimum=1, default_text="the save interval", common=True),
     ] = None
     eval_batches: Annotated[
-        int | None, FieldInfo("Evaluate at most this many batches.", minimum=1, default_text="all")
+        int | None,
+        FieldInfo(
+            "Evaluate this many batches, sampled evenly from the validation data.",
+            minimum=1,
+            default_text="all",
+        ),
     ] = None
     sample_interval: Annotated[
         int | None,

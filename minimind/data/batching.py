@@ -106,6 +106,33 @@ class StepBuilder:
                 arrays, num_targets, num_tokens, stop - start, epoch, step_in_epoch, digest.hexdigest()
             )
 
+    def sample(self, count: int) -> Iterator[SequenceArrays]:
+        """Yield this process's part of steps over `count` sequences, spread evenly over epoch 0.
+
+        The sequences depend on `count` alone. Only the windows that hold some of them are read.
+        """
+        total = self.order.num_sequences
+        chosen = (2 * np.arange(count) + 1) * total // (2 * count)
+        own = self._own_positions()
+        window, sequences = None, None
+        for start in range(0, count, self.plan.global_batch_size):
+            in_step = chosen[start : start + self.plan.global_batch_size]
+            arrays = SequenceArrays.blank(
+                len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
+            )
+            positions = np.full(len(own), -1, np.int64)
+            positions[own < len(in_step)] = in_step[own[own < len(in_step)]]
+            while (positions >= 0).any():
+                next_position = int(positions[positions >= 0].min())
+                if window is None or not window.first_sequence <= next_position < window.end_sequence:
+                    window = next(self.order.windows(0, next_position))
+                    sequences = self._cut(window)
+                assert sequences is not None
+                here = (positions >= window.first_sequence) & (positions < window.end_sequence)
+                sequences.fill(arrays, here, window.order[positions[here] - window.first_sequence])
+                positions[here] = -1
+            yield arrays
+
     def pieces(self, epoch: int, first_sequence: int) -> list[tuple[int, list[Piece]]]:
         """Return the documents in each of this process's sequences of the step at `first_sequence`.
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import islice
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from .batch_plan import BatchPlan
 from .batching import StepBuilder, StepSequences
 from .mixture import MixedOrder
-from .packing import IGNORED, Piece
-from .sampler import SequenceOrder
+from .packing import IGNORED, Piece, SequenceArrays
+from .sampler import WINDOW_BLOCKS, SequenceOrder
 from .shards import TokenShards
 
 Item = TypeVar("Item")
@@ -99,6 +98,7 @@ class Loader:
         shuffle: bool = True,
         trim: bool = False,
         weights: Sequence[float] = (),
+        window_blocks: int = WINDOW_BLOCKS,
     ) -> None:
         """Compute the sizes of an epoch; no tokens are read yet.
 
@@ -116,6 +116,7 @@ class Loader:
                 shapes change between steps, so compiled code recompiles.
             weights: share of the tokens of each part of the shards, summing to 1; empty reads every document
                 once per epoch.
+            window_blocks: blocks that are read at a time without weights; see `SequenceOrder`.
         """
         self._shards, self._plan = shards, plan
         self._trim = trim and not packing
@@ -124,7 +125,14 @@ class Loader:
         if weights:
             order = MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed)
         else:
-            order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+            order = SequenceOrder(
+                shards,
+                seq_len=seq_len,
+                packing=packing,
+                seed=seed,
+                shuffle=shuffle,
+                window_blocks=window_blocks,
+            )
         self._builder = StepBuilder(shards, order, seq_len, packing, plan, process_index, pad_token_id)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.sequences_per_epoch = order.num_sequences
@@ -138,10 +146,13 @@ class Loader:
     def steps(self, epoch: int, first_sequence: int = 0) -> Generator[StepBatch, None, None]:
         """Yield the steps of an epoch from the global position `first_sequence`, which is found directly."""
         steps = self._builder.steps(epoch, first_sequence)
-        for step, tensors, copied in prefetch(map(self._to_device, steps), _STEPS_AHEAD):
-            if copied is not None:
-                _synchronize(tensors, copied)
+        for step, tensors in self._prefetched((step, step.arrays) for step in steps):
             yield self._step_batch(step, tensors)
+
+    def sample(self, count: int) -> Iterator[MicroBatch]:
+        """Yield the first micro-batch of steps over `count` sequences, spread evenly over the split."""
+        for _, tensors in self._prefetched((None, arrays) for arrays in self._builder.sample(count)):
+            yield self._micro_batches(tensors)[0]
 
     def step(self, epoch: int, first_sequence: int) -> StepBatch:
         """Return the step of an epoch that begins at the global position `first_sequence`."""
@@ -161,29 +172,45 @@ class Loader:
         stop = min(start + piece.length + 1, int(self._shards.offsets[piece.document + 1]))
         return self._shards.tokens(start, stop).tolist()
 
-    def _to_device(self, step: StepSequences) -> tuple[StepSequences, _Tensors, torch.cuda.Event | None]:
+    def _prefetched(
+        self, steps: Iterator[tuple[Item, SequenceArrays]]
+    ) -> Generator[tuple[Item, _Tensors], None, None]:
+        """Yield each item with its arrays on the device."""
+
+        def copy(pair: tuple[Item, SequenceArrays]) -> tuple[Item, _Tensors, torch.cuda.Event | None]:
+            return pair[0], *self._to_device(pair[1])
+
+        for item, tensors, copied in prefetch(map(copy, steps), _STEPS_AHEAD):
+            if copied is not None:
+                _synchronize(tensors, copied)
+            yield item, tensors
+
+    def _to_device(self, arrays: SequenceArrays) -> tuple[_Tensors, torch.cuda.Event | None]:
         """Start the non-blocking copy of a step; runs in the prefetch thread."""
-        wide = torch.from_numpy(_trimmed(step.arrays.wide) if self._trim else step.arrays.wide)
-        narrow = None if step.arrays.narrow is None else torch.from_numpy(step.arrays.narrow)
+        wide = torch.from_numpy(_trimmed(arrays.wide) if self._trim else arrays.wide)
+        narrow = None if arrays.narrow is None else torch.from_numpy(arrays.narrow)
         if self._stream is None:
-            return step, (wide.to(self._device), narrow if narrow is None else narrow.to(self._device)), None
+            return (wide.to(self._device), narrow if narrow is None else narrow.to(self._device)), None
         with torch.cuda.stream(self._stream):
             wide = wide.pin_memory().to(self._device, non_blocking=True)
             if narrow is not None:
                 narrow = narrow.pin_memory().to(self._device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return step, (wide, narrow), copied
+        return (wide, narrow), copied
 
-    def _step_batch(self, step: StepSequences, tensors: _Tensors) -> StepBatch:
+    def _micro_batches(self, tensors: _Tensors) -> tuple[MicroBatch, ...]:
         wide, narrow = tensors
         size = self._plan.micro_batch_size
         # (2, A*B, T) to A times (B, T)
         inputs, labels = (part.split(size) for part in wide)
         nothing = (None,) * len(inputs)
         documents, positions = (nothing, nothing) if narrow is None else (p.split(size) for p in narrow)
+        return tuple(map(MicroBatch, inputs, labels, documents, positions))
+
+    def _step_batch(self, step: StepSequences, tensors: _Tensors) -> StepBatch:
         return StepBatch(
-            micro_batches=tuple(map(MicroBatch, inputs, labels, documents, positions)),
+            micro_batches=self._micro_batches(tensors),
             num_targets=step.num_targets,
             num_tokens=step.num_tokens,
             num_sequences=step.num_sequences,
@@ -207,8 +234,9 @@ def evaluation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield one process's micro-batches of a split, in the order of the shards.
 
-    Every process gets the same number, at most `max_batches`; padding at the end has no targets. The
-    sequences of the first n batches depend only on n and on the batch size over all processes.
+    Every process gets the same number, at most `max_batches`; padding at the end has no targets. With fewer
+    batches than the split has, their sequences are spread evenly over it. They depend only on `max_batches`
+    and on the batch size over all processes.
     """
     plan = BatchPlan(batch_size, 1, num_processes)
     loader = Loader(
@@ -221,8 +249,13 @@ def evaluation_batches(
         device=device,
         pad_token_id=pad_token_id,
         shuffle=False,
+        # The order is that of the shards for any window size; a sample reads few sequences of each window.
+        window_blocks=1 if max_batches is not None else WINDOW_BLOCKS,
     )
-    for step in islice(loader.steps(0), max_batches):
+    if max_batches is not None and max_batches < loader.steps_per_epoch:
+        yield from loader.sample(max_batches * plan.global_batch_size)
+        return
+    for step in loader.steps(0):
         yield step.micro_batches[0]
 
 

@@ -15,7 +15,7 @@ from ..distributed.heartbeat import first_choice, started_before
 from ..errors import CheckpointError, ConfigError
 from ..launch_env import is_main_process, world_size
 from ..run_folder import RunFolder
-from ..schedule import stable_phase, warmup_steps
+from ..schedule import stable_phase, stored_warmup_steps
 from ..training.pretrain import pretrain
 from ..training.summary import PretrainResult
 
@@ -85,7 +85,7 @@ def decay_config(
     """
     settings = checkpoint.trainer["settings"]
     state = TrainState.from_dict(checkpoint.trainer["state"])
-    trunk = _config_of(settings)
+    trunk = dataclasses.replace(_config_of(settings), warmup_steps=stored_warmup_steps(settings))
     _refuse_unstable(checkpoint, trunk, settings, state)
     global_batch_size = settings["global_batch_size"]
     per_step = global_batch_size * trunk.max_seq_len if trunk.packing else state.tokens / state.step
@@ -95,7 +95,6 @@ def decay_config(
         trunk,
         global_batch_size=global_batch_size,
         lr_schedule="wsd",
-        warmup_steps=warmup_steps(trunk, settings["total_steps"]),
         decay_steps=steps,
         decay_shape=shape,
         min_lr_ratio=trunk.min_lr_ratio if min_lr_ratio is None else min_lr_ratio,

@@ -52,7 +52,7 @@ class Evaluator:
         """Return the validation loss, None where some rank was asked to stop meanwhile.
 
         Args:
-            max_batches: micro-batches of each rank at most; None for all.
+            max_batches: micro-batches of each rank at most, a fixed sample of the split; None for all.
             stop: requests that end the evaluation early.
         """
         batches = evaluation_batches(

@@ -37,7 +37,7 @@ from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..schedule import LearningRateSchedule, warmup_steps
+from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.trackers import check_trackers
@@ -271,6 +271,8 @@ class _Run:
         }
         checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
         state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
+        schedule = self._schedule(checkpointer, state, branch=branch)
+        settings[WARMUP_KEY] = schedule.warmup_steps
         if accelerator.is_main_process:
             session.folder.describe(written, environment)
         outputs = Outputs(inputs, session.folder, accelerator, parts.model, environment, progress)
@@ -279,8 +281,8 @@ class _Run:
         checkpointer.trackers = outputs.trackers
         # Flush pending checkpoint writes however the run ends.
         closing.callback(store.wait_until_written)
-        steps_per_epoch, warmup = parts.loader.steps_per_epoch, warmup_steps(config, total_steps)
-        for note in run_notes(config, total_steps, steps_per_epoch, warmup):
+        steps_per_epoch = parts.loader.steps_per_epoch
+        for note in run_notes(config, total_steps, steps_per_epoch, schedule.warmup_steps):
             progress.note(note)
         progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
         return Trainer(
@@ -290,7 +292,7 @@ class _Run:
             model=parts.model,
             optimizer=parts.optimizer,
             loader=parts.loader,
-            schedule=LearningRateSchedule(config, total_steps),
+            schedule=schedule,
             total_steps=total_steps,
             checkpointer=checkpointer,
             outputs=outputs,
@@ -306,6 +308,21 @@ class _Run:
             profiler=self._profiler(state),
             saved_step=saved_step,
         )
+
+    def _schedule(
+        self, checkpointer: RunCheckpoints, state: TrainState, *, branch: bool
+    ) -> LearningRateSchedule:
+        """Return the schedule, which a resumed run continues; may release the decay window of `state`."""
+        config = self.inputs.config
+        if (saved := checkpointer.saved_settings) is None:
+            return LearningRateSchedule(config, self.total_steps)
+        resumed = resume_schedule(
+            config, self.total_steps, saved=saved, step=state.step, decay_window=state.decay_window
+        )
+        state.decay_window = resumed.decay_window
+        for note in resumed.notes if not branch else ():
+            self.session.progress.note(note)
+        return resumed.schedule
 
     def _meter(self, state: TrainState) -> Meter:
         config, accelerator = self.inputs.config, self.accelerator

@@ -20,7 +20,7 @@ from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_learning_rate
-from ..schedule import LearningRateSchedule, decay_steps_due
+from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
 from ..tracking.console import Progress
 from ..tracking.metrics_file import last_with
 from .async_metrics import AsyncScalars
@@ -199,8 +199,8 @@ class Trainer:
         for ready in self.metrics.ready(everything=everything):
             record, (loss_sum, asked_to_stop, decay, norm, *routing) = ready.tag, ready.values
             state.stopping |= asked_to_stop > 0
-            if decay > 0 and state.decay_window is None:
-                self._begin_decay(int(decay))
+            if decay and state.decay_window is None:
+                self._fit_to_time(int(decay))
             append_loss(state.recent_losses, loss_sum / max(record.num_targets, 1))
             finite = math.isfinite(loss_sum) and math.isfinite(norm)
             jumped = finite and loss_sum > record.limit
@@ -255,8 +255,7 @@ class Trainer:
             return
         state = self.state
         with self.meter.phase("evaluation"):
-            batches = self.config.eval_batches if state.step == 0 else 1
-            result = self.evaluator.evaluate(batches, self.stop)
+            result = self.evaluator.evaluate(self.config.eval_batches if state.step == 0 else 1, self.stop)
         if result is None:
             state.stopping = True
         elif state.step == 0:
@@ -265,7 +264,7 @@ class Trainer:
             step, loss = run_on_main_and_broadcast(
                 self.accelerator, lambda: last_with(self.outputs.metrics_path, "val_loss") or (-1, None)
             )
-            if step != state.step:
+            if step != state.step or self.checkpointer.best_restarted:
                 self.validate()
             elif loss is not None and loss < state.best_val_loss:
                 state.best_val_loss = loss
@@ -300,6 +299,8 @@ class Trainer:
             self.outputs.open(state.step, tracker_ids)
             self.checkpointer.trackers = self.outputs.trackers
         state.rewinds, state.stopping = before.rewinds + 1, before.stopping
+        if before.decay_window is None:  # a checkpoint of an earlier attempt may have one
+            state.decay_window = None
         state.excluded_sequences = [*before.excluded_sequences, excluded]
         self.state = state
         self.metrics.clear()
@@ -338,11 +339,10 @@ class Trainer:
         return float(np.float32(per_token * max(batch.num_targets, 1)))
 
     def _decay_steps(self) -> int:
-        """Return the steps to decay from now on so that a `wsd` run ends within --max-time; 0 for not yet."""
+        """Return what `fit_to_time` asks for, on the main process; 0 elsewhere."""
         seconds_left, per_step = self.stop.seconds_left(), self.meter.seconds_per_step()
         if (
-            self.config.lr_schedule != "wsd"
-            or not self.accelerator.is_main_process
+            not self.accelerator.is_main_process
             or self.state.decay_window is not None
             or seconds_left is None
             or per_step is None
@@ -350,18 +350,25 @@ class Trainer:
             return 0
         # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
         reserved = 2 * (self.meter.seconds_of("evaluation") + self.meter.seconds_of("saving")) + END_SECONDS
-        steps = decay_steps_due(
+        return fit_to_time(
+            self.config,
+            warmup=self.schedule.warmup_steps,
+            total_steps=self.total_steps,
             steps_done=self.state.step,
-            decay_ratio=self.config.decay_ratio,
-            decay_steps=self.config.decay_steps,
             seconds_left=0.9 * (seconds_left - reserved),
             seconds_per_step=per_step,
         )
-        return steps if self.state.step + steps < self.total_steps else 0
 
-    def _begin_decay(self, decay_steps: int) -> None:
-        """Begin the decay that ends the run within --max-time."""
-        begin, end = self.state.step, min(self.state.step + decay_steps, self.total_steps)
+    def _fit_to_time(self, steps: int) -> None:
+        """Begin the decay that ends the run within --max-time, or shorten the warm-up; see `fit_to_time`."""
+        if steps < 0:
+            warmup = max(-steps, 2 * (self.state.step + 1))
+            if warmup < self.schedule.warmup_steps // 2:
+                self.schedule = LearningRateSchedule(self.config, self.total_steps, warmup)
+                self.checkpointer.settings[WARMUP_KEY] = warmup
+                self.progress.note(f"--max-time: warming up in {warmup:,} steps.")
+            return
+        begin, end = self.state.step, min(self.state.step + steps, self.total_steps)
         self.state.decay_window = begin, end
         self.meter.end_at(end)
         self.progress.start(end, begin)

@@ -13,6 +13,8 @@ import pytest
 
 from minimind import pretrain
 from minimind.checkpoint.checkpointer import RunCheckpoints
+from minimind.checkpoint.compatibility import changes_evaluation
+from minimind.checkpoint.files import best_checkpoint
 from minimind.checkpoint.store import CheckpointStore
 from minimind.checkpoint.train_state import TrainState
 from minimind.errors import CheckpointError
@@ -219,3 +221,42 @@ def test_a_run_that_the_launcher_starts_again_resumes_from_its_last_checkpoint(
     )
     assert pretrain(config).steps == 4
     assert trained == [3, 4]
+
+
+def test_another_number_of_evaluation_batches_starts_the_best_loss_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses of different samples do not compare: the next evaluation is the best, however high."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    folder = tmp_path / "run" / "checkpoints"
+    config = tiny(corpus, tmp_path / "run", max_steps=12, save_interval=4, eval_interval=4, val_fraction=0.4)
+    config = dataclasses.replace(config, eval_batches=1, batch_size=2, resume="auto")
+    pretrain(dataclasses.replace(config, resume=None), stop_after=6)
+    (folder / "best.json").write_text('{"step": 4, "val_loss": 0.001}')
+    capsys.readouterr()
+    pretrain(config, stop_after=8)
+    assert best_checkpoint(folder) == (4, 0.001)
+    assert "best validation loss starts again" not in capsys.readouterr().out
+    # The number of sequences counts, not that of the batches; at step 8 an evaluation is due.
+    pretrain(dataclasses.replace(config, eval_batches=2), stop_after=9)
+    assert "best validation loss starts again" in capsys.readouterr().out
+    step, loss = best_checkpoint(folder) or (0, 0.0)
+    assert (step, loss > 1) == (8, True)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "changes"),
+    [
+        ({"eval_batches": None}, None, False),
+        ({"eval_batches": None}, 8, True),
+        # Older versions evaluated the first batches.
+        ({"eval_batches": 2}, 8, True),
+        ({"eval_batches": 2, "evaluated_sequences": 8}, 8, False),
+        ({"eval_batches": 2, "evaluated_sequences": 8}, 16, True),
+        ({"eval_batches": 2, "evaluated_sequences": 8}, None, True),
+    ],
+)
+def test_the_evaluated_sample_is_compared_with_that_of_the_checkpoint(
+    saved: dict[str, Any], now: int | None, changes: bool
+) -> None:
+    assert changes_evaluation(saved, {"evaluated_sequences": now}) == changes

@@ -124,9 +124,47 @@ def test_evaluation_has_equally_many_batches_and_the_same_sequences_on_any_proce
 
     one = targets(1, 12)
     assert one == targets(3, 4) == targets(2, 6)
-    assert one == sorted(one)
+    if max_batches is None:
+        assert one == sorted(one)
     if max_batches is None and packing:
         assert len(one) == shards.num_tokens - shards.num_documents
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("max_batches", [1, 3, 5])
+def test_fewer_evaluation_batches_are_a_sample_of_the_whole_split(shards, packing, max_batches):
+    """Sequence i of n is the middle one of the i-th n-th of the split, with the tokens of the whole split."""
+
+    def evaluated(limit):
+        options = {"seq_len": 16, "packing": packing, "batch_size": 12, "device": "cpu"}
+        batches = list(
+            evaluation_batches(shards, process_index=0, num_processes=1, max_batches=limit, **options)
+        )
+        assert limit is None or len(batches) == limit
+        parts = [[batch.input_ids, batch.shift_labels] for batch in batches]
+        if packing:
+            parts = [
+                [*part, batch.document_ids, batch.position_ids]
+                for part, batch in zip(parts, batches, strict=True)
+            ]
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    count = 12 * max_batches
+    total = loader_for(shards, packing=packing).sequences_per_epoch
+    assert count < total
+    middles = [int((i + 0.5) * total / count) for i in range(count)]
+    for sampled, whole in zip(evaluated(max_batches), evaluated(None), strict=True):
+        assert torch.equal(sampled, whole[middles])
+
+
+def test_a_sample_crosses_blocks(make_shards):
+    """Sequences of a sample are read block by block, and found in each."""
+    shards = make_shards([40] * 60, block_tokens=200)
+    assert len(shards.blocks) > 5
+    options = {"seq_len": 16, "packing": True, "process_index": 0, "num_processes": 1, "device": "cpu"}
+    (batch,) = evaluation_batches(shards, batch_size=7, max_batches=1, **options)
+    whole = torch.cat([b.shift_labels for b in evaluation_batches(shards, batch_size=7, **options)])
+    assert torch.equal(batch.shift_labels, whole[[(2 * i + 1) * 150 // 14 for i in range(7)]])
 
 
 def _prefetch_threads():

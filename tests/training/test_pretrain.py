@@ -344,6 +344,34 @@ def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(
     assert 0.05 < sum(rate < max(rates) for rate in rates[100:]) / len(rates) < 0.3
 
 
+def test_a_wsd_run_with_a_time_limit_reaches_its_peak_and_goes_on_when_it_gets_more_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "timed"
+    config = tiny(corpus, out, epochs=100_000, lr_schedule="wsd", log_interval=1, eval_batches=1)
+    clock = StepClock(monkeypatch, 0.1)
+    first = pretrain(dataclasses.replace(config, max_time="20s"))
+    assert first.stopped is None
+
+    def rates() -> list[float]:
+        return [row["learning_rate"] for row in metrics(out) if "learning_rate" in row]
+
+    # 2% of the steps of all epochs are the 1,000 at most, of which no time is left for half.
+    assert max(rates()) == config.learning_rate
+    assert rates()[-1] == pytest.approx(0.1 * max(rates()))
+    assert rates().index(max(rates())) < 40
+    # The same time again ends at once, and says so.
+    again = dataclasses.replace(config, resume="auto")
+    capsys.readouterr()
+    assert pretrain(dataclasses.replace(again, max_time="20s")).steps == first.steps
+    assert "--max-time none, trains on" in capsys.readouterr().out
+    clock.elapsed = 0.0
+    result = pretrain(again, stop_after=first.steps + 5)
+    assert result.steps == first.steps + 5
+    assert rates()[-5:] == [max(rates())] * 5
+    assert "the learning rate goes from" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `minimind-train pretrain` without arguments where there is no GPU, but one epoch instead of two."""
