@@ -142,18 +142,7 @@ def prepare_data(
     weights = tuple(source.weight for source in sources if source.weight is not None)
     packed, padded = sequence_costs(train.length_counts, config.max_seq_len)
     report = DataReport.from_dict(manifest["report"])
-    if (count := skipped.total()) > len(named):
-        warnings.warn(
-            f"--data: {count} files or folders were skipped and only {len(named)} files are read: "
-            f"{'; '.join(skipped_lines(skipped))}.",
-            stacklevel=2,
-        )
-    if train.unknown_share > _UNKNOWN_SHARE:
-        warnings.warn(
-            f"{train.unknown_share:.1%} of the training tokens are the unknown token: the vocabulary of "
-            "--tokenizer lacks text of this data; choose a tokenizer that was trained on such text.",
-            stacklevel=2,
-        )
+    _warn_of_data(train, len(named), skipped)
     if opened.corrupt is not None:
         corrupt = f"the token cache was damaged and was built again: {opened.corrupt}."
         warnings.warn(corrupt, stacklevel=2)
@@ -168,6 +157,22 @@ def prepare_data(
         mixture=_mixture(config, sources, train) if weights else (),
     )
     return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), opened.built, weights)
+
+
+def _warn_of_data(train: TokenShards, num_files: int, skipped: Counter[str]) -> None:
+    """Warn if most files were skipped, or many tokens are unknown."""
+    if (count := skipped.total()) > num_files:
+        warnings.warn(
+            f"--data: {count} files or folders were skipped and only {num_files} files are read: "
+            f"{'; '.join(skipped_lines(skipped))}.",
+            stacklevel=3,
+        )
+    if train.unknown_share > _UNKNOWN_SHARE:
+        warnings.warn(
+            f"{train.unknown_share:.1%} of the training tokens are the unknown token: the vocabulary of "
+            "--tokenizer lacks text of this data; choose a tokenizer that was trained on such text.",
+            stacklevel=3,
+        )
 
 
 def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -> str | None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from ..checkpoint.checkpointer import RunCheckpoints
@@ -32,7 +29,7 @@ from ..distributed.heartbeat import record_start, started_before
 from ..distributed.launcher import watch_launcher
 from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
@@ -49,13 +46,19 @@ from .outputs import Outputs
 from .peak_flops import peak_flops_of
 from .profiler import ProfileTrace
 from .samples import check_prompts
-from .setup import RunInputs, TrainingParts, build_training, check_auto_batch_size, resolve_run
+from .setup import (
+    RunInputs,
+    TrainingParts,
+    build_training,
+    check_auto_batch_size,
+    resolve_run,
+    torch_for_training,
+)
 from .summary import PretrainResult, banner, finished_result, summarize
 from .throughput import Meter
 from .trainer import Trainer
 
 # The signal handlers and the state of Accelerate belong to one run at a time.
-_RUNNING = threading.Lock()
 
 
 def pretrain(
@@ -90,14 +93,11 @@ def pretrain(
     check_trackers(config)
     check_auto_batch_size(config, model_factory)
     with ExitStack() as closing:
-        closing.enter_context(_torch_for_training())
+        closing.enter_context(torch_for_training())
         session = _open_session(config, started, closing)
         progress, stop = session.progress, session.stop
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
-        if options.config.sample_interval is not None:
-            max_tokens = options.model_config.max_position_embeddings
-            check_prompts(options.config.sample_prompt, max_tokens, options.tokenizer)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
 
         accelerator = start_accelerator(options.config)
@@ -144,27 +144,6 @@ def pretrain(
         return result
 
 
-@contextmanager
-def _torch_for_training() -> Iterator[None]:
-    """Train with gradients and in float32 whatever the caller has set, and restore the caller's settings.
-
-    Raises:
-        ConfigError: while another call of `pretrain` runs in this process.
-    """
-    if not _RUNNING.acquire(blocking=False):
-        raise ConfigError(
-            "pretrain() is already running in this process; wait for it to end, or use another process."
-        )
-    dtype = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float32)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        _RUNNING.release()
-
-
 @dataclass(frozen=True)
 class _Session:
     """What the parts of `pretrain` share: output folder, terminal, stop requests, and what the end closes."""
@@ -202,6 +181,8 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
         KeyboardInterrupt: where a signal asks to stop, also on a rank that continues because another failed.
     """
     config, progress, stop = options.config, session.progress, session.stop
+    if config.sample_interval is not None:
+        check_prompts(config.sample_prompt, options.model_config.max_position_embeddings, options.tokenizer)
     with main_process_first(cache_folder(config), parse_duration(config.dist_timeout), progress.note):
         if is_main_process():
             # The processes that the launcher replaced may still be ending.

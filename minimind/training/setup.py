@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,9 @@ from ..tokenizer import Tokenizer
 from .auto_batch_size import resolve_batch_size
 from .build_model import ModelFactory, build_graph, build_model, compile_and_wrap, resolve_model_config
 from .cuda_graph import ForwardBackwardGraph
+
+# Held while `pretrain` runs.
+_RUNNING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -195,3 +200,24 @@ def check_auto_batch_size(config: PretrainConfig, model_factory: ModelFactory) -
 
 def _describe(model: nn.Module) -> str:
     return f"{count(sum(tensor.numel() for tensor in model.parameters()))} parameters: {type(model).__name__}"
+
+
+@contextmanager
+def torch_for_training() -> Iterator[None]:
+    """Train with gradients and in float32 whatever the caller has set, and restore the caller's settings.
+
+    Raises:
+        ConfigError: while another call of `pretrain` runs in this process.
+    """
+    if not _RUNNING.acquire(blocking=False):
+        raise ConfigError(
+            "pretrain() is already running in this process; wait for it to end, or use another process."
+        )
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        _RUNNING.release()

@@ -183,7 +183,7 @@ def test_a_bad_item_of_an_array_is_named(tmp_path, content, reason):
     [
         ("größer\n".encode("utf-16"), "UTF-16 text; .* iconv -f UTF-16"),
         (("words in a line\n" * 9).encode("utf-16-le"), "UTF-16 text without a byte order mark; .*UTF-16LE"),
-        (gzip.compress(b"text"), "gzip data; add .gz"),
+        (gzip.compress(b"text", mtime=0), "gzip data; add .gz"),
         (b"%PDF-1.7\n", "a PDF"),
         (b"PK\x03\x04abc", "a ZIP archive"),
         (b"\0" * 100, "binary data"),
