@@ -23,7 +23,7 @@ _BLOCKS, _DOCUMENTS, _SEQUENCES = range(3)
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that follow one another in the order, and the documents that they are cut from.
+    """Consecutive sequences of the order, and the documents that they are cut from.
 
     Attributes:
         first_sequence: position in the epoch of the window's first sequence.
