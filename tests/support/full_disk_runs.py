@@ -22,7 +22,7 @@ import torch._dynamo  # accelerate loads it late
 import minimind.training.pretrain  # noqa: F401 - loads all that a run needs
 from minimind.config.options import PretrainConfig
 from minimind.errors import UserError
-from support.tiny_runs import assert_same_end, tiny, write_corpus
+from support.tiny_runs import assert_same_end, last_checkpoint, tiny, write_corpus
 
 MODULE = sys.modules["minimind.training.pretrain"]
 BLOCK = bytes(1 << 12)
@@ -74,6 +74,7 @@ def main(folder: Path, moments: int) -> None:
         began = time.monotonic()
         assert os.waitstatus_to_exitcode(os.waitpid(start(straight, folder / "log"), 0)[1]) == 0
         span = time.monotonic() - began
+        last_step = last_checkpoint(Path(straight.output_dir)).step
         for number in range(moments):
             out, log = disk / f"run-{number}", folder / f"log-{number}"
             config = dataclasses.replace(straight, output_dir=str(out))
@@ -84,7 +85,10 @@ def main(folder: Path, moments: int) -> None:
             filler.unlink()
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             count[f"exit {code}"] += 1
-            if code:
+            # Resumed where it had to stop, or where its last save met the full disk, which must be warned of.
+            missed = f"the checkpoint of step {last_step} was not saved" in log.read_text()
+            count["last save missed"] += missed
+            if code or missed:
                 resumed = dataclasses.replace(config, resume="auto")
                 assert os.waitstatus_to_exitcode(os.waitpid(start(resumed, log), 0)[1]) == 0, log.read_text()
             count["warnings"] += log.read_text().count("warning: ")
