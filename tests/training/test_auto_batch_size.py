@@ -232,3 +232,18 @@ def test_a_gpu_is_measured_and_left_as_it_was(settle: Any, monkeypatch: pytest.M
     assert config.batch_size in (1, 2, 4, 8)
     assert "measured: " in sentence
     assert torch.cuda.memory_allocated() - before < 1e6
+
+
+def test_a_measurement_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 1)
+
+    def out_of_memory(self: SpeedTrial, size: int) -> float:
+        model(torch.ones(size, 2)).sum().backward()
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(SpeedTrial, "_seconds", out_of_memory)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config: Any = PretrainConfig()
+    trial = SpeedTrial(config, config, start_accelerator(config), model, optimizer)
+    assert trial.seconds(4) == math.inf
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]
