@@ -460,3 +460,10 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
         file = tmp_path / name
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert load_tokenizer(tmp_path).fingerprint == SHIPPED.fingerprint
+
+
+def test_bytes_are_measured_after_a_word_and_not_after_a_special_token():
+    # At the beginning of a text the decoder drops the space of "▁he".
+    backend = unigram("<unk>", "</s>", "stop", "▁he", "l")
+    backend.add_special_tokens(["stop"])
+    assert Tokenizer(backend, eos_token="</s>").bytes_per_token().tolist() == [0, 0, 0, 3, 1]

@@ -78,3 +78,19 @@ def test_packed_windows_are_the_sequences_of_a_validation(tmp_path: Path) -> Non
         (rows.position_ids, batch.position_ids),
     ):
         assert torch.equal(torch.from_numpy(ours)[real], theirs[:count][real])
+
+
+def test_padding_of_a_packed_sequence_is_a_document_beside_the_real_ones(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [10, 3, 5, 4])
+    batch = window_batch(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
+    assert batch.document_ids is not None
+    # The second sequence has 21 - 16 inputs: two of the third document, three of the fourth.
+    assert batch.document_ids[1].tolist() == [0, 0, 1, 1, 1] + [2] * 11
+
+
+def test_windows_of_equal_length_keep_their_order(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [11, 6] * 200)
+    windows = document_windows(shards, 10, 10).share(0, 1)
+    lengths = windows.stop - windows.start
+    assert lengths.tolist() == [10] * 200 + [5] * 200
+    assert (np.diff(windows.start)[np.diff(lengths) == 0] > 0).all()

@@ -239,3 +239,7 @@ def test_text_is_not_called_binary():
     for text in ("plain\n", "中文，标点。", "\ttabs", "BZ and PK and [list]"):
         assert encodings.binary_format(text.encode()) is None
         assert encodings.likely_encoding(text.encode()) is None
+
+
+def test_chinese_text_with_a_few_other_letters_is_still_gb18030():
+    assert encodings.likely_encoding(("中文" * 10 + "é").encode("gb18030")) == "GB18030 (GBK) text"

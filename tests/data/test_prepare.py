@@ -18,7 +18,7 @@ import pytest
 from minimind.config.options import PretrainConfig
 from minimind.data import cache, prepare
 from minimind.data.prepare import default_cache_dir, prepare_data
-from minimind.data.report import DataReport
+from minimind.data.report import DataReport, sequence_costs
 from minimind.data.tokenization import hash_text
 from minimind.errors import DataError
 from support.made_text import ByteTokenizer, write_jsonl
@@ -318,3 +318,14 @@ def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_cache_dir() == tmp_path / "home" / ".cache" / "minimind"
+
+
+def test_the_report_names_each_source(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", ["ab", "cde"])
+    report = prepare_data(config_for(tmp_path, path, max_seq_len=4), tokenizer).report
+    assert f"source      {path}: 2 documents, 9 tokens trained on" in report.lines()
+
+
+def test_text_shorter_than_a_sequence_is_packed_into_one():
+    packed, padded = sequence_costs(np.array([[11], [1]]), 20)
+    assert (packed.padding, padded.padding) == (0.5, 0.5)

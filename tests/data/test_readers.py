@@ -172,3 +172,16 @@ def test_a_file_that_cannot_be_opened_is_named_with_its_option(tmp_path):
     for use in (lambda: identify(path, "--data"), lambda: read(path)):
         with pytest.raises(DataError, match=r"--data: .*a\.jsonl cannot be read \(Is a directory\)"):
             use()
+
+
+def test_parquet_reports_its_progress_in_bytes(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["text"] * 1024}), path)
+    reading = Reading()
+    documents = TextFile(path, "--data").documents(reading)
+    for _ in range(513):
+        next(documents)
+    assert 0.4 < reading.done_bytes / path.stat().st_size < 0.6

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minimind.data.batch_plan import BatchPlan
@@ -30,6 +30,7 @@ DOCUMENTS = 100_000_000
     st.lists(st.lists(st.integers(1, 200), min_size=1, max_size=20), max_size=5),
     st.sampled_from([1, 7, 32, 500]),
 )
+@example([[8]], 7)  # the last token alone is in the second block
 def test_the_blocks_written_are_those_found_from_all_offsets(tmp_path_factory, batches, block_tokens):
     folder = tmp_path_factory.mktemp("index")
     writer = IndexWriter(folder, "train", block_tokens)

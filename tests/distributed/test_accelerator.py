@@ -226,3 +226,14 @@ def test_untied_embeddings_are_refused(tie: bool) -> None:
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+
+
+def test_a_launcher_without_a_precision_leaves_the_choice_to_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("minimind.distributed.accelerator.device_type", lambda: "cuda")
+    for bf16, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda bf16=bf16, **_: bf16)
+        assert choose_precision(PretrainConfig()) == precision
+        assert choose_precision(PretrainConfig(mixed_precision="no")) == "no"

@@ -214,3 +214,10 @@ def test_one_machine_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with main_process_first(tmp_path, 0.1, print):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_key_that_exists_is_read_although_its_writer_is_lost(store: dist.TCPStore) -> None:
+    store.set("done", "here")
+    with Heartbeat(PREFIX, 0, 2) as ours:
+        assert soon(lambda: ours.missed(0.1) == [1])
+        assert ours.wait_for("done", [1], timeout=0.1) == b"here"

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from minimind import pretrain
 from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import write_toml
+from minimind.distributed.collectives import sum_over_processes
 from support.tiny_runs import reports, tiny, write_corpus
 
 STEPS = 12
@@ -153,3 +156,10 @@ def test_a_signal_stops_all_processes_at_one_step_with_the_state_saved(tmp_path:
     # One process alone finds a whole state there and goes on.
     result = pretrain(tiny(corpus, out, **{**options, "max_steps": step + 2, "resume": "auto"}))
     assert (result.steps, result.stopped) == (step + 2, None)
+
+
+def test_values_are_summed_over_all_ranks() -> None:
+    ranks = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), reduce=lambda values, reduction: values * 2
+    )
+    assert sum_over_processes(torch.tensor([1.0, 2.5]), ranks) == [2.0, 5.0]  # type: ignore[arg-type]

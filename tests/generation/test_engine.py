@@ -146,3 +146,10 @@ def test_packed_products_are_those_of_the_layers(monkeypatch, half_kernel, weigh
             torch.testing.assert_close(
                 f(x).double(), expected, atol=1e-5 * float(expected.abs().max()), rtol=0
             )
+
+
+def test_a_compiled_engine_keeps_its_cache_for_batches_of_similar_capacity():
+    engine = InferenceEngine(build(), compiled=True)
+    first, _ = engine.begin([some_ids(5)], 20)
+    second, _ = engine.begin([some_ids(9)], 40)
+    assert second.cache is first.cache

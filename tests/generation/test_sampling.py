@@ -115,3 +115,17 @@ def test_values_out_of_range_are_refused_together():
         "--min-p",
         "--repetition-penalty",
     ]
+
+
+def test_min_p_of_one_keeps_the_most_likely_tokens():
+    logits = torch.tensor([[0.0, 2.0, 2.0, -1.0]])
+    assert keep_min_p(logits, 1.0).isfinite().tolist() == [[False, True, True, False]]
+
+
+def test_a_top_p_of_one_does_not_sort_the_vocabulary(monkeypatch):
+    monkeypatch.setattr("minimind.generation.sampling.keep_top_p", lambda logits, p: pytest.fail("sorted"))
+    assert choose(torch.zeros(1, 4), Sampling(top_p=1), None, torch.tensor([0.6])).tolist() == [2]
+
+
+def test_a_token_of_the_vocabulary_is_drawn_even_from_nan():
+    assert 0 <= draw(torch.full((1, 5), torch.nan), torch.tensor([0.5])).item() < 5

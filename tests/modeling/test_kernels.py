@@ -75,3 +75,9 @@ def test_the_reason_for_unfused_attention_is_given(
 ) -> None:
     monkeypatch.setattr(fused, "_BUILDABLE", built)
     assert fused.unsupported_reason(precision, head_dim, dropout) == words
+
+
+def test_boundaries_of_documents_are_int32_as_kernels_read_them() -> None:
+    for document_ids in (None, torch.tensor([[0, 0, 1, 1, 1]])):
+        starts, ends = documents(document_ids, 1, 5, torch.device("cpu"))
+        assert (starts.dtype, ends.dtype) == (torch.int32, torch.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,3 +296,14 @@ def test_the_products_are_bf16_and_the_router_float32(
     torch.testing.assert_close(out.loss, exact, atol=0, rtol=1e-2)
     out.loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32 if autocast else torch.bfloat16}
+
+
+@pytest.mark.parametrize(("shape", "grouped"), [((2, 8, 16), True), ((2, 4, 16), False), ((2, 8, 12), False)])
+def test_aligned_bf16_weights_on_a_gpu_use_grouped_products(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], grouped: bool
+) -> None:
+    monkeypatch.setattr(F, "grouped_mm", lambda x, weights, offs: "grouped", raising=False)
+    monkeypatch.setattr(moe, "looped_linear", lambda x, weights, ends: "looped")
+    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    product: Any = moe.grouped_linear(x, torch.empty(shape), torch.zeros(2, dtype=torch.int32))
+    assert product == ("grouped" if grouped else "looped")

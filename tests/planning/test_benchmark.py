@@ -152,3 +152,15 @@ def test_a_smaller_step_tells_the_speed_of_the_one_asked_for(
 
 def test_the_matmul_speed_is_one_that_a_computer_can_have() -> None:
     assert 1e8 < matmul_flops(torch.device("cpu"), "no") < 1e14
+
+
+def test_the_wait_for_data_is_that_of_one_batch(measured: Any) -> None:
+    result, _ = measured
+    # Whole steps alone are measured for half a second before.
+    assert 0 <= result.data_seconds < 0.25
+
+
+def test_steps_are_counted_in_the_plural_from_two_on(measured: Any) -> None:
+    result, _ = measured
+    for steps, text in ((1, "(1 step)"), (2, "(2 steps)")):
+        assert text in dict(dataclasses.replace(result, steps=steps, reduced=False).rows())["speed"]

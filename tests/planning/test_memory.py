@@ -194,3 +194,8 @@ def test_parts_make_up_the_model(tied: bool) -> None:
 
 def test_a_name_of_another_model_is_counted_apart() -> None:
     assert count_parts({"transformer.wte.weight": (10, 4)})["other"] == 40
+
+
+def test_a_step_is_one_micro_batch_unless_given() -> None:
+    assert estimate() == estimate(accumulation_steps=1)
+    assert estimate() != estimate(accumulation_steps=2)

@@ -336,3 +336,12 @@ def test_a_pause_of_the_process_is_not_another_part(tmp_path: Path) -> None:
     ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert read_run(run).seconds == 130
+
+
+def test_a_point_between_reports_is_interpolated_between_the_nearest_two(tmp_path: Path) -> None:
+    file = make_run(tmp_path / "a", [4.0, 3.0, 2.5]) / "metrics.jsonl"
+    lines = [{"step": step, "loss": 2.0, "tokens": step, "elapsed": step**2} for step in (10, 20, 30)]
+    lines.append({"step": 25, "val_bits_per_byte": 1.0, "val_loss": 2.0})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    (point,) = read_run(tmp_path / "a").curve("val_bits_per_byte")
+    assert (point.tokens, point.seconds) == (25, (400 + 900) / 2)

@@ -414,3 +414,14 @@ def test_values_are_those_of_the_moment_of_logging(desk):
     values["loss"] = 2.0
     trackers.close()
     assert desk.lines()[0]["loss"] == 1.0
+
+
+def test_a_logged_text_is_shown_by_tensorboard(desk):
+    trackers = desk.open("tensorboard")
+    trackers.log_text("sample", "once upon", 10)
+    trackers.close()
+    events = EventAccumulator(str(desk.folder.path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("sample/text_summary")
+    assert event.step == 10
+    assert b"once upon" in event.tensor_proto.string_val[0]

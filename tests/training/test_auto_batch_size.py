@@ -218,3 +218,18 @@ def test_verify_resume_takes_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = tiny(write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "out", accumulation_steps=None)
     auto = dataclasses.replace(config, batch_size="auto", global_batch_size=8)
     assert verify_resume(auto, 2).first_difference is None
+
+
+def test_a_measurement_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 1)
+
+    def out_of_memory(self: SpeedTrial, size: int) -> float:
+        model(torch.ones(size, 2)).sum().backward()
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(SpeedTrial, "_seconds", out_of_memory)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config: Any = PretrainConfig()
+    trial = SpeedTrial(config, config, start_accelerator(config), model, optimizer)
+    assert trial.seconds(4) == math.inf
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import make_trainer, step_batch, tiny_model, train
+from test_trainer import make_trainer, record, step_batch, tiny_model, train
 
 from minimind import PretrainConfig, load_tokenizer, pretrain
 from minimind.checkpoint.checkpointer import RunCheckpoints
@@ -588,3 +588,26 @@ def one_of_several(corpus: Path, folder: Path, on_spike: str) -> None:
 
 if __name__ == "__main__":
     one_of_several(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+
+
+@pytest.mark.parametrize(
+    ("scaled", "loss_sum", "norm", "reported"),
+    [
+        (True, 1.0, math.inf, False),  # the scaler searches its scale
+        (True, 1.0, math.nan, False),
+        (True, 9.0, 1.0, True),
+        (True, math.nan, math.nan, True),
+        (False, 1.0, math.inf, True),
+        (False, 9.0, 1.0, True),
+    ],
+)
+def test_with_a_scaler_an_overflowing_gradient_alone_blames_no_data(
+    scaled: bool, loss_sum: float, norm: float, reported: bool
+) -> None:
+    run = adamw_run("report")
+    run.accelerator.scaler = torch.amp.GradScaler("cpu") if scaled else None
+    spikes: list[Any] = []
+    run.spikes = SimpleNamespace(report=lambda spike: spikes.append(spike) or "")  # type: ignore[assignment]
+    run._handle_spike(dataclasses.replace(record(3), limit=5.0), loss_sum, norm)
+    assert bool(spikes) == reported
+    assert len(run.progress.warnings) == 1

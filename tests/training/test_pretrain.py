@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -27,6 +28,7 @@ from minimind import (
 from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import parse_values, read_toml, write_toml
 from minimind.tracking.console import Progress
+from minimind.training.setup import resolve_run
 from minimind.training.summary import PretrainResult
 from minimind.training.trainer import END_SECONDS, Trainer
 from support.cycle_corpus import WORDS, write_corpus
@@ -429,3 +431,31 @@ def test_step_0_evaluates_what_later_evaluations_do(corpus: Path, tmp_path: Path
     assert (first["step"], last["step"]) == (0, 1)
     assert first["val_tokens"] == last["val_tokens"] > 4 * 64
     assert first["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+
+
+def test_what_a_launch_leaves_unused_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minimind.training.setup.check_launch", lambda config: "1 of 8 cores is used.")
+    notes: list[str] = []
+    resolve_run(PretrainConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), notes.append)
+    assert notes == ["1 of 8 cores is used."]
+
+
+@pytest.mark.parametrize("choice", ["continue", "stop"])
+def test_a_failed_save_is_reported_at_once_and_ends_the_run_only_if_asked_to(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    choice: str,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "here")
+
+    monkeypatch.setattr("minimind.checkpoint.store.write_tensors", full)
+    out = tmp_path / "out"
+    config = tiny(corpus, out, max_steps=100, save_interval=5, log_interval=1, on_save_error=choice)
+    with contextlib.suppress(CheckpointError):
+        pretrain(config)
+    assert (metrics(out)[-1]["step"] < 100) == (choice == "stop")
+    captured = capfd.readouterr()
+    assert "was not saved" in captured.out + captured.err
