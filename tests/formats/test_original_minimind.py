@@ -52,7 +52,7 @@ def test_the_original_normalizes_the_weight_of_a_single_expert_too():
 def test_a_mixture_does_not_fit_a_dense_config(shared):
     path = shared / "compat" / "minimind3_moe_tiny"
     dense = {**json.loads(path.with_suffix(".config.json").read_text()), "use_moe": False}
-    with pytest.raises(ConfigError, match=r"moe_tiny.pth has no .*mlp.down_proj.*Take the config"):
+    with pytest.raises(ConfigError, match=r"moe_tiny.pth has no .*mlp.down_proj.*Use the config"):
         load_upstream(path.with_suffix(".pth"), upstream_config(dense))
 
 
