@@ -98,7 +98,7 @@ def export_model(
             kept = _token_settings(found, config, replaced=tokenizer is not None)
             _write_huggingface(folder, weights, config, getattr(torch, dtype), max_shard_bytes, kept)
         if chosen is not None and format != "gguf":
-            chosen.save(folder)
+            chosen.save(folder, model_max_length=config.max_position_embeddings)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(f"{found.what} ({found.path})", output, format, dtype, config, files, tuple(notes))
 

@@ -40,7 +40,7 @@ def save_final_model(
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
         with _replace_model(folder) as written:
             files = write_weights(weights, model_config, written, dtype)
-            tokenizer.save(written)
+            tokenizer.save(written, model_max_length=model_config.max_position_embeddings)
         remove_other_weights(folder, files)
     accelerator.wait_for_everyone()
 
