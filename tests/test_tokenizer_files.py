@@ -1,4 +1,4 @@
-"""Saved tokenizers in other programs: the start token of training, and chat as upstream minimind renders it."""
+"""Saved tokenizers in other programs: the start token of training, and chat as in upstream minimind."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_fast_library_alone_adds_it_too(tmp_path):
     [None, processors.ByteLevel(trim_offsets=False), processors.Sequence([processors.ByteLevel()])],
 )
 def test_our_own_readers_never_see_it_and_the_fingerprint_stays(processor, tmp_path):
-    """Runs and token caches of versions that did not write it have the fingerprint of the rules without it."""
+    """Earlier runs and token caches have the fingerprint of the rules without it."""
     backend = tokenizers.Tokenizer.from_str(json.dumps(SHIPPED.rules()))
     if processor is not None:
         backend.post_processor = processor

@@ -207,10 +207,10 @@ class Tokenizer:
             **self._roles,
         }
         rules = self.rules()
-        bos = self._roles["bos_token"]
+        bos = self._roles["bos_token"] or ""
         # A post-processor of the user's own may add it already.
-        if bos is not None and self.bos_token_id not in self._backend.encode("a").ids:
-            rules = with_start_token(rules, bos, self._backend.token_to_id(bos))
+        if self.bos_token_id is not None and self.bos_token_id not in self._backend.encode("a").ids:
+            rules = with_start_token(rules, bos, self.bos_token_id)
             config["add_bos_token"] = True
         if model_max_length is not None:
             config["model_max_length"] = model_max_length

@@ -1,4 +1,4 @@
-"""What the files of a tokenizer hold besides its vocabulary: chat template, and the start token of a document."""
+"""Chat template and start token in the files of a tokenizer."""
 
 from __future__ import annotations
 
