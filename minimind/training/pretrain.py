@@ -311,8 +311,8 @@ class _Run:
         intervals = {"saving": config.save_interval}
         if self.data.validation is not None:
             intervals["evaluation"] = config.evaluation_interval
-        if config.sample_interval is not None:
-            intervals["sampling"] = config.sample_interval
+        if probes := [n for n in (config.sample_interval, config.score_interval) if n is not None]:
+            intervals["sampling"] = min(probes)
         return Meter(
             self.inputs.model_config.flops_per_token(config.max_seq_len),
             accelerator.num_processes,

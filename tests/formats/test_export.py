@@ -329,7 +329,7 @@ def test_every_format_holds_the_same_model(run, tmp_path):
     done = [export_model(run, tmp_path / name, name, dtype="float16") for name in ("huggingface", "minimind")]
     files = [set(one.files) for one in done]
     assert files[0] == {
-        "config.json", "generation_config.json", "model.safetensors",
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert files[1] >= {"pretrain_32.pth", "pretrain_32.config.json", "tokenizer.json"}
