@@ -34,7 +34,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path: Path) -> None:
     """Weights, moments, reports and delivered model equal those of a run that nobody killed."""
-    done = run_script("killed_runs.py", tmp_path, KILLS, 1)
+    done = run_script("killed_runs.py", tmp_path, KILLS, 1, 1)
     logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stderr + logs
     happened = json.loads(done.stdout)
