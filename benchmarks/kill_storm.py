@@ -1,8 +1,8 @@
 """Kill runs at many moments, resume each, and compare every end with an uninterrupted run to the last bit.
 
 SIGKILL meets runs of one process and of two (gloo, started by torchrun's launcher) during start-up,
-tokenization, training, saves, rotation and the final write. Parts of 25 kills run side by side; parts that are
-done in --folder are not repeated.
+tokenization, training, saves, rotation and the final write. Parts of 25 kills run side by side; parts that
+are done in --folder are not repeated.
 
     python benchmarks/kill_storm.py --kills 250 --jobs 8 --folder /tmp/kill_storm
 """

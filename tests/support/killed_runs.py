@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -81,8 +82,20 @@ def slow_removal(path: Any, *arguments: Any, remove: Any = shutil.rmtree, **opti
 shutil.rmtree = slow_removal
 
 
+def close_sockets() -> None:
+    """Close the inherited sockets, which a rank that is a program of its launcher would not have.
+
+    Through them the port of the store would accept connections after the launcher was killed.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.close(int(name))
+
+
 def train(config: PretrainConfig) -> None:
     launcher = os.getppid()
+    close_sockets()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     MODULE.pretrain(config)
