@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from ..errors import ConfigError, DataError
 from ..io.atomic import replace_files
+from ..io.checksums import check_files
 from .files import (
     FIX,
     PACKAGED,
@@ -32,8 +33,6 @@ from .files import (
     with_start_token,
     without_start_token,
 )
-
-__all__ = ["PACKAGED", "SPECIAL_TOKENS", "Tokenizer", "check_vocab", "load_tokenizer", "train_tokenizer"]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
 """First entries of a trained tokenizer: padding, start, end, and 13 reserved ones."""
@@ -256,6 +255,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     file = PACKAGED if path is None else Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
+    config_file = file.with_name(f"{file.stem}_config.json")
+    if path is not None:
+        check_files(file.parent, (file.name, config_file.name))
     rules = read_json(file)
     if "model" not in rules:
         raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {FIX}")
@@ -267,7 +269,6 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
             "Save it again with the transformers installed here, or update tokenizers."
         ) from error
-    config_file = file.with_name(f"{file.stem}_config.json")
     config = read_json(config_file) if config_file.is_file() else {}
     bos, eos, pad = (_find_role(role, backend, config, file) for role in _KNOWN_NAMES)
     if eos is None:
