@@ -175,4 +175,4 @@ def _evaluated_sequences(config: PretrainConfig, plan: BatchPlan) -> int | None:
     """Return the size of the sample of --eval-batches; None for all validation data."""
     if config.eval_batches is None:
         return None
-    return config.eval_batches * plan.micro_batch_size * plan.num_processes
+    return config.eval_batches * plan.global_batch_size

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Integers in tensors and files have 64 bits.
@@ -50,11 +50,30 @@ def options_were_typed() -> Iterator[None]:
 
 
 def for_caller(message: str, names: Iterable[str]) -> str:
-    """Replace the flags of options by the names of their fields, unless the options were typed."""
+    """Replace the flags of options by the names of their fields, unless the options were typed.
+
+    A command to type keeps its flags.
+    """
     if _typed.get():
         return message
     fields = {flag_of(name): name for name in names}
-    return re.sub(r"--[a-z][a-z0-9-]*", lambda flag: fields.get(flag[0], flag[0]), message)
+    return re.sub(
+        r"(?:minimind-train|accelerate launch)[^;,\n]*|--[a-z][a-z0-9-]*",
+        lambda found: fields.get(found[0], found[0]),
+        message,
+    )
+
+
+@contextmanager
+def errors_for_caller(names: Iterable[str]) -> Iterator[None]:
+    """Apply `for_caller` to the errors that leave the block, or the function that this decorates."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (for_caller(str(error), names),)
+        if isinstance(error, ConfigError):
+            error.problems = [for_caller(problem, names) for problem in error.problems]
+        raise
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ class FieldInfo:
         maximum: largest valid value.
         below: exclusive upper bound.
         default_text: shown as the default if the default is computed at run time.
+        unset: the value that None stands for, if nothing else determines it.
         metavar: placeholder of the value in `--help`; by default from the type.
         synonyms: pairs of an alternative spelling and the value it stands for.
         common: shown by `--help`; `--help-all` shows all options.
@@ -81,6 +101,7 @@ class FieldInfo:
     maximum: float | None = None
     below: float | None = None
     default_text: str | None = None
+    unset: Any = None
     metavar: str | None = None
     synonyms: tuple[tuple[str, str], ...] = ()
     common: bool = False
@@ -136,15 +157,20 @@ class ConfigField:
         return args
 
     @property
+    def fallback(self) -> Any:
+        """The value of an option that is not given."""
+        return self.info.unset if self.default is None else self.default
+
+    @property
     def default_text(self) -> str:
         """The default for help and documentation."""
         if self.info.default_text is not None:
             return self.info.default_text
-        if self.default is None or self.default == ():
+        if self.fallback is None or self.fallback == ():
             return "none"
-        if isinstance(self.default, tuple):
-            return ", ".join(map(str, self.default))
-        return _toml_value(self.default).strip('"')
+        if isinstance(self.fallback, tuple):
+            return ", ".join(map(str, self.fallback))
+        return _toml_value(self.fallback).strip('"')
 
     @property
     def range_text(self) -> str:
@@ -200,6 +226,13 @@ def convert_fields(config: Any) -> None:
         elif isinstance(value, (list, tuple)):
             value = tuple(_plain(field, item) for item in value)
         object.__setattr__(config, field.name, value)
+
+
+def fill_unset(config: Any) -> None:
+    """Replace None in the fields of a frozen dataclass by the value that it stands for."""
+    for field in schema_of(config.__class__).values():
+        if field.info.unset is not None and getattr(config, field.name) is None:
+            object.__setattr__(config, field.name, field.info.unset)
 
 
 def _plain(field: ConfigField, value: Any) -> Any:
@@ -394,6 +427,6 @@ def _either(choices: Sequence[str]) -> str:
 
 
 def _example(field: ConfigField) -> str:
-    if field.default is not None and not isinstance(field.default, tuple):
-        return " or ".join((f"for example {_toml_value(field.default)}", *field.keywords))
+    if field.fallback is not None and not isinstance(field.fallback, tuple):
+        return " or ".join((f"for example {_toml_value(field.fallback)}", *field.keywords))
     return _KINDS[field.kind][2]

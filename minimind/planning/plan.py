@@ -14,8 +14,10 @@ import torch
 from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.files import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
-from ..config.options import PretrainConfig
+from ..config.options import CONFIG_SCHEMA, PretrainConfig
+from ..config.schema import errors_for_caller
 from ..data.batch_plan import BatchPlan, plan_batches
+from ..data.loader import Loader
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
@@ -42,6 +44,7 @@ _ROUNDS = 2
 _FINAL_MODEL_BYTES = 2
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def plan_run(
     config: PretrainConfig,
     *,
@@ -87,7 +90,7 @@ def plan_run(
         steps_per_epoch=loader.steps_per_epoch,
         first_step=first_step,
         total_steps=total_steps,
-        total_tokens=round(total_steps / loader.steps_per_epoch * loader.tokens_per_epoch),
+        total_tokens=_total_tokens(loader, inputs.config, batches, total_steps),
         cache_folder=cache_folder(config),
         cache_bytes=_cache_bytes(data),
         memory=memory,
@@ -110,6 +113,18 @@ def plan_run(
         sentence = f"--max-time {config.max_time} ends the run before its last step."
         plan = dataclasses.replace(plan, problems=(*plan.problems, sentence))
     return plan
+
+
+def _total_tokens(loader: Loader, config: PretrainConfig, batches: BatchPlan, total_steps: int) -> int:
+    """Return the input tokens of the run.
+
+    Inside an epoch they are less than a sequence off with packing, since one shorter sequence is somewhere in
+    it, and otherwise those of sequences of mean length.
+    """
+    epochs, steps = divmod(total_steps, loader.steps_per_epoch)
+    sequences = steps * batches.global_batch_size
+    length = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.sequences_per_epoch
+    return epochs * loader.tokens_per_epoch + round(sequences * length)
 
 
 def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPlan, PreparedData]:
@@ -239,7 +254,8 @@ def _evaluation_batches(
     interval = config.evaluation_interval
     # A new run also evaluates before its first step.
     times = math.ceil(total_steps / interval) - first_step // interval + (first_step == 0)
-    return times * min(once, config.eval_batches or once)
+    sample = once if config.eval_batches is None else config.eval_batches * batches.accumulation_steps
+    return times * min(once, sample)
 
 
 def _disk(

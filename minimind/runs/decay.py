@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..checkpoint.train_state import TrainState
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
+from ..config.schema import errors_for_caller
 from ..data.batch_plan import fit_micro_batch
 from ..distributed.heartbeat import first_choice, started_before
 from ..errors import CheckpointError, ConfigError
@@ -20,6 +21,7 @@ from ..training.pretrain import pretrain
 from ..training.summary import PretrainResult
 
 
+@errors_for_caller((*CONFIG_SCHEMA, "from_step"))
 def decay(
     run: Path,
     tokens: int,

@@ -65,7 +65,9 @@ def resolve_model_config(
     else:
         vocab_size = config.vocab_size if config.vocab_size is not None else tokenizer.vocab_size
         check_vocab(tokenizer, vocab_size)
-        sizes = {name: getattr(config, name) for name in _MODEL_OPTIONS} | {"vocab_size": vocab_size}
+        given = {name: getattr(config, name) for name in _MODEL_OPTIONS}
+        sizes = {name: value for name, value in given.items() if value is not None}
+        sizes["vocab_size"] = vocab_size
         model_config = MiniMindConfig(
             **sizes,
             **training_options,
@@ -156,9 +158,9 @@ def _check_same_sizes(config: PretrainConfig, model_config: MiniMindConfig) -> N
     settings = schema_of(ModelConfig)
     problems = [
         f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
-        f"where it is {getattr(model_config, name)}; omit the option."
+        f"where it is {getattr(model_config, name)}; omit the option, or the preset that sets it."
         for name in _MODEL_OPTIONS
-        if getattr(config, name) not in (getattr(model_config, name), settings[name].default)
+        if getattr(config, name) not in (None, getattr(model_config, name))
     ]
     if problems:
         raise ConfigError(problems)
@@ -287,7 +289,7 @@ def _graph_unsupported(
     return graph_unsupported_reason(
         accelerator.device,
         packing=config.packing,
-        use_moe=config.use_moe,
+        use_moe=bool(config.use_moe),
         num_processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
         fused=known and _uses_kernels(config, model_config, accelerator, model),

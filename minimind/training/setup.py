@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.options import AUTO, PretrainConfig
+from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
 from ..data.batch_plan import BatchPlan, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
@@ -105,6 +105,11 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     if caution is not None:
         note(caution)
     filled, model_config = resolve_model_config(config, tokenizer)
+    if config.from_weight is not None and config.resume is None:
+        note(
+            f"--from-weight continues at a peak learning rate of {filled.peak_learning_rate:g} (default: "
+            f"{FROM_WEIGHT_RATE:g} times that of random weights); --learning-rate changes it."
+        )
     resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
     return RunInputs(resolved, model_config, tokenizer)
 
