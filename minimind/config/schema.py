@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UserError
+from ..io.reading import read_bytes
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Integers in tensors and files have 64 bits.
@@ -372,7 +373,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_bytes(Path(path).expanduser()).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); name a TOML file, "
@@ -380,7 +381,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} is not UTF-8 text; save it as UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(
             f"--config {path} is not valid TOML: {error}; write lines like batch_size = 32."
         ) from error
