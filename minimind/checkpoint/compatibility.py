@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.naming import flag_of
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import flag_of
 from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..formatting import parse_duration
-from .schema import flag_of, for_caller, schema_of
+from .naming import flag_of, for_caller
+from .schema import schema_of
 
 
 def conflicts(config: Any) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Options of a pretraining run: names, types, defaults and help.
 
-The command line, the TOML reader, the documentation and the library all read these dataclasses. Importing
-them loads no torch, so that `--help` is fast.
+The command line, TOML files, the documentation and the library read them. Importing them loads no torch.
 """
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from .checks import conflicts
-from .schema import FieldInfo, convert_fields, fill_unset, for_caller, range_problems, schema_of
+from .naming import for_caller
+from .schema import FieldInfo, convert_fields, fill_unset, range_problems, schema_of
 
-# Default peak learning rate of each optimizer; a preset may have its own.
+# Default peak learning rate of an optimizer, unless a preset has its own, and the share for trained weights.
 LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
-# The default rate of trained weights, relative to that of random ones: warming up again to the full peak
-# forgets more (Gupta et al. 2023, arXiv:2308.04014; Ibrahim et al. 2024, arXiv:2403.08763). Measured in
-# docs/training-stability.md.
 FROM_WEIGHT_RATE = 0.3
 
 AUTO = "auto"
@@ -369,8 +366,7 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
 
     def __post_init__(self) -> None:
         convert_fields(self)
-        # Sizes that are not given are those of --from-weight.
-        if self.from_weight is None:
+        if self.from_weight is None:  # otherwise they are those of the weights
             fill_unset(self)
         problems = [*range_problems(self)]
         problems = problems or [for_caller(problem, CONFIG_SCHEMA) for problem in conflicts(self)]
@@ -380,9 +376,8 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     @property
     def peak_learning_rate(self) -> float:
         """The peak learning rate; by default that of the optimizer, and lower with --from-weight."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return LEARNING_RATES[self.optimizer] * (1.0 if self.from_weight is None else FROM_WEIGHT_RATE)
+        default = LEARNING_RATES[self.optimizer] * (1.0 if self.from_weight is None else FROM_WEIGHT_RATE)
+        return default if self.learning_rate is None else self.learning_rate
 
     @property
     def evaluation_interval(self) -> int:

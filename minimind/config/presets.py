@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..launch_env import world_size
+from .naming import flag_of, for_caller, options_were_typed
 from .options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, PretrainConfig
-from .schema import flag_of, for_caller, options_were_typed, parse_values
+from .schema import parse_values
 
 # The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -15,15 +15,14 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError
 from ..io.reading import read_bytes
+from .naming import flag_of, options_are_typed
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Integers in tensors and files have 64 bits.
@@ -35,46 +34,6 @@ _KINDS = {
     bool: ("BOOLEAN", "true or false", "true or false"),
     str: ("TEXT", "text", "text in quotes"),
 }
-
-# Whether messages name options as typed (`--max-steps 0`) or as in Python (`max_steps=0`).
-_typed: ContextVar[bool] = ContextVar("typed", default=False)
-
-
-@contextmanager
-def options_were_typed() -> Iterator[None]:
-    """Name options in messages by their command-line flags."""
-    token = _typed.set(True)
-    try:
-        yield
-    finally:
-        _typed.reset(token)
-
-
-def for_caller(message: str, names: Iterable[str]) -> str:
-    """Replace the flags of options by the names of their fields, unless the options were typed.
-
-    A command to type keeps its flags.
-    """
-    if _typed.get():
-        return message
-    fields = {flag_of(name): name for name in names}
-    return re.sub(
-        r"(?:minimind-train|accelerate launch)[^;,\n]*|--[a-z][a-z0-9-]*",
-        lambda found: fields.get(found[0], found[0]),
-        message,
-    )
-
-
-@contextmanager
-def errors_for_caller(names: Iterable[str]) -> Iterator[None]:
-    """Apply `for_caller` to the errors that leave the block, or the function that this decorates."""
-    try:
-        yield
-    except UserError as error:
-        error.args = (for_caller(str(error), names),)
-        if isinstance(error, ConfigError):
-            error.problems = [for_caller(problem, names) for problem in error.problems]
-        raise
 
 
 @dataclass(frozen=True)
@@ -190,11 +149,6 @@ class ConfigField:
         return "|".join((_KINDS[self.kind][0], *self.keywords))
 
 
-def flag_of(name: str) -> str:
-    """Return the command-line option of a field name."""
-    return "--" + name.replace("_", "-")
-
-
 @cache
 def schema_of(cls: type) -> Mapping[str, ConfigField]:
     """Return the fields of a configuration dataclass by name, in order of declaration."""
@@ -263,7 +217,7 @@ def _problem(field: ConfigField, value: Any) -> str | None:
     if (value is None and field.optional) or (isinstance(value, str) and value in field.keywords):
         return None
     label, given = field.name, f"{field.name}={value!r}"
-    if _typed.get():
+    if options_are_typed():
         label, given = field.flag, f"{field.flag} {value}"
     if field.choices:
         if value in field.choices:

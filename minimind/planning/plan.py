@@ -14,8 +14,9 @@ import torch
 from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.files import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
+from ..config.checks import run_notes
+from ..config.naming import errors_for_caller, for_caller
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import errors_for_caller
 from ..data.batch_plan import BatchPlan, plan_batches
 from ..data.loader import Loader
 from ..data.prepare import PreparedData, cache_folder, prepare_data
@@ -28,6 +29,7 @@ from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
+from ..schedule import warmup_problem, warmup_steps
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
 from ..training.build_model import compile_mode
@@ -71,6 +73,7 @@ def plan_run(
     model_config = inputs.model_config
     loader = inputs.loader(data.train, batches, weights=data.weights)
     total_steps = inputs.total_steps(loader, batches)
+    warmup = warmup_steps(inputs.config, total_steps)
     damaged: list[str] = []
     first_step = _first_step(inputs, batches, data, total_steps, damaged.append)
     measured, too_large = _measure(inputs.config, batches, seconds)
@@ -106,12 +109,23 @@ def plan_run(
             *damaged,
             *([too_large] if too_large else []),
             *_problems(inputs.config, disk, free, memory, device_memory),
+            *run_notes(inputs.config, total_steps, loader.steps_per_epoch, warmup),
         ),
     )
     limit = None if config.max_time is None else parse_duration(config.max_time)
     if limit is not None and plan.seconds is not None and plan.seconds > limit:
-        sentence = f"--max-time {config.max_time} ends the run before its last step."
-        plan = dataclasses.replace(plan, problems=(*plan.problems, sentence))
+        sentences = [f"--max-time {config.max_time} ends the run before its last step."]
+        if plan.step_seconds is not None and plan.measured is not None and not first_step:
+            short = warmup_problem(
+                config,
+                warmup=warmup,
+                steps_done=0,
+                seconds_left=limit - plan.measured.start_seconds,
+                seconds_per_step=plan.step_seconds,
+            )
+            sentences += [] if short is None else [short]
+        sentences = [for_caller(sentence, CONFIG_SCHEMA) for sentence in sentences]
+        plan = dataclasses.replace(plan, problems=(*plan.problems, *sentences))
     return plan
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..checkpoint.train_state import TrainState
+from ..config.naming import errors_for_caller
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import errors_for_caller
 from ..data.batch_plan import fit_micro_batch
 from ..distributed.heartbeat import first_choice, started_before
 from ..errors import CheckpointError, ConfigError

@@ -19,8 +19,8 @@ from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
+from ..config.naming import errors_for_caller
 from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import errors_for_caller
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast

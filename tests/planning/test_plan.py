@@ -208,8 +208,11 @@ def test_what_would_go_wrong_is_reported(
     assert f"cannot be written, because {corpus} cannot" in text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
-    text = " ".join(plan_run(dataclasses.replace(config, max_time="1s"), quiet=True).problems)
-    for words in ("--keep-checkpoints", "already holds a run", "of the GPU's", "--max-time 1s ends the run"):
+    short = dataclasses.replace(config, max_time="9s", warmup_steps=15, save_interval=999, decay_steps=3)
+    text = " ".join(plan_run(short, quiet=True).problems)
+    for words in ("--keep-checkpoints", "already holds a run", "of the GPU's", "max_time 9s ends the run",
+                  "max_time 9s allows about 2 steps, fewer than the 15 of the warm-up",
+                  "save_interval 999 is beyond the run", "decay_steps 3 has no effect"):  # fmt: skip
         assert words in text
 
 
