@@ -190,7 +190,8 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             # The processes that the launcher replaced may still be ending.
             wait_seconds = 60.0 if restarts() else 0.0
             resumes = source is not None or started_before()
-            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            claim = session.folder.claim(resume=resumes, wait_seconds=wait_seconds, note=progress.note)
+            session.closing.enter_context(claim)
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
