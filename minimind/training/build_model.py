@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..config.naming import flag_of
 from ..config.options import ModelConfig, PretrainConfig
 from ..config.schema import schema_of
 from ..data.batch_plan import BatchPlan
@@ -68,13 +70,11 @@ def resolve_model_config(
         given = {name: getattr(config, name) for name in _MODEL_OPTIONS}
         sizes = {name: value for name, value in given.items() if value is not None}
         sizes["vocab_size"] = vocab_size
-        model_config = MiniMindConfig(
-            **sizes,
-            **training_options,
-            max_position_embeddings=max(
-                MiniMindConfig.max_position_embeddings, _next_power_of_two(config.max_seq_len)
-            ),
-        )
+        positions = max(MiniMindConfig.max_position_embeddings, _next_power_of_two(config.max_seq_len))
+        try:
+            model_config = MiniMindConfig(**sizes, **training_options, max_position_embeddings=positions)
+        except ConfigError as error:
+            raise ConfigError([_with_flags(problem) for problem in error.problems]) from None
     if config.max_seq_len > model_config.max_position_embeddings:
         raise ConfigError(
             f"--max-seq-len {config.max_seq_len} is more than the {model_config.max_position_embeddings} "
@@ -88,6 +88,12 @@ def resolve_model_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _with_flags(problem: str) -> str:
+    """Name the options that set the sizes of the model."""
+    problem = problem.replace("max_position_embeddings", "max_seq_len, rounded up to a power of two,")
+    return re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: flag_of(name[0]), problem)
 
 
 def build_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -209,7 +209,9 @@ def _describe(model: nn.Module) -> str:
 
 @contextmanager
 def torch_for_training() -> Iterator[None]:
-    """Train with gradients and in float32 whatever the caller has set, and restore the caller's settings.
+    """Train with gradients, in float32 and without the caller's autocast and default device.
+
+    The settings of the caller are restored.
 
     Raises:
         ConfigError: while another call of `pretrain` runs in this process.
@@ -221,7 +223,15 @@ def torch_for_training() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as settings:
+            settings.enter_context(torch.inference_mode(False))
+            settings.enter_context(torch.enable_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    settings.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                # Slows every operation down, so only where it is needed.
+                settings.enter_context(torch.device("cpu"))
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -440,7 +440,11 @@ def test_a_run_does_not_depend_on_the_callers_torch_settings(corpus: Path, tmp_p
     with torch.no_grad():
         again = pretrain(tiny(corpus, tmp_path / "no-grad", max_steps=3))
         assert not torch.is_grad_enabled()
-    assert found.loss == again.loss == expected.loss
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        other = pretrain(tiny(corpus, tmp_path / "autocast", max_steps=3))
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.get_default_device().type == "cpu"
+    assert found.loss == again.loss == other.loss == expected.loss
     assert found.val_loss == again.val_loss == expected.val_loss
 
 
