@@ -123,8 +123,8 @@ def _parameter(field: ConfigField, section: type) -> inspect.Parameter:
 def _default_note(field: ConfigField) -> str:
     """Return the default as shown after the help, empty if there is none."""
     text = field.default_text
-    if isinstance(field.default, bool):
-        text = " ".join(field.spell(field.default))
+    if isinstance(field.fallback, bool):
+        text = " ".join(field.spell(field.fallback))
     return {"none": "", "required": " [required]"}.get(text, f" [default: {text}]")
 
 

@@ -9,7 +9,7 @@ import os
 
 import typer
 
-from minimind.config.schema import flag_of
+from minimind.config.naming import flag_of
 from minimind.launch_env import world_size
 
 from .options import RESUME_NEWEST, hidden_option

@@ -276,6 +276,27 @@ def decay_steps_due(
     return max(min(wanted, possible), 1) if possible <= wanted else 0
 
 
+def warmup_problem(
+    config: PretrainConfig, *, warmup: int, steps_done: int, seconds_left: float, seconds_per_step: float
+) -> str | None:
+    """Return a sentence where --max-time ends the run inside a warm-up that `fit_to_time` does not shorten.
+
+    Args:
+        config: of the run.
+        warmup: number of warm-up steps.
+        steps_done: optimizer steps of the whole run so far.
+        seconds_left: time for training steps.
+        seconds_per_step: recent speed.
+    """
+    possible = steps_done + int(max(seconds_left, 0.0) / seconds_per_step)
+    if possible >= warmup or (config.lr_schedule == "wsd" and config.warmup_steps is None):
+        return None
+    return (
+        f"--max-time {config.max_time} allows about {possible:,} steps, fewer than the {warmup:,} of the "
+        f"warm-up: the learning rate only reaches {possible / warmup:.1%} of its peak; lower --warmup-steps."
+    )
+
+
 def fit_to_time(
     config: PretrainConfig,
     *,

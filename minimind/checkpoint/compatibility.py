@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.naming import flag_of
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import flag_of
 from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
@@ -175,4 +175,4 @@ def _evaluated_sequences(config: PretrainConfig, plan: BatchPlan) -> int | None:
     """Return the size of the sample of --eval-batches; None for all validation data."""
     if config.eval_batches is None:
         return None
-    return config.eval_batches * plan.micro_batch_size * plan.num_processes
+    return config.eval_batches * plan.global_batch_size

@@ -229,14 +229,14 @@ def evaluation_batches(
     process_index: int,
     num_processes: int,
     device: torch.device | str,
-    max_batches: int | None = None,
+    max_sequences: int | None = None,
     pad_token_id: int = 0,
 ) -> Iterator[MicroBatch]:
     """Yield one process's micro-batches of a split, in the order of the shards.
 
-    Every process gets the same number, at most `max_batches`; padding at the end has no targets. With fewer
-    batches than the split has, their sequences are spread evenly over it. They depend only on `max_batches`
-    and on the batch size over all processes.
+    Every process gets the same number; padding at the end has no targets. Of a split with more than
+    `max_sequences`, so many are evaluated, spread evenly over it: the same for any batch size and number of
+    processes.
     """
     plan = BatchPlan(batch_size, 1, num_processes)
     loader = Loader(
@@ -250,10 +250,10 @@ def evaluation_batches(
         pad_token_id=pad_token_id,
         shuffle=False,
         # The order is that of the shards for any window size; a sample reads few sequences of each window.
-        window_blocks=1 if max_batches is not None else WINDOW_BLOCKS,
+        window_blocks=1 if max_sequences is not None else WINDOW_BLOCKS,
     )
-    if max_batches is not None and max_batches < loader.steps_per_epoch:
-        yield from loader.sample(max_batches * plan.global_batch_size)
+    if max_sequences is not None and max_sequences < loader.sequences_per_epoch:
+        yield from loader.sample(max_sequences)
         return
     for step in loader.steps(0):
         yield step.micro_batches[0]

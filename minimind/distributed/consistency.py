@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from ..config.schema import flag_of
+from ..config.naming import flag_of
 from ..errors import RankError
 from ..version import __version__
 

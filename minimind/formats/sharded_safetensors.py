@@ -106,6 +106,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # a FIFO would block
+        raise ConfigError(f"{path} is not a regular file; copy or save it again.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

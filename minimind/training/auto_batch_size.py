@@ -31,6 +31,7 @@ from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import ConfigError
 from ..formatting import count
 from ..io.atomic import write_text
+from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..version import __version__
 from .build_model import compile_and_wrap
@@ -159,7 +160,7 @@ def store_size(file: Path, key: dict[str, Any], size: int) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

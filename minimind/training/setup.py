@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.options import AUTO, PretrainConfig
+from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
 from ..data.batch_plan import BatchPlan, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
@@ -105,6 +105,11 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     if caution is not None:
         note(caution)
     filled, model_config = resolve_model_config(config, tokenizer)
+    if config.from_weight is not None and config.resume is None:
+        note(
+            f"--from-weight continues at a peak learning rate of {filled.peak_learning_rate:g} (default: "
+            f"{FROM_WEIGHT_RATE:g} times that of random weights); --learning-rate changes it."
+        )
     resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
     return RunInputs(resolved, model_config, tokenizer)
 
@@ -204,7 +209,9 @@ def _describe(model: nn.Module) -> str:
 
 @contextmanager
 def torch_for_training() -> Iterator[None]:
-    """Train with gradients and in float32 whatever the caller has set, and restore the caller's settings.
+    """Train with gradients, in float32 and without the caller's autocast and default device.
+
+    The settings of the caller are restored.
 
     Raises:
         ConfigError: while another call of `pretrain` runs in this process.
@@ -216,7 +223,15 @@ def torch_for_training() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as settings:
+            settings.enter_context(torch.inference_mode(False))
+            settings.enter_context(torch.enable_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    settings.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                # Slows every operation down, so only where it is needed.
+                settings.enter_context(torch.device("cpu"))
             yield
     finally:
         torch.set_default_dtype(dtype)
