@@ -91,10 +91,6 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
     Values must be resolved (`head_dim`, `vocab_size`, `global_batch_size` as numbers, not None). A key that
     only one side has, as after an update of minimind, is not compared.
 
-    Args:
-        saved: from the checkpoint.
-        now: of this run.
-
     Returns:
         One line per difference that prevents resuming, and one per difference that needs a warning.
     """

@@ -38,7 +38,6 @@ class StoredCheckpoint:
     """One checkpoint folder.
 
     Attributes:
-        path: the folder.
         step: optimizer steps done when it was written.
     """
 

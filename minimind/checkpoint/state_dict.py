@@ -34,9 +34,6 @@ def gather_state_dict(
     Call `CheckpointStore.wait_until_written` first, so that the pinned memory of the previous save is reused.
 
     Args:
-        accelerator: the one that prepared model and optimizer.
-        model: prepared or not.
-        optimizer: prepared or not.
         extra: further values, at least `step`; JSON-serializable.
 
     Returns:
@@ -105,9 +102,6 @@ def load_state_dict(
     """Load a verified checkpoint, bit for bit. A collective operation; only the main process reads files.
 
     Args:
-        accelerator: the one that prepared model and optimizer.
-        model: as `gather_state_dict` takes it; any topology.
-        optimizer: as `gather_state_dict` takes it.
         checkpoint: the checkpoint; used on the main process only.
         keep_group_values: keys of parameter groups, such as `weight_decay`, that keep their current value.
 

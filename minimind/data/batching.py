@@ -28,7 +28,6 @@ class StepSequences:
         num_targets: targets in the step, over all processes.
         num_tokens: real input tokens in the step, over all processes.
         num_sequences: sequences in the step, over all processes.
-        epoch: index of the epoch.
         step_in_epoch: index of the step in the epoch.
         digest: identifies the tokens of the step and their order.
     """
@@ -50,12 +49,9 @@ class StepBuilder:
     to k*B*W + (r+1)*B, so a step depends neither on the world size nor on the micro-batch size.
 
     Attributes:
-        shards: the tokens.
         order: the order of the sequences.
         seq_len: input tokens of a sequence.
         packing: documents end to end in full sequences; otherwise one document per sequence.
-        plan: sizes of a step.
-        process_index: rank of this process.
         pad_token_id: input id of padding.
     """
 

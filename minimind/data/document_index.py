@@ -55,7 +55,6 @@ class IndexWriter:
         """Create the files.
 
         Args:
-            folder: of the files.
             split: `train` or `validation`.
             block_tokens: a block starts with the first document at or after a multiple of this.
         """

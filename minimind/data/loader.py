@@ -59,7 +59,6 @@ class StepBatch:
         num_targets: labels other than -100.
         num_tokens: real input tokens.
         num_sequences: sequences; fewer than a global batch at the end of an epoch.
-        epoch: index of the epoch.
         step_in_epoch: index of the step in the epoch.
         digest: identifies these tokens and their order.
     """
@@ -77,7 +76,6 @@ class Loader:
     """Yields the steps of each epoch over a split.
 
     Attributes:
-        sequences_per_epoch: sequences per epoch.
         steps_per_epoch: optimizer steps per epoch; the last may have fewer sequences.
         tokens_per_epoch: real input tokens per epoch. Packed: all tokens except the last of the stream.
             Padded: all tokens of each document except the last, at most T. With weights: full sequences, or
@@ -104,11 +102,8 @@ class Loader:
 
         Args:
             shards: the tokens of one split.
-            seq_len: T.
             packing: documents end to end in full sequences; otherwise one document per sequence.
-            plan: sizes of a step.
             seed: determines the order, together with the epoch.
-            process_index: rank of this process.
             device: where the tensors go.
             pad_token_id: input id of padding.
             shuffle: False keeps the order of the shards in every epoch.

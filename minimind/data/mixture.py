@@ -26,11 +26,7 @@ _BLOCKS, _DOCUMENTS, _SEQUENCES, _WINDOW = range(4)
 
 
 class MixedOrder:
-    """The weighted order of sequences; has the interface of `sampler.SequenceOrder`.
-
-    Attributes:
-        num_sequences: sequences per epoch.
-    """
+    """The weighted order of sequences; has the interface of `sampler.SequenceOrder`."""
 
     def __init__(
         self,

@@ -44,11 +44,7 @@ class Window:
 
 
 class SequenceOrder:
-    """The order of the sequences of each epoch.
-
-    Attributes:
-        num_sequences: sequences per epoch.
-    """
+    """The order of the sequences of each epoch."""
 
     def __init__(
         self,
@@ -63,7 +59,6 @@ class SequenceOrder:
         """Read the table of blocks, the only part that grows with the corpus (16 bytes per 256K tokens).
 
         Args:
-            shards: the documents.
             seq_len: input tokens of a sequence.
             packing: cut sequences from the stream; otherwise each document is one sequence.
             seed: seeds all permutations.

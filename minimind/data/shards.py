@@ -64,7 +64,6 @@ class ShardWriter:
     """Writes one split in constant memory.
 
     Attributes:
-        folder: of the files.
         split: `train` or `validation`.
         dtype: type of a token.
         shard_tokens: start a new file after this many tokens.

@@ -70,7 +70,6 @@ class Assignment:
     """Assigns the documents of a file to a split.
 
     Attributes:
-        source: the documents.
         split: `train` or `validation`.
         held_out: share of the documents, chosen by content hash, that goes to validation.
         part: index of the source of --data; must not decrease.

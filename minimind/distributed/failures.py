@@ -69,7 +69,6 @@ def watch_peers(
     An NCCL operation that a process does not join neither returns nor raises.
 
     Args:
-        accelerator: of this run.
         prefix: from `report_peer_failures`.
         timeout: seconds of a collective operation. A process without a heartbeat for 0.9 of it is lost; less
             once this process was asked to stop, which launchers do when a process died.

@@ -57,7 +57,6 @@ class Heartbeat:
 
         Args:
             prefix: of the keys in the store; the same in all processes, and unused before.
-            rank: of this process.
             num_processes: number of participants.
         """
         self.prefix, self.rank = prefix, rank
@@ -238,7 +237,6 @@ def first_choice(name: str, choice: str) -> str:
 
     Args:
         name: of the choice.
-        choice: of this process.
     """
     if world_size() > 1 and launcher_has_store():
         with suppress(RuntimeError):

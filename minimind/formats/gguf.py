@@ -66,9 +66,7 @@ def save_gguf(
 
     Args:
         weights: every parameter by its Hugging Face name, on any device; a tied matrix once.
-        config: sizes of the model.
         tokenizer: a byte-level BPE.
-        path: the output file.
         dtype: precision of the matrices, one of `DTYPES`. q8_0 rounds to 8 bits with one scale per 32 values;
             matrices whose row length is not a multiple of 32 stay in float16. Norms and routers are float32.
         name: display name of the model.

@@ -193,7 +193,6 @@ def model_from_weights(
     """Return a float32 model with the given weights.
 
     Args:
-        config: sizes of the model.
         weights: every parameter by its Hugging Face name; a tied output matrix is optional.
         source: path of the weights, for errors.
 
@@ -217,7 +216,6 @@ def check_weights(config: MiniMindConfig, weights: Mapping[str, Tensor], source:
     """Return the weights by their names in files, a tied matrix once, after checking them against the config.
 
     Args:
-        config: sizes of the model.
         weights: every parameter by its name in a model or a file; a tied output matrix is optional.
         source: path of the weights, for errors.
 

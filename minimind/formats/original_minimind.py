@@ -237,7 +237,6 @@ def save_upstream(
 
     Args:
         weights: every parameter by its Hugging Face name; a tied output matrix is optional.
-        config: sizes of the model.
         folder: must exist.
         dtype: precision of the stored weights; the original writes float16.
 

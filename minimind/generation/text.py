@@ -24,7 +24,6 @@ class Completion:
     """The continuation of one prompt.
 
     Attributes:
-        prompt: the prompt.
         text: the continuation.
         prompt_tokens: tokens of the prompt, including the bos token.
         tokens: generated tokens, including the eos token.

@@ -26,7 +26,6 @@ class AppendFile:
         """Store the arguments; the file is opened, and created if needed, by the first record.
 
         Args:
-            path: the file.
             on_error: called when the disk begins to refuse records, not again until one was written.
         """
         self.dropped = 0

@@ -77,11 +77,9 @@ class BenchmarkResult(StepTimes):
 
     Attributes:
         device: its name.
-        processes: world size.
         precision: of matrix products.
         compiled: whether the model is compiled.
         optimizer: its name.
-        parameters: of the model.
         batch_size: sequences per micro-batch; fewer than asked for where a step would have taken too long.
         max_seq_len: sequence length in tokens; likewise.
         reduced: whether one of the two is less than asked for.
@@ -240,7 +238,6 @@ def measure_steps(
     Args:
         inputs: options of the run.
         parts: model, optimizer and batches.
-        accelerator: of the run.
         seconds: how long to measure whole steps.
     """
     config = inputs.config

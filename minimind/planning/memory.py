@@ -76,7 +76,6 @@ def activation_bytes_per_token_layer(
     autograd holds. Change it with the model.
 
     Args:
-        model_config: sizes of the model.
         half: matrix products in bf16 or fp16, else all in float32.
         compiled: a compiled block recomputes cheap values instead of storing them.
         seq_len: sequence length, for the mask of a block that is not compiled.
@@ -140,14 +139,12 @@ def estimate_memory(
     """Return the memory that training takes on one GPU.
 
     Args:
-        model_config: sizes of the model.
         sequences: of a micro-batch.
         seq_len: sequence length in tokens.
         precision: of matrix products: `no`, `bf16` or `fp16`.
         compiled: how the model is compiled.
         optimizer: `adamw` or `muon`.
         accumulation_steps: micro-batches of a step.
-        num_processes: world size.
         shards: FSDP2 shards of weights, gradients and optimizer state; a rougher estimate.
         recompute: --activation-checkpointing.
         fused: fused kernels are used.

@@ -45,11 +45,7 @@ HIDDEN = "***"
 
 
 def describe_environment(device: torch.device | str) -> dict[str, Any]:
-    """Return a JSON-serializable description of machine and software. Never raises.
-
-    Args:
-        device: the device of this process.
-    """
+    """Return a JSON-serializable description of machine and software. Never raises."""
     device = torch.device(device)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,7 +68,6 @@ def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, An
     """Return how the processes of a run were launched.
 
     Args:
-        accelerator: of this run.
         compiled: whether the model is compiled.
     """
     kind = "one process" if accelerator.num_processes == 1 else "DDP"

@@ -67,8 +67,6 @@ def resolve_batch_size(
 
     Args:
         config: returned unchanged where it has a number.
-        model_config: sizes of the model.
-        accelerator: of the run.
         note: gets one sentence with the result.
 
     Raises:

@@ -40,7 +40,6 @@ def unsupported_reason(
     """Return why micro-batches are not captured, None where they are.
 
     Args:
-        device: of this rank.
         packing: whether sequences are packed.
         use_moe: whether the model has experts.
         num_processes: world size; several ranks exchange gradients in the backward pass.
@@ -104,7 +103,6 @@ class ForwardBackwardGraph:
         """Run forward and backward and return the summed loss, a scalar that the next call may overwrite.
 
         Args:
-            batch: on the device.
             scale: factor of the loss whose gradient is taken.
             timer: marks the end of `forward` and `backward`; with one, a replay waits for the device.
         """
