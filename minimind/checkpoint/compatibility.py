@@ -21,17 +21,9 @@ _ORDER = "the data order would change; {give}, or start a new run"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "use_moe",
-            "num_experts",
-            "moe_intermediate_size",
-            "vocab_size",
-            "tie_word_embeddings",
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            *("intermediate_size", "use_moe", "num_experts", "moe_intermediate_size"),
+            *("vocab_size", "tie_word_embeddings"),
         ),
         _SHAPE,
     ),

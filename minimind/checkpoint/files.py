@@ -22,13 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-MODEL, OPTIMIZER, TRAINER, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "trainer.json",
-    "manifest.json",
-)
-BEST = "best.json"
+MODEL, OPTIMIZER, TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
+_FILES = {MODEL, OPTIMIZER, TRAINER}
+MANIFEST, BEST = "manifest.json", "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22
 
@@ -90,9 +86,6 @@ class StoredCheckpoint:
         except CheckpointError as error:
             return str(error)
         return None
-
-
-_FILES = {MODEL, OPTIMIZER, TRAINER}
 
 
 def folder_name(step: int) -> str:

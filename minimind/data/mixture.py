@@ -59,7 +59,10 @@ class MixedOrder:
         self._paces = [amount / self._windows_per_epoch for amount in amounts]
         # Consecutive windows share a sequence.
         self._documents = lru_cache(maxsize=2)(self._window_documents)
-        self._begin = lru_cache(maxsize=8)(self._window_begin)
+        # The start of a window, in tokens or documents over all epochs.
+        self._begin = lru_cache(maxsize=8)(
+            lambda window: sum(stream.cut(self._cut(pace, window)) for stream, pace in self._with_paces())
+        )
 
     def windows(self, epoch: int, sequence: int = 0) -> Iterator[Window]:
         """Yield the windows of an epoch, in order, from the one that holds `sequence` on."""
@@ -85,10 +88,6 @@ class MixedOrder:
         """Return the first sequence that begins in the window, counted over all epochs."""
         per_sequence = self._seq_len if self._packing else 1
         return -(-self._begin(window) // per_sequence)
-
-    def _window_begin(self, window: int) -> int:
-        """Return the start of a window, in tokens or documents over all epochs."""
-        return sum(stream.cut(self._cut(pace, window)) for stream, pace in self._with_paces())
 
     def _window(
         self, epoch: int, window: int, first_sequence: int, end_sequence: int, epoch_start: int

@@ -111,8 +111,6 @@ class SequenceOrder:
         high = int(np.searchsorted(begins, stop, side="left"))
         documents = np.concatenate([self._block(epoch, int(block)) for block in blocks[low:high]])
         skip = start - int(begins[low])
-        if not self._packing:
-            documents, skip = documents[skip : skip + end_sequence - first_sequence], 0
         order = self._permutation(epoch, _SEQUENCES, window, end_sequence - first_sequence)
         return Window(first_sequence, order, documents, skip)
 

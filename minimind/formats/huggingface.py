@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..io.reading import read_json
 from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
-from .sharded_safetensors import INDEX, index_of, other_weights, plan_files, read_weights
+from .sharded_safetensors import INDEX, index_of, plan_files, read_weights, remove_other_weights
 from .weight_header import check_layers
 
 # Parameters of `modeling.moe.Experts`, stacked over the experts of a block.
@@ -113,12 +113,6 @@ def write_weights(
     for name, values in texts.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return list(files)
-
-
-def remove_other_weights(folder: Path, files: Collection[str]) -> None:
-    """Remove weight files of an older model, such as shards, which `files` do not replace."""
-    for stale in other_weights(folder, files):
-        stale.unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> MiniMindConfig:

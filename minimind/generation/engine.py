@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -113,16 +114,13 @@ class InferenceEngine:
 
     def _new_cache(self, batch_size: int, capacity: int) -> KVCache:
         weight = self._embedding.weight
+        new = partial(KVCache, self.config, batch_size=batch_size, device=weight.device, dtype=weight.dtype)
         if self._compiled is None:
-            return KVCache(
-                self.config, capacity, batch_size=batch_size, device=weight.device, dtype=weight.dtype
-            )
+            return new(capacity)
         capacity = -(-capacity // _COMPILED_SLOTS) * _COMPILED_SLOTS
         cache = self._compiled_cache
         if cache is None or (cache.capacity, len(cache.layers[0].keys)) != (capacity, batch_size):
-            cache = KVCache(
-                self.config, capacity, batch_size=batch_size, device=weight.device, dtype=weight.dtype
-            )
+            cache = new(capacity)
             for layer in cache.layers:
                 # Otherwise a CUDA graph would copy the whole cache at each step.
                 torch._dynamo.mark_static_address(layer.keys, guard=False)

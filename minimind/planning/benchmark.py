@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
+from itertools import count as count_from
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
-from ..data.loader import Loader, StepBatch
 from ..data.random_tokens import random_shards
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..errors import ConfigError
@@ -173,10 +173,9 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
                 "GPU; lower one of them."
             ) from error
         model_config = inputs.model_config
-        work = micro_batch_flops(model_config, *_size(wanted)) / micro_batch_flops(
-            model_config, sequences, length
-        )
         wanted_sequences, wanted_length = _size(wanted)
+        asked = micro_batch_flops(model_config, wanted_sequences, wanted_length)
+        work = asked / micro_batch_flops(model_config, sequences, length)
         tokens = parts.plan.global_batch_size * wanted_length * wanted_sequences / sequences
         speed = tokens / times.scaled(work)
         achieved = speed * model_config.flops_per_token(wanted_length)
@@ -243,7 +242,8 @@ def measure_steps(
     config = inputs.config
     parts.model.train()
     set_learning_rate(parts.optimizer, config.peak_learning_rate)
-    batches = _endless(parts.loader)
+    # Epoch after epoch; all steps have the same shapes.
+    batches = chain.from_iterable(map(parts.loader.steps, count_from()))
     clock = StepTimer(accelerator.device)
 
     def step(timer: StepTimer | None = None) -> float:
@@ -326,11 +326,3 @@ def _mean(value: float, accelerator: Accelerator) -> float:
     """Return the mean of a number over all ranks."""
     number = torch.tensor([value], dtype=torch.float32, device=accelerator.device)
     return float(accelerator.reduce(number, reduction="mean"))
-
-
-def _endless(loader: Loader) -> Iterator[StepBatch]:
-    """Yield steps epoch after epoch; all have the same shapes."""
-    epoch = 0
-    while True:
-        yield from loader.steps(epoch)
-        epoch += 1
