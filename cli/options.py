@@ -143,6 +143,14 @@ def expand_path(param: typer.CallbackParam, value: Any) -> Any:
     return type(value)(expanded)
 
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
+    ),
+]
+
+
 def completing(*values: str) -> Callable[[str], list[str]]:
     """Return the shell completion of an option with fixed values."""
 

@@ -125,9 +125,7 @@ def latest_checkpoint(
     """Return the newest checkpoint in a folder that verifies, or None.
 
     Args:
-        folder: holds `step-*` folders.
         on_damaged: called with one sentence per newer checkpoint that is skipped as damaged.
-        exclude: names of folders to ignore.
     """
     for checkpoint in reversed(stored_checkpoints(folder)):
         if checkpoint.path.name in exclude:

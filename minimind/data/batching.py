@@ -25,9 +25,8 @@ class StepCounts:
 
     Attributes:
         num_targets: labels other than -100.
-        num_tokens: real input tokens.
+        num_tokens: input tokens without padding.
         num_sequences: sequences; fewer than a global batch at the end of an epoch.
-        step_in_epoch: index of the step in the epoch.
         digest: identifies the tokens of the step and their order.
     """
 
@@ -54,10 +53,8 @@ class StepBuilder:
     to k*B*W + (r+1)*B, so a step depends neither on the world size nor on the micro-batch size.
 
     Attributes:
-        order: the order of the sequences.
         seq_len: input tokens of a sequence.
         packing: documents end to end in full sequences; otherwise one document per sequence.
-        pad_token_id: input id of padding.
     """
 
     shards: TokenShards

@@ -43,10 +43,6 @@ class MixedOrder:
         Args:
             shards: the documents, with one part per weight.
             weights: share of each source; they sum to 1.
-            seq_len: input tokens of a sequence.
-            packing: cut sequences from the stream; otherwise each document is one sequence.
-            seed: seeds all permutations.
-            window_tokens: approximate tokens per window.
         """
         self._offsets = shards.offsets
         self._seq_len, self._packing, self._seed = seq_len, packing, seed % 2**64
@@ -135,9 +131,6 @@ class _Stream:
     """The documents of one source, repeated without end.
 
     Positions are in tokens when packing, otherwise in documents.
-
-    Attributes:
-        size: of one source epoch.
     """
 
     def __init__(self, shards: TokenShards, part: Part, number: int, *, packing: bool, seed: int) -> None:

@@ -74,16 +74,9 @@ class TextFile:
                 return
             with self.path.open("rb") as raw:
                 file = self._decompressed(raw, suffix)
-                array = (
-                    self._check_text(file) and suffix.startswith(".json") and not suffix.startswith(".jsonl")
-                )
-                read = (
-                    self._plain_texts
-                    if suffix.startswith(".txt")
-                    else self._json_array_texts
-                    if array
-                    else self._json_texts
-                )
+                read = self._plain_texts if suffix.startswith(".txt") else self._json_texts
+                if self._check_text(file) and suffix in (".json", ".json.gz", ".json.zst"):
+                    read = self._json_array_texts
                 yield from self._kept(read(file, raw, reading), reading)
         except OSError as error:
             raise unreadable(self.path, self.option, error) from error
@@ -159,10 +152,7 @@ class TextFile:
                 continue
             try:
                 record, position = decoder.raw_decode(buffer, position)
-                incomplete = False
-            except (ValueError, RecursionError):
-                incomplete = True
-            if incomplete:
+            except (ValueError, RecursionError):  # incomplete
                 if ended:
                     if position < len(buffer) or in_array:
                         self._bad(f"item {item + 1}", "invalid JSON", reading)

@@ -59,11 +59,8 @@ class SequenceOrder:
         """Read the table of blocks, the only part that grows with the corpus (16 bytes per 256K tokens).
 
         Args:
-            seq_len: input tokens of a sequence.
             packing: cut sequences from the stream; otherwise each document is one sequence.
-            seed: seeds all permutations.
             shuffle: False keeps the order of the shards.
-            window_blocks: blocks in a window.
         """
         self._seq_len, self._packing = seq_len, packing
         self._seed, self._shuffle = seed % 2**64, shuffle

@@ -145,9 +145,7 @@ def encode(
     threads encode the next batch. Documents keep the order of the sources.
 
     Args:
-        assignments: the sources and their splits.
         tokenizer: its `encode_batch` should release the GIL.
-        folder: an existing folder.
         progress: called with the bytes read so far.
 
     Raises:

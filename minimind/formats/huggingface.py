@@ -62,7 +62,6 @@ def save_weights(
 
     Args:
         state_dict: all parameters of the model, on any device; a tied output matrix is optional.
-        config: sizes and special token ids.
         folder: created where it does not exist.
         dtype: precision of the stored weights: float32, float16 or bfloat16.
         generation: more keys for `generation_config.json`, such as `temperature`.

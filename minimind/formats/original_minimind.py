@@ -217,10 +217,7 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
 
 
 def save_upstream(
-    weights: Mapping[str, Tensor],
-    config: MiniMindConfig,
-    folder: Path,
-    dtype: torch.dtype = torch.float16,
+    weights: Mapping[str, Tensor], config: MiniMindConfig, folder: Path, dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write weights as the original's trainer does, with their configuration beside.
 

@@ -36,7 +36,6 @@ class DecodeBatch:
     """A batch of sequences during decoding, padded on the left to one length.
 
     Attributes:
-        cache: keys and values.
         length: slots used so far.
         padding: (B,) int64, padding slots of each sequence, None without padding.
         visible: (B, 1, 1, capacity) bool, False for padding; None without padding.

@@ -40,7 +40,6 @@ class MixtureOfExperts(nn.Module):
         """Map (B, T, C) to (B, T, C).
 
         Args:
-            x: input.
             token_mask: (B, T) bool, False for padding, which is not routed or counted; its output is zero.
                 None: no padding.
 

@@ -156,7 +156,6 @@ class Muon(torch.optim.Optimizer):
 
         Args:
             params: groups with `algorithm`, and optionally `weight_decay`; `muon` takes matrices only.
-            lr: learning rate of all groups.
             betas: decay rates of AdamW's moments.
             eps: added by AdamW to the root of the second moment.
             momentum: decay rate of Muon's momentum.
@@ -246,8 +245,6 @@ class Muon(torch.optim.Optimizer):
         """Do what `_muon_reference` does, reading memory once before the matrix products and once after.
 
         Args:
-            group: of the parameters.
-            batches: the parameters, grouped by shape.
             tensors: all gradients, then all momenta, then all parameters, in the order of `batches`.
         """
         from . import muon_kernels

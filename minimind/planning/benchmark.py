@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
-from ..data.random_tokens import random_shards
+from ..data.shards import random_shards
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..errors import ConfigError
 from ..formatting import count, duration
@@ -44,11 +44,8 @@ class StepTimes:
     """Mean times of one optimizer step in seconds.
 
     Attributes:
-        steps: number of steps measured.
-        step_seconds: of a whole step.
         data_seconds: waiting for the batch on the host.
         forward_seconds: forward passes, including the gradient of the logits.
-        backward_seconds: backward passes.
         optimizer_seconds: clipping and updating.
         start_seconds: the first steps, which compile.
     """
@@ -76,10 +73,6 @@ class BenchmarkResult(StepTimes):
     """Measured training speed, besides the times of a step.
 
     Attributes:
-        device: its name.
-        precision: of matrix products.
-        compiled: whether the model is compiled.
-        optimizer: its name.
         batch_size: sequences per micro-batch; fewer than asked for where a step would have taken too long.
         max_seq_len: sequence length in tokens; likewise.
         reduced: whether one of the two is less than asked for.
@@ -210,7 +203,6 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     """Return the FLOP/s of a large square matrix product, the best of several.
 
     Args:
-        device: where.
         precision: `no` (float32 as PyTorch is set), `bf16` or `fp16`.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -235,8 +227,6 @@ def measure_steps(
     A step that takes long (uncompiled, on a CPU) is measured once, with its phases.
 
     Args:
-        inputs: options of the run.
-        parts: model, optimizer and batches.
         seconds: how long to measure whole steps.
     """
     config = inputs.config

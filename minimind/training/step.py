@@ -39,11 +39,9 @@ def train_step(
 
     Args:
         optimizer: prepared; its learning rate is set.
-        batch: this rank's share of the step.
         grad_clip: maximum norm of the gradient; 0 for no clipping.
         loss_limit: summed loss above which the update is skipped too.
         balance: load balancing of this step; None for a model without experts.
-        graph: CUDA graph of the forward and backward pass, where there is one.
         stop: whether this rank was asked to stop.
         decay_steps: steps that this rank asks to decay from now on; 0 for none.
         timer: gets the times of `forward`, `backward` and `optimizer`.
