@@ -308,7 +308,6 @@ def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None =
     """Raise ConfigError when the model's embedding is smaller than the tokenizer's vocabulary.
 
     Args:
-        tokenizer: the tokenizer of the model.
         model_vocab_size: entries of its embedding.
         model: path of its weights; None for a new model, whose --vocab-size can be chosen.
     """
@@ -341,7 +340,6 @@ def train_tokenizer(
         texts: the documents; iterated once.
         vocab_size: entries, including 256 bytes and 16 special tokens.
         max_bytes: UTF-8 bytes to train on; Chinese needs about 60 times this in memory, English far less.
-        seed: seeds the sampling.
         progress: called with (documents read, bytes read) after each document.
 
     Raises:

@@ -21,17 +21,9 @@ _ORDER = "the data order would change; {give}, or start a new run"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "use_moe",
-            "num_experts",
-            "moe_intermediate_size",
-            "vocab_size",
-            "tie_word_embeddings",
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            *("intermediate_size", "use_moe", "num_experts", "moe_intermediate_size"),
+            *("vocab_size", "tie_word_embeddings"),
         ),
         _SHAPE,
     ),
@@ -90,10 +82,6 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
 
     Values must be resolved (`head_dim`, `vocab_size`, `global_batch_size` as numbers, not None). A key that
     only one side has, as after an update of minimind, is not compared.
-
-    Args:
-        saved: from the checkpoint.
-        now: of this run.
 
     Returns:
         One line per difference that prevents resuming, and one per difference that needs a warning.

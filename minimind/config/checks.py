@@ -72,8 +72,6 @@ def run_notes(config: Any, total_steps: int, steps_per_epoch: int, warmup_steps:
 
     Args:
         config: a `PretrainConfig`.
-        total_steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps of an epoch.
         warmup_steps: of the learning rate, as given or by default.
     """
     notes = [

@@ -268,7 +268,6 @@ def parse_values(
     """Parse the strings of a command line, or the values of a TOML file, into field values.
 
     Args:
-        cls: the configuration dataclass.
         values: by field name; a repeatable field takes a sequence or one value.
         file_name: the file of the values; it begins each problem.
 

@@ -39,7 +39,6 @@ class Opened:
     """A complete build.
 
     Attributes:
-        folder: of its files.
         manifest: as `build` returned it, with the sizes of the files.
         built: whether this call built it.
         corrupt: why an earlier build was replaced, naming the file, or None.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from .batch_plan import BatchPlan
-from .batching import StepBuilder, StepSequences
+from .batching import StepBuilder, StepCounts
 from .mixture import MixedOrder
 from .packing import IGNORED, Piece, SequenceArrays
 from .sampler import WINDOW_BLOCKS, SequenceOrder
@@ -50,34 +50,17 @@ class MicroBatch:
     position_ids: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """This process's part of one optimizer step; the counts are over all processes.
-
-    Attributes:
-        micro_batches: one per accumulation step.
-        num_targets: labels other than -100.
-        num_tokens: real input tokens.
-        num_sequences: sequences; fewer than a global batch at the end of an epoch.
-        epoch: index of the epoch.
-        step_in_epoch: index of the step in the epoch.
-        digest: identifies these tokens and their order.
-    """
+@dataclass(frozen=True, kw_only=True)
+class StepBatch(StepCounts):
+    """This process's part of one optimizer step, one micro-batch per accumulation step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    num_targets: int
-    num_tokens: int
-    num_sequences: int
-    epoch: int
-    step_in_epoch: int
-    digest: str
 
 
 class Loader:
     """Yields the steps of each epoch over a split.
 
     Attributes:
-        sequences_per_epoch: sequences per epoch.
         steps_per_epoch: optimizer steps per epoch; the last may have fewer sequences.
         tokens_per_epoch: real input tokens per epoch. Packed: all tokens except the last of the stream.
             Padded: all tokens of each document except the last, at most T. With weights: full sequences, or
@@ -104,11 +87,8 @@ class Loader:
 
         Args:
             shards: the tokens of one split.
-            seq_len: T.
             packing: documents end to end in full sequences; otherwise one document per sequence.
-            plan: sizes of a step.
             seed: determines the order, together with the epoch.
-            process_index: rank of this process.
             device: where the tensors go.
             pad_token_id: input id of padding.
             shuffle: False keeps the order of the shards in every epoch.
@@ -147,7 +127,8 @@ class Loader:
         """Yield the steps of an epoch from the global position `first_sequence`, which is found directly."""
         steps = self._builder.steps(epoch, first_sequence)
         for step, tensors in self._prefetched((step, step.arrays) for step in steps):
-            yield self._step_batch(step, tensors)
+            counts = {field.name: getattr(step, field.name) for field in fields(StepCounts)}
+            yield StepBatch(micro_batches=self._micro_batches(tensors), **counts)
 
     def sample(self, count: int) -> Iterator[MicroBatch]:
         """Yield the first micro-batch of steps over `count` sequences, spread evenly over the split."""
@@ -207,17 +188,6 @@ class Loader:
         nothing = (None,) * len(inputs)
         documents, positions = (nothing, nothing) if narrow is None else (p.split(size) for p in narrow)
         return tuple(map(MicroBatch, inputs, labels, documents, positions))
-
-    def _step_batch(self, step: StepSequences, tensors: _Tensors) -> StepBatch:
-        return StepBatch(
-            micro_batches=self._micro_batches(tensors),
-            num_targets=step.num_targets,
-            num_tokens=step.num_tokens,
-            num_sequences=step.num_sequences,
-            epoch=step.epoch,
-            step_in_epoch=step.step_in_epoch,
-            digest=step.digest,
-        )
 
 
 def evaluation_batches(

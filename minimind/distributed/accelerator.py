@@ -175,7 +175,6 @@ def prepare(
     """Wrap model and optimizer with Accelerate, and check the result.
 
     Args:
-        accelerator: of this run.
         model: not wrapped yet; every process has the same weights.
         optimizer: over its parameters.
         tied: embedding and output layer share one parameter.

@@ -14,11 +14,7 @@ from typing import Any, TypeGuard
 from ..errors import ConfigError
 
 # Keys of a Qwen3 config.json for which only one value is supported.
-_FIXED: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "use_sliding_window": False,
-}
+_FIXED: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 
 # The same for Qwen3-MoE: every block has experts.
 _FIXED_MOE: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -298,7 +294,7 @@ class MiniMindConfig:
         theta = rope.pop("rope_theta", values.get("rope_theta", 1e4))
         given["rope_theta"] = float(theta) if _is_number(theta) else theta
         given["rope_scaling"] = rope or None
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in _TOKENS:
             token = given.pop(name, None)
             # The first of several end tokens is the main one.
             token = token[0] if isinstance(token, list) and token else token

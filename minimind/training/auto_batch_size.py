@@ -25,8 +25,7 @@ from ..config.options import AUTO, PretrainConfig
 from ..data.batch_plan import BatchPlan, candidate_micro_batches, sequences_per_step
 from ..data.loader import Loader, MicroBatch
 from ..data.prepare import cache_folder
-from ..data.random_tokens import random_shards
-from ..data.shards import TokenShards
+from ..data.shards import TokenShards, random_shards
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import ConfigError
 from ..formatting import count
@@ -68,8 +67,6 @@ def resolve_batch_size(
 
     Args:
         config: returned unchanged where it has a number.
-        model_config: sizes of the model.
-        accelerator: of the run.
         note: gets one sentence with the result.
 
     Raises:

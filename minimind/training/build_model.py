@@ -188,10 +188,7 @@ def compile_and_wrap(
     """Compile the model if that pays, build its optimizer and prepare both with Accelerate.
 
     Args:
-        config: of the run.
-        model_config: sizes of the model.
         plan: batches of a step.
-        accelerator: of this rank.
         model: not prepared yet; built from `model_config` where None.
         tokens: input tokens of the whole run, which decide whether compiling pays; None for a long run.
 
@@ -236,10 +233,6 @@ def build_graph(
     """Return the CUDA graph of a run's forward and backward pass; None where there is none.
 
     Args:
-        config: of the run.
-        model_config: sizes of the model.
-        model: prepared.
-        accelerator: of this rank.
         compiled: whether the model is compiled.
         note: gets a sentence where --cuda-graphs has no effect.
     """

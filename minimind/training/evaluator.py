@@ -33,11 +33,8 @@ class Evaluator:
 
         Args:
             shards: tokens of the validation split.
-            model: prepared.
-            accelerator: of the run.
             tokenizer: gives the bytes of each token, and the padding token.
             vocab_size: V of the model, which may exceed the tokenizer's.
-            seq_len: T.
             packing: as in training.
             plan: of training.
         """
