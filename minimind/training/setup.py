@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
 from ..data.batch_plan import BatchPlan, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..formats.open_model import training_tokenizer
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
@@ -101,7 +103,7 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     """
     if (remark := check_launch(config)) is not None:
         note(remark)
-    tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight)
+    tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight, _recorded_tokenizer(config))
     if caution is not None:
         note(caution)
     filled, model_config = resolve_model_config(config, tokenizer)
@@ -112,6 +114,23 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
         )
     resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
     return RunInputs(resolved, model_config, tokenizer)
+
+
+def _recorded_tokenizer(config: PretrainConfig) -> str | None:
+    """Return the fingerprint of the tokenizer of the run to resume, None if unknown.
+
+    The run is checked when its checkpoint is loaded. Every checkpoint of a run has the same tokenizer.
+    """
+    if config.resume is None:
+        return None
+    path = Path(config.output_dir if config.resume == AUTO else config.resume)
+    checkpoints = [*stored_checkpoints(path), *stored_checkpoints(path / "checkpoints")]
+    places = [path, *(checkpoint.path for checkpoint in reversed(checkpoints))]
+    for place in places:
+        with suppress(CheckpointError):
+            settings = StoredCheckpoint(place, 0).trainer.get("settings", {})
+            return None if (found := settings.get("tokenizer_fingerprint")) is None else str(found)
+    return None
 
 
 def resolve_batch_size_alone(inputs: RunInputs) -> RunInputs:
