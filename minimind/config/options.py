@@ -338,6 +338,7 @@ class RunConfig:
     run_name: Annotated[
         str | None, FieldInfo("Name of the run in trackers.", default_text="the name of the output folder")
     ] = None
+    verbose: Annotated[bool, FieldInfo("Print the whole report on the data at the start.")] = False
 
 
 # The fields of the last base come first.

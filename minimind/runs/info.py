@@ -24,6 +24,7 @@ from ..errors import CheckpointError, ConfigError
 from ..formats.weight_header import WeightHeader, check_layers, read_headers
 from ..formatting import count, size
 from ..io.reading import read_json
+from ..launch_env import resume_command
 from ..modeling.config import MiniMindConfig
 from ..modeling.parameter_count import count_parts
 from ..run_folder import RunFolder
@@ -146,7 +147,7 @@ def _run(run: RunRecord) -> Info:
     if following:
         following.append(("export", f"minimind-train export {folder} --output FOLDER"))
     if checkpoints:
-        resume = f"minimind-train pretrain --resume --output-dir {folder}"
+        resume = resume_command(run.path, environment.get("launch") or {})
         more = f" {_limit(run)} N" if run.finished else ""
         following.insert(0, ("pretrain", resume + more))
     following.append(("reproduce", f"minimind-train reproduce {folder}"))

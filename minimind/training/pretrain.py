@@ -99,6 +99,7 @@ def pretrain(
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
+        closing.enter_context(stop.announced(progress.note))
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
@@ -138,7 +139,7 @@ def pretrain(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
@@ -205,8 +206,9 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             data = prepare_data(config, options.tokenizer, show)
         finally:
             stop.exit_if_signalled()
-        if data.built:
-            builder.banner([("data", line) for line in data.report.lines()])
+        if data.built or (config.verbose and is_main_process()):
+            lines = data.report.lines() if config.verbose else data.report.problems()
+            builder.banner([("data", line) for line in lines])
     return data
 
 

@@ -13,8 +13,10 @@ from accelerate import Accelerator
 
 from ..data.prepare import PreparedData
 from ..formatting import count, duration
+from ..launch_env import resume_command
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..run_folder import RunFolder
+from ..tracking.environment import describe_launch
 from ..tracking.metrics_file import read_metrics
 from .setup import RunInputs, TrainingParts
 from .trainer import Trainer
@@ -124,8 +126,10 @@ def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) ->
     )
 
 
-def summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) -> PretrainResult:
-    """Log the totals, show a summary, and return the result."""
+def summarize(
+    trainer: Trainer, parts: TrainingParts, folder: RunFolder, started: float, sample: str
+) -> PretrainResult:
+    """Log the totals, show a summary and how to resume a stopped run, and return the result."""
     state, totals = trainer.state, trainer.meter.totals()
     trainer.outputs.trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
     evaluation = trainer.reports.last_evaluation
@@ -141,8 +145,14 @@ def summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) 
         sample=sample,
         stopped=_stop_reason(trainer) if state.stopping else None,
     )
-    bottleneck = trainer.meter.bottleneck()
+    bottleneck = trainer.meter.bottleneck(compiled=parts.compiled)
     trainer.progress.summary(summary_rows(result, totals, bottleneck, state.skipped_steps, state.rewinds))
+    if result.stopped is not None:
+        launch = describe_launch(trainer.accelerator, compiled=parts.compiled)
+        command = resume_command(folder.path, launch)
+        if parts.custom_model is not None:
+            command = "pretrain() with the same arguments and resume='auto'"
+        trainer.progress.note(f"Resume with:\n{command}")
     return result
 
 
@@ -155,30 +165,29 @@ def _stop_reason(trainer: Trainer) -> str:
 def summary_rows(
     result: PretrainResult,
     totals: dict[str, float],
-    bottleneck: str,
+    bottleneck: str | None,
     skipped_steps: int,
     rewinds: int = 0,
 ) -> list[tuple[str, str]]:
     """Return the result of a run as pairs of a key and a value."""
     if result.stopped is not None:
-        end = f"stopped by {result.stopped} after step {result.steps:,}; continue with --resume"
-        rows = [("end", end)]
+        rows = [("end", f"stopped by {result.stopped} after step {result.steps:,}, checkpoint saved")]
     else:
         rows = [("model", str(result.model_dir))]
-    loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "not measured"
+    losses = [f"{result.loss:.4f}"] if math.isfinite(result.loss) else []
     if result.val_loss is not None:
-        loss += f", validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)"
+        losses.append(f"validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)")
     phases = [
         f"{name.replace('_', ' ')} {duration(totals[name])}"
         for name in ("training", "first_steps", "data", "evaluation", "saving", "compile")
         if totals.get(name, 0.0) >= 0.5
     ]
     rows += [
-        ("loss", loss),
+        *([("loss", ", ".join(losses))] if losses else []),
         ("trained", f"{result.steps:,} steps, {count(result.tokens)} tokens"),
         ("speed", f"{count(result.tokens_per_second)} tokens/s"),
         ("time", f"{duration(result.seconds)}" + (f": {', '.join(phases)}" if phases else "")),
-        ("bottleneck", bottleneck),
+        *([("bottleneck", bottleneck)] if bottleneck else []),
     ]
     if skipped_steps:
         rows.append(
