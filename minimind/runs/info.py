@@ -123,6 +123,7 @@ def _run(run: RunRecord) -> Info:
         "data": list(run.config.data),
         "fingerprints": {what: run.fingerprint(what) for what in ("training text", "tokenizer", "mixture")},
         "bytes": disk,
+        "report": str(run.folder.report) if run.folder.report.is_file() else None,
     }
     state = "finished" if run.finished else "not finished"
     rows = [
@@ -141,6 +142,7 @@ def _run(run: RunRecord) -> Info:
             f"{size(disk['all'])}: {len(checkpoints)} checkpoints {size(disk['checkpoints'])}, "
             f"model {size(disk['model'])}",
         ),
+        *measured("report", values["report"] or ""),
     ]
     folder = shlex.quote(str(run.path))
     following = [("generate", f"minimind-train generate {folder}")] if run.finished or checkpoints else []
