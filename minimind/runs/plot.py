@@ -31,7 +31,7 @@ def plot_losses(run: RunRecord, path: Path) -> None:
     axes = figure.add_subplot()
     for points, label, style in ((training, "training", "-"), (validation, "validation", "o-")):
         if points:
-            x = [point.tokens if by_tokens else point.step for point in points]
+            x = [point.tokens or 0.0 if by_tokens else point.step for point in points]
             axes.plot(x, [point.value for point in points], style, label=label, markersize=3, linewidth=1.2)
     # The first steps fall by most of the height.
     late = [p.value for points in (training, validation) for p in points if p.step >= 0.05 * run.steps]
