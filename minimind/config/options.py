@@ -346,15 +346,16 @@ class RunConfig:
         FieldInfo("Timeout of communication between processes.", metavar="TIME"),
     ] = "10m"
     tracker: Annotated[
-        tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
+        tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "csv", "none"], ...],
         FieldInfo("Metric trackers besides metrics.jsonl. Repeatable.", common=True),
     ] = ("tensorboard",)
-    project: Annotated[str, FieldInfo("Project name in WandB and SwanLab.", aliases=("--wandb-project",))] = (
-        "minimind"
-    )
+    project: Annotated[
+        str, FieldInfo("Project name in WandB, SwanLab and MLflow.", aliases=("--wandb-project",))
+    ] = "minimind"
     run_name: Annotated[
         str | None, FieldInfo("Name of the run in trackers.", default_text="the name of the output folder")
     ] = None
+    verbose: Annotated[bool, FieldInfo("Print the whole report on the data at the start.")] = False
 
 
 # The fields of the last base come first.

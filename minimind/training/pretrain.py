@@ -39,6 +39,7 @@ from ..run_folder import RunFolder
 from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
+from ..tracking.live_report import LiveReport
 from ..tracking.trackers import check_trackers
 from .build_model import ModelFactory
 from .evaluator import Evaluator
@@ -56,7 +57,7 @@ from .setup import (
     resolve_run,
     torch_for_training,
 )
-from .summary import PretrainResult, banner, finished_result, summarize
+from .summary import PretrainResult, banner, finished_result, run_facts, summarize
 from .throughput import Meter
 from .trainer import Trainer
 
@@ -102,6 +103,7 @@ def pretrain(
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
+        closing.enter_context(stop.announced(progress.note))
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
@@ -141,7 +143,7 @@ def pretrain(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
@@ -209,8 +211,9 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             data = prepare_data(config, options.tokenizer, show)
         finally:
             stop.exit_if_signalled()
-        if data.built:
-            builder.banner([("data", line) for line in data.report.lines()])
+        if data.built or (config.verbose and is_main_process()):
+            lines = data.report.lines() if config.verbose else data.report.problems()
+            builder.banner([("data", line) for line in lines])
     return data
 
 
@@ -270,7 +273,15 @@ class _Run:
         steps_per_epoch = parts.loader.steps_per_epoch
         for note in run_notes(config, total_steps, steps_per_epoch, schedule.warmup_steps):
             progress.note(note)
-        progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
+        rows = banner(inputs, parts, self.data, accelerator, total_steps)
+        progress.banner(rows)
+        meter = self._meter(state)
+        if accelerator.is_main_process:
+            facts = run_facts(written, session.folder, rows, self.data, environment, total_steps)
+            outputs.report = LiveReport(
+                session.folder, facts, warnings=progress.warnings, totals=meter.totals, warn=progress.warn
+            )
+            closing.enter_context(outputs.report)
         return Trainer(
             config=config,
             model_config=model_config,
@@ -282,7 +293,7 @@ class _Run:
             total_steps=total_steps,
             checkpointer=checkpointer,
             outputs=outputs,
-            meter=self._meter(state),
+            meter=meter,
             progress=progress,
             stop=session.stop,
             state=state,

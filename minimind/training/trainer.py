@@ -204,7 +204,9 @@ class Trainer:
             state.stopping |= asked_to_stop > 0
             if decay and state.decay_window is None:
                 self._fit_to_time(int(decay))
-            append_loss(state.recent_losses, loss_sum / max(record.num_targets, 1))
+            loss = loss_sum / max(record.num_targets, 1)
+            append_loss(state.recent_losses, loss)
+            self.progress.advance(record.step, loss)
             finite = math.isfinite(loss_sum) and math.isfinite(norm)
             jumped = finite and loss_sum > record.limit
             if finite and not (jumped and self.config.on_spike == "skip"):
@@ -333,12 +335,9 @@ class Trainer:
     def _loss_limit(self, batch: StepBatch) -> float:
         """Return the summed loss above which the step is a spike, in float32 as the device compares it."""
         full = sum(len(part.input_ids) for part in batch.micro_batches) * self.accelerator.num_processes
-        per_token = spike_threshold(
-            self.state.recent_losses,
-            len(self.metrics),
-            self.config.spike_sigma,
-            batch.num_sequences / full,
-        )
+        fraction = batch.num_sequences / full
+        sigma, unread = self.config.spike_sigma, len(self.metrics)
+        per_token = spike_threshold(self.state.recent_losses, unread, sigma, fraction)
         return float(np.float32(per_token * max(batch.num_targets, 1)))
 
     def _decay_steps(self) -> int:
