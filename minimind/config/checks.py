@@ -142,6 +142,7 @@ def _interval_notes(config: Any, total_steps: int) -> Iterator[str]:
         "keep_every": "no checkpoint is kept for good",
         "eval_interval": "the only evaluations are those before the first and after the last step",
         "sample_interval": "no sample is generated",
+        "score_interval": "the only scores are those after the last step",
     }
     if not config.val_data and not config.val_fraction:
         del consequences["eval_interval"]

@@ -297,6 +297,14 @@ class RunConfig:
             default_text="the start of a document",
         ),
     ] = ()
+    score_interval: Annotated[
+        int | None,
+        FieldInfo(
+            "Steps between scores on the built-in cloze items, also after the last step.",
+            minimum=1,
+            default_text="no scores",
+        ),
+    ] = None
     save_interval: Annotated[int, FieldInfo("Steps between checkpoints.", minimum=1, common=True)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],

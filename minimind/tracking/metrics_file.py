@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 class MetricsFile:
     """Appends one line per report.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation`, `rewind` or `text`) and the
-    values by name: numbers or strings. A number that is not finite is null, because JSON has no NaN.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation`, `score`, `rewind` or `text`) and
+    the values by name: numbers or strings. A number that is not finite is null, because JSON has no NaN.
     Lines that the disk refuses stay in memory and are retried; see `AppendFile`.
     """
 
@@ -47,6 +47,8 @@ class MetricsFile:
         kind = "train"
         if any(name.startswith("val_") for name in values):
             kind = "evaluation"
+        elif any(name.startswith("cloze_") for name in values):
+            kind = "score"
         elif "rewound_from" in values:
             kind = "rewind"
         elif all(isinstance(value, str) for value in values.values()):

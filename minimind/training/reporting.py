@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.train_state import TrainState
@@ -145,6 +146,12 @@ class Reports:
         }
         self._outputs.trackers.log(values, step)
         self._progress.evaluation(step, values)
+
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Show scores after `step`, where there are any."""
+        if scores:
+            shown = " | ".join(f"{name} {value:.1%}" for name, value in scores.items())
+            self._progress.note(f"step {step:,}: {shown} (chance 25.0%)")
 
     def rewind(self, state: TrainState, spike: Spike, max_rewinds: int) -> None:
         """Report that the run continues from `state`, without the sequences of `spike`."""

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from ..config.options import CONFIG_SECTIONS, PretrainConfig
 from ..config.schema import schema_of
 from ..data.prepare import PreparedData
+from ..formats.model_card import model_card
 from ..formatting import count, duration
 from ..launch_env import resume_command
 from ..modeling.kernels.dispatch import unsupported_reason
@@ -156,6 +157,17 @@ def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) ->
         seconds=seconds,
         sample="",
         stopped=None,
+    )
+
+
+def card_of_run(trainer: Trainer, custom_model: str | None) -> str:
+    """Return the model card of a run that ends now; `custom_model` describes a model that is not ours."""
+    state, reports = trainer.state, trainer.reports
+    numbers = {"tokens": state.tokens, "step": state.step, "loss": reports.last_loss}
+    if (result := reports.last_evaluation) is not None:
+        numbers |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+    return model_card(
+        custom_model or trainer.model_config, settings=trainer.checkpointer.settings, numbers=numbers
     )
 
 

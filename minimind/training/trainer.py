@@ -172,8 +172,8 @@ class Trainer:
                 self.save()
             if last or state.step % config.evaluation_interval == 0:
                 self.validate()
-            if config.sample_interval is not None and state.step % config.sample_interval == 0:
-                self.write_samples()
+            if self.outputs.probes_after(state.step, last=last):
+                self.probe(last=last)
         if self.saved_step != state.step:
             self.save()
 
@@ -275,12 +275,11 @@ class Trainer:
                 state.best_val_loss = loss
                 self.checkpointer.mark_best(state)
 
-    def write_samples(self) -> None:
-        """Write text samples of the model as it is."""
-        assert self.outputs.samples is not None
+    def probe(self, *, last: bool) -> None:
+        """Write text samples and scores of the model as it is, where they are due."""
         self.drain_metrics(everything=True)
         with self.meter.phase("sampling"):
-            self.outputs.samples.write(self.state.step)
+            self.reports.scores(self.state.step, self.outputs.probe(self.state.step, last=last))
 
     def rewind(self, spike: Spike) -> None:
         """Resume from the last checkpoint, with the sequences of `spike` excluded from then on.
