@@ -16,7 +16,7 @@ from .naming import for_caller
 from .schema import FieldInfo, convert_fields, fill_unset, range_problems, schema_of
 
 # Default peak learning rate of an optimizer, unless a preset has its own, and the share for trained weights.
-LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
+LEARNING_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
 FROM_WEIGHT_RATE = 0.3
 
 AUTO = "auto"
@@ -183,9 +183,13 @@ class OptimizationConfig:
         ),
     ] = None
     optimizer: Annotated[
-        Literal["muon", "adamw"],
-        FieldInfo("Optimizer of the transformer weight matrices; embeddings and norms always use AdamW."),
-    ] = "muon"
+        Literal["normuon", "muon", "adamw"],
+        FieldInfo(
+            "Optimizer of the transformer weight matrices; embeddings and norms always use AdamW. normuon is "
+            "Muon with normalized rows, a momentum warm-up and a higher learning rate of embedding and norms "
+            "in short runs."
+        ),
+    ] = "normuon"
     learning_rate: Annotated[
         float | None,
         FieldInfo(

@@ -34,6 +34,7 @@ from ..errors import CheckpointError
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
+from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
 from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
 from ..tracking.console import Progress
@@ -260,6 +261,7 @@ class _Run:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
+        fit_to_horizon(parts.optimizer, total_steps)
         checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
         state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
         schedule = self._schedule(checkpointer, state, branch=branch)
