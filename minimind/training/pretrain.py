@@ -12,9 +12,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..checkpoint.checkpointer import RunCheckpoints
+from ..checkpoint.checkpointer import RunCheckpoints, finished_state
 from ..checkpoint.compatibility import settings_of_run
-from ..checkpoint.resume import check_resumable, finished_run, resume_source
+from ..checkpoint.resume import check_resumable, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
@@ -122,14 +122,14 @@ def pretrain(
             note=progress.note,
         )
         total_steps = inputs.total_steps(parts.loader, parts.plan)
+        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         if options.config.resume == AUTO and not branch:
-            done = run_on_main_and_broadcast(accelerator, partial(finished_run, session.folder, total_steps))
+            done = run.finished_state()
             if done is not None:
                 progress.note(
                     f"finished ({done['step']:,}/{total_steps:,} steps); --max-steps or --epochs trains on."
                 )
                 return finished_result(session.folder, done, time.monotonic() - started)
-        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         # `auto` is kept in the run's file: it may be resumed on another device.
         written = dataclasses.replace(inputs.config, batch_size=options.config.batch_size)
         trainer = run.build_trainer(written, run.environment(fingerprints), branch=branch)
@@ -227,6 +227,13 @@ class _Run:
     data: PreparedData
     accelerator: Accelerator
     total_steps: int
+
+    def finished_state(self) -> dict[str, Any] | None:
+        """Return the training state where the run has finished; every rank must call this."""
+        inputs, plan = self.inputs, self.parts.plan
+        settings = settings_of_run(inputs.config, inputs.model_config, plan, inputs.tokenizer, self.data)
+        find = partial(finished_state, self.session.folder, self.total_steps, settings)
+        return run_on_main_and_broadcast(self.accelerator, find)
 
     def environment(self, fingerprints: dict[str, str]) -> dict[str, Any]:
         """Return what the run runs on; empty on all ranks but the main process."""
