@@ -11,6 +11,7 @@ from torch import nn
 
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
+from ..tracking.live_report import LiveReport
 from ..tracking.trackers import Trackers
 from .samples import Samples
 from .setup import RunInputs
@@ -22,6 +23,7 @@ class Outputs:
     Attributes:
         trackers: metrics.jsonl and the trackers of --tracker.
         samples: None without --sample-interval.
+        report: of the main process; set when training begins.
     """
 
     trackers: Trackers
@@ -40,6 +42,7 @@ class Outputs:
         self._inputs, self._folder = inputs, folder
         self._accelerator, self._model = accelerator, model
         self._environment, self._progress = environment, progress
+        self.report: LiveReport | None = None
 
     @property
     def metrics_path(self) -> Path:
@@ -58,6 +61,8 @@ class Outputs:
             environment=self._environment,
             warn=self._progress.warn,
         )
+        if self.report is not None:
+            self.report.reread()
         self.samples = None
         if config.sample_interval is not None:
             self.samples = Samples(

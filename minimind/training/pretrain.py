@@ -19,7 +19,8 @@ from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
-from ..config.options import AUTO, PretrainConfig
+from ..config.naming import errors_for_caller
+from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -33,10 +34,12 @@ from ..errors import CheckpointError
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
+from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
 from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
+from ..tracking.live_report import LiveReport
 from ..tracking.trackers import check_trackers
 from .build_model import ModelFactory
 from .evaluator import Evaluator
@@ -54,13 +57,14 @@ from .setup import (
     resolve_run,
     torch_for_training,
 )
-from .summary import PretrainResult, banner, finished_result, summarize
+from .summary import PretrainResult, banner, finished_result, run_facts, summarize
 from .throughput import Meter
 from .trainer import Trainer
 
 # The signal handlers and the state of Accelerate belong to one run at a time.
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def pretrain(
     config: PretrainConfig,
     *,
@@ -99,6 +103,7 @@ def pretrain(
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
+        closing.enter_context(stop.announced(progress.note))
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
@@ -138,7 +143,7 @@ def pretrain(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
@@ -188,7 +193,8 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             # The processes that the launcher replaced may still be ending.
             wait_seconds = 60.0 if restarts() else 0.0
             resumes = source is not None or started_before()
-            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            claim = session.folder.claim(resume=resumes, wait_seconds=wait_seconds, note=progress.note)
+            session.closing.enter_context(claim)
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
@@ -205,8 +211,9 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             data = prepare_data(config, options.tokenizer, show)
         finally:
             stop.exit_if_signalled()
-        if data.built:
-            builder.banner([("data", line) for line in data.report.lines()])
+        if data.built or (config.verbose and is_main_process()):
+            lines = data.report.lines() if config.verbose else data.report.problems()
+            builder.banner([("data", line) for line in lines])
     return data
 
 
@@ -250,6 +257,7 @@ class _Run:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
+        fit_to_horizon(parts.optimizer, total_steps)
         checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
         state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
         schedule = self._schedule(checkpointer, state, branch=branch)
@@ -265,7 +273,15 @@ class _Run:
         steps_per_epoch = parts.loader.steps_per_epoch
         for note in run_notes(config, total_steps, steps_per_epoch, schedule.warmup_steps):
             progress.note(note)
-        progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
+        rows = banner(inputs, parts, self.data, accelerator, total_steps)
+        progress.banner(rows)
+        meter = self._meter(state)
+        if accelerator.is_main_process:
+            facts = run_facts(written, session.folder, rows, self.data, environment, total_steps)
+            outputs.report = LiveReport(
+                session.folder, facts, warnings=progress.warnings, totals=meter.totals, warn=progress.warn
+            )
+            closing.enter_context(outputs.report)
         return Trainer(
             config=config,
             model_config=model_config,
@@ -277,7 +293,7 @@ class _Run:
             total_steps=total_steps,
             checkpointer=checkpointer,
             outputs=outputs,
-            meter=self._meter(state),
+            meter=meter,
             progress=progress,
             stop=session.stop,
             state=state,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
-from ..optim.build import set_learning_rate
-from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
+from ..optim.build import set_schedule
+from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time, warmup_problem
 from ..tracking.console import Progress
 from ..tracking.metrics_file import last_with
 from .async_metrics import AsyncScalars
@@ -82,6 +83,7 @@ class Trainer:
         graph: CUDA graph of forward and backward pass; None without one.
         profiler: None without --profile.
         stop_after: step after which the run ends as if it had been asked to stop; None for none.
+        checked_warmup: whether the warm-up was compared with --max-time.
         saved_step: the last step with a checkpoint in the run's folder, -1 without one.
         reports: sends metrics to trackers and terminal.
     """
@@ -106,6 +108,7 @@ class Trainer:
     profiler: ProfileTrace | None = None
     stop_after: int | None = None
     saved_step: int = -1
+    checked_warmup: bool = False
     reports: Reports = field(init=False)
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
@@ -144,7 +147,7 @@ class Trainer:
             with self.meter.phase("data"):
                 batch = next(batches)
             learning_rate = self.schedule.at(state.step, state.decay_window)
-            set_learning_rate(self.optimizer, learning_rate)
+            set_schedule(self.optimizer, learning_rate, state.step)
             limit = self._loss_limit(batch)
             values = self.train_step(batch, limit)
             state.advance(batch, self.loader.sequences_per_epoch)
@@ -201,7 +204,9 @@ class Trainer:
             state.stopping |= asked_to_stop > 0
             if decay and state.decay_window is None:
                 self._fit_to_time(int(decay))
-            append_loss(state.recent_losses, loss_sum / max(record.num_targets, 1))
+            loss = loss_sum / max(record.num_targets, 1)
+            append_loss(state.recent_losses, loss)
+            self.progress.advance(record.step, loss)
             finite = math.isfinite(loss_sum) and math.isfinite(norm)
             jumped = finite and loss_sum > record.limit
             if finite and not (jumped and self.config.on_spike == "skip"):
@@ -330,34 +335,29 @@ class Trainer:
     def _loss_limit(self, batch: StepBatch) -> float:
         """Return the summed loss above which the step is a spike, in float32 as the device compares it."""
         full = sum(len(part.input_ids) for part in batch.micro_batches) * self.accelerator.num_processes
-        per_token = spike_threshold(
-            self.state.recent_losses,
-            len(self.metrics),
-            self.config.spike_sigma,
-            batch.num_sequences / full,
-        )
+        fraction = batch.num_sequences / full
+        sigma, unread = self.config.spike_sigma, len(self.metrics)
+        per_token = spike_threshold(self.state.recent_losses, unread, sigma, fraction)
         return float(np.float32(per_token * max(batch.num_targets, 1)))
 
     def _decay_steps(self) -> int:
         """Return what `fit_to_time` asks for, on the main process; 0 elsewhere."""
         seconds_left, per_step = self.stop.seconds_left(), self.meter.seconds_per_step()
-        if (
-            not self.accelerator.is_main_process
-            or self.state.decay_window is not None
-            or seconds_left is None
-            or per_step is None
-        ):
+        unused = not self.accelerator.is_main_process or self.state.decay_window is not None
+        if unused or seconds_left is None or per_step is None:
             return 0
         # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
         reserved = 2 * (self.meter.seconds_of("evaluation") + self.meter.seconds_of("saving")) + END_SECONDS
-        return fit_to_time(
-            self.config,
-            warmup=self.schedule.warmup_steps,
-            total_steps=self.total_steps,
-            steps_done=self.state.step,
-            seconds_left=0.9 * (seconds_left - reserved),
-            seconds_per_step=per_step,
-        )
+        limits: dict[str, Any] = {
+            "warmup": self.schedule.warmup_steps,
+            "steps_done": self.state.step,
+            "seconds_left": 0.9 * (seconds_left - reserved),
+            "seconds_per_step": per_step,
+        }
+        if not self.checked_warmup and (problem := warmup_problem(self.config, **limits)) is not None:
+            self.progress.warn(problem)
+        self.checked_warmup = True
+        return fit_to_time(self.config, total_steps=self.total_steps, **limits)
 
     def _fit_to_time(self, steps: int) -> None:
         """Begin the decay that ends the run within --max-time, or shorten the warm-up; see `fit_to_time`."""
@@ -368,8 +368,7 @@ class Trainer:
                 self.checkpointer.settings[WARMUP_KEY] = warmup
                 self.progress.note(f"--max-time: warming up in {warmup:,} steps.")
             return
-        begin, end = self.state.step, min(self.state.step + steps, self.total_steps)
-        self.state.decay_window = begin, end
+        begin, end = self.state.decay_window = self.state.step, min(self.state.step + steps, self.total_steps)
         self.meter.end_at(end)
         self.progress.start(end, begin)
         self.progress.note(f"--max-time: decaying from step {begin:,}, to end at step {end:,}.")
