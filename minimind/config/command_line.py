@@ -17,7 +17,8 @@ def to_argv(config: PretrainConfig) -> list[str]:
 def _argv_from(config: PretrainConfig, preset: str | None) -> list[str]:
     """Return the arguments on top of a preset, or of the defaults."""
     schema = CONFIG_SCHEMA
-    given: set[str] = set()
+    # The weights determine the sizes that are not given.
+    given = set() if config.from_weight is None else {"from_weight"}
     # Repeat, because an option may change the default of another one.
     while True:
         base = resolve(preset=preset, flags={name: getattr(config, name) for name in given})

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..launch_env import world_size
-from .options import AUTO, CONFIG_SCHEMA, PretrainConfig
-from .schema import flag_of, for_caller, options_were_typed, parse_values
+from .naming import flag_of, for_caller, options_were_typed
+from .options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, PretrainConfig
+from .schema import parse_values
 
 # The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -181,7 +182,11 @@ def resolve(
         # The epochs of a preset are a default: a limit that is given takes their place.
         merged.pop("epochs", None)
     if merged.get("learning_rate") is None:
-        merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
+        rate = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
+        if rate is not None and merged.get("from_weight") is not None:
+            # The rates of a preset are those of random weights.
+            rate *= FROM_WEIGHT_RATE
+        merged["learning_rate"] = rate
     try:
         with options_were_typed():
             config = PretrainConfig(**merged)

@@ -284,18 +284,9 @@ def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any
 
 
 SHAPE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "use_moe",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("vocab_size", "tie_word_embeddings"),
 )
 
 

@@ -70,7 +70,6 @@ class TensorBoard:
         """Store the arguments; the disk is not touched.
 
         Args:
-            folder: the run folder.
             start_step: older events of later steps become invalid; 0 invalidates all.
             on_error: called when the disk refuses events, which then stay in memory; see `AppendFile`.
         """
@@ -142,9 +141,6 @@ class WandB(WandBTracker):
         """Store the arguments; nothing is sent.
 
         Args:
-            project: name of the project.
-            name: name of the run.
-            folder: the run folder.
             run_id: id of the WandB run to resume.
             grouped: name metrics by groups, such as `train/loss`; off for runs that have begun without.
         """

@@ -27,10 +27,12 @@ CHARTS = (
     Chart("expert_load", "Load of the busiest expert", "multiple of the mean", 3),
     Chart("balance_loss", "Load-balancing loss", "", 4),
 )
+SCORES = Chart("scores", "Cloze accuracy", "share of the items", 3)
+SCORED = (("cloze_en", "English", True), ("cloze_zh", "Chinese", True))
 # What an evaluation forecasts for the end of the run: bits per byte, and their range.
 FORECAST = ("val_forecast_bits_per_byte", "val_forecast_low", "val_forecast_high")
 # Metrics whose history is kept for the page.
-DRAWN = frozenset({name for name, _, _ in LOSSES} | {chart.name for chart in CHARTS} | {*FORECAST})
+DRAWN = frozenset({chart.name for chart in CHARTS} | {name for name, _, _ in LOSSES + SCORED} | {*FORECAST})
 
 # Bounds on what a page shows, so that it stays below 500 kB.
 MOST_SAMPLES = 12
@@ -107,6 +109,11 @@ class RunState:
         steps, values = self.series.get(name, ((), ()))
         return Curve(label, thinned(steps, values, self.clock), style, marks)
 
+    def curves(self, named: Sequence[tuple[str, str, bool]]) -> list[Curve]:
+        """Return the curves of one chart, without those of no points."""
+        every = [self.curve(name, label, i, marks=marks) for i, (name, label, marks) in enumerate(named)]
+        return [curve for curve in every if curve.points]
+
     def forecast(self) -> Curve | None:
         """Return the forecasts with their ranges; None without any."""
         if not self.series.keys() >= {*FORECAST}:
@@ -121,8 +128,7 @@ class RunState:
 
 def report_html(facts: RunFacts, state: RunState, reload_seconds: float) -> str:
     """Return the page; while the run continues, it reloads in this interval."""
-    losses = [state.curve(name, label, i, marks=marks) for i, (name, label, marks) in enumerate(LOSSES)]
-    charts = [(LOSS, [curve for curve in losses if curve.points])]
+    charts = [(LOSS, state.curves(LOSSES))]
     for chart in CHARTS:
         if chart.name in state.series:
             marks = chart.name.startswith("val_")
@@ -130,6 +136,8 @@ def report_html(facts: RunFacts, state: RunState, reload_seconds: float) -> str:
             if chart.name == "val_bits_per_byte" and (forecast := state.forecast()):
                 curves = [dataclasses.replace(curves[0], label="measured"), forecast]
             charts.append((chart, curves))
+    if scores := state.curves(SCORED):
+        charts.append((SCORES, scores))
     live = state.end is None
     body = [
         '<a class="skip" href="#details">To the tables</a>',

@@ -19,7 +19,8 @@ from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
-from ..config.options import AUTO, PretrainConfig
+from ..config.naming import errors_for_caller
+from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -63,6 +64,7 @@ from .trainer import Trainer
 # The signal handlers and the state of Accelerate belong to one run at a time.
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def pretrain(
     config: PretrainConfig,
     *,
@@ -191,7 +193,8 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             # The processes that the launcher replaced may still be ending.
             wait_seconds = 60.0 if restarts() else 0.0
             resumes = source is not None or started_before()
-            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            claim = session.folder.claim(resume=resumes, wait_seconds=wait_seconds, note=progress.note)
+            session.closing.enter_context(claim)
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)

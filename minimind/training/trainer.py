@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_schedule
-from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
+from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time, warmup_problem
 from ..tracking.console import Progress
 from ..tracking.metrics_file import last_with
 from .async_metrics import AsyncScalars
@@ -82,6 +83,7 @@ class Trainer:
         graph: CUDA graph of forward and backward pass; None without one.
         profiler: None without --profile.
         stop_after: step after which the run ends as if it had been asked to stop; None for none.
+        checked_warmup: whether the warm-up was compared with --max-time.
         saved_step: the last step with a checkpoint in the run's folder, -1 without one.
         reports: sends metrics to trackers and terminal.
     """
@@ -106,6 +108,7 @@ class Trainer:
     profiler: ProfileTrace | None = None
     stop_after: int | None = None
     saved_step: int = -1
+    checked_warmup: bool = False
     reports: Reports = field(init=False)
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
@@ -340,23 +343,21 @@ class Trainer:
     def _decay_steps(self) -> int:
         """Return what `fit_to_time` asks for, on the main process; 0 elsewhere."""
         seconds_left, per_step = self.stop.seconds_left(), self.meter.seconds_per_step()
-        if (
-            not self.accelerator.is_main_process
-            or self.state.decay_window is not None
-            or seconds_left is None
-            or per_step is None
-        ):
+        unused = not self.accelerator.is_main_process or self.state.decay_window is not None
+        if unused or seconds_left is None or per_step is None:
             return 0
         # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
         reserved = 2 * (self.meter.seconds_of("evaluation") + self.meter.seconds_of("saving")) + END_SECONDS
-        return fit_to_time(
-            self.config,
-            warmup=self.schedule.warmup_steps,
-            total_steps=self.total_steps,
-            steps_done=self.state.step,
-            seconds_left=0.9 * (seconds_left - reserved),
-            seconds_per_step=per_step,
-        )
+        limits: dict[str, Any] = {
+            "warmup": self.schedule.warmup_steps,
+            "steps_done": self.state.step,
+            "seconds_left": 0.9 * (seconds_left - reserved),
+            "seconds_per_step": per_step,
+        }
+        if not self.checked_warmup and (problem := warmup_problem(self.config, **limits)) is not None:
+            self.progress.warn(problem)
+        self.checked_warmup = True
+        return fit_to_time(self.config, total_steps=self.total_steps, **limits)
 
     def _fit_to_time(self, steps: int) -> None:
         """Begin the decay that ends the run within --max-time, or shorten the warm-up; see `fit_to_time`."""
@@ -367,8 +368,7 @@ class Trainer:
                 self.checkpointer.settings[WARMUP_KEY] = warmup
                 self.progress.note(f"--max-time: warming up in {warmup:,} steps.")
             return
-        begin, end = self.state.step, min(self.state.step + steps, self.total_steps)
-        self.state.decay_window = begin, end
+        begin, end = self.state.decay_window = self.state.step, min(self.state.step + steps, self.total_steps)
         self.meter.end_at(end)
         self.progress.start(end, begin)
         self.progress.note(f"--max-time: decaying from step {begin:,}, to end at step {end:,}.")

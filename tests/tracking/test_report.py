@@ -122,6 +122,14 @@ def test_a_forecast_is_drawn_with_its_range(folder: RunFolder) -> None:
     assert "Forecast of the end 2.500" in read(page)
 
 
+def test_scores_have_a_chart(folder: RunFolder) -> None:
+    text = folder.metrics.read_text().removesuffix('{"step": 40, "lo')
+    folder.metrics.write_text(text + line(30, cloze_en=0.5))
+    LiveReport(folder, FACTS)._write(15)
+    (curve,) = charts(folder.report.read_text(encoding="utf-8"))["scores"]["curves"]
+    assert (curve["label"], curve["points"]) == ("English", [[30, 3000, 60, 0.5]])
+
+
 def test_nothing_of_a_run_becomes_markup() -> None:
     facts = RunFacts(
         HOSTILE,
