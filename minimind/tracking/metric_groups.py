@@ -13,6 +13,8 @@ def grouped_name(metric: str) -> str:
         return metric
     if metric.startswith("val_"):
         return f"val/{metric.removeprefix('val_')}"
+    if metric.startswith("cloze_"):
+        return f"score/{metric}"
     if metric in _PERFORMANCE or metric.startswith(("data_wait", "total_")):
         return f"perf/{metric}"
     return f"experts/{metric}" if metric in _EXPERTS else f"train/{metric}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,12 @@ CHARTS = (
     Chart("expert_load", "Load of the busiest expert", "multiple of the mean", 3),
     Chart("balance_loss", "Load-balancing loss", "", 4),
 )
+SCORES = Chart("scores", "Cloze accuracy", "share of the items", 3)
+SCORED = (("cloze_en", "English", True), ("cloze_zh", "Chinese", True))
+# What an evaluation forecasts for the end of the run: bits per byte, and their range.
+FORECAST = ("val_forecast_bits_per_byte", "val_forecast_low", "val_forecast_high")
 # Metrics whose history is kept for the page.
-DRAWN = frozenset({name for name, _, _ in LOSSES} | {chart.name for chart in CHARTS})
+DRAWN = frozenset({chart.name for chart in CHARTS} | {name for name, _, _ in LOSSES + SCORED} | {*FORECAST})
 
 # Bounds on what a page shows, so that it stays below 500 kB.
 MOST_SAMPLES = 12
@@ -104,15 +109,35 @@ class RunState:
         steps, values = self.series.get(name, ((), ()))
         return Curve(label, thinned(steps, values, self.clock), style, marks)
 
+    def curves(self, named: Sequence[tuple[str, str, bool]]) -> list[Curve]:
+        """Return the curves of one chart, without those of no points."""
+        every = [self.curve(name, label, i, marks=marks) for i, (name, label, marks) in enumerate(named)]
+        return [curve for curve in every if curve.points]
+
+    def forecast(self) -> Curve | None:
+        """Return the forecasts with their ranges; None without any."""
+        if not self.series.keys() >= {*FORECAST}:
+            return None
+        values, low, high = (self.curve(name, "").points for name in FORECAST)
+        points = [
+            dataclasses.replace(value, low=least.value, high=most.value)
+            for value, least, most in zip(values, low, high, strict=False)
+        ]
+        return Curve("forecast of the end", points, style=2)
+
 
 def report_html(facts: RunFacts, state: RunState, reload_seconds: float) -> str:
     """Return the page; while the run continues, it reloads in this interval."""
-    losses = [state.curve(name, label, i, marks=marks) for i, (name, label, marks) in enumerate(LOSSES)]
-    charts = [(LOSS, [curve for curve in losses if curve.points])]
+    charts = [(LOSS, state.curves(LOSSES))]
     for chart in CHARTS:
         if chart.name in state.series:
             marks = chart.name.startswith("val_")
-            charts.append((chart, [state.curve(chart.name, "", int(marks), marks=marks)]))
+            curves = [state.curve(chart.name, "", int(marks), marks=marks)]
+            if chart.name == "val_bits_per_byte" and (forecast := state.forecast()):
+                curves = [dataclasses.replace(curves[0], label="measured"), forecast]
+            charts.append((chart, curves))
+    if scores := state.curves(SCORED):
+        charts.append((SCORES, scores))
     live = state.end is None
     body = [
         '<a class="skip" href="#details">To the tables</a>',
@@ -157,11 +182,12 @@ def _tiles(state: RunState) -> Iterator[tuple[str, str]]:
     """Yield the numbers to see first."""
     last = state.last
     speed = last.get("total_tokens_per_second") or last.get("tokens_per_second")
-    eta = last.get("eta_seconds") if state.end is None else None
+    eta, forecast = (last.get(name) if state.end is None else None for name in ("eta_seconds", FORECAST[0]))
     shown = (
         ("Training loss", last.get("loss"), lambda v: f"{v:.4f}"),
         ("Validation loss", last.get("val_loss"), lambda v: f"{v:.4f}"),
         ("Bits per byte", last.get("val_bits_per_byte"), lambda v: f"{v:.4f}"),
+        ("Forecast of the end", forecast, lambda v: f"{v:.3f}"),
         ("Tokens trained", last.get("tokens"), count),
         ("Tokens per second", speed, count),
         ("MFU", last.get("total_mfu") or last.get("mfu"), lambda v: f"{v:.1%}"),

@@ -110,6 +110,26 @@ def test_the_page_shows_what_the_run_has_written(folder: RunFolder) -> None:
     assert_self_contained(page)
 
 
+def test_a_forecast_is_drawn_with_its_range(folder: RunFolder) -> None:
+    text = folder.metrics.read_text().removesuffix('{"step": 40, "lo')
+    forecast = {"val_forecast_bits_per_byte": 2.5, "val_forecast_low": 2.25, "val_forecast_high": 3.0}
+    folder.metrics.write_text(text + line(30, val_bits_per_byte=2.75, **forecast))
+    LiveReport(folder, FACTS)._write(15)
+    page = folder.report.read_text(encoding="utf-8")
+    measured, expected = charts(page)["val_bits_per_byte"]["curves"]
+    assert (measured["label"], expected["label"]) == ("measured", "forecast of the end")
+    assert expected["points"] == [[30, 3000, 60, 2.5, 2.25, 3]]
+    assert "Forecast of the end 2.500" in read(page)
+
+
+def test_scores_have_a_chart(folder: RunFolder) -> None:
+    text = folder.metrics.read_text().removesuffix('{"step": 40, "lo')
+    folder.metrics.write_text(text + line(30, cloze_en=0.5))
+    LiveReport(folder, FACTS)._write(15)
+    (curve,) = charts(folder.report.read_text(encoding="utf-8"))["scores"]["curves"]
+    assert (curve["label"], curve["points"]) == ("English", [[30, 3000, 60, 0.5]])
+
+
 def test_nothing_of_a_run_becomes_markup() -> None:
     facts = RunFacts(
         HOSTILE,

@@ -274,6 +274,7 @@ def test_tensorboard_shows_both_losses_in_one_chart_and_a_dozen_options(desk):
         ("loss", "train/loss"), ("val_bits_per_byte", "val/bits_per_byte"), ("mfu", "perf/mfu"),
         ("data_wait_seconds", "perf/data_wait_seconds"), ("total_training", "perf/total_training"),
         ("expert_load", "experts/expert_load"), ("my/metric", "my/metric"), ("rewinds", "train/rewinds"),
+        ("cloze_en", "score/cloze_en"),
     ],
 )  # fmt: skip
 def test_metrics_are_grouped(metric, tag):
