@@ -34,8 +34,6 @@ from .files import (
     without_start_token,
 )
 
-__all__ = ["PACKAGED", "SPECIAL_TOKENS", "Tokenizer", "check_vocab", "load_tokenizer", "train_tokenizer"]
-
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
 """First entries of a trained tokenizer: padding, start, end, and 13 reserved ones."""
 
