@@ -143,8 +143,8 @@ def sequence_length(batch_tokens: int) -> int:
 def learning_rate(optimizer: str, *, width: int, batch_tokens: float, tokens: float) -> float:
     """Return the peak learning rate, with two significant digits.
 
-    lr = anchor · (C/512)^w · (B/16k)^0.5 · (D/61M)^-0.32, w = -0.5 for Muon and -1 for AdamW. It gives what
-    the presets state within a factor of 2.
+    lr = anchor · (C/512)^w · (B/16k)^0.5 · (D/61M)^-0.32, w = -0.5 for Muon and -1 for AdamW. Up to 350M
+    parameters it gives what the presets state within a factor of 2.
 
     Args:
         optimizer: `muon` or `adamw`.
