@@ -35,6 +35,7 @@ from minimind.data.loader import Loader, StepBatch
 from minimind.data.prepare import PreparedData, prepare_data
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
 from minimind.optim.build import set_learning_rate
+from minimind.planning.text_sample import read_sample, text_size
 from minimind.schedule import LearningRateSchedule
 from minimind.training.evaluator import Evaluator
 from minimind.training.setup import RunInputs, build_training, resolve_run
@@ -101,6 +102,8 @@ class Grid:
         self.base |= {"val_fraction": options.val_fraction}
         if options.cache_dir:
             self.base["cache_dir"] = options.cache_dir
+        sample = read_sample(PretrainConfig(**self.base))
+        self.unigram_bits = text_size(PretrainConfig(), sample, choose_tokenizer=False).unigram_bits
         if options.vocab_size:
             tokenizer = train_tokenizer(_documents(options.data), options.vocab_size, max_bytes=8_000_000)
             tokenizer.save(folder / "tokenizer")
@@ -217,6 +220,7 @@ class Grid:
             "weight_decay": config.weight_decay,
             "seconds": round(seconds, 2),
             "tokens_per_second": round(trained / seconds),
+            "unigram_bits": self.unigram_bits,
             "bits_per_byte": final.bits_per_byte,
             "val_loss": final.loss,
             "curve": [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
+from .budget import BudgetConfig
 from .checks import conflicts
 from .schema import FieldInfo, convert_fields, for_caller, range_problems, schema_of
 
@@ -342,7 +343,7 @@ class RunConfig:
 
 # The fields of the last base come first.
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
+class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """Configuration of a pretraining run.
 
     Paths may be `os.PathLike` and may begin with `~`; numbers may be NumPy or torch scalars.
@@ -353,6 +354,7 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        self.record_kept_options(CONFIG_SCHEMA)
         problems = [*range_problems(self)]
         problems = problems or [for_caller(problem, CONFIG_SCHEMA) for problem in conflicts(self)]
         if problems:
@@ -380,5 +382,5 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
         return 1 if self.max_steps is None and self.max_tokens is None else math.inf
 
 
-CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
+CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig, BudgetConfig)
 CONFIG_SCHEMA = schema_of(PretrainConfig)
