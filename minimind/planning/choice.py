@@ -78,9 +78,9 @@ class Chooser:
         """
         best: dict[Any, Candidate] = {}
         for candidate in self._candidates():
-            before = best.get(candidate.key)
-            if before is None or _badness(candidate) < _badness(before):
-                best[candidate.key] = candidate
+            key = candidate.shape, candidate.tokenizer
+            if key not in best or _badness(candidate) < _badness(best[key]):
+                best[key] = candidate
         if not best:
             raise ConfigError(
                 "--budget: no model fits into the memory of the device with the options that are set; lower "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,15 @@ from ..data.readers import Reading, TextFile
 from ..data.sources import read_sources
 from ..errors import DataError
 from ..evaluation.scaling_law import unigram_bits
-from ..io.lock import hold_lock
+from ..io.lock import LockedError, hold_lock
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 from .candidates import TextSize, TokenizerChoice
 
 # Text that is read, from files spread over all, and of it the text that a tokenizer is trained on.
 SAMPLE_BYTES = 4_000_000
 SAMPLE_FILES = 64
+# Read so much of a file to know how much text it holds.
+_AHEAD_BYTES = 2_000_000
 # Places in a large JSONL file to read from.
 _PLACES = 32
 # Vocabularies to choose from. One needs about 400 bytes of sample per entry for its entries to be common.
@@ -79,17 +80,13 @@ def read_sample(config: PretrainConfig) -> TextSample:
     documents_read: list[str] = []
     text_bytes = file_bytes = 0.0
     for path in chosen:
-        file = TextFile(path, "--data", config.text_key, config.bad_lines)
-        size = path.stat().st_size
-        if path.suffix == ".jsonl" and size > 2 * quota:
+        if path.suffix == ".jsonl" and path.stat().st_size > 2 * quota:
             kept, done = _spread(path, config.text_key, quota)
+            read = _bytes(kept)
         else:
-            reading = Reading()
-            kept = list(_until(file.documents(reading), quota))
-            # The reader may be ahead of the documents it has yielded.
-            done = min(reading.done_bytes or size, size)
+            kept, read, done = _beginning(TextFile(path, "--data", config.text_key, config.bad_lines), quota)
         documents_read += kept
-        text_bytes, file_bytes = text_bytes + _bytes(kept), file_bytes + max(done, 1)
+        text_bytes, file_bytes = text_bytes + read, file_bytes + max(done, 1)
     if not documents_read:
         raise DataError("--data has no documents; name files with text.")
     total = sum(path.stat().st_size for path in files)
@@ -113,9 +110,10 @@ def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: b
     given_tokens = sum(map(len, given.encode_batch(held_out))) + marks
     found = [TokenizerChoice(given.vocab_size, num_bytes / given_tokens)]
     sizes = sample.vocabularies() if choose_tokenizer else ()
-    if sizes:
-        rules = trained_rules(config, sample)
+    if sizes and (rules := trained_rules(config, sample)) is not None:
         for size in sizes:
+            if size > len(rules["model"]["vocab"]):
+                break
             tokens = sum(map(len, _of_size(rules, size).encode_batch(held_out))) + marks
             found.append(TokenizerChoice(size, num_bytes / tokens, trained=True))
     share = 1.0 if config.val_data else 1 - config.val_fraction
@@ -126,32 +124,34 @@ def trained_tokenizer(config: PretrainConfig, sample: TextSample, vocab_size: in
     """Return the folder of a tokenizer trained on the sample, in the cache."""
     folder = _tokenizer_folder(config, sample) / str(vocab_size)
     if not (folder / "tokenizer.json").is_file():
-        _of_size(trained_rules(config, sample), vocab_size).save(folder)
+        rules = trained_rules(config, sample)
+        assert rules is not None, "its tokens were counted before"
+        _of_size(rules, vocab_size).save(folder)
     return str(folder)
 
 
-def trained_rules(config: PretrainConfig, sample: TextSample) -> dict[str, Any]:
-    """Return the rules of the largest tokenizer that the sample is enough for, trained once and cached.
+def trained_rules(config: PretrainConfig, sample: TextSample) -> dict[str, Any] | None:
+    """Return the rules of the largest tokenizer that the sample fills, trained once and cached.
 
     A smaller vocabulary of the same text is a prefix of it: BPE learns one merge after another.
     """
     folder = _tokenizer_folder(config, sample) / "largest"
-    with suppress(OSError), hold_lock(folder.parent / ".lock", _LOCK_SECONDS):
+    with suppress(OSError, LockedError), hold_lock(folder.parent / ".lock", _LOCK_SECONDS):
         if not (folder / "tokenizer.json").is_file():
-            _train(sample).save(folder)
+            if (tokenizer := _train(sample)) is None:
+                return None
+            tokenizer.save(folder)
         return load_tokenizer(folder).rules()
-    return _train(sample).rules()
+    tokenizer = _train(sample)
+    return None if tokenizer is None else tokenizer.rules()
 
 
-def _train(sample: TextSample) -> Tokenizer:
-    size = sample.vocabularies()[-1]
-    while True:
-        try:
+def _train(sample: TextSample) -> Tokenizer | None:
+    """Return the largest tokenizer that the sample fills; None for a text that is too uniform."""
+    for size in reversed(sample.vocabularies()):
+        with suppress(DataError):
             return train_tokenizer(sample.training, size, max_bytes=SAMPLE_BYTES)
-        except DataError:  # too uniform for so many entries
-            if size // 2 < VOCABULARIES[0] // 2:
-                raise
-            size //= 2
+    return None
 
 
 def _of_size(rules: dict[str, Any], vocab_size: int) -> Tokenizer:
@@ -191,14 +191,20 @@ def _spread(path: Path, text_key: str, num_bytes: float) -> tuple[list[str], int
     return found, done
 
 
-def _until(texts: Iterator[str], num_bytes: float) -> Iterator[str]:
-    """Yield documents until so many bytes are read, at least one."""
+def _beginning(file: TextFile, num_bytes: float) -> tuple[list[str], int, int]:
+    """Return the first documents of a file, the bytes of text read, and those of the file they took."""
+    reading = Reading()
+    found: list[str] = []
     read = 0
-    for text in texts:
-        yield text
+    size = file.path.stat().st_size
+    for text in file.documents(reading):
+        if read < num_bytes:
+            found.append(text)
         read += len(text.encode("utf-8", "replace"))
-        if read >= num_bytes:
-            return
+        # A reader is ahead of the documents it has yielded, by more where the file is compressed.
+        if read >= num_bytes and _AHEAD_BYTES <= reading.done_bytes < size:
+            return found, read, reading.done_bytes
+    return found, read, size
 
 
 def _bytes(texts: tuple[str, ...] | list[str]) -> int:

@@ -12,7 +12,7 @@ from ..checkpoint.train_state import TrainState
 from ..config.budget import parse_budget
 from ..config.options import PretrainConfig
 from ..distributed.shutdown import StopRequest
-from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
+from ..schedule import WARMUP_KEY, LearningRateSchedule, default_warmup_steps, fit_to_time
 from ..tracking.console import Progress
 from .throughput import Meter
 
@@ -187,11 +187,7 @@ class TimeLimits:
     def _fit_to_time(self, steps: int) -> None:
         """Begin the decay that ends the run within --max-time, or shorten the warm-up; see `fit_to_time`."""
         if steps < 0:
-            warmup = max(-steps, 2 * (self.state.step + 1))
-            if warmup < self.schedule.warmup_steps // 2:
-                self.schedule = LearningRateSchedule(self.config, self.total_steps, warmup)
-                self.checkpointer.settings[WARMUP_KEY] = warmup
-                self.progress.note(f"--max-time: warming up in {warmup:,} steps.")
+            self._shorten_warmup(-steps, "--max-time")
             return
         begin, end = self.state.step, min(self.state.step + steps, self.total_steps)
         self.state.decay_window = begin, end
@@ -202,7 +198,11 @@ class TimeLimits:
     def _fit_to_budget(self, end: int) -> None:
         """Move the end of the run to the step by which the time budget is used up; see `fitted_window`."""
         state = self.state
-        if state.step >= self.last_step or state.step < self.schedule.warmup_steps:
+        if state.step >= self.last_step:
+            return
+        if state.step < self.schedule.warmup_steps:
+            # The machine is slower than it was measured.
+            self._shorten_warmup(default_warmup_steps(end), "--budget")
             return
         window = fitted_window(
             state.decay_window,
@@ -216,3 +216,11 @@ class TimeLimits:
             state.decay_window = window
             self.meter.end_at(window[1])
             self.progress.start(window[1], state.step)
+
+    def _shorten_warmup(self, steps: int, option: str) -> None:
+        """Warm up in `steps`, or twice those done, if that is less than half of what is planned."""
+        warmup = max(steps, 2 * (self.state.step + 1))
+        if warmup < self.schedule.warmup_steps // 2:
+            self.schedule = LearningRateSchedule(self.config, self.total_steps, warmup)
+            self.checkpointer.settings[WARMUP_KEY] = warmup
+            self.progress.note(f"{option}: warming up in {warmup:,} steps.")
