@@ -34,7 +34,7 @@ from minimind.config.recipe import ModelShape
 from minimind.data.loader import Loader, StepBatch
 from minimind.data.prepare import PreparedData, prepare_data
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
-from minimind.optim.build import set_learning_rate
+from minimind.optim.build import fit_to_horizon, set_schedule
 from minimind.planning.text_sample import read_sample, text_size
 from minimind.schedule import LearningRateSchedule
 from minimind.training.evaluator import Evaluator
@@ -126,7 +126,7 @@ class Grid:
         batch = batch or recipe.global_batch_tokens(tokens)
         length = recipe.sequence_length(batch)
         rate = self.options.rate * recipe.learning_rate(
-            "muon", width=shape.hidden_size, batch_tokens=batch, tokens=tokens
+            PretrainConfig.optimizer, width=shape.hidden_size, batch_tokens=batch, tokens=tokens
         )
         steps = max(round(tokens / batch), 2)
         config = PretrainConfig(
@@ -174,6 +174,7 @@ class Grid:
         tokens_per_step = config.batch_size * config.max_seq_len
         sample = max(int(self.options.eval_tokens / tokens_per_step), 1)
         rate = LearningRateSchedule(config, steps).at
+        fit_to_horizon(parts.optimizer, steps)
         losses: list[torch.Tensor] = []
         evaluations: list[tuple[int, float]] = []
         evaluating = 0.0
@@ -181,7 +182,7 @@ class Grid:
         parts.model.train()
         began = time.perf_counter()
         for step, batch in zip(range(steps), _endless(parts.loader), strict=False):
-            set_learning_rate(parts.optimizer, rate(step))
+            set_schedule(parts.optimizer, rate(step), step)
             values = train_step(
                 parts.model,
                 parts.optimizer,

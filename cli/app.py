@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import minimind
-from minimind.config.schema import options_were_typed
+from minimind.config.naming import options_were_typed
 from minimind.errors import ConfigError, UserError
 from minimind.formatting import printable
 from minimind.launch_env import is_main_process, is_set, rank, world_size

@@ -51,7 +51,6 @@ def lr_factor(
 
     Args:
         step: from 0; beyond the last step the factor stays that of the last step.
-        total_steps: optimizer steps of the whole run.
         warmup_steps: 0 starts at the peak.
         schedule: one of the names above.
         min_lr_ratio: the factor at the end.
@@ -98,8 +97,6 @@ class LearningRateSchedule:
         """Take the schedule of a configuration for a run of `total_steps`.
 
         Args:
-            config: of the run.
-            total_steps: optimizer steps of the whole run.
             warmup: number of warm-up steps; None for that of the configuration.
         """
         self._peak, self._total_steps = config.peak_learning_rate, total_steps
@@ -139,6 +136,16 @@ def warmup_steps(config: PretrainConfig, total_steps: int) -> int:
     if config.warmup_steps is not None:
         return config.warmup_steps
     return default_warmup_steps(total_steps)
+
+
+def expected_steps(config: PretrainConfig, total_steps: int) -> int:
+    """Return about how many optimizer steps a run takes.
+
+    A time budget ends it before its epochs; its choice has 2% of the expected steps as warm-up.
+    """
+    if config.budget is None or parse_budget(config.budget).seconds is None or not config.warmup_steps:
+        return total_steps
+    return min(total_steps, max(round(config.warmup_steps / DEFAULT_WARMUP_SHARE), 1))
 
 
 def default_warmup_steps(total_steps: int) -> int:
@@ -243,8 +250,6 @@ def stable_phase(
     """Return between which numbers of steps a run is past its warm-up and not yet decaying.
 
     Args:
-        config: of the run.
-        total_steps: optimizer steps of the whole run.
         decay_window: see `LearningRateSchedule.at`.
 
     Returns:
@@ -289,6 +294,27 @@ def decay_steps_due(
     return max(min(wanted, possible), 1) if possible <= wanted else 0
 
 
+def warmup_problem(
+    config: PretrainConfig, *, warmup: int, steps_done: int, seconds_left: float, seconds_per_step: float
+) -> str | None:
+    """Return a sentence where --max-time ends the run inside a warm-up that `fit_to_time` does not shorten.
+
+    Args:
+        config: of the run.
+        warmup: number of warm-up steps.
+        steps_done: optimizer steps of the whole run so far.
+        seconds_left: time for training steps.
+        seconds_per_step: recent speed.
+    """
+    possible = steps_done + int(max(seconds_left, 0.0) / seconds_per_step)
+    if possible >= warmup or (config.lr_schedule == "wsd" and config.warmup_steps is None):
+        return None
+    return (
+        f"--max-time {config.max_time} allows about {possible:,} steps, fewer than the {warmup:,} of the "
+        f"warm-up: the learning rate only reaches {possible / warmup:.1%} of its peak; lower --warmup-steps."
+    )
+
+
 def fit_to_time(
     config: PretrainConfig,
     *,
@@ -301,7 +327,6 @@ def fit_to_time(
     """Return how a `wsd` run changes its schedule now so that it ends within --max-time.
 
     Args:
-        config: of the run.
         warmup: current number of warm-up steps.
         total_steps: optimizer steps of the run without a time limit.
         steps_done: optimizer steps of the whole run so far.

@@ -23,6 +23,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from .errors import ConfigError, DataError
 from .io.atomic import replace_files
+from .io.checksums import check_files
+from .io.reading import parse_json, read_bytes
 
 PACKAGED = Path(__file__).parent / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
@@ -207,7 +209,11 @@ def _unknown_token(model: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def _no_panic(name: str) -> Iterator[None]:
-    """Raise ConfigError for a panic of the Rust extension, which is no Exception."""
+    """Raise ConfigError for a panic of the Rust extension, which is no Exception.
+
+    Its report on stderr ("thread ... panicked") comes first. Redirecting the file descriptor meanwhile would
+    also hide what other threads and a crash write there.
+    """
     try:
         yield
     except BaseException as error:
@@ -232,6 +238,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     file = PACKAGED if path is None else Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
+    config_file = file.with_name(f"{file.stem}_config.json")
+    if path is not None:
+        check_files(file.parent, (file.name, config_file.name))
     rules = _read_json(file)
     if "model" not in rules:
         raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {_FIX}")
@@ -243,7 +252,6 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
             "Save it again with the transformers installed here, or update tokenizers."
         ) from error
-    config_file = file.with_name(f"{file.stem}_config.json")
     config = _read_json(config_file) if config_file.is_file() else {}
     bos, eos, pad = (_find_role(role, backend, config, file) for role in _KNOWN_NAMES)
     if eos is None:
@@ -259,10 +267,10 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = parse_json(read_bytes(file).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {_FIX}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"--tokenizer {file} is not JSON ({error}). {_FIX}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--tokenizer {file} is not a JSON object. {_FIX}")
@@ -273,7 +281,7 @@ def _template_beside(file: Path) -> str | None:
     """Return the chat template from the separate file that transformers 5 writes, or None."""
     template = file.with_name("chat_template.jinja")
     try:
-        return template.read_text(encoding="utf-8")
+        return read_bytes(template).decode("utf-8-sig")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -300,7 +308,6 @@ def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None =
     """Raise ConfigError when the model's embedding is smaller than the tokenizer's vocabulary.
 
     Args:
-        tokenizer: the tokenizer of the model.
         model_vocab_size: entries of its embedding.
         model: path of its weights; None for a new model, whose --vocab-size can be chosen.
     """
@@ -333,7 +340,6 @@ def train_tokenizer(
         texts: the documents; iterated once.
         vocab_size: entries, including 256 bytes and 16 special tokens.
         max_bytes: UTF-8 bytes to train on; Chinese needs about 60 times this in memory, English far less.
-        seed: seeds the sampling.
         progress: called with (documents read, bytes read) after each document.
 
     Raises:

@@ -44,9 +44,6 @@ class RunCheckpoints:
 
     Attributes:
         store: the checkpoint store.
-        accelerator: the one that prepared model and optimizer.
-        model: prepared.
-        optimizer: prepared.
         settings: compared with those of a checkpoint; see `compare_settings`.
         progress: shows warnings and notes.
         trackers: set before the first save, after `resume` has returned the step to open them at.

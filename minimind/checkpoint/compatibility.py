@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.naming import flag_of
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import flag_of
 from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
@@ -21,17 +21,9 @@ _ORDER = "the data order would change; {give}, or start a new run"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "use_moe",
-            "num_experts",
-            "moe_intermediate_size",
-            "vocab_size",
-            "tie_word_embeddings",
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            *("intermediate_size", "use_moe", "num_experts", "moe_intermediate_size"),
+            *("vocab_size", "tie_word_embeddings"),
         ),
         _SHAPE,
     ),
@@ -90,10 +82,6 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
 
     Values must be resolved (`head_dim`, `vocab_size`, `global_batch_size` as numbers, not None). A key that
     only one side has, as after an update of minimind, is not compared.
-
-    Args:
-        saved: from the checkpoint.
-        now: of this run.
 
     Returns:
         One line per difference that prevents resuming, and one per difference that needs a warning.
@@ -175,4 +163,4 @@ def _evaluated_sequences(config: PretrainConfig, plan: BatchPlan) -> int | None:
     """Return the size of the sample of --eval-batches; None for all validation data."""
     if config.eval_batches is None:
         return None
-    return config.eval_batches * plan.micro_batch_size * plan.num_processes
+    return config.eval_batches * plan.global_batch_size

@@ -70,7 +70,11 @@ class BudgetConfig:
         if "budget_keeps" in given or given >= schema.keys():  # `dataclasses.replace` gives all options
             given = frozenset()
         named = {str(name).lstrip("-").replace("-", "_") for name in self.budget_keeps}
-        changed = {name for name in BUDGET_OPTIONS if getattr(self, name) != schema[name].default}
+        changed = {
+            name
+            for name in BUDGET_OPTIONS
+            if getattr(self, name) not in (schema[name].default, schema[name].info.unset)
+        }
         kept = [name for name in BUDGET_OPTIONS if name in named | given | changed]
         object.__setattr__(self, "budget_keeps", (*kept, *sorted(named.difference(BUDGET_OPTIONS))))
 

@@ -7,25 +7,16 @@ from typing import Any
 
 from ..formatting import parse_duration
 from .budget import parse_budget
-from .schema import flag_of, for_caller, schema_of, suggestion
+from .naming import flag_of, for_caller
+from .schema import schema_of, suggestion
 
 
 def conflicts(config: Any) -> Iterator[str]:
     """Yield a sentence for each conflict between the options of a `PretrainConfig`."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
-        yield (
-            f"--num-key-value-heads {kv_heads} does not divide --num-attention-heads {heads}; "
-            f"use one of {_divisors(heads)}."
-        )
-    if config.head_dim is None and config.hidden_size % heads:
-        yield (
-            f"--hidden-size {config.hidden_size} is not a multiple of --num-attention-heads {heads}; "
-            "change one of them or set --head-dim."
-        )
-    elif (config.head_dim or config.hidden_size // heads) % 2:
-        yield "rotary position embeddings need an even head dimension; set --head-dim to an even number."
-    yield from _expert_conflicts(config)
+    # Sizes that are not given come from the weights, which are compared with those given when they are read.
+    if config.from_weight is None:
+        yield from _size_conflicts(config)
+        yield from _expert_conflicts(config)
     if config.accumulation_steps and config.global_batch_size:
         yield "--accumulation-steps and --global-batch-size both set the global batch; give only one of them."
     if config.val_data and not config.data:
@@ -56,17 +47,32 @@ def _budget_conflicts(config: Any) -> Iterator[str]:
         yield f"--budget-keeps {name} is not an option{suggestion(name, schema_of(config.__class__))}"
 
 
-def _expert_conflicts(config: Any) -> Iterator[str]:
-    if config.num_experts_per_tok > config.num_experts:
+def _size_conflicts(config: Any) -> Iterator[str]:
+    hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
         yield (
-            f"--num-experts-per-tok {config.num_experts_per_tok} is more than --num-experts "
-            f"{config.num_experts}; lower it."
+            f"--num-key-value-heads {kv_heads} does not divide --num-attention-heads {heads}; "
+            f"use one of {_divisors(heads)}."
         )
-    if config.use_moe or config.from_weight is not None:
+    if config.head_dim is None and hidden_size % heads:
+        yield (
+            f"--hidden-size {hidden_size} is not a multiple of --num-attention-heads {heads}; "
+            "change one of them or set --head-dim."
+        )
+    elif (config.head_dim or hidden_size // heads) % 2:
+        yield "rotary position embeddings need an even head dimension; set --head-dim to an even number."
+
+
+def _expert_conflicts(config: Any) -> Iterator[str]:
+    experts, active = config.num_experts, config.num_experts_per_tok
+    if active > experts:
+        yield f"--num-experts-per-tok {active} is more than --num-experts {experts}; lower it."
+    if config.use_moe:
         return
     schema = schema_of(config.__class__)
     for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        if (value := getattr(config, name)) != schema[name].default:
+        # The files of runs contain the defaults.
+        if (value := getattr(config, name)) not in (None, schema[name].fallback):
             yield f"{schema[name].flag} {value} applies to MoE models only; add --use-moe."
 
 
@@ -84,8 +90,6 @@ def run_notes(config: Any, total_steps: int, steps_per_epoch: int, warmup_steps:
 
     Args:
         config: a `PretrainConfig`.
-        total_steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps of an epoch.
         warmup_steps: of the learning rate, as given or by default.
     """
     notes = [

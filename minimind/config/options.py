@@ -1,7 +1,6 @@
 """Options of a pretraining run: names, types, defaults and help.
 
-The command line, the TOML reader, the documentation and the library all read these dataclasses. Importing
-them loads no torch, so that `--help` is fast.
+The command line, TOML files, the documentation and the library read them. Importing them loads no torch.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from typing import Annotated, Literal
 from ..errors import ConfigError
 from .budget import BudgetConfig
 from .checks import conflicts
-from .schema import FieldInfo, convert_fields, for_caller, range_problems, schema_of
+from .naming import for_caller
+from .schema import FieldInfo, convert_fields, fill_unset, range_problems, schema_of
 
-# Default peak learning rate of each optimizer; a preset may have its own.
-LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
+# Default peak learning rate of an optimizer, unless a preset has its own, and the share for trained weights.
+LEARNING_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
+FROM_WEIGHT_RATE = 0.3
 
 AUTO = "auto"
 DEFAULT_BATCH_SIZE = 32
@@ -79,12 +80,16 @@ class DataConfig:
 class ModelConfig:
     """Model"""
 
-    hidden_size: Annotated[int, FieldInfo("Hidden size.", minimum=1, common=True)] = 512
-    num_hidden_layers: Annotated[int, FieldInfo("Transformer layers.", minimum=1, common=True)] = 8
-    num_attention_heads: Annotated[int, FieldInfo("Query heads.", minimum=1, common=True)] = 8
+    hidden_size: Annotated[int | None, FieldInfo("Hidden size.", minimum=1, common=True, unset=512)] = None
+    num_hidden_layers: Annotated[
+        int | None, FieldInfo("Transformer layers.", minimum=1, common=True, unset=8)
+    ] = None
+    num_attention_heads: Annotated[int | None, FieldInfo("Query heads.", minimum=1, common=True, unset=8)] = (
+        None
+    )
     num_key_value_heads: Annotated[
-        int, FieldInfo("Key-value heads (grouped-query attention).", minimum=1)
-    ] = 2
+        int | None, FieldInfo("Key-value heads (grouped-query attention).", minimum=1, unset=2)
+    ] = None
     head_dim: Annotated[
         int | None,
         FieldInfo("Dimension of an attention head.", minimum=2, default_text="hidden size / query heads"),
@@ -98,10 +103,13 @@ class ModelConfig:
         ),
     ] = None
     use_moe: Annotated[
-        bool, FieldInfo("Replace the MLP of every layer by a mixture of experts.", common=True)
-    ] = False
-    num_experts: Annotated[int, FieldInfo("Experts per layer.", minimum=1)] = 4
-    num_experts_per_tok: Annotated[int, FieldInfo("Experts activated per token (top-k).", minimum=1)] = 1
+        bool | None,
+        FieldInfo("Replace the MLP of every layer by a mixture of experts.", common=True, unset=False),
+    ] = None
+    num_experts: Annotated[int | None, FieldInfo("Experts per layer.", minimum=1, unset=4)] = None
+    num_experts_per_tok: Annotated[
+        int | None, FieldInfo("Experts activated per token (top-k).", minimum=1, unset=1)
+    ] = None
     moe_intermediate_size: Annotated[
         int | None,
         FieldInfo("Inner dimension of an expert.", minimum=1, default_text="the intermediate size"),
@@ -110,12 +118,15 @@ class ModelConfig:
         float, FieldInfo("Coefficient of the router's load-balancing loss.", minimum=0.0)
     ] = 0.01
     vocab_size: Annotated[
-        int | None,
-        FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's"),
+        int | None, FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's")
     ] = None
     dropout: Annotated[float, FieldInfo("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
-    rope_theta: Annotated[float, FieldInfo("Base of the rotary position embedding (RoPE).", above=0.0)] = 1e6
-    tie_word_embeddings: Annotated[bool, FieldInfo("Share the embedding matrix with the LM head.")] = True
+    rope_theta: Annotated[
+        float | None, FieldInfo("Base of the rotary position embedding (RoPE).", above=0.0, unset=1e6)
+    ] = None
+    tie_word_embeddings: Annotated[
+        bool | None, FieldInfo("Share the embedding matrix with the LM head.", unset=True)
+    ] = None
     from_weight: Annotated[
         str | None,
         FieldInfo(
@@ -172,15 +183,20 @@ class OptimizationConfig:
         ),
     ] = None
     optimizer: Annotated[
-        Literal["muon", "adamw"],
-        FieldInfo("Optimizer of the transformer weight matrices; embeddings and norms always use AdamW."),
-    ] = "muon"
+        Literal["normuon", "muon", "adamw"],
+        FieldInfo(
+            "Optimizer of the transformer weight matrices; embeddings and norms always use AdamW. normuon is "
+            "Muon with normalized rows, a momentum warm-up and a higher learning rate of embedding and norms "
+            "in short runs."
+        ),
+    ] = "normuon"
     learning_rate: Annotated[
         float | None,
         FieldInfo(
             "Peak learning rate.",
             above=0.0,
-            default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+            default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+            + f"; with --from-weight {FROM_WEIGHT_RATE:g} times that",
             common=True,
         ),
     ] = None
@@ -203,8 +219,7 @@ class OptimizationConfig:
         FieldInfo("Steps in the decay phase of wsd.", minimum=1, default_text="from --decay-ratio"),
     ] = None
     decay_shape: Annotated[
-        Literal["sqrt", "linear"],
-        FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear."),
+        Literal["sqrt", "linear"], FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear.")
     ] = "sqrt"
     weight_decay: Annotated[
         float, FieldInfo("Weight decay of the weight matrices; norms and embeddings have none.", minimum=0.0)
@@ -249,12 +264,10 @@ class RunConfig:
         ),
     ] = None
     activation_checkpointing: Annotated[
-        bool,
-        FieldInfo("Recompute activations in the backward pass: less memory, slower."),
+        bool, FieldInfo("Recompute activations in the backward pass: less memory, slower.")
     ] = False
     profile: Annotated[
-        bool,
-        FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev."),
+        bool, FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev.")
     ] = False
     log_interval: Annotated[int, FieldInfo("Steps between reports.", minimum=1, common=True)] = 100
     eval_interval: Annotated[
@@ -264,14 +277,13 @@ class RunConfig:
     eval_batches: Annotated[
         int | None,
         FieldInfo(
-            "Evaluate this many batches, sampled evenly from the validation data.",
+            "Evaluate this many global batches, sampled evenly from the validation data.",
             minimum=1,
             default_text="all",
         ),
     ] = None
     sample_interval: Annotated[
-        int | None,
-        FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples"),
+        int | None, FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples")
     ] = None
     sample_prompt: Annotated[
         tuple[str, ...],
@@ -325,10 +337,9 @@ class RunConfig:
             common=True,
         ),
     ] = None
-    dist_timeout: Annotated[
-        str,
-        FieldInfo("Timeout of communication between processes.", metavar="TIME"),
-    ] = "10m"
+    dist_timeout: Annotated[str, FieldInfo("Timeout of communication between processes.", metavar="TIME")] = (
+        "10m"
+    )
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
         FieldInfo("Metric trackers besides metrics.jsonl. Repeatable.", common=True),
@@ -355,6 +366,8 @@ class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, D
     def __post_init__(self) -> None:
         convert_fields(self)
         self.record_kept_options(CONFIG_SCHEMA)
+        if self.from_weight is None:  # otherwise they are those of the weights
+            fill_unset(self)
         problems = [*range_problems(self)]
         problems = problems or [for_caller(problem, CONFIG_SCHEMA) for problem in conflicts(self)]
         if problems:
@@ -362,8 +375,9 @@ class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, D
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak learning rate; by default that of the optimizer."""
-        return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+        """The peak learning rate; by default that of the optimizer, and lower with --from-weight."""
+        default = LEARNING_RATES[self.optimizer] * (1.0 if self.from_weight is None else FROM_WEIGHT_RATE)
+        return default if self.learning_rate is None else self.learning_rate
 
     @property
     def evaluation_interval(self) -> int:

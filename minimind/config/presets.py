@@ -8,8 +8,9 @@ from typing import Any
 from ..errors import ConfigError
 from ..launch_env import world_size
 from .budget import BUDGET_OPTIONS
-from .options import AUTO, CONFIG_SCHEMA, PretrainConfig
-from .schema import flag_of, for_caller, options_were_typed, parse_values
+from .naming import flag_of, for_caller, options_were_typed
+from .options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, PretrainConfig
+from .schema import parse_values
 
 # The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -21,7 +22,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "max_seq_len": 128,
         "batch_size": 16,
-        "learning_rate": {"muon": 1e-2, "adamw": 3e-3},
+        "learning_rate": {"normuon": 1e-2, "muon": 1e-2, "adamw": 3e-3},
         "epochs": 2,
         "val_fraction": 0.05,
         "log_interval": 50,
@@ -67,7 +68,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 3072,
         "max_seq_len": 2048,
-        "learning_rate": {"muon": 2e-3, "adamw": 3e-4},
+        "learning_rate": {"normuon": 2e-3, "muon": 2e-3, "adamw": 3e-4},
     },
     "1b": {
         "hidden_size": 1792,
@@ -77,7 +78,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 4864,
         "max_seq_len": 2048,
-        "learning_rate": {"muon": 1.5e-3, "adamw": 2e-4},
+        "learning_rate": {"normuon": 1.5e-3, "muon": 1.5e-3, "adamw": 2e-4},
     },
 }
 
@@ -201,7 +202,11 @@ def resolve(
         # The epochs of a preset are a default: a limit that is given takes their place.
         merged.pop("epochs", None)
     if merged.get("learning_rate") is None:
-        merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
+        rate = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
+        if rate is not None and merged.get("from_weight") is not None:
+            # The rates of a preset are those of random weights.
+            rate *= FROM_WEIGHT_RATE
+        merged["learning_rate"] = rate
     if with_budget:
         merged["budget_keeps"] = _kept_by_budget(merged, file_values, flags or {}, preset)
     try:

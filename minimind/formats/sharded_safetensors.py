@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..io.checksums import check_files
 from ..io.reading import read_json
 
 WEIGHTS = "model.safetensors"
@@ -46,12 +47,14 @@ def index_of(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[s
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def other_weights(folder: Path, files: Collection[str]) -> list[Path]:
-    """Return the weight files and the index of an earlier save, which readers would take for these."""
+def remove_other_weights(folder: Path, files: Collection[str]) -> None:
+    """Remove the weight files and the index of an earlier save, which readers would take for `files`."""
     found = [*folder.glob(_SHARDS), folder / WEIGHTS]
     if len(files) == 1:
         found.append(folder / INDEX)
-    return [path for path in found if path.name not in files]
+    for path in found:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,9 +82,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a model folder by name, on the CPU, in their stored precision.
 
     Raises:
-        ConfigError: when a file is missing or damaged, or does not match the index.
+        ConfigError: when a file is missing or damaged, or does not match the index or `checksums.json`.
     """
     files = weight_files(folder)
+    check_files(folder, [INDEX, *(file.name for file in files)])
     weights = {name: tensor for file in files for name, tensor in _read_file(file).items()}
     if files == [folder / WEIGHTS]:
         return weights
@@ -104,6 +108,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # a FIFO would block
+        raise ConfigError(f"{path} is not a regular file; copy or save it again.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -21,7 +21,7 @@ from ..checkpoint.resume import containing_run
 from ..config.budget import BUDGET_OPTIONS, Budget, parse_budget
 from ..config.options import AUTO, CONFIG_SCHEMA, ModelConfig, PretrainConfig
 from ..config.schema import parse_values, read_toml, schema_of
-from ..data.random_tokens import random_shards
+from ..data.shards import random_shards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import ConfigError

@@ -145,7 +145,7 @@ def chosen_options(
     budget: Budget,
     kept: Mapping[str, Any],
     *,
-    optimizer: str = "muon",
+    optimizer: str = "normuon",
     processes: int = 1,
 ) -> dict[str, Any]:
     """Return the options of a candidate, without those in `kept`; a trained tokenizer is added later."""

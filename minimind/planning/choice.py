@@ -65,7 +65,7 @@ class Chooser:
     machine: Machine
     law: ScalingLaw
     kept: Mapping[str, Any]
-    optimizer: str = "muon"
+    optimizer: str = "normuon"
     recompute: bool = False
     speeds: dict[tuple[ModelShape, int], float] = field(default_factory=dict)
     too_large: set[tuple[ModelShape, int, int]] = field(default_factory=set)
@@ -296,7 +296,7 @@ class Chooser:
         efficiency = 0.6 * width / (width + _GPU_EFFICIENCY_WIDTH) if on_gpu else _CPU_EFFICIENCY
         work = plan.batch_tokens / machine.processes
         flops = work * self._model(shape, tokenizer).flops_per_token(plan.seq_len)
-        if self.optimizer == "muon":
+        if self.optimizer != "adamw":
             flops += _ORTHOGONALIZE * shape.hidden_size * shape.block_parameters
         micro_batches = max(work / (plan.micro_batch_size * plan.seq_len), 1)
         launch = _LAUNCH_SECONDS.get(machine.device, _LAUNCH_SECONDS_ELSEWHERE)

@@ -27,9 +27,7 @@ class RunPlan:
         flops_per_token: of the model; see `MiniMindConfig.flops_per_token`.
         data: the tokenized data.
         tokens_per_epoch: input tokens of an epoch, without padding.
-        steps_per_epoch: optimizer steps of an epoch.
         first_step: the step that --resume continues from, else 0.
-        total_steps: optimizer steps of the whole run.
         total_tokens: input tokens of the whole run, about.
         cache_folder: of the token cache.
         cache_bytes: its size, about.

@@ -94,12 +94,14 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
 
 def _without_derived_sizes(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
     """Return the options without the sizes that follow from others."""
-    fields = CONFIG_SCHEMA
     if config.from_weight is not None:
-        return dataclasses.replace(config, **{name: fields[name].default for name in _FROM_WEIGHT})
+        unset: dict[str, Any] = dict.fromkeys(_FROM_WEIGHT)
+        return dataclasses.replace(config, **unset)
     changes: dict[str, Any] = {}
     if tokenizer is not None:
         changes["vocab_size"] = tokenizer.vocab_size
+    assert config.hidden_size is not None
+    assert config.num_attention_heads is not None
     if config.hidden_size % config.num_attention_heads == 0:
         changes["head_dim"] = config.hidden_size // config.num_attention_heads
     plain = MiniMindConfig(

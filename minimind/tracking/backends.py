@@ -40,7 +40,6 @@ class TensorBoard:
         """Store the arguments; the disk is not touched.
 
         Args:
-            folder: the run folder.
             start_step: older events of later steps become invalid; 0 invalidates all.
             on_error: called when the disk refuses events, which then stay in memory; see `AppendFile`.
         """
@@ -105,9 +104,6 @@ class WandB(WandBTracker):
         """Store the arguments; nothing is sent.
 
         Args:
-            project: name of the project.
-            name: name of the run.
-            folder: the run folder.
             run_id: id of the WandB run to resume.
         """
         # The URL of a git remote may hold a token; the commit is part of the environment.

@@ -19,7 +19,8 @@ from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
-from ..config.options import AUTO, PretrainConfig
+from ..config.naming import errors_for_caller
+from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -33,8 +34,9 @@ from ..errors import CheckpointError
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
+from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
-from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
+from ..schedule import WARMUP_KEY, LearningRateSchedule, expected_steps, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.trackers import check_trackers
@@ -63,6 +65,7 @@ from .trainer import Trainer
 # The signal handlers and the state of Accelerate belong to one run at a time.
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def pretrain(
     config: PretrainConfig,
     *,
@@ -180,7 +183,8 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             # The processes that the launcher replaced may still be ending.
             wait_seconds = 60.0 if restarts() else 0.0
             resumes = source is not None or started_before()
-            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            claim = session.folder.claim(resume=resumes, wait_seconds=wait_seconds, note=progress.note)
+            session.closing.enter_context(claim)
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
@@ -242,6 +246,7 @@ class _Run:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
+        fit_to_horizon(parts.optimizer, expected_steps(config, total_steps))
         checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
         state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
         schedule = self._schedule(checkpointer, state, branch=branch)

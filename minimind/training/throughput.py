@@ -54,7 +54,6 @@ class Meter:
 
         Args:
             flops_per_token: of forward and backward pass.
-            num_processes: world size.
             peak_flops: of one device, see `peak_flops_of`; None reports no MFU.
             total_steps: steps of the whole run, for the remaining time.
             start_step: steps done before, on a resume.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -12,7 +13,7 @@ from ..checkpoint.train_state import TrainState
 from ..config.budget import parse_budget
 from ..config.options import PretrainConfig
 from ..distributed.shutdown import StopRequest
-from ..schedule import WARMUP_KEY, LearningRateSchedule, default_warmup_steps, fit_to_time
+from ..schedule import WARMUP_KEY, LearningRateSchedule, default_warmup_steps, fit_to_time, warmup_problem
 from ..tracking.console import Progress
 from .throughput import Meter
 
@@ -143,6 +144,7 @@ class TimeLimits:
     stop: StopRequest
     state: TrainState
     budget: BudgetClock | None
+    checked_warmup: bool
 
     @property
     def last_step(self) -> int:
@@ -166,23 +168,21 @@ class TimeLimits:
                 saving_seconds=self.meter.seconds_of("saving"),
                 save_interval=self.config.save_interval,
             )
-        if (
-            not self.accelerator.is_main_process
-            or self.state.decay_window is not None
-            or seconds_left is None
-            or per_step is None
-        ):
+        unused = not self.accelerator.is_main_process or self.state.decay_window is not None
+        if unused or seconds_left is None or per_step is None:
             return 0
         # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
         reserved = 2 * (self.meter.seconds_of("evaluation") + self.meter.seconds_of("saving")) + END_SECONDS
-        return fit_to_time(
-            self.config,
-            warmup=self.schedule.warmup_steps,
-            total_steps=self.total_steps,
-            steps_done=self.state.step,
-            seconds_left=0.9 * (seconds_left - reserved),
-            seconds_per_step=per_step,
-        )
+        limits: dict[str, Any] = {
+            "warmup": self.schedule.warmup_steps,
+            "steps_done": self.state.step,
+            "seconds_left": 0.9 * (seconds_left - reserved),
+            "seconds_per_step": per_step,
+        }
+        if not self.checked_warmup and (problem := warmup_problem(self.config, **limits)) is not None:
+            self.progress.warn(problem)
+        self.checked_warmup = True
+        return fit_to_time(self.config, total_steps=self.total_steps, **limits)
 
     def _fit_to_time(self, steps: int) -> None:
         """Begin the decay that ends the run within --max-time, or shorten the warm-up; see `fit_to_time`."""

@@ -19,7 +19,7 @@ from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
-from ..optim.build import set_learning_rate
+from ..optim.build import set_schedule
 from ..schedule import LearningRateSchedule
 from ..tracking.console import Progress
 from ..tracking.metrics_file import last_with
@@ -83,6 +83,7 @@ class Trainer(TimeLimits):
         budget: clock of a time budget; None without one.
         forecast: extrapolates evaluations; None without --budget.
         stop_after: step after which the run ends as if it had been asked to stop; None for none.
+        checked_warmup: whether the warm-up was compared with --max-time.
         saved_step: the last step with a checkpoint in the run's folder, -1 without one.
         reports: sends metrics to trackers and terminal.
     """
@@ -109,6 +110,7 @@ class Trainer(TimeLimits):
     forecast: RunForecast | None = None
     stop_after: int | None = None
     saved_step: int = -1
+    checked_warmup: bool = False
     reports: Reports = field(init=False)
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
@@ -141,7 +143,7 @@ class Trainer(TimeLimits):
             with self.meter.phase("data"):
                 batch = next(batches)
             learning_rate = self.schedule.at(state.step, state.decay_window)
-            set_learning_rate(self.optimizer, learning_rate)
+            set_schedule(self.optimizer, learning_rate, state.step)
             limit = self._loss_limit(batch)
             values = self.train_step(batch, limit)
             state.advance(batch, self.loader.sequences_per_epoch)

@@ -139,8 +139,8 @@ def test_help_all_shows_every_option_of_a_run_with_its_help_and_default(run: Com
         entry = entries[field.flag]
         assert field.info.help in entry
         default = field.default_text
-        if isinstance(field.default, bool):
-            default = field.flag if field.default else field.flag.replace("--", "--no-", 1)
+        if isinstance(field.fallback, bool):
+            default = field.flag if field.fallback else field.flag.replace("--", "--no-", 1)
         assert (f"[default: {default}]" in entry) is (default != "none")
     assert "--num-workers" not in out
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from minimind.config.checks import run_notes
+from minimind.config.naming import options_were_typed
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
-from minimind.config.schema import options_were_typed
 from minimind.training.pretrain import pretrain
 from support.tiny_runs import tiny, write_corpus
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from minimind.config.naming import options_were_typed
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.presets import preset_config
 from minimind.config.reference_page import PAGE, render
-from minimind.config.schema import options_were_typed, schema_of, write_toml
+from minimind.config.schema import schema_of, write_toml
 from minimind.errors import ConfigError
 
 
