@@ -21,7 +21,7 @@ from minimind.formatting import printable
 from minimind.launch_env import is_main_process
 from minimind.run_folder import find_run
 
-from .options import ModelTokenizer, expand_path, parse_settings, with_options
+from .options import ModelArgument, ModelTokenizer, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.evaluation.cloze import ClozeScore
@@ -107,12 +107,7 @@ class EvaluationOptions:
 @with_options(EvaluationOptions)
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
-        ),
-    ],
+    model: ModelArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,
 ) -> None:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a package imports from earlier lines only. `minimind` is what the library exports.
 ORDER = """
 version errors formatting launch_env
-config io
+io
+config
 modeling tokenizer
 data optim generation distributed schedule run_folder
 tracking

@@ -74,16 +74,9 @@ class TextFile:
                 return
             with self.path.open("rb") as raw:
                 file = self._decompressed(raw, suffix)
-                array = (
-                    self._check_text(file) and suffix.startswith(".json") and not suffix.startswith(".jsonl")
-                )
-                read = (
-                    self._plain_texts
-                    if suffix.startswith(".txt")
-                    else self._json_array_texts
-                    if array
-                    else self._json_texts
-                )
+                read = self._plain_texts if suffix.startswith(".txt") else self._json_texts
+                if self._check_text(file) and suffix in (".json", ".json.gz", ".json.zst"):
+                    read = self._json_array_texts
                 yield from self._kept(read(file, raw, reading), reading)
         except OSError as error:
             raise unreadable(self.path, self.option, error) from error
@@ -127,7 +120,8 @@ class TextFile:
             else:
                 reading.empty += 1
 
-    def _bad(self, line: int | str, reason: str, reading: Reading, data: bytes = b"") -> None:
+    def _bad(self, line: int | str, reason: str | Exception, reading: Reading, data: bytes = b"") -> None:
+        reason = "broken UTF-8" if isinstance(reason, UnicodeDecodeError) else str(reason)
         if self.bad_lines == "error":
             hint = ""
             if encoding := data and likely_encoding(data):
@@ -141,8 +135,8 @@ class TextFile:
                 continue
             try:
                 yield _text_of_json(line, self.text_key)
-            except _LineError as bad:
-                self._bad(number, str(bad), reading, line)
+            except (_LineError, UnicodeDecodeError) as bad:
+                self._bad(number, bad, reading, line)
 
     def _json_array_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
         """Yield the documents of one JSON array, or of objects that span lines."""
@@ -158,10 +152,7 @@ class TextFile:
                 continue
             try:
                 record, position = decoder.raw_decode(buffer, position)
-                incomplete = False
-            except (ValueError, RecursionError):
-                incomplete = True
-            if incomplete:
+            except (ValueError, RecursionError):  # incomplete
                 if ended:
                     if position < len(buffer) or in_array:
                         self._bad(f"item {item + 1}", "invalid JSON", reading)
@@ -173,8 +164,8 @@ class TextFile:
                 except DAMAGED as error:
                     self._bad(f"item {item + 1}", damage(error), reading)
                     return
-                except UnicodeDecodeError:
-                    self._bad(f"item {item + 1}", "broken UTF-8", reading, data)
+                except UnicodeDecodeError as error:
+                    self._bad(f"item {item + 1}", error, reading, data)
                     return
                 reading.done_bytes, ended = raw.tell(), not data
                 continue
@@ -182,7 +173,7 @@ class TextFile:
             try:
                 yield _text_of_record(record, self.text_key)
             except _LineError as bad:
-                self._bad(f"item {item}", str(bad), reading)
+                self._bad(f"item {item}", bad, reading)
 
     def _plain_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
         pieces: list[str] = []
@@ -195,10 +186,10 @@ class TextFile:
                 cut = _whole_characters(line)
                 line, carried = line[:cut], line[cut:]
             try:
-                pieces.append(_decode(line))
+                pieces.append(line.decode())
                 size += len(line)
-            except _LineError as bad:
-                self._bad(number, str(bad), reading, line)
+            except UnicodeDecodeError as bad:
+                self._bad(number, bad, reading, line)
             if size >= TEXT_PIECE_BYTES:
                 yield "".join(pieces)
                 pieces, size = [], 0
@@ -260,15 +251,16 @@ class TextFile:
             for value in batch.column(0):
                 row += 1
                 try:
-                    yield _checked_text(_python_value(value))
-                except _LineError as bad:
-                    self._bad(row, str(bad), reading)
+                    yield _checked_text(value.as_py())
+                except (_LineError, UnicodeDecodeError) as bad:
+                    self._bad(row, bad, reading)
             reading.done_bytes = size * row // num_rows
 
 
 def _text_of_json(line: bytes, text_key: str) -> str:
+    text = line.decode()
     try:
-        record = json.loads(_decode(line))
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _LineError("invalid JSON") from error
     return _text_of_record(record, text_key)
@@ -295,20 +287,6 @@ def _checked_text(text: Any) -> str:
     if not isinstance(text, str):
         raise _LineError("the text is not a string")
     return text
-
-
-def _python_value(value: Any) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        raise _LineError("broken UTF-8") from error
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise _LineError("broken UTF-8") from error
 
 
 def _whole_characters(data: bytes) -> int:

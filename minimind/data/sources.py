@@ -19,7 +19,6 @@ class DataSource:
     Attributes:
         pattern: the file, folder or glob, without the weight.
         weight: its share of the training tokens; the shares sum to 1. None without weights.
-        files: the files of the pattern.
     """
 
     pattern: str
@@ -28,10 +27,7 @@ class DataSource:
 
 
 def read_sources(
-    values: Sequence[str],
-    option: str = "--data",
-    skipped: Counter[str] | None = None,
-    text_key: str = "text",
+    values: Sequence[str], option: str = "--data", skipped: Counter[str] | None = None, text_key: str = "text"
 ) -> list[DataSource]:
     """Return the sources of --data; `corpus.jsonl:0.7` is a path and a weight.
 

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, ConfigError, UserError
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
+from ..tokenizer import PACKAGED, Tokenizer, check_vocab, load_tokenizer
 from .huggingface import (
     CONFIG,
     check_weights,
@@ -34,6 +34,9 @@ from .original_minimind import (
 )
 from .sharded_safetensors import weight_files
 from .weight_header import check_layers, read_headers
+
+# Until 0.1.0; an unfinished run stores only the fingerprint of its tokenizer.
+_EARLIER = PACKAGED.with_name("tokenizer_0_1")
 
 _KINDS = "name a run folder, a checkpoint, a Hugging Face folder, or a .pth of the original minimind"
 
@@ -122,7 +125,18 @@ def load_with_tokenizer(
     return source, model_from_weights(source.config, source.weights(), str(source.path)), found
 
 
-def training_tokenizer(tokenizer: str | None, from_weight: str | None) -> tuple[Tokenizer, str | None]:
+def _packaged(fingerprint: str | None) -> Tokenizer:
+    """Return the tokenizer in the package, or that of an earlier version if it has this fingerprint."""
+    current = load_tokenizer()
+    if fingerprint in (None, current.fingerprint):
+        return current
+    earlier = load_tokenizer(_EARLIER)
+    return earlier if earlier.fingerprint == fingerprint else current
+
+
+def training_tokenizer(
+    tokenizer: str | None, from_weight: str | None, recorded: str | None = None
+) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer of a training run, and a note where it is not that of its initial weights.
 
     Token ids have a meaning only together with weights: without a --tokenizer, --from-weight brings its own.
@@ -130,12 +144,13 @@ def training_tokenizer(tokenizer: str | None, from_weight: str | None) -> tuple[
     Args:
         tokenizer: path of --tokenizer; None for that of the weights, or else the packaged one.
         from_weight: path of --from-weight; None for random weights.
+        recorded: fingerprint of the tokenizer of the run to resume; it chooses among the packaged ones.
 
     Raises:
         UserError: when a tokenizer cannot be loaded, or that of the weights is not known.
     """
     if from_weight is None:
-        return load_tokenizer(tokenizer), None
+        return _packaged(recorded) if tokenizer is None else load_tokenizer(tokenizer), None
     source = open_model(from_weight)
     if tokenizer is None:
         if (own := source.tokenizer()) is None:
@@ -181,16 +196,16 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
     def tokenizer() -> Tokenizer | None:
         """Return the tokenizer of the run, which may have been moved or changed."""
         run = RunFolder(checkpoint.path.resolve().parent.parent)
-        named = settings.get("tokenizer")
+        named, fingerprint = settings.get("tokenizer"), settings.get("tokenizer_fingerprint")
         for place in (run.model / "tokenizer.json", named):
             if place is None or Path(place).exists():
-                found = load_tokenizer(place)
-                if found.fingerprint == settings.get("tokenizer_fingerprint"):
+                found = _packaged(fingerprint) if place is None else load_tokenizer(place)
+                if found.fingerprint == fingerprint:
                     return found
         initial = settings.get("from_weight")
         if named is None and initial is not None and Path(initial).exists():
             of_weights = open_model(initial).tokenizer()
-            if of_weights is not None and of_weights.fingerprint == settings.get("tokenizer_fingerprint"):
+            if of_weights is not None and of_weights.fingerprint == fingerprint:
                 return of_weights
         raise ConfigError(
             f"the tokenizer of {checkpoint.path}, {named or 'the packaged one'}, was moved or changed; name "

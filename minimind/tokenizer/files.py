@@ -1,14 +1,15 @@
-"""Chat template and start token in the files of a tokenizer."""
+"""The files of a tokenizer: reading, chat template and start token."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..io.reading import parse_json, read_bytes
 
 PACKAGED = Path(__file__).parents[1] / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
@@ -27,21 +28,39 @@ def read_json(file: Path) -> dict[str, Any]:
         ConfigError: when the file cannot be read or holds anything else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = parse_json(read_bytes(file).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {FIX}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"--tokenizer {file} is not JSON ({error}). {FIX}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--tokenizer {file} is not a JSON object. {FIX}")
     return content
 
 
+@contextmanager
+def no_panic(name: str) -> Iterator[None]:
+    """Raise ConfigError for a panic of the Rust extension, which is no Exception.
+
+    Its report on stderr ("thread ... panicked") comes first. Redirecting the file descriptor meanwhile would
+    also hide what other threads and a crash write there.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(
+            f"{name}: its rules fail on this text ({error}); correct its pre-tokenizer pattern "
+            "or choose another."
+        ) from error
+
+
 def template_beside(file: Path) -> str | None:
     """Return the chat template from the separate file that transformers 5 writes, or None."""
     template = file.with_name(_CHAT_TEMPLATE)
     try:
-        return template.read_text(encoding="utf-8")
+        return read_bytes(template).decode("utf-8-sig")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

@@ -100,13 +100,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = []
-    for text in read_bytes(path).decode(errors="replace").split("\n"):
-        with suppress(ValueError):
-            line = parse_json(text, parse_float=_finite, parse_int=_bounded, parse_constant=lambda _: None)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-    return lines
+    parsed = map(parse_line, read_bytes(path).decode(errors="replace").split("\n"))
+    return [line for line in parsed if line is not None]
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    """Return a line of the file, None for an incomplete or damaged one."""
+    with suppress(ValueError):
+        line = parse_json(text, parse_float=_finite, parse_int=_bounded, parse_constant=lambda _: None)
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            return line
+    return None
 
 
 def _finite(digits: str) -> float | None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from ..checkpoint.state_dict import gather_weights
 from ..errors import UserError
-from ..formats.huggingface import CONFIG, load_model, remove_other_weights, write_weights
+from ..formats.huggingface import CONFIG, load_model, write_weights
 from ..formats.model_card import CARD, keeps_own_card
-from ..formats.sharded_safetensors import WEIGHTS
+from ..formats.sharded_safetensors import WEIGHTS, remove_other_weights
 from ..generation.text import continue_texts
 from ..io.atomic import replace_files
 from ..io.safetensors import write_tensors

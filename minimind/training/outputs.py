@@ -12,6 +12,7 @@ from torch import nn
 from ..evaluation.cloze import cloze_scores
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
+from ..tracking.live_report import LiveReport
 from ..tracking.trackers import Trackers
 from .samples import Samples, gathered_model
 from .setup import RunInputs
@@ -23,6 +24,7 @@ class Outputs:
     Attributes:
         trackers: metrics.jsonl and the trackers of --tracker.
         samples: None without --sample-interval.
+        report: of the main process; set when training begins.
     """
 
     trackers: Trackers
@@ -41,6 +43,7 @@ class Outputs:
         self._inputs, self._folder = inputs, folder
         self._accelerator, self._model = accelerator, model
         self._environment, self._progress = environment, progress
+        self.report: LiveReport | None = None
 
     @property
     def metrics_path(self) -> Path:
@@ -59,6 +62,8 @@ class Outputs:
             environment=self._environment,
             warn=self._progress.warn,
         )
+        if self.report is not None:
+            self.report.reread()
         self.samples = None
         if config.sample_interval is not None:
             self.samples = Samples(

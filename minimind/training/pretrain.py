@@ -12,14 +12,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..checkpoint.checkpointer import RunCheckpoints
+from ..checkpoint.checkpointer import RunCheckpoints, finished_state
 from ..checkpoint.compatibility import settings_of_run
-from ..checkpoint.resume import check_resumable, finished_run, resume_source
+from ..checkpoint.resume import check_resumable, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
-from ..config.options import AUTO, PretrainConfig
+from ..config.naming import errors_for_caller
+from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -35,13 +36,15 @@ from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
-from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
+from ..schedule import WARMUP_KEY, LearningRateSchedule, expected_steps, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
+from ..tracking.live_report import LiveReport
 from ..tracking.trackers import check_trackers
 from .build_model import ModelFactory
 from .evaluator import Evaluator
 from .final_model import save_final_model, save_final_weights, write_sample
+from .forecast import run_forecast
 from .loss_spikes import SpikeReporter
 from .outputs import Outputs
 from .peak_flops import peak_flops_of
@@ -55,13 +58,15 @@ from .setup import (
     resolve_run,
     torch_for_training,
 )
-from .summary import PretrainResult, banner, card_of_run, finished_result, summarize
+from .summary import PretrainResult, banner, card_of_run, finished_result, run_facts, summarize
 from .throughput import Meter
+from .time_limits import budget_clock
 from .trainer import Trainer
 
 # The signal handlers and the state of Accelerate belong to one run at a time.
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def pretrain(
     config: PretrainConfig,
     *,
@@ -69,23 +74,13 @@ def pretrain(
     model_factory: ModelFactory = MiniMindForCausalLM,
     branch: bool = False,
 ) -> PretrainResult:
-    """Train a model as the configuration says, from text files to a model folder.
-
-    Under `accelerate launch` every rank calls this. SIGTERM and SIGINT end the run after the current step,
-    with a checkpoint; see `PretrainResult.stopped`.
+    """Train a model with options that are all chosen; the steps behind `minimind.pretrain`.
 
     Args:
         config: all options.
-        stop_after: end the run after this step as a signal would, to be resumed later.
-        model_factory: builds the model in place of `MiniMindForCausalLM`, given the sizes of the options, in
-            float32 on the CPU. The model is called with the keywords `input_ids`, `document_ids` and
-            `position_ids`, of which the last two are None without packing. With `shift_labels` and
-            `num_items_in_batch` as well, the `loss` of its output is the sum of the cross-entropy over the
-            labels that are not -100, divided by the latter; otherwise its `logits` are used. Unless it is
-            exactly a `MiniMindForCausalLM`, its weights are saved without a config, nothing is sampled, and
-            model FLOPs are not reported.
-        branch: the checkpoint to resume belongs to another run, which this one branches off: it gets its own
-            folder and charts.
+        stop_after: see `minimind.planning.budget.pretrain`, as of the others.
+        model_factory: builds the model.
+        branch: the checkpoint to resume belongs to another run.
 
     Raises:
         UserError: for anything the caller can fix: options, data, checkpoints, a loss that diverges.
@@ -100,6 +95,7 @@ def pretrain(
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
+        closing.enter_context(stop.announced(progress.note))
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
@@ -118,14 +114,14 @@ def pretrain(
             note=progress.note,
         )
         total_steps = inputs.total_steps(parts.loader, parts.plan)
+        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         if options.config.resume == AUTO and not branch:
-            done = run_on_main_and_broadcast(accelerator, partial(finished_run, session.folder, total_steps))
+            done = run.finished_state()
             if done is not None:
                 progress.note(
                     f"finished ({done['step']:,}/{total_steps:,} steps); --max-steps or --epochs trains on."
                 )
                 return finished_result(session.folder, done, time.monotonic() - started)
-        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         # `auto` is kept in the run's file: it may be resumed on another device.
         written = dataclasses.replace(inputs.config, batch_size=options.config.batch_size)
         trainer = run.build_trainer(written, run.environment(fingerprints), branch=branch)
@@ -139,7 +135,7 @@ def pretrain(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
@@ -189,7 +185,8 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             # The processes that the launcher replaced may still be ending.
             wait_seconds = 60.0 if restarts() else 0.0
             resumes = source is not None or started_before()
-            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            claim = session.folder.claim(resume=resumes, wait_seconds=wait_seconds, note=progress.note)
+            session.closing.enter_context(claim)
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
@@ -206,8 +203,9 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             data = prepare_data(config, options.tokenizer, show)
         finally:
             stop.exit_if_signalled()
-        if data.built:
-            builder.banner([("data", line) for line in data.report.lines()])
+        if data.built or (config.verbose and is_main_process()):
+            lines = data.report.lines() if config.verbose else data.report.problems()
+            builder.banner([("data", line) for line in lines])
     return data
 
 
@@ -221,6 +219,13 @@ class _Run:
     data: PreparedData
     accelerator: Accelerator
     total_steps: int
+
+    def finished_state(self) -> dict[str, Any] | None:
+        """Return the training state where the run has finished; every rank must call this."""
+        inputs, plan = self.inputs, self.parts.plan
+        settings = settings_of_run(inputs.config, inputs.model_config, plan, inputs.tokenizer, self.data)
+        find = partial(finished_state, self.session.folder, self.total_steps, settings)
+        return run_on_main_and_broadcast(self.accelerator, find)
 
     def environment(self, fingerprints: dict[str, str]) -> dict[str, Any]:
         """Return what the run runs on; empty on all ranks but the main process."""
@@ -251,7 +256,7 @@ class _Run:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
-        fit_to_horizon(parts.optimizer, total_steps)
+        fit_to_horizon(parts.optimizer, expected_steps(config, total_steps))
         checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
         state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
         schedule = self._schedule(checkpointer, state, branch=branch)
@@ -267,7 +272,15 @@ class _Run:
         steps_per_epoch = parts.loader.steps_per_epoch
         for note in run_notes(config, total_steps, steps_per_epoch, schedule.warmup_steps):
             progress.note(note)
-        progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
+        rows = banner(inputs, parts, self.data, accelerator, total_steps)
+        progress.banner(rows)
+        meter = self._meter(state)
+        if accelerator.is_main_process:
+            facts = run_facts(written, session.folder, rows, self.data, environment, total_steps)
+            outputs.report = LiveReport(
+                session.folder, facts, warnings=progress.warnings, totals=meter.totals, warn=progress.warn
+            )
+            closing.enter_context(outputs.report)
         return Trainer(
             config=config,
             model_config=model_config,
@@ -279,7 +292,7 @@ class _Run:
             total_steps=total_steps,
             checkpointer=checkpointer,
             outputs=outputs,
-            meter=self._meter(state),
+            meter=meter,
             progress=progress,
             stop=session.stop,
             state=state,
@@ -289,6 +302,8 @@ class _Run:
             ),
             graph=parts.graph,
             profiler=self._profiler(state),
+            budget=budget_clock(config, model_config.num_parameters(), state.budget_seconds),
+            forecast=None if config.budget is None else run_forecast(model_config, self.data),
             saved_step=saved_step,
         )
 

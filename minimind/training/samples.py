@@ -76,12 +76,6 @@ class Samples:
 
         Args:
             prompts: to continue.
-            seed: of sampling.
-            model_config: sizes of the model.
-            model: prepared.
-            tokenizer: of the run.
-            accelerator: of the run.
-            folder: of the run.
             start_step: steps done before.
             trackers: get each sample as text.
         """
