@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, DataError, UserError
     from .modeling.config import MiniMindConfig
     from .modeling.transformer import MiniMindForCausalLM
+    from .planning.budget import pretrain
     from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-    from .training.pretrain import pretrain
 
 _PUBLIC = {
     "CheckpointError": "errors",
@@ -31,7 +31,7 @@ _PUBLIC = {
     "UserError": "errors",
     "load_tokenizer": "tokenizer",
     "preset_config": "config",
-    "pretrain": "training.pretrain",
+    "pretrain": "planning.budget",
     "train_tokenizer": "tokenizer",
 }
 

@@ -116,6 +116,7 @@ def format_train_metrics(values: Mapping[str, Any]) -> list[str]:
         "mfu": lambda v: f"mfu {v:.0%}",
         "memory_gb": lambda v: f"{v:.1f} GB",
         "eta_seconds": lambda v: f"eta {duration(v)}",
+        "val_forecast_bits_per_byte": lambda v: f"forecast {v:.3f} bits/byte",
     }
     return [form(values[name]) for name, form in forms.items() if name in values]
 
@@ -126,5 +127,8 @@ def format_evaluation_metrics(values: Mapping[str, Any]) -> list[str]:
         "val_loss": lambda v: f"val loss {v:.4f}",
         "val_perplexity": lambda v: f"perplexity {v:.4g}",
         "val_bits_per_byte": lambda v: f"{v:.4f} bits/byte",
+        "val_forecast_bits_per_byte": lambda v: (
+            f"forecast {v:.3f} ({values['val_forecast_low']:.3f} to {values['val_forecast_high']:.3f})"
+        ),
     }
     return [form(values[name]) for name, form in forms.items() if name in values]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .config.budget import parse_budget
 from .config.options import PretrainConfig
 from .formatting import parse_duration
 
@@ -99,6 +100,7 @@ class LearningRateSchedule:
             warmup: number of warm-up steps; None for that of the configuration.
         """
         self._peak, self._total_steps = config.peak_learning_rate, total_steps
+        self._has_stable_phase = config.lr_schedule == "wsd"
         self.warmup_steps = warmup_steps(config, total_steps) if warmup is None else warmup
         self._factor = partial(
             lr_factor,
@@ -116,9 +118,11 @@ class LearningRateSchedule:
         Args:
             step: from 0.
             decay_window: the step at which `wsd` begins to decay and the number of steps of the run, where
-                --max-time set them.
+                --max-time or --budget set them. Other schedules take the number of steps.
         """
-        if decay_window is None:
+        if decay_window is not None and not self._has_stable_phase:
+            return self._peak * self._factor(step, total_steps=decay_window[1])
+        if decay_window is None or step < min(decay_window[0], self.warmup_steps):
             return self._peak * self._factor(step, total_steps=self._total_steps)
         begin, end = decay_window
         # A decay that begins inside the warm-up or the planned decay starts from the rate reached there.
@@ -132,6 +136,16 @@ def warmup_steps(config: PretrainConfig, total_steps: int) -> int:
     if config.warmup_steps is not None:
         return config.warmup_steps
     return default_warmup_steps(total_steps)
+
+
+def expected_steps(config: PretrainConfig, total_steps: int) -> int:
+    """Return about how many optimizer steps a run takes.
+
+    A time budget ends it before its epochs; its choice has 2% of the expected steps as warm-up.
+    """
+    if config.budget is None or parse_budget(config.budget).seconds is None or not config.warmup_steps:
+        return total_steps
+    return min(total_steps, max(round(config.warmup_steps / DEFAULT_WARMUP_SHARE), 1))
 
 
 def default_warmup_steps(total_steps: int) -> int:
@@ -194,12 +208,14 @@ def resume_schedule(
     schedule = LearningRateSchedule(config, total_steps, warmup)
     notes = []
     window = decay_window
-    if window is not None and _allows_more_time(config.max_time, saved.get("max_time")):
+    if window is not None and _allows_more(config, saved):
         window = None
     if window is not None and step >= window[1]:
+        limit, value = ("--max-time", config.max_time)
+        if config.budget is not None:
+            limit, value = ("--budget", config.budget)
         notes.append(
-            f"finished at step {step:,} within --max-time {config.max_time}; a longer --max-time, or "
-            "--max-time none, trains on."
+            f"finished at step {step:,} within {limit} {value}; a longer {limit}, or {limit} none, trains on."
         )
     elif step and "total_steps" in saved and step < total_steps:
         names = [name for name in _SCHEDULE_OPTIONS if name in saved]
@@ -215,7 +231,14 @@ def resume_schedule(
     return ResumedSchedule(schedule, window, tuple(notes))
 
 
-def _allows_more_time(now: str | None, before: str | None) -> bool:
+def _allows_more(config: PretrainConfig, saved: Mapping[str, Any]) -> bool:
+    """Return whether a resumed run has more time than before, by --budget or else by --max-time."""
+    now, before = config.budget, saved.get("budget")
+    if now is not None and before is not None:
+        return (parse_budget(now).seconds or math.inf) > (parse_budget(before).seconds or math.inf)
+    if now is not None or before is not None:
+        return True
+    now, before = config.max_time, saved.get("max_time")
     if now is None or before is None:
         return now is None
     return parse_duration(now) > parse_duration(before)

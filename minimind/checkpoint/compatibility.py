@@ -69,7 +69,7 @@ FREE: frozenset[str] = frozenset(
         *("activation_checkpointing", "profile", "log_interval", "eval_interval", "eval_batches"),
         *("save_interval", "keep_checkpoints", "keep_every", "sample_interval", "sample_prompt"),
         "score_interval",
-        *("on_save_error", "max_time", "dist_timeout", "output_dir", "resume"),
+        *("on_save_error", "budget", "budget_keeps", "max_time", "dist_timeout", "output_dir", "resume"),
         *("tracker", "project", "run_name", "verbose"),
     }
 )

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..formatting import parse_duration
+from .budget import parse_budget
 from .naming import flag_of, for_caller
-from .schema import schema_of
+from .schema import schema_of, suggestion
 
 
 def conflicts(config: Any) -> Iterator[str]:
@@ -25,8 +26,25 @@ def conflicts(config: Any) -> Iterator[str]:
             parse_duration(text if text is not None else "1s")
         except ValueError:
             yield f"{flag} {text} is not a time; write for example 3h30m, 90m or 45s."
+    yield from _budget_conflicts(config)
     if "none" in config.tracker and len(config.tracker) > 1:
         yield "--tracker none cannot be combined with another tracker; remove one of them."
+
+
+def _budget_conflicts(config: Any) -> Iterator[str]:
+    if config.budget is None:
+        if config.budget_keeps:
+            yield "--budget-keeps needs --budget; add it."
+        return
+    try:
+        parse_budget(config.budget)
+    except ValueError as error:
+        yield f"--budget {error}; write one of these forms."
+    for flag, value in (("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens)):
+        if value is not None:
+            yield f"--budget and {flag} both set the length of the run; give only one of them."
+    for name in sorted(set(config.budget_keeps) - schema_of(config.__class__).keys()):
+        yield f"--budget-keeps {name} is not an option{suggestion(name, schema_of(config.__class__))}"
 
 
 def _size_conflicts(config: Any) -> Iterator[str]:

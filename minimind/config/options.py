@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
+from .budget import BudgetConfig
 from .checks import conflicts
 from .naming import for_caller
 from .schema import FieldInfo, convert_fields, fill_unset, range_problems, schema_of
@@ -117,8 +118,7 @@ class ModelConfig:
         float, FieldInfo("Coefficient of the router's load-balancing loss.", minimum=0.0)
     ] = 0.01
     vocab_size: Annotated[
-        int | None,
-        FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's"),
+        int | None, FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's")
     ] = None
     dropout: Annotated[float, FieldInfo("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
     rope_theta: Annotated[
@@ -219,8 +219,7 @@ class OptimizationConfig:
         FieldInfo("Steps in the decay phase of wsd.", minimum=1, default_text="from --decay-ratio"),
     ] = None
     decay_shape: Annotated[
-        Literal["sqrt", "linear"],
-        FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear."),
+        Literal["sqrt", "linear"], FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear.")
     ] = "sqrt"
     weight_decay: Annotated[
         float, FieldInfo("Weight decay of the weight matrices; norms and embeddings have none.", minimum=0.0)
@@ -265,12 +264,10 @@ class RunConfig:
         ),
     ] = None
     activation_checkpointing: Annotated[
-        bool,
-        FieldInfo("Recompute activations in the backward pass: less memory, slower."),
+        bool, FieldInfo("Recompute activations in the backward pass: less memory, slower.")
     ] = False
     profile: Annotated[
-        bool,
-        FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev."),
+        bool, FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev.")
     ] = False
     log_interval: Annotated[int, FieldInfo("Steps between reports.", minimum=1, common=True)] = 100
     eval_interval: Annotated[
@@ -286,8 +283,7 @@ class RunConfig:
         ),
     ] = None
     sample_interval: Annotated[
-        int | None,
-        FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples"),
+        int | None, FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples")
     ] = None
     sample_prompt: Annotated[
         tuple[str, ...],
@@ -349,10 +345,9 @@ class RunConfig:
             common=True,
         ),
     ] = None
-    dist_timeout: Annotated[
-        str,
-        FieldInfo("Timeout of communication between processes.", metavar="TIME"),
-    ] = "10m"
+    dist_timeout: Annotated[str, FieldInfo("Timeout of communication between processes.", metavar="TIME")] = (
+        "10m"
+    )
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "csv", "none"], ...],
         FieldInfo("Metric trackers besides metrics.jsonl. Repeatable.", common=True),
@@ -368,7 +363,7 @@ class RunConfig:
 
 # The fields of the last base come first.
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
+class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """Configuration of a pretraining run.
 
     Paths may be `os.PathLike` and may begin with `~`; numbers may be NumPy or torch scalars.
@@ -379,6 +374,7 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        self.record_kept_options(CONFIG_SCHEMA)
         if self.from_weight is None:  # otherwise they are those of the weights
             fill_unset(self)
         problems = [*range_problems(self)]
@@ -409,5 +405,5 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
         return 1 if self.max_steps is None and self.max_tokens is None else math.inf
 
 
-CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
+CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig, BudgetConfig)
 CONFIG_SCHEMA = schema_of(PretrainConfig)

@@ -106,6 +106,8 @@ def decay_config(
         epochs=max(trunk.epochs or 1, math.ceil(last / settings["steps_per_epoch"])),
         # A time limit would move the decay.
         max_time=None,
+        budget=None,
+        budget_keeps=(),
         profile=False,
         resume=str(checkpoint.path),
         output_dir=str(output_dir),

@@ -36,7 +36,7 @@ from ..launch_env import is_main_process, restarts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
-from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
+from ..schedule import WARMUP_KEY, LearningRateSchedule, expected_steps, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.live_report import LiveReport
@@ -44,6 +44,7 @@ from ..tracking.trackers import check_trackers
 from .build_model import ModelFactory
 from .evaluator import Evaluator
 from .final_model import save_final_model, save_final_weights, write_sample
+from .forecast import run_forecast
 from .loss_spikes import SpikeReporter
 from .outputs import Outputs
 from .peak_flops import peak_flops_of
@@ -59,6 +60,7 @@ from .setup import (
 )
 from .summary import PretrainResult, banner, card_of_run, finished_result, run_facts, summarize
 from .throughput import Meter
+from .time_limits import budget_clock
 from .trainer import Trainer
 
 # The signal handlers and the state of Accelerate belong to one run at a time.
@@ -72,23 +74,13 @@ def pretrain(
     model_factory: ModelFactory = MiniMindForCausalLM,
     branch: bool = False,
 ) -> PretrainResult:
-    """Train a model as the configuration says, from text files to a model folder.
-
-    Under `accelerate launch` every rank calls this. SIGTERM and SIGINT end the run after the current step,
-    with a checkpoint; see `PretrainResult.stopped`.
+    """Train a model with options that are all chosen; the steps behind `minimind.pretrain`.
 
     Args:
         config: all options.
-        stop_after: end the run after this step as a signal would, to be resumed later.
-        model_factory: builds the model in place of `MiniMindForCausalLM`, given the sizes of the options, in
-            float32 on the CPU. The model is called with the keywords `input_ids`, `document_ids` and
-            `position_ids`, of which the last two are None without packing. With `shift_labels` and
-            `num_items_in_batch` as well, the `loss` of its output is the sum of the cross-entropy over the
-            labels that are not -100, divided by the latter; otherwise its `logits` are used. Unless it is
-            exactly a `MiniMindForCausalLM`, its weights are saved without a config, nothing is sampled, and
-            model FLOPs are not reported.
-        branch: the checkpoint to resume belongs to another run, which this one branches off: it gets its own
-            folder and charts.
+        stop_after: see `minimind.planning.budget.pretrain`, as of the others.
+        model_factory: builds the model.
+        branch: the checkpoint to resume belongs to another run.
 
     Raises:
         UserError: for anything the caller can fix: options, data, checkpoints, a loss that diverges.
@@ -264,7 +256,7 @@ class _Run:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
-        fit_to_horizon(parts.optimizer, total_steps)
+        fit_to_horizon(parts.optimizer, expected_steps(config, total_steps))
         checkpointer = RunCheckpoints(store, accelerator, parts.model, parts.optimizer, settings, progress)
         state, saved_step, tracker_ids = checkpointer.resume(config.resume, branch=branch)
         schedule = self._schedule(checkpointer, state, branch=branch)
@@ -310,6 +302,8 @@ class _Run:
             ),
             graph=parts.graph,
             profiler=self._profiler(state),
+            budget=budget_clock(config, model_config.num_parameters(), state.budget_seconds),
+            forecast=None if config.budget is None else run_forecast(model_config, self.data),
             saved_step=saved_step,
         )
 

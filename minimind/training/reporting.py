@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.train_state import TrainState
 from ..data.loader import StepBatch
+from ..evaluation.scaling_law import Forecast
 from ..evaluation.validation import Evaluation
 from ..modeling.config import MiniMindConfig
 from ..tracking.console import Progress
@@ -93,6 +94,7 @@ class Reports:
     Attributes:
         last_loss: training loss of the last report, NaN before the first.
         last_evaluation: the last full evaluation.
+        forecast: of the final evaluation, by the last one; None where there is none.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Reports:
         self._progress, self._meter = progress, meter
         self.last_loss = math.nan
         self.last_evaluation: Evaluation | None = None
+        self.forecast: Forecast | None = None
 
     def step(self, state: TrainState, record: StepRecord, norm: float, time: float) -> None:
         """Report the mean over the steps since the last report, and begin the next interval.
@@ -134,15 +137,17 @@ class Reports:
             **self._meter.report(record.step, time),
         }
         self._outputs.trackers.log(values, record.step)
-        self._progress.step(record.step, values)
+        self._progress.step(record.step, values | self._forecast_values())
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Report an evaluation after `step`."""
+    def evaluation(self, step: int, result: Evaluation, forecast: Forecast | None = None) -> None:
+        """Report an evaluation after `step`, and what it says of the end of the run."""
+        self.forecast = forecast
         values = {
             "val_loss": result.loss,
             "val_perplexity": result.perplexity,
             "val_bits_per_byte": result.bits_per_byte,
             "val_tokens": result.tokens,
+            **self._forecast_values(),
         }
         self._outputs.trackers.log(values, step)
         self._progress.evaluation(step, values)
@@ -152,6 +157,15 @@ class Reports:
         if scores:
             shown = " | ".join(f"{name} {value:.1%}" for name, value in scores.items())
             self._progress.note(f"step {step:,}: {shown} (chance 25.0%)")
+
+    def _forecast_values(self) -> dict[str, float]:
+        if self.forecast is None:
+            return {}
+        return {
+            "val_forecast_bits_per_byte": self.forecast.bits_per_byte,
+            "val_forecast_low": self.forecast.low,
+            "val_forecast_high": self.forecast.high,
+        }
 
     def rewind(self, state: TrainState, spike: Spike, max_rewinds: int) -> None:
         """Report that the run continues from `state`, without the sequences of `spike`."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
-from ..data.batch_plan import BatchPlan, count_steps, max_training_tokens, plan_batches
+from ..data.batch_plan import BatchPlan, budget_tokens, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
@@ -92,6 +92,7 @@ class RunInputs:
             tokens_per_epoch=loader.tokens_per_epoch,
             tokens_per_step=plan.global_batch_size
             * (self.config.max_seq_len if self.config.packing else mean_length),
+            max_tokens=budget_tokens(self.config, self.model_config.flops_per_token(self.config.max_seq_len)),
         )
 
 
@@ -101,6 +102,10 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     Raises:
         UserError: for options, a launch, a tokenizer or weights that a run cannot use.
     """
+    if config.budget_chooses:
+        raise ConfigError(
+            "--budget is followed by `minimind-train pretrain` and `minimind.pretrain`; remove it."
+        )
     if (remark := check_launch(config)) is not None:
         note(remark)
     tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight, _recorded_tokenizer(config))

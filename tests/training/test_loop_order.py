@@ -25,7 +25,8 @@ from minimind.checkpoint.train_state import TrainState
 from minimind.distributed.shutdown import StopRequest
 from minimind.errors import TrainingError
 from minimind.evaluation.validation import Evaluation, evaluate
-from minimind.training.trainer import END_SECONDS, MAX_SKIPPED_IN_A_ROW, Trainer
+from minimind.training.time_limits import END_SECONDS
+from minimind.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 
 BAD, GOOD = [math.nan, 0.0, 0.0, 1.0], [3.0, 0.0, 0.0, 1.0]
 

@@ -31,7 +31,8 @@ from minimind.config.schema import parse_values, read_toml, write_toml
 from minimind.tracking.console import Progress
 from minimind.training.setup import resolve_run
 from minimind.training.summary import PretrainResult
-from minimind.training.trainer import END_SECONDS, Trainer
+from minimind.training.time_limits import END_SECONDS
+from minimind.training.trainer import Trainer
 from support.cycle_corpus import WORDS, write_corpus
 from support.step_clock import StepClock
 
