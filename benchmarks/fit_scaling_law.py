@@ -38,6 +38,8 @@ NOISE = 0.01
 REFERENCE = 1e6
 SHARES = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 SMALLEST_SIGMA = 0.003
+# Before the start, where there are too few texts to leave one out.
+UNTESTED_SIGMA = 0.05
 
 
 def main() -> None:
@@ -162,7 +164,7 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
         "form": "bits/byte = s (V/6400)^-v (E + A N^-a + B D^-b)",
         **{name: round(value, 6) for name, value in law.items()},
         "difficulty": [round(value, 5) for value in line],
-        "sigma": round(max(rms(unseen or residuals), 3 * SMALLEST_SIGMA), 5),
+        "sigma": round(max(rms(unseen), UNTESTED_SIGMA if not unseen else SMALLEST_SIGMA), 5),
         "curve": [[round(value, 5) for value in point] for point in curve],
         "texts": {name: round(scale, 4) for name, scale in scales.items()},
         "fit": {

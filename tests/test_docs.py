@@ -30,6 +30,7 @@ PAIRS = [
     ("README.md", "README_zh.md"),
     ("docs/quickstart.md", "docs/quickstart_zh.md"),
     ("docs/migration.md", "docs/migration_zh.md"),
+    ("docs/budget.md", "docs/budget_zh.md"),
 ]
 PROGRAM = re.compile(r"minimind-train|minimind_cli")
 

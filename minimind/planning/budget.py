@@ -225,7 +225,7 @@ class _Decision:
         try:
             return self._search.send(seconds)
         except StopIteration as end:
-            return _Outcome(tuple(end.value[:3]), self._text, self._machine)
+            return _Outcome(_with_alternatives(end.value), self._text, self._machine)
 
     def _read(self) -> TextSample:
         if self._sample is None:
@@ -255,6 +255,15 @@ class _Decision:
         config = dataclasses.replace(self._config, **options, budget_keeps=BUDGET_OPTIONS)
         kept = tuple(name for name in self._config.budget_keeps if name in BUDGET_OPTIONS)
         return BudgetPlan(config, self._budget, outcome.text, outcome.machine, outcome.ranked, kept)
+
+
+def _with_alternatives(ranked: list[Candidate]) -> tuple[Candidate, ...]:
+    """Return the best candidate and two alternatives, at least one with another shape if there is one."""
+    first, *others = ranked
+    shown = others[:2]
+    if all(other.shape == first.shape for other in shown):
+        shown[1:] = [other for other in others if other.shape != first.shape][:1] or shown[1:]
+    return first, *shown
 
 
 def _kept_options(config: PretrainConfig) -> dict[str, Any]:
