@@ -177,6 +177,7 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
         "provenance": {
             "command": "benchmarks/scaling_grid.py, then benchmarks/fit_scaling_law.py",
             "devices": devices,
+            "optimizers": sorted({point.get("optimizer", "muon") for point in points}),
             "dates": sorted({point["date"] for point in points}),
             "fitted": str(datetime.date.today()),
         },
@@ -184,11 +185,14 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def left_out(points: list[dict[str, Any]]) -> list[float]:
-    """Return the errors of log L on each text by a law that was fitted to the others."""
+    """Return the errors of log L on each text by a law that was fitted to others of such sizes."""
     errors: list[float] = []
     texts = list(dict.fromkeys(point["text"] for point in points))
     for text in texts if len(texts) > 2 else ():
         others = [point for point in points if point["text"] != text]
+        largest = max(point["parameters"] for point in others)
+        if any(point["parameters"] > 2 * largest for point in points):
+            continue  # that would measure the extrapolation in size
         law, scales = fit(others)
         first, slope = difficulty(scales, others)
         for point in points:
@@ -221,15 +225,17 @@ def check(points: list[dict[str, Any]], law: ScalingLaw) -> None:
     for point in points:
         reached, size = point["bits_per_byte"], point["block_parameters"]
         before = law.before_start(size, point["bytes"], point["model_vocab"], point["unigram_bits"])
-        tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - 0.5))
-        during = law.during(
-            size,
-            observed=bits,
-            bytes_done=worth(point, tokens),
-            num_bytes=point["bytes"],
-            share=tokens / point["tokens"],
-        )
-        errors.append((before.bits_per_byte - reached, during.bits_per_byte - reached))
+        half = before
+        if point["evaluations"]:
+            tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - 0.5))
+            half = law.during(
+                size,
+                observed=bits,
+                bytes_done=worth(point, tokens),
+                num_bytes=point["bytes"],
+                share=tokens / point["tokens"],
+            )
+        errors.append((before.bits_per_byte - reached, half.bits_per_byte - reached))
         print(
             f"| {point['point']} V={point['model_vocab']} | {point['text']} | {reached:.4f} "
             f"| {errors[-1][0]:+.4f} | {errors[-1][1]:+.4f} |"

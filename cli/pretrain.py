@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.schema import write_toml
 from minimind.errors import ConfigError
+from minimind.formatting import paint
 from minimind.launch_env import is_main_process
 
 from . import upstream_flags
@@ -89,7 +91,7 @@ def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: b
     for key, value in run_plan.rows():
         typer.echo(f"{key + ':' if key else '':<12} {value}")
     for problem in run_plan.problems:
-        typer.echo(f"warning: {problem}")
+        typer.echo(f"{paint('warning:', '33', sys.stdout)} {problem}")
 
 
 def _print_budget(config: PretrainConfig, as_json: bool) -> None:

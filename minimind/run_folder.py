@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def report(self) -> Path:
+        """Page with curves, samples, configuration and environment, for a browser."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """Full training states."""
         return self.path / "checkpoints"

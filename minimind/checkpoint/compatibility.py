@@ -68,8 +68,9 @@ FREE: frozenset[str] = frozenset(
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile", "cuda_graphs"),
         *("activation_checkpointing", "profile", "log_interval", "eval_interval", "eval_batches"),
         *("save_interval", "keep_checkpoints", "keep_every", "sample_interval", "sample_prompt"),
+        "score_interval",
         *("on_save_error", "budget", "budget_keeps", "max_time", "dist_timeout", "output_dir", "resume"),
-        *("tracker", "project", "run_name"),
+        *("tracker", "project", "run_name", "verbose"),
     }
 )
 

@@ -110,12 +110,17 @@ def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterato
             "each; --epochs limits them."
         )
     if config.epochs is None or (config.max_steps is None and config.max_tokens is None):
+        if config.max_tokens is not None and (config.max_steps or 0) > total_steps:
+            yield (
+                f"--max-tokens {config.max_tokens} ends the run after {total_steps:,} steps, before "
+                f"--max-steps {config.max_steps}."
+            )
         return
     in_epochs = config.epochs * steps_per_epoch
     if total_steps < in_epochs:
         yield (
-            f"{_limits(config)} ends the run after {total_steps:,} of the {in_epochs:,} steps of "
-            f"--epochs {config.epochs}."
+            f"{_limits(config, total_steps)} ends the run after {total_steps:,} of the {in_epochs:,} steps "
+            f"of --epochs {config.epochs}."
         )
     elif config.max_steps is None or config.max_steps > total_steps:
         yield (
@@ -124,8 +129,11 @@ def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterato
         )
 
 
-def _limits(config: Any) -> str:
-    limits = (("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens))
+def _limits(config: Any, total_steps: int | None = None) -> str:
+    """Return the limits that are given, or the one that ends a run of `total_steps`."""
+    limits = [("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens)]
+    if total_steps is not None and config.max_steps is not None and config.max_tokens is not None:
+        limits = limits[:1] if config.max_steps == total_steps else limits[1:]
     return " or ".join(f"{flag} {value}" for flag, value in limits if value is not None)
 
 
@@ -160,6 +168,7 @@ def _interval_notes(config: Any, total_steps: int) -> Iterator[str]:
         "keep_every": "no checkpoint is kept for good",
         "eval_interval": "the only evaluations are those before the first and after the last step",
         "sample_interval": "no sample is generated",
+        "score_interval": "the only scores are those after the last step",
     }
     if not config.val_data and not config.val_fraction:
         del consequences["eval_interval"]

@@ -293,6 +293,14 @@ class RunConfig:
             default_text="the start of a document",
         ),
     ] = ()
+    score_interval: Annotated[
+        int | None,
+        FieldInfo(
+            "Steps between scores on the built-in cloze items, also after the last step.",
+            minimum=1,
+            default_text="no scores",
+        ),
+    ] = None
     save_interval: Annotated[int, FieldInfo("Steps between checkpoints.", minimum=1, common=True)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],
@@ -341,15 +349,16 @@ class RunConfig:
         "10m"
     )
     tracker: Annotated[
-        tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
+        tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "csv", "none"], ...],
         FieldInfo("Metric trackers besides metrics.jsonl. Repeatable.", common=True),
     ] = ("tensorboard",)
-    project: Annotated[str, FieldInfo("Project name in WandB and SwanLab.", aliases=("--wandb-project",))] = (
-        "minimind"
-    )
+    project: Annotated[
+        str, FieldInfo("Project name in WandB, SwanLab and MLflow.", aliases=("--wandb-project",))
+    ] = "minimind"
     run_name: Annotated[
         str | None, FieldInfo("Name of the run in trackers.", default_text="the name of the output folder")
     ] = None
+    verbose: Annotated[bool, FieldInfo("Print the whole report on the data at the start.")] = False
 
 
 # The fields of the last base come first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from .huggingface import (
     load_weights,
     model_from_weights,
 )
+from .model_card import CARD, model_card, recorded_numbers
 from .original_minimind import (
     infer_upstream_config,
     read_upstream_config,
@@ -52,6 +54,7 @@ class ModelSource:
         tokenizer: loads the tokenizer beside the weights or of the run, None where there is none.
         notes: sentences about defaults and assumptions.
         token_settings: see `load_token_settings`; empty for other sources than a Hugging Face folder.
+        card: returns the model card, None where nothing is known for one.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class ModelSource:
     tokenizer: Callable[[], Tokenizer | None]
     notes: tuple[str, ...] = ()
     token_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    card: Callable[[], str | None] = lambda: None
 
 
 def open_model(
@@ -214,7 +218,15 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
         config,
         lambda: check_weights(config, checkpoint.weights(), str(checkpoint.path)),
         tokenizer,
+        card=lambda: _card_of_checkpoint(checkpoint, config),
     )
+
+
+def _card_of_checkpoint(checkpoint: StoredCheckpoint, config: MiniMindConfig) -> str:
+    run = RunFolder(checkpoint.path.resolve().parent.parent)
+    numbers = {"step": checkpoint.step, "tokens": checkpoint.trainer.get("tokens", math.nan)}
+    numbers |= recorded_numbers(run.metrics, checkpoint.step)
+    return model_card(config, settings=checkpoint.trainer["settings"], numbers=numbers)
 
 
 def _open_huggingface(folder: Path) -> ModelSource:
@@ -232,6 +244,7 @@ def _open_huggingface(folder: Path) -> ModelSource:
         lambda: load_weights(folder, config),
         tokenizer,
         token_settings=load_token_settings(folder),
+        card=lambda: (folder / CARD).read_text("utf-8", "replace") if (folder / CARD).is_file() else None,
     )
 
 

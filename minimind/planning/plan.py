@@ -112,21 +112,28 @@ def plan_run(
             *run_notes(inputs.config, total_steps, loader.steps_per_epoch, warmup),
         ),
     )
-    limit = None if config.max_time is None else parse_duration(config.max_time)
-    if limit is not None and plan.seconds is not None and plan.seconds > limit:
-        sentences = [f"--max-time {config.max_time} ends the run before its last step."]
-        if plan.step_seconds is not None and plan.measured is not None and not first_step:
-            short = warmup_problem(
-                config,
-                warmup=warmup,
-                steps_done=0,
-                seconds_left=limit - plan.measured.start_seconds,
-                seconds_per_step=plan.step_seconds,
-            )
-            sentences += [] if short is None else [short]
-        sentences = [for_caller(sentence, CONFIG_SCHEMA) for sentence in sentences]
-        plan = dataclasses.replace(plan, problems=(*plan.problems, *sentences))
-    return plan
+    sentences = tuple(_time_problems(plan, warmup))
+    return dataclasses.replace(plan, problems=(*plan.problems, *sentences))
+
+
+def _time_problems(plan: RunPlan, warmup: int) -> Iterator[str]:
+    """Yield what --max-time does not allow."""
+    config = plan.config
+    if config.max_time is None or plan.measured is None or plan.step_seconds is None or plan.seconds is None:
+        return
+    limit = parse_duration(config.max_time)
+    if plan.seconds <= limit:
+        return
+    yield for_caller(f"--max-time {config.max_time} ends the run before its last step.", CONFIG_SCHEMA)
+    short = warmup_problem(
+        config,
+        warmup=warmup,
+        steps_done=plan.first_step,
+        seconds_left=limit - plan.measured.start_seconds,
+        seconds_per_step=plan.step_seconds,
+    )
+    if short is not None:
+        yield for_caller(short, CONFIG_SCHEMA)
 
 
 def _total_tokens(loader: Loader, config: PretrainConfig, batches: BatchPlan, total_steps: int) -> int:

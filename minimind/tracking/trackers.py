@@ -1,4 +1,4 @@
-"""Logs the metrics of a run to metrics.jsonl, TensorBoard, WandB and SwanLab."""
+"""Logs the metrics of a run to metrics.jsonl and its trackers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from ..config.options import PretrainConfig
 from ..errors import ConfigError
 from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
-from .backends import BackgroundThread, Client, HyperParameters, SwanLab, TensorBoard, WandB
+from .backends import CSV, BackgroundThread, Client, HyperParameters, MLflow, SwanLab, TensorBoard, WandB
 from .metrics_file import MetricsFile
 
 # Longest wait for slow trackers at the end of a run, in seconds.
 CLOSE_SECONDS = 60.0
-# SwanLab restores signal handlers when it closes, which Python allows in the main thread only.
-CLOSED_BY_MAIN_THREAD = {"swanlab"}
+# SwanLab restores signal handlers when it closes, which Python allows in the main thread only. MLflow's run
+# is active in the thread that started it.
+CLOSED_BY_MAIN_THREAD = {"swanlab", "mlflow"}
+# Trackers that need no package.
+BUILT_IN = ("none", "csv")
+# Ends the key in the state of a checkpoint that marks grouped names, which earlier versions did not use.
+GROUPED = ":grouped"
 
 Values = Mapping[str, Any]
 
@@ -40,7 +45,7 @@ def check_trackers(config: PretrainConfig) -> None:
     problems = [
         f"--tracker {name} needs the package {name}, which is not installed; pip install {name}."
         for name in config.tracker
-        if name != "none" and not _installed(name)
+        if name not in BUILT_IN and not _installed(name)
     ]
     local = "swanlab" in config.tracker and os.environ.get("SWANLAB_MODE") == "local"
     if local and not _installed("swanboard"):
@@ -166,13 +171,20 @@ class Trackers:
         self._clients[name] = client
         run_id = getattr(getattr(client, "run", None), "id", None)
         if run_id is not None:
-            self._ids[name] = str(run_id)
+            grouped = name not in self._ids or name + GROUPED in self._ids
+            self._ids |= {name: str(run_id), **({name + GROUPED: "yes"} if grouped else {})}
 
     def _make(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> Client:
         if name == "tensorboard":
-            return TensorBoard(folder, start_step, self._events_refused)
-        kind = WandB if name == "wandb" else SwanLab
-        return kind(config.project, config.run_name or folder.resolve().name, folder, self._ids.get(name))
+            return TensorBoard(folder, start_step, partial(self._refused, name))
+        if name == "csv":
+            return CSV(folder, start_step, partial(self._refused, name))
+        services: dict[str, type[WandB | SwanLab | MLflow]]
+        services = {"wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
+        run_name = config.run_name or folder.resolve().name
+        # A run of an earlier version goes on with the names that its charts have.
+        grouped = name not in self._ids or name + GROUPED in self._ids
+        return services[name](config.project, run_name, folder, self._ids.get(name), grouped=grouped)
 
     def _log_to_clients(self, values: Values, step: int) -> None:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
@@ -201,9 +213,9 @@ class Trackers:
             except Exception as error:
                 self._drop(name, "could not be closed", error)
 
-    def _events_refused(self, error: OSError) -> None:
+    def _refused(self, name: str, error: OSError) -> None:
         self._warn(
-            f"tracker tensorboard cannot write ({error.strerror}); new events stay in memory until the "
+            f"tracker {name} cannot write ({error.strerror}); new values stay in memory until the "
             "disk of --output-dir accepts them."
         )
 

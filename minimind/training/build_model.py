@@ -119,11 +119,13 @@ def build_model(
     if not isinstance(model, MiniMindForCausalLM):
         _check_custom_model(config, model)
     # A subclass may compute anything.
-    if config.sample_interval is not None and type(model) is not MiniMindForCausalLM:
-        raise ConfigError(
-            f"--sample-interval generates with MiniMindForCausalLM, not with a {type(model).__name__}; "
-            "omit the option."
-        )
+    if type(model) is not MiniMindForCausalLM:
+        for flag, value in (("sample", config.sample_interval), ("score", config.score_interval)):
+            if value is not None:
+                raise ConfigError(
+                    f"--{flag}-interval generates with MiniMindForCausalLM, not with a "
+                    f"{type(model).__name__}; omit the option."
+                )
     if config.from_weight is not None:
         source = open_model(config.from_weight)
         for sentence in source.notes:

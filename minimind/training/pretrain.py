@@ -12,9 +12,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..checkpoint.checkpointer import RunCheckpoints
+from ..checkpoint.checkpointer import RunCheckpoints, finished_state
 from ..checkpoint.compatibility import settings_of_run
-from ..checkpoint.resume import check_resumable, finished_run, resume_source
+from ..checkpoint.resume import check_resumable, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
@@ -39,6 +39,7 @@ from ..run_folder import RunFolder
 from ..schedule import WARMUP_KEY, LearningRateSchedule, expected_steps, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
+from ..tracking.live_report import LiveReport
 from ..tracking.trackers import check_trackers
 from .build_model import ModelFactory
 from .evaluator import Evaluator
@@ -57,7 +58,7 @@ from .setup import (
     resolve_run,
     torch_for_training,
 )
-from .summary import PretrainResult, banner, finished_result, summarize
+from .summary import PretrainResult, banner, card_of_run, finished_result, run_facts, summarize
 from .throughput import Meter
 from .time_limits import budget_clock
 from .trainer import Trainer
@@ -94,6 +95,7 @@ def pretrain(
         source = resume_source(config.resume, session.folder)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, source=None if branch else source)
+        closing.enter_context(stop.announced(progress.note))
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
@@ -112,14 +114,14 @@ def pretrain(
             note=progress.note,
         )
         total_steps = inputs.total_steps(parts.loader, parts.plan)
+        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         if options.config.resume == AUTO and not branch:
-            done = run_on_main_and_broadcast(accelerator, partial(finished_run, session.folder, total_steps))
+            done = run.finished_state()
             if done is not None:
                 progress.note(
                     f"finished ({done['step']:,}/{total_steps:,} steps); --max-steps or --epochs trains on."
                 )
                 return finished_result(session.folder, done, time.monotonic() - started)
-        run = _Run(session, inputs, parts, data, accelerator, total_steps)
         # `auto` is kept in the run's file: it may be resumed on another device.
         written = dataclasses.replace(inputs.config, batch_size=options.config.batch_size)
         trainer = run.build_trainer(written, run.environment(fingerprints), branch=branch)
@@ -133,7 +135,7 @@ def pretrain(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         return result
@@ -201,8 +203,9 @@ def _claim_and_tokenize(options: RunInputs, session: _Session, *, source: str | 
             data = prepare_data(config, options.tokenizer, show)
         finally:
             stop.exit_if_signalled()
-        if data.built:
-            builder.banner([("data", line) for line in data.report.lines()])
+        if data.built or (config.verbose and is_main_process()):
+            lines = data.report.lines() if config.verbose else data.report.problems()
+            builder.banner([("data", line) for line in lines])
     return data
 
 
@@ -216,6 +219,13 @@ class _Run:
     data: PreparedData
     accelerator: Accelerator
     total_steps: int
+
+    def finished_state(self) -> dict[str, Any] | None:
+        """Return the training state where the run has finished; every rank must call this."""
+        inputs, plan = self.inputs, self.parts.plan
+        settings = settings_of_run(inputs.config, inputs.model_config, plan, inputs.tokenizer, self.data)
+        find = partial(finished_state, self.session.folder, self.total_steps, settings)
+        return run_on_main_and_broadcast(self.accelerator, find)
 
     def environment(self, fingerprints: dict[str, str]) -> dict[str, Any]:
         """Return what the run runs on; empty on all ranks but the main process."""
@@ -262,7 +272,15 @@ class _Run:
         steps_per_epoch = parts.loader.steps_per_epoch
         for note in run_notes(config, total_steps, steps_per_epoch, schedule.warmup_steps):
             progress.note(note)
-        progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
+        rows = banner(inputs, parts, self.data, accelerator, total_steps)
+        progress.banner(rows)
+        meter = self._meter(state)
+        if accelerator.is_main_process:
+            facts = run_facts(written, session.folder, rows, self.data, environment, total_steps)
+            outputs.report = LiveReport(
+                session.folder, facts, warnings=progress.warnings, totals=meter.totals, warn=progress.warn
+            )
+            closing.enter_context(outputs.report)
         return Trainer(
             config=config,
             model_config=model_config,
@@ -274,7 +292,7 @@ class _Run:
             total_steps=total_steps,
             checkpointer=checkpointer,
             outputs=outputs,
-            meter=self._meter(state),
+            meter=meter,
             progress=progress,
             stop=session.stop,
             state=state,
@@ -310,8 +328,8 @@ class _Run:
         intervals = {"saving": config.save_interval}
         if self.data.validation is not None:
             intervals["evaluation"] = config.evaluation_interval
-        if config.sample_interval is not None:
-            intervals["sampling"] = config.sample_interval
+        if probes := [n for n in (config.sample_interval, config.score_interval) if n is not None]:
+            intervals["sampling"] = min(probes)
         return Meter(
             self.inputs.model_config.flops_per_token(config.max_seq_len),
             accelerator.num_processes,
@@ -374,10 +392,11 @@ def _finish_saving(config: PretrainConfig, store: CheckpointStore) -> None:
 def _save_final(trainer: Trainer, parts: TrainingParts, inputs: RunInputs, folder: RunFolder) -> str:
     """Write the model folder, and return a text generated by it; every rank must call this."""
     accelerator, tokenizer = trainer.accelerator, inputs.tokenizer
+    card = card_of_run(trainer, parts.custom_model)
     if parts.custom_model is not None:
-        save_final_weights(accelerator, trainer.model, tokenizer, folder.model)
+        save_final_weights(accelerator, trainer.model, tokenizer, folder.model, card)
         return ""
-    save_final_model(accelerator, trainer.model, inputs.model_config, tokenizer, folder.model)
+    save_final_model(accelerator, trainer.model, inputs.model_config, tokenizer, folder.model, card)
     if not accelerator.is_main_process:
         return ""
     return write_sample(folder.model, tokenizer, inputs.config.seed, accelerator.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.train_state import TrainState
@@ -150,6 +151,12 @@ class Reports:
         }
         self._outputs.trackers.log(values, step)
         self._progress.evaluation(step, values)
+
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Show scores after `step`, where there are any."""
+        if scores:
+            shown = " | ".join(f"{name} {value:.1%}" for name, value in scores.items())
+            self._progress.note(f"step {step:,}: {shown} (chance 25.0%)")
 
     def _forecast_values(self) -> dict[str, float]:
         if self.forecast is None:

@@ -168,8 +168,8 @@ class Trainer(TimeLimits):
                 self.save()
             if last or state.step % config.evaluation_interval == 0:
                 self.validate()
-            if config.sample_interval is not None and state.step % config.sample_interval == 0:
-                self.write_samples()
+            if self.outputs.probes_after(state.step, last=last):
+                self.probe(last=last)
         if self.saved_step != state.step:
             self.save()
 
@@ -202,7 +202,9 @@ class Trainer(TimeLimits):
                 self._fit_to_budget(record.step + int(decay) - 2)
             elif decay and state.decay_window is None:
                 self._fit_to_time(int(decay))
-            append_loss(state.recent_losses, loss_sum / max(record.num_targets, 1))
+            loss = loss_sum / max(record.num_targets, 1)
+            append_loss(state.recent_losses, loss)
+            self.progress.advance(record.step, loss)
             finite = math.isfinite(loss_sum) and math.isfinite(norm)
             jumped = finite and loss_sum > record.limit
             if finite and not (jumped and self.config.on_spike == "skip"):
@@ -277,12 +279,11 @@ class Trainer(TimeLimits):
                 state.best_val_loss = loss
                 self.checkpointer.mark_best(state)
 
-    def write_samples(self) -> None:
-        """Write text samples of the model as it is."""
-        assert self.outputs.samples is not None
+    def probe(self, *, last: bool) -> None:
+        """Write text samples and scores of the model as it is, where they are due."""
         self.drain_metrics(everything=True)
         with self.meter.phase("sampling"):
-            self.outputs.samples.write(self.state.step)
+            self.reports.scores(self.state.step, self.outputs.probe(self.state.step, last=last))
 
     def rewind(self, spike: Spike) -> None:
         """Resume from the last checkpoint, with the sequences of `spike` excluded from then on.
@@ -337,12 +338,9 @@ class Trainer(TimeLimits):
     def _loss_limit(self, batch: StepBatch) -> float:
         """Return the summed loss above which the step is a spike, in float32 as the device compares it."""
         full = sum(len(part.input_ids) for part in batch.micro_batches) * self.accelerator.num_processes
-        per_token = spike_threshold(
-            self.state.recent_losses,
-            len(self.metrics),
-            self.config.spike_sigma,
-            batch.num_sequences / full,
-        )
+        fraction = batch.num_sequences / full
+        sigma, unread = self.config.spike_sigma, len(self.metrics)
+        per_token = spike_threshold(self.state.recent_losses, unread, sigma, fraction)
         return float(np.float32(per_token * max(batch.num_targets, 1)))
 
     def _handle_spike(self, record: StepRecord, loss_sum: float, norm: float) -> None:

@@ -53,6 +53,14 @@ def test_the_epochs_of_a_preset_are_a_default() -> None:
             "--max-steps 9 ends the run after 9 of the 12 steps of --epochs 2.",
         ),
         (
+            {"total_steps": 9, "steps_per_epoch": 6, "max_steps": 9, "max_tokens": 10**9, "epochs": 2},
+            "--max-steps 9 ends the run after 9 of the 12 steps of --epochs 2.",
+        ),
+        (
+            {"total_steps": 5, "steps_per_epoch": 6, "max_steps": 9, "max_tokens": 100},
+            "--max-tokens 100 ends the run after 5 steps, before --max-steps 9.",
+        ),
+        (
             {"total_steps": 12, "steps_per_epoch": 6, "max_tokens": 10**9, "epochs": 2},
             "--epochs 2 ends the run after 12 steps, before --max-tokens 1000000000; raise it or remove "
             "it to "

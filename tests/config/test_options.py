@@ -47,7 +47,7 @@ def test_all_values_out_of_range_are_listed() -> None:
     assert problems_when_typed(epochs=0, learning_rate=-1.0, tracker=("wandb", "paper")) == [
         "--epochs 0 is out of range; it must be at least 1.",
         "--learning-rate -1.0 is out of range; it must be above 0.",
-        "--tracker paper is not known; choose tensorboard, wandb, swanlab or none.",
+        "--tracker paper is not known; choose tensorboard, wandb, swanlab, mlflow, csv or none.",
     ]
 
 

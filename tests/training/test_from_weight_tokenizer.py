@@ -38,9 +38,8 @@ def own(folder: Path) -> Tokenizer:
 
 def continued(folder: Path, out: Path) -> PretrainConfig:
     """Return the options of a run that starts from the weights of the first run."""
-    defaults = PretrainConfig()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    changes = {name: getattr(defaults, name) for name in sizes} | {"from_weight": str(folder / "base")}
+    changes = {**dict.fromkeys(sizes), "from_weight": str(folder / "base")}
     return tiny_runs.tiny(folder / "corpus.jsonl", out, max_steps=2, **changes)
 
 

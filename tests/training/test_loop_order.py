@@ -198,7 +198,9 @@ def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: i
     run, state, calls = make_trainer(tiny_model()), TrainState(step=40), []
     run.total_steps = 100
     run.progress = SimpleNamespace(
-        start=lambda *steps: calls.append(steps), note=lambda text: calls.append("--max-time" in text)
+        advance=lambda step, loss: None,
+        start=lambda *steps: calls.append(steps),
+        note=lambda text: calls.append("--max-time" in text),
     )
     run.meter = SimpleNamespace(end_at=calls.append)
     for decay in (asked, 5.0):

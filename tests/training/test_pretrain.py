@@ -90,7 +90,14 @@ def test_the_loss_falls_and_the_result_says_so(finished: tuple[Path, PretrainRes
 def test_a_run_leaves_what_is_promised(finished: tuple[Path, PretrainResult]) -> None:
     out, result = finished
     assert result.model_dir == out / "model"
-    for name in ("config.toml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"):
+    for name in (
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "report.html",
+    ):
         assert (out / name).exists(), name
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
         assert (out / "model" / name).is_file(), name
@@ -98,6 +105,10 @@ def test_a_run_leaves_what_is_promised(finished: tuple[Path, PretrainResult]) ->
     environment = json.loads((out / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert list((out / "tensorboard").rglob("events.*"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"Step {result.steps:,} of {result.steps:,} (100%). The model is saved." in page
+    assert f"<dt>Validation loss</dt><dd>{result.val_loss:.4f}</dd>" in page
+    assert "--hidden-size" in page
 
 
 def test_the_written_configuration_reads_back(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
