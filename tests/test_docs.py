@@ -31,6 +31,7 @@ PAIRS = [
     ("docs/quickstart.md", "docs/quickstart_zh.md"),
     ("docs/fine-tuning.md", "docs/fine-tuning_zh.md"),
     ("docs/migration.md", "docs/migration_zh.md"),
+    ("docs/budget.md", "docs/budget_zh.md"),
 ]
 PROGRAM = re.compile(r"minimind-train|minimind_cli")
 
