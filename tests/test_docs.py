@@ -29,6 +29,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 PAIRS = [
     ("README.md", "README_zh.md"),
     ("docs/quickstart.md", "docs/quickstart_zh.md"),
+    ("docs/fine-tuning.md", "docs/fine-tuning_zh.md"),
     ("docs/migration.md", "docs/migration_zh.md"),
     ("docs/budget.md", "docs/budget_zh.md"),
 ]
