@@ -2,7 +2,7 @@
 
 The law and its variables are in minimind/evaluation/scaling_law.py. Residuals are logarithms of bits/byte,
 with a Huber loss; weak priors hold exponents that few points cannot determine. The error before the start is
-that on texts that were left out; the error during a run is that of its evaluations, by share of the run.
+that with the difficulty of a text taken from the others; during a run it is that of its evaluations.
 
     python benchmarks/fit_scaling_law.py grid.jsonl more.jsonl --write      # the law in the package
     python benchmarks/fit_scaling_law.py grid.jsonl --check new_runs.jsonl     # errors of the packaged law
@@ -157,7 +157,7 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
     residuals = [
         math.log(scales[p["text"]] * relative(law, p, p["bytes"]) / p["bits_per_byte"]) for p in points
     ]
-    unseen = left_out(points)
+    unseen = left_out(law, scales, points)
     curve = [on_curve(law, points, share) for share in SHARES]
     devices = sorted({f"{point['device']}, torch {point['torch']}" for point in points})
     return {
@@ -170,7 +170,7 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
         "fit": {
             "points": len(points),
             "rms_log_residual": round(rms(residuals), 5),
-            "rms_log_error_of_unseen_texts": round(rms(unseen), 5) if unseen else None,
+            "rms_log_error_of_texts_of_unseen_difficulty": round(rms(unseen), 5) if unseen else None,
             "parameters": [min(p["parameters"] for p in points), max(p["parameters"] for p in points)],
             "tokens": [min(p["tokens"] for p in points), max(p["tokens"] for p in points)],
         },
@@ -184,17 +184,12 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def left_out(points: list[dict[str, Any]]) -> list[float]:
-    """Return the errors of log L on each text by a law that was fitted to others of such sizes."""
+def left_out(law: dict[str, float], scales: dict[str, float], points: list[dict[str, Any]]) -> list[float]:
+    """Return the errors of log L on each text, with its difficulty from the line through the others."""
     errors: list[float] = []
-    texts = list(dict.fromkeys(point["text"] for point in points))
-    for text in texts if len(texts) > 2 else ():
-        others = [point for point in points if point["text"] != text]
-        largest = max(point["parameters"] for point in others)
-        if any(point["parameters"] > 2 * largest for point in points):
-            continue  # that would measure the extrapolation in size
-        law, scales = fit(others)
-        first, slope = difficulty(scales, others)
+    for text in scales if len(scales) > 3 else ():
+        others = {name: scale for name, scale in scales.items() if name != text}
+        first, slope = difficulty(others, points)
         for point in points:
             if point["text"] == text and point["unigram_bits"] is not None:
                 scale = first + slope * point["unigram_bits"]

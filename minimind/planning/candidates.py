@@ -167,9 +167,8 @@ def chosen_options(
         **candidate.shape.options(),
         "max_seq_len": candidate.seq_len,
         "batch_size": candidate.micro_batch_size,
-        "epochs": max(math.ceil(candidate.epochs * 1.5), 1)
-        if budget.seconds
-        else math.ceil(candidate.epochs),
+        # A limit: the clock ends a time budget, also on a machine that turns out faster.
+        "epochs": recipe.MOST_EPOCHS if budget.seconds else math.ceil(candidate.epochs),
         "learning_rate": rate,
         "lr_schedule": "wsd",
         "warmup_steps": min(max(round(0.02 * steps), 1), 1000),
