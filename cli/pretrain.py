@@ -63,7 +63,7 @@ def pretrain(
         return
     from minimind.training.pretrain import pretrain as run
 
-    result = run(resolved)
+    result = run(resolved, quiet=False, handle_signals=True)
     if result.stopped is not None:
         raise typer.Exit(STOPPED_EARLY)
 

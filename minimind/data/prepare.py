@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from ..config.options import PretrainConfig
 from ..errors import DataError
 from .cache import find, open_or_build
 from .document_index import read_length_counts
+from .documents import BuiltinCorpus, CustomDocuments, Documents
 from .files import find_files, identify, skipped_lines
 from .mixture import source_epochs
-from .readers import Reading, TextFile
+from .readers import TextFile
 from .report import (
     Amount,
     DataReport,
@@ -71,25 +72,11 @@ class PreparedData:
         return mixture_text(self.weights, [part.num_documents for part in self.train.parts])
 
 
-@dataclass(frozen=True)
-class BuiltinCorpus:
-    """The corpus embedded in Python, the default of --data."""
-
-    def documents(self, reading: Reading) -> Iterator[str]:
-        """Yield its documents; see `readers.TextFile.documents`."""
-        from .builtin_corpus import builtin_documents
-
-        for text in builtin_documents():
-            if text and not text.isspace():
-                yield text
-            else:
-                reading.empty += 1
-
-
 def prepare_data(
     config: PretrainConfig,
     tokenizer: DocumentTokenizer,
     progress: Callable[[int, int], None] | None = None,
+    documents: Documents | None = None,
 ) -> PreparedData:
     """Open the tokenized data of a run; tokenize it first if the cache does not have it.
 
@@ -100,6 +87,7 @@ def prepare_data(
         config: the data options.
         tokenizer: its fingerprint is part of the cache key.
         progress: called during a build with bytes read and total bytes (0 if unknown).
+        documents: training documents of the caller, in place of --data.
 
     Raises:
         DataError: for data that is missing, unreadable or too small, and for a cache folder that cannot be
@@ -107,7 +95,8 @@ def prepare_data(
     """
     skipped: Counter[str] = Counter()
     sources = read_sources(config.data, skipped=skipped, text_key=config.text_key)
-    named, identities = _sources(config, sources, skipped)
+    named, identities = _sources(config, sources, skipped, documents)
+    option = "data=" if documents is not None else _data_option(config)
     settings = _cache_settings(config, identities, tokenizer)
     key = _hash(settings)
     total = sum(identity.get("size", 0) for identity in identities)
@@ -115,7 +104,7 @@ def prepare_data(
     def build(folder: Path) -> dict[str, Any]:
         report = None if progress is None else lambda done: progress(done, total)
         encoded = encode([assignment for _, assignment in named], tokenizer, folder, report)
-        _refuse_unusable(config, encoded)
+        _refuse_unusable(config, encoded, option)
         return {
             "settings": settings,
             "fingerprints": {
@@ -136,7 +125,7 @@ def prepare_data(
     assert train is not None
     if train.num_tokens <= config.max_seq_len:
         raise DataError(
-            f"{_data_option(config)} has {train.num_tokens} training tokens, fewer than one sequence of "
+            f"{option} has {train.num_tokens} training tokens, fewer than one sequence of "
             f"--max-seq-len {config.max_seq_len}; add data or lower --max-seq-len."
         )
     weights = tuple(source.weight for source in sources if source.weight is not None)
@@ -247,14 +236,20 @@ def default_cache_dir() -> Path:
 
 
 def _sources(
-    config: PretrainConfig, sources: Sequence[DataSource], skipped: Counter[str]
+    config: PretrainConfig,
+    sources: Sequence[DataSource],
+    skipped: Counter[str],
+    documents: Documents | None = None,
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named files of a run, and the identity of each, which changes with its content."""
+    if documents is not None:
+        custom = CustomDocuments(documents)
+        assignment = Assignment(custom, "train", config.val_fraction)
+        return [(type(documents).__name__, assignment)], [{"documents": custom.fingerprint}]
     if not config.data:
-        from .builtin_corpus import builtin_fingerprint
-
-        assignment = Assignment(BuiltinCorpus(), "train", config.val_fraction)
-        return [("embedded text", assignment)], [{"embedded": builtin_fingerprint()}]
+        builtin = BuiltinCorpus()
+        assignment = Assignment(builtin, "train", config.val_fraction)
+        return [("embedded text", assignment)], [{"embedded": builtin.fingerprint}]
     held_out = 0.0 if config.val_data else config.val_fraction
     named, identities = [], []
     wanted = [
@@ -274,17 +269,17 @@ def _sources(
     return named, identities
 
 
-def _refuse_unusable(config: PretrainConfig, encoded: Encoded) -> None:
+def _refuse_unusable(config: PretrainConfig, encoded: Encoded, option: str) -> None:
     """Raise DataError when a requested split has no documents."""
     train, validation = encoded.counts[:, :, 0].sum(0).tolist()
     dropped = sum(r.empty + r.bad_lines.total() for r in encoded.readings)
     if not train and validation and not config.val_data:
         raise DataError(
             f"--val-fraction {config.val_fraction:g} holds out all {validation} documents of "
-            f"{_data_option(config)}; lower it, or add data."
+            f"{option}; lower it, or add data."
         )
     if not train or (config.val_data and not validation):
-        name = "--val-data " + " ".join(config.val_data) if train else _data_option(config)
+        name = "--val-data " + " ".join(config.val_data) if train else option
         raise DataError(
             f"{name} has no text ({dropped} documents were empty or invalid); name a file with text."
         )

@@ -25,6 +25,7 @@ from accelerate.tracking import SwanLabTracker, WandBTracker
 
 from ..io.append import AppendFile
 from .environment import hide_secrets
+from .plugins import PluggedTracker
 
 # What TensorBoard shows beside the hyper-parameters of each run.
 COMPARED_METRICS = ("val_loss", "val_bits_per_byte", "loss")
@@ -161,7 +162,7 @@ class SwanLab(SwanLabTracker):
         self.run.log({name: swanlab.Text(text)}, step=step)
 
 
-Client = TensorBoard | WandB | SwanLab
+Client = TensorBoard | WandB | SwanLab | PluggedTracker
 
 
 class BackgroundThread:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ DROP_WHEN_NARROW = ("memory_gb", "learning_rate", "mfu", "tokens_per_second")
 
 Rows = Sequence[tuple[str, str]]
 
+_log = logging.getLogger("minimind")
+
 
 class Progress:
     """Shows a run on a stream; in a terminal, with a progress bar that a thread of rich redraws.
@@ -30,17 +33,28 @@ class Progress:
     A closed stream or an unencodable character never stops a run: output is dropped or replaced.
     """
 
-    def __init__(self, total_steps: int = 0, enabled: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
         """Write nothing yet.
 
         Args:
             total_steps: steps of the whole run; `start` may set it later.
             enabled: False on all ranks but one: nothing is written.
             stream: output stream, by default standard output.
+            quiet: write nothing; warnings and notes go to the logger `minimind`.
         """
         self.total_steps = total_steps
         stream = sys.stdout if stream is None else stream
-        self._stream = _ForgivingStream(stream) if enabled and stream is not None else None
+        shown = enabled and not quiet and stream is not None
+        self._stream = _ForgivingStream(stream) if shown else None
+        self.quiet = quiet
+        self._logs = enabled and quiet
         self._console: Console | None = None
         self._bar: Bar | None = None
         self._last_line = 0.0
@@ -69,10 +83,14 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Show a warning."""
+        if self._logs:
+            _log.warning(text)
         self._line(f"warning: {text}", style="yellow")
 
     def note(self, text: str) -> None:
         """Show a sentence."""
+        if self._logs:
+            _log.info(text)
         self._line(text)
 
     def banner(self, rows: Rows) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
+from ..tracking.plugins import Tracker
 from ..tracking.trackers import Trackers
 from .samples import Samples
 from .setup import RunInputs
@@ -35,11 +36,12 @@ class Outputs:
         model: nn.Module,
         environment: Mapping[str, Any],
         progress: Progress,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Open nothing yet; see `open`."""
         self._inputs, self._folder = inputs, folder
         self._accelerator, self._model = accelerator, model
-        self._environment, self._progress = environment, progress
+        self._environment, self._progress, self._custom = environment, progress, trackers
 
     @property
     def metrics_path(self) -> Path:
@@ -56,6 +58,7 @@ class Outputs:
             tracker_ids,
             start_step=step,
             environment=self._environment,
+            trackers=self._custom,
             warn=self._progress.warn,
         )
         self.samples = None

@@ -15,20 +15,19 @@ from ..checkpoint.checkpointer import RunCheckpoints
 from ..checkpoint.train_state import TrainState
 from ..config.options import PretrainConfig
 from ..data.loader import Loader, StepBatch
-from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_learning_rate
 from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
 from ..tracking.console import Progress
-from ..tracking.metrics_file import last_with
 from .async_metrics import AsyncScalars
+from .callbacks import Callbacks
 from .cuda_graph import ForwardBackwardGraph
 from .evaluator import Evaluator
 from .garbage_collection import GarbageCollection
 from .load_balancing import expert_balance
-from .loss_spikes import MAX_REWINDS, Spike, SpikeReporter, append_loss, spike_threshold
+from .loss_spikes import MAX_REWINDS, Spike, SpikeError, SpikeReporter, append_loss, spike_threshold
 from .outputs import Outputs
 from .profiler import ProfileTrace
 from .reporting import Reports, StepRecord
@@ -44,18 +43,6 @@ COLLECT_INTERVAL = 100
 
 # Seconds reserved for writing the model and its sample after the last step.
 END_SECONDS = 5.0
-
-
-class SpikeError(Exception):
-    """Leaves the loop to rewind; never leaves this module.
-
-    Attributes:
-        spike: the step with the loss spike.
-    """
-
-    def __init__(self, spike: Spike) -> None:
-        super().__init__(spike.what)
-        self.spike = spike
 
 
 @dataclass(kw_only=True)
@@ -79,6 +66,7 @@ class Trainer:
         state: progress of the run, from its checkpoint on a resume.
         evaluator: None without validation data.
         spikes: writes the documents of loss spikes; None for no reports and no rewinds.
+        callbacks: of the caller.
         graph: CUDA graph of forward and backward pass; None without one.
         profiler: None without --profile.
         stop_after: step after which the run ends as if it had been asked to stop; None for none.
@@ -102,6 +90,7 @@ class Trainer:
     state: TrainState
     evaluator: Evaluator | None = None
     spikes: SpikeReporter | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
     graph: ForwardBackwardGraph | None = None
     profiler: ProfileTrace | None = None
     stop_after: int | None = None
@@ -110,7 +99,7 @@ class Trainer:
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reports = Reports(self.model_config, self.outputs, self.progress, self.meter)
+        self.reports = Reports(self.model_config, self.outputs, self.progress, self.meter, self.callbacks)
         self.metrics = AsyncScalars(self.accelerator.device)
 
     @property
@@ -225,6 +214,7 @@ class Trainer:
         with self.meter.phase("saving"):
             self.checkpointer.save(self.state)
         self.saved_step = self.state.step
+        self.callbacks.save(self.saved_step)
 
     def validate(self) -> None:
         """Evaluate, report the result and mark the best checkpoint; does nothing without validation data."""
@@ -261,13 +251,11 @@ class Trainer:
         elif state.step == 0:
             self.reports.evaluation(0, result)
         elif state.step == self.total_steps or state.step % self.config.evaluation_interval == 0:
-            step, loss = run_on_main_and_broadcast(
-                self.accelerator, lambda: last_with(self.outputs.metrics_path, "val_loss") or (-1, None)
-            )
-            if step != state.step or self.checkpointer.best_restarted:
+            last = self.reports.recorded_evaluation(self.accelerator, state.step)
+            if last is None or self.checkpointer.best_restarted:
                 self.validate()
-            elif loss is not None and loss < state.best_val_loss:
-                state.best_val_loss = loss
+            elif last["val_loss"] is not None and last["val_loss"] < state.best_val_loss:
+                state.best_val_loss = last["val_loss"]
                 self.checkpointer.mark_best(state)
 
     def write_samples(self) -> None:
@@ -308,6 +296,8 @@ class Trainer:
         if self.spikes is not None:
             self.spikes.rewind()
         self.reports.rewind(state, spike, MAX_REWINDS)
+        if self.callbacks:
+            self.reports.recorded_evaluation(self.accelerator, state.step)
         # At once, so that a run that is resumed from here excludes the sequences too.
         self.save()
 
@@ -346,6 +336,7 @@ class Trainer:
             or self.state.decay_window is not None
             or seconds_left is None
             or per_step is None
+            or self.schedule.custom is not None
         ):
             return 0
         # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
@@ -390,6 +381,7 @@ class Trainer:
                 where = self.spikes.report(spike)
             clauses += [where] if where else []
         self.progress.warn("; ".join(clauses) + ".")
+        self.callbacks.spike(spike)
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"step {spike.step}: {spike.what}, and {MAX_SKIPPED_IN_A_ROW} updates in a row were skipped; "

@@ -74,7 +74,7 @@ def start(config: PretrainConfig) -> int:
         log = os.open(f"{config.output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        MODULE.pretrain(config)
+        MODULE.pretrain(config, quiet=False, handle_signals=True)
         code = 0
     except BaseException:
         traceback.print_exc()

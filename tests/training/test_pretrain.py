@@ -23,7 +23,6 @@ from minimind import (
     PretrainConfig,
     load_tokenizer,
     preset_config,
-    pretrain,
 )
 from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.schema import parse_values, read_toml, write_toml
@@ -33,6 +32,7 @@ from minimind.training.summary import PretrainResult
 from minimind.training.trainer import END_SECONDS, Trainer
 from support.cycle_corpus import WORDS, write_corpus
 from support.step_clock import StepClock
+from support.tiny_runs import pretrain_as_command as pretrain
 
 
 @pytest.fixture(scope="module")
