@@ -111,16 +111,29 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
     return refused, changed
 
 
+def missing_parts(saved: Mapping[str, str | None], now: Mapping[str, Any]) -> str | None:
+    """Return a sentence if a run lacks parts that it was trained with, else None.
+
+    Args:
+        saved: names of the parts in a checkpoint, None for those of minimind.
+        now: the parts, or their names, that the run has now.
+    """
+    missing = {part: name for part, name in saved.items() if name and not now.get(part)}
+    if not missing:
+        return None
+    listed = ", ".join(f"{part} {name}" for part, name in missing.items())
+    given = ", ".join(f"{part}=..." for part in missing)
+    return (
+        f"the run was trained with parts of a Python program ({listed}); resume it there, by calling "
+        f"minimind.pretrain(config, {given}) with them again."
+    )
+
+
 def _custom_parts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Compare the parts that the callers of `pretrain` replaced; see `compare_settings`."""
     before, after = saved.get("custom_parts", {}), now.get("custom_parts", {})
-    if missing := {part: name for part, name in before.items() if name and not after.get(part)}:
-        listed = ", ".join(f"{part} {name}" for part, name in missing.items())
-        given = ", ".join(f"{part}=..." for part in missing)
-        return [
-            f"the run was trained with parts of a Python program ({listed}); resume it there, by calling "
-            f"minimind.pretrain(config, {given}) with them again."
-        ], []
+    if (missing := missing_parts(before, after)) is not None:
+        return [missing], []
     ours = after.get("optimizer")
     if "custom_parts" in saved and before.get("optimizer") != ours:
         theirs = before.get("optimizer") or saved.get("optimizer")

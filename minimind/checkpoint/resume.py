@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..config.schema import read_toml
 from ..errors import CheckpointError, ConfigError, UserError
 from ..run_folder import RunFolder
 from ..tracking.metrics_file import read_metrics
+from .compatibility import missing_parts
 from .files import StoredCheckpoint, stored_checkpoints
 
 
@@ -116,6 +118,27 @@ def check_resumable(folder: RunFolder) -> None:
             f"{folder.path} holds a run of {steps:,} steps or more, but its checkpoints are missing: "
             f"{missing}. Mount or restore them, or start a new run in another --output-dir."
         )
+
+
+def check_parts(source: str, folder: RunFolder, given: Mapping[str, Any]) -> None:
+    """Refuse to resume a run without the parts of the caller that it was trained with; before any work.
+
+    Args:
+        source: `auto`, or the path of a checkpoint or run.
+        folder: of the run.
+        given: parts that the caller passes, by the names of the arguments of `pretrain`.
+
+    Raises:
+        CheckpointError: naming the parts.
+    """
+    path = folder.checkpoints if source == AUTO else Path(source)
+    found = stored_checkpoints(path / "checkpoints") or stored_checkpoints(path)
+    checkpoint = found[-1] if found else StoredCheckpoint(path, 0)
+    saved: Mapping[str, Any] = {}
+    with suppress(CheckpointError, KeyError, TypeError):  # loading it names the damage
+        saved = checkpoint.trainer["settings"].get("custom_parts", {})
+    if (missing := missing_parts(saved, given)) is not None:
+        raise CheckpointError(f"cannot resume from {checkpoint.path}: {missing}")
 
 
 def all_damaged(stored: list[StoredCheckpoint]) -> CheckpointError:

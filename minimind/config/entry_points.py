@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import ConfigError
 
 
-def plugin_names(group: str) -> list[str]:
-    """Return the names that installed packages have registered in a group of entry points."""
+def plugin_names(group: str | None) -> list[str]:
+    """Return the names that installed packages have registered in a group of entry points; None has none."""
+    if group is None:
+        return []
+    from importlib.metadata import entry_points  # takes a while to import
+
     return sorted({point.name for point in entry_points(group=group)})
 
 
@@ -25,6 +28,8 @@ def load_plugin(group: str, name: str, option: str) -> Callable[..., Any]:
     Raises:
         ConfigError: when no package has registered the name, or it cannot be imported.
     """
+    from importlib.metadata import entry_points
+
     for point in entry_points(group=group, name=name):
         try:
             return point.load()

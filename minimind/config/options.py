@@ -330,7 +330,9 @@ class RunConfig:
     ] = "10m"
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
-        FieldInfo("Metric trackers besides metrics.jsonl. Repeatable.", common=True),
+        FieldInfo(
+            "Metric trackers besides metrics.jsonl. Repeatable.", common=True, plugins="minimind.trackers"
+        ),
     ] = ("tensorboard",)
     project: Annotated[str, FieldInfo("Project name in WandB and SwanLab.", aliases=("--wandb-project",))] = (
         "minimind"

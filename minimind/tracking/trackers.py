@@ -112,7 +112,7 @@ class Trackers:
             raise cannot_write("--output-dir", run_folder.path, error) from error
         chosen: dict[str, Tracker | None] = {name: None for name in config.tracker if name != "none"}
         for tracker in trackers:
-            kind = type(tracker).__qualname__
+            kind = type(tracker).__name__
             number = sum(name.partition("#")[0] == kind for name in chosen)
             chosen[f"{kind}#{number + 1}" if number else kind] = tracker
         for name, custom in chosen.items():

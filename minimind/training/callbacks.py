@@ -141,7 +141,7 @@ class Callbacks:
         """
         self._callbacks: dict[str, Callback] = {}
         for callback in callbacks:
-            kind = type(callback).__qualname__
+            kind = type(callback).__name__
             if isinstance(callback, type) or not any(hasattr(callback, hook) for hook in HOOKS):
                 raise ConfigError(f"callbacks={callback!r} has none of the methods {', '.join(HOOKS)}.")
             number = sum(name.partition("#")[0] == kind for name in self._callbacks)

@@ -55,18 +55,24 @@ class CustomParts:
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The parts by the names of the arguments of `pretrain`, None where there is none."""
+        own_model = None if self.model_factory is MiniMindForCausalLM else self.model_factory
+        return {
+            "model_factory": own_model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "data": self.data,
+        }
+
     def names(self, custom_model: str | None) -> dict[str, Any]:
         """Return the name of each part, None where it is not replaced, as a checkpoint keeps them.
 
         Args:
             custom_model: name of the model's class unless it is minimind's own, else None.
         """
-        return {
-            "model_factory": custom_model,
-            "optimizer": _name(self.optimizer),
-            "schedule": _name(self.schedule),
-            "data": _name(self.data),
-        }
+        return {name: _name(part) for name, part in self.given.items()} | {"model_factory": custom_model}
 
 
 def _name(part: Any) -> str | None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from ..checkpoint.resume import check_resumable, finished_run, resume_source
+from ..checkpoint.resume import check_parts, check_resumable, finished_run, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
 from ..config.options import AUTO, PretrainConfig
@@ -117,6 +117,8 @@ def _run(
         session = _open_session(config, started, closing, quiet=quiet, handle_signals=handle_signals)
         progress, stop = session.progress, session.stop
         source = resume_source(config.resume, session.folder)
+        if source is not None:
+            check_parts(source, session.folder, custom.given)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, custom.data, source=None if branch else source)
 
