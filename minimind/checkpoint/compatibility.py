@@ -12,6 +12,7 @@ from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
+from .resume import missing_parts
 
 _SHAPE = "the weights have a different shape; {give}, or start a new run"
 _ORDER = "the data order would change; {give}, or start a new run"
@@ -109,24 +110,6 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
         if _differ(key, saved, now):
             changed.append(f"{_change(key, saved, now)}: {effect}.")
     return refused, changed
-
-
-def missing_parts(saved: Mapping[str, str | None], now: Mapping[str, Any]) -> str | None:
-    """Return a sentence if a run lacks parts that it was trained with, else None.
-
-    Args:
-        saved: names of the parts in a checkpoint, None for those of minimind.
-        now: the parts, or their names, that the run has now.
-    """
-    missing = {part: name for part, name in saved.items() if name and not now.get(part)}
-    if not missing:
-        return None
-    listed = ", ".join(f"{part} {name}" for part, name in missing.items())
-    given = ", ".join(f"{part}=..." for part in missing)
-    return (
-        f"the run was trained with parts of a Python program ({listed}); resume it there, by calling "
-        f"minimind.pretrain(config, {given}) with them again."
-    )
 
 
 def _custom_parts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -13,7 +13,6 @@ from ..config.schema import read_toml
 from ..errors import CheckpointError, ConfigError, UserError
 from ..run_folder import RunFolder
 from ..tracking.metrics_file import read_metrics
-from .compatibility import missing_parts
 from .files import StoredCheckpoint, stored_checkpoints
 
 
@@ -139,6 +138,24 @@ def check_parts(source: str, folder: RunFolder, given: Mapping[str, Any]) -> Non
         saved = checkpoint.trainer["settings"].get("custom_parts", {})
     if (missing := missing_parts(saved, given)) is not None:
         raise CheckpointError(f"cannot resume from {checkpoint.path}: {missing}")
+
+
+def missing_parts(saved: Mapping[str, str | None], now: Mapping[str, Any]) -> str | None:
+    """Return a sentence if a run lacks parts that it was trained with, else None.
+
+    Args:
+        saved: names of the parts in a checkpoint, None for those of minimind.
+        now: the parts, or their names, that the run has now.
+    """
+    missing = {part: name for part, name in saved.items() if name and not now.get(part)}
+    if not missing:
+        return None
+    listed = ", ".join(f"{part} {name}" for part, name in missing.items())
+    given = ", ".join(f"{part}=..." for part in missing)
+    return (
+        f"the run was trained with parts of a Python program ({listed}); resume it there, by calling "
+        f"minimind.pretrain(config, {given}) with them again."
+    )
 
 
 def all_damaged(stored: list[StoredCheckpoint]) -> CheckpointError:

@@ -29,8 +29,8 @@ class DataConfig:
     data: Annotated[
         tuple[str, ...],
         FieldInfo(
-            "Training data: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable; PATH:0.7 "
-            "sets an entry's share of the training tokens.",
+            "Training data: a .jsonl(.gz), .txt, .parquet or .arrow file, a folder, a glob or "
+            "hf://OWNER/NAME. Repeatable; PATH:0.7 sets an entry's share of the training tokens.",
             aliases=("--data-path",),
             metavar="PATH",
             default_text="the documentation built into Python",
@@ -59,7 +59,9 @@ class DataConfig:
             common=True,
         ),
     ] = None
-    text_key: Annotated[str, FieldInfo("JSONL key or Parquet column of the text.")] = "text"
+    text_key: Annotated[str, FieldInfo("JSON key or column of the text, or of conversations (messages).")] = (
+        "text"
+    )
     max_seq_len: Annotated[int, FieldInfo("Sequence length in tokens.", minimum=2, common=True)] = 512
     packing: Annotated[
         bool,

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,9 +18,11 @@ from typing import Any
 from ..config.options import PretrainConfig
 from ..errors import DataError
 from .cache import find, open_or_build
+from .chat import CHAT_KEYS, ChatRenderer
 from .document_index import read_length_counts
 from .documents import BuiltinCorpus, CustomDocuments, Documents
-from .files import find_files, identify, skipped_lines
+from .files import identify, skipped_lines
+from .hub import HubReader, HubShard
 from .mixture import source_epochs
 from .readers import TextFile
 from .report import (
@@ -32,8 +35,8 @@ from .report import (
     sequence_costs,
 )
 from .shards import SplitIndex, TokenShards
-from .sources import DataSource, read_sources
-from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
+from .sources import DataSource, find_sources, read_sources
+from .tokenization import SPLITS, Assignment, DocumentSource, DocumentTokenizer, Encoded, encode
 
 # Part of every cache key: increase when the files of a build change.
 _FORMAT = 3
@@ -94,32 +97,40 @@ def prepare_data(
             written.
     """
     skipped: Counter[str] = Counter()
-    sources = read_sources(config.data, skipped=skipped, text_key=config.text_key)
-    named, identities = _sources(config, sources, skipped, documents)
+    cache_dir, chat = cache_folder(config), _chat(config, tokenizer)
+    sources = read_sources(config.data, skipped=skipped, text_key=config.text_key, cache_dir=cache_dir)
+    tick = (lambda: None) if progress is None else (lambda: progress(0, 0))
+    named, identities = _sources(config, sources, skipped, documents, chat, tick)
     option = "data=" if documents is not None else _data_option(config)
-    settings = _cache_settings(config, identities, tokenizer)
+    settings = _cache_settings(config, identities, tokenizer, chat)
     key = _hash(settings)
-    total = sum(identity.get("size", 0) for identity in identities)
+    shards = [item.source.shard for _, item in named if isinstance(item.source, HubReader)]
+    # The size of a shard of the Hub is unknown.
+    total = 0 if shards else sum(identity.get("size", 0) for identity in identities)
 
     def build(folder: Path) -> dict[str, Any]:
-        report = None if progress is None else lambda done: progress(done, total)
+        report = None if progress is None else lambda done: progress(done if total else 0, total)
         encoded = encode([assignment for _, assignment in named], tokenizer, folder, report)
         _refuse_unusable(config, encoded, option)
         return {
             "settings": settings,
             "fingerprints": {
-                split: _hash([content, tokenizer.fingerprint])
+                split: _hash([content, tokenizer.fingerprint, *([chat.fingerprint] if chat else [])])
                 for split, content in encoded.fingerprints.items()
             },
             "splits": {split: dataclasses.asdict(index) for split, index in encoded.splits.items()},
-            "report": _report(config, folder, encoded, [name for name, _ in named], tokenizer).to_dict(),
+            "report": _report(
+                config, folder, encoded, [name for name, _ in named], tokenizer, chat
+            ).to_dict(),
         }
 
-    cache_dir = cache_folder(config)
     try:
         opened = open_or_build(cache_dir, key, build)
     except OSError as error:
         raise _unwritable(cache_dir, error) from error
+    for folder in {shard.dataset.folder(cache_dir, config.text_key) for shard in shards}:
+        if opened.built:
+            shutil.rmtree(folder, ignore_errors=True)
     manifest = opened.manifest
     train, validation = (_open(opened.folder, split, manifest) for split in SPLITS)
     assert train is not None
@@ -170,15 +181,21 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -
     Raises:
         DataError: for data that is missing.
     """
-    _, identities = _sources(config, read_sources(config.data, text_key=config.text_key), Counter())
-    manifest = find(cache_folder(config), _hash(_cache_settings(config, identities, tokenizer)))
+    cache_dir, chat = cache_folder(config), _chat(config, tokenizer)
+    sources = read_sources(config.data, text_key=config.text_key, cache_dir=cache_dir)
+    _, identities = _sources(config, sources, Counter(), chat=chat)
+    manifest = find(cache_dir, _hash(_cache_settings(config, identities, tokenizer, chat)))
     return None if manifest is None else _hash(manifest["fingerprints"])
 
 
 def _cache_settings(
-    config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: DocumentTokenizer
+    config: PretrainConfig,
+    identities: list[dict[str, Any]],
+    tokenizer: DocumentTokenizer,
+    chat: ChatRenderer | None,
 ) -> dict[str, Any]:
     """Return everything that a build depends on."""
+    template = {} if chat is None else {"chat_template": chat.fingerprint}
     return {
         "format": _FORMAT,
         "sources": identities,
@@ -186,7 +203,13 @@ def _cache_settings(
         "text_key": config.text_key,
         "bad_lines": config.bad_lines,
         "val_fraction": 0.0 if config.val_data else config.val_fraction,
+        **template,
     }
+
+
+def _chat(config: PretrainConfig, tokenizer: DocumentTokenizer) -> ChatRenderer | None:
+    """Return what renders conversations, where --text-key names some."""
+    return ChatRenderer(tokenizer) if config.data and config.text_key in CHAT_KEYS else None  # type: ignore[arg-type]
 
 
 def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
@@ -240,6 +263,8 @@ def _sources(
     sources: Sequence[DataSource],
     skipped: Counter[str],
     documents: Documents | None = None,
+    chat: ChatRenderer | None = None,
+    tick: Callable[[], object] = lambda: None,
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named files of a run, and the identity of each, which changes with its content."""
     if documents is not None:
@@ -259,13 +284,23 @@ def _sources(
     ]
     wanted += [
         (path, "--val-data", "validation", 0.0, 0)
-        for path in find_files(config.val_data, "--val-data", skipped, config.text_key)
+        for path in find_sources(
+            config.val_data, "--val-data", skipped, config.text_key, cache_folder(config)
+        )
     ]
     for path, option, split, share, part in wanted:
-        source = TextFile(path, option, config.text_key, config.bad_lines)
+        source: DocumentSource
+        if isinstance(path, HubShard):
+            source = HubReader(
+                path, cache_folder(config), option, config.text_key, config.bad_lines, chat, tick
+            )
+            identity = path.identity
+        else:
+            source = TextFile(path, option, config.text_key, config.bad_lines, chat)
+            identity = identify(path, option)
         named.append((str(path), Assignment(source, split, share, part)))
         # The cache key contains the source of each document, but not the weights.
-        identities.append({"split": split, "entry": part, **identify(path, option)})
+        identities.append({"split": split, "entry": part, **identity})
     return named, identities
 
 
@@ -286,7 +321,12 @@ def _refuse_unusable(config: PretrainConfig, encoded: Encoded, option: str) -> N
 
 
 def _report(
-    config: PretrainConfig, folder: Path, encoded: Encoded, names: list[str], tokenizer: DocumentTokenizer
+    config: PretrainConfig,
+    folder: Path,
+    encoded: Encoded,
+    names: list[str],
+    tokenizer: DocumentTokenizer,
+    chat: ChatRenderer | None,
 ) -> DataReport:
     splits: dict[str, SplitReport | None] = {}
     totals = encoded.counts.sum(0).tolist()
@@ -307,6 +347,9 @@ def _report(
             f"--val-fraction {config.val_fraction:g} selected none of {train.amount.documents} documents, "
             "so there is no validation; raise it or pass --val-data."
         )
+    if chat is not None:
+        rendered = sum(reading.conversations for reading in encoded.readings)
+        notes.append(f"{rendered:,} conversations were rendered by {chat.description}.")
     packed, padded = sequence_costs(read_length_counts(folder, "train"), config.max_seq_len)
     sources = tuple(
         SourceReport(name, Amount(*counts[0]), Amount(*counts[1]), reading.empty, dict(reading.bad_lines))

@@ -114,7 +114,7 @@ def evaluate_text(
     if config.mixed_precision == "auto":
         config = dataclasses.replace(config, mixed_precision="no")
     check_launch(config)
-    entries = read_sources(config.data)
+    entries = read_sources(config.data, text_key=config.text_key)
     if any(entry.weight is not None for entry in entries):
         raise ConfigError("--data has a weight, which is for training only; remove it.")
     if config.batch_size == AUTO:
