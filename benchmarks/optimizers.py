@@ -39,7 +39,7 @@ from minimind.data.prepare import prepare_data
 from minimind.distributed.accelerator import start_accelerator, wants_compile
 from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.optim.build import build_optimizer, set_learning_rate
+from minimind.optim.build import build_optimizer, set_schedule
 from minimind.schedule import LearningRateSchedule
 from minimind.tokenizer import load_tokenizer
 from minimind.training.build_model import build_model, resolve_model_config
@@ -180,7 +180,7 @@ class Bench:
         rate = LearningRateSchedule(config, self.total_steps).at
         losses: list[torch.Tensor] = []
         for step, batch in zip(range(self.total_steps), self._steps(), strict=False):
-            set_learning_rate(optimizer, rate(step))
+            set_schedule(optimizer, rate(step))
             (micro_batch,) = batch.micro_batches
             loss = forward_loss(self.model, micro_batch) / max(batch.num_targets, 1)
             loss.backward()

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from .errors import ConfigError, DataError
 from .io.atomic import replace_files
+from .io.checksums import check_files
 
 PACKAGED = Path(__file__).parent / "assets" / "tokenizer"
 """Folder of the tokenizer in the package."""
@@ -234,6 +235,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     file = PACKAGED if path is None else Path(path)
     if file.is_dir():
         file /= "tokenizer.json"
+    config_file = file.with_name(f"{file.stem}_config.json")
+    if path is not None:
+        check_files(file.parent, (file.name, config_file.name))
     rules = _read_json(file)
     if "model" not in rules:
         raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {_FIX}")
@@ -245,7 +249,6 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
             "Save it again with the transformers installed here, or update tokenizers."
         ) from error
-    config_file = file.with_name(f"{file.stem}_config.json")
     config = _read_json(config_file) if config_file.is_file() else {}
     bos, eos, pad = (_find_role(role, backend, config, file) for role in _KNOWN_NAMES)
     if eos is None:

@@ -146,6 +146,7 @@ def test_saving_keeps_fingerprint_and_chat_template(tmp_path, shared):
     ours = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
     assert ours["chat_template"] == theirs["chat_template"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "checksums.json",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",

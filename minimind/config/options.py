@@ -16,7 +16,7 @@ from .checks import conflicts
 from .schema import FieldInfo, convert_fields, for_caller, range_problems, schema_of
 
 # Default peak learning rate of each optimizer; a preset may have its own.
-LEARNING_RATES: Mapping[str, float] = {"muon": 4e-3, "adamw": 5e-4}
+LEARNING_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
 
 AUTO = "auto"
 DEFAULT_BATCH_SIZE = 32
@@ -173,9 +173,13 @@ class OptimizationConfig:
         ),
     ] = None
     optimizer: Annotated[
-        Literal["muon", "adamw"],
-        FieldInfo("Optimizer of the transformer weight matrices; embeddings and norms always use AdamW."),
-    ] = "muon"
+        Literal["normuon", "muon", "adamw"],
+        FieldInfo(
+            "Optimizer of the transformer weight matrices; embeddings and norms always use AdamW. normuon is "
+            "Muon with normalized rows, a momentum warm-up and a higher learning rate of embedding and norms "
+            "in short runs."
+        ),
+    ] = "normuon"
     learning_rate: Annotated[
         float | None,
         FieldInfo(

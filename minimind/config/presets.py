@@ -20,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "max_seq_len": 128,
         "batch_size": 16,
-        "learning_rate": {"muon": 1e-2, "adamw": 3e-3},
+        "learning_rate": {"normuon": 1e-2, "muon": 1e-2, "adamw": 3e-3},
         "epochs": 2,
         "val_fraction": 0.05,
         "log_interval": 50,
@@ -66,7 +66,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 3072,
         "max_seq_len": 2048,
-        "learning_rate": {"muon": 2e-3, "adamw": 3e-4},
+        "learning_rate": {"normuon": 2e-3, "muon": 2e-3, "adamw": 3e-4},
     },
     "1b": {
         "hidden_size": 1792,
@@ -76,7 +76,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 4864,
         "max_seq_len": 2048,
-        "learning_rate": {"muon": 1.5e-3, "adamw": 2e-4},
+        "learning_rate": {"normuon": 1.5e-3, "muon": 1.5e-3, "adamw": 2e-4},
     },
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config.entry_points import plugin_names
 from ..errors import ConfigError, UserError
 from ..io.atomic import new_folder
+from ..io.checksums import write_checksums
 from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -174,6 +175,7 @@ def _write_huggingface(
     for name, settings in token_settings.items():
         written = read_json(folder / name) if name == huggingface.CONFIG else {}
         (folder / name).write_text(json.dumps({**written, **settings}, indent=2) + "\n", encoding="utf-8")
+    write_checksums(folder)
     back = huggingface.load_config(folder)
     _refuse([] if back == config else [huggingface.CONFIG])
     _refuse(_differing(weights, huggingface.load_weights(folder, back), dtype))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..io.atomic import replace_files
+from ..io.checksums import check_files
 from ..io.reading import read_json
 from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
@@ -132,6 +133,7 @@ def load_config(folder: Path) -> MiniMindConfig:
         raise ConfigError(f"{folder} is not a folder; {_EXPECTED}.")
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {CONFIG}; {_EXPECTED}.")
+    check_files(Path(folder), (CONFIG, GENERATION))
     try:
         values = read_json(path)
         if not isinstance(values, dict):

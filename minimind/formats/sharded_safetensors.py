@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..io.checksums import check_files
 from ..io.reading import read_json
 
 WEIGHTS = "model.safetensors"
@@ -79,9 +80,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a model folder by name, on the CPU, in their stored precision.
 
     Raises:
-        ConfigError: when a file is missing or damaged, or does not match the index.
+        ConfigError: when a file is missing or damaged, or does not match the index or `checksums.json`.
     """
     files = weight_files(folder)
+    check_files(folder, [INDEX, *(file.name for file in files)])
     weights = {name: tensor for file in files for name, tensor in _read_file(file).items()}
     if files == [folder / WEIGHTS]:
         return weights

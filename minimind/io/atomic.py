@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import ConfigError, UserError
+from .checksums import write_checksums
 
 # File types of a model. A folder with other files is more than a model and is never replaced.
 _REPLACEABLE = (".safetensors", ".json", ".pth", ".gguf")
@@ -106,7 +107,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
     """Yield an empty folder; at the end its files replace those of the same name in `folder`.
 
     Other files in `folder` stay. All new files are on the disk before the first one is renamed. A folder that
-    did not exist appears with all its files at once.
+    did not exist appears with all its files at once. `checksums.json` records all files.
 
     Raises:
         OSError: `folder` is unchanged, and temporary files are removed.
@@ -119,6 +120,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
         remove(written)
         written.mkdir(parents=True)
         yield written
+        write_checksums(written, folder if exists else None)
         _sync_files(written)
         if exists:
             for file in sorted(written.iterdir()):

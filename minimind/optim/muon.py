@@ -1,7 +1,8 @@
-"""Muon: SGD momentum orthogonalized by Newton-Schulz iteration, and AdamW for all other parameters.
+"""Muon and NorMuon: momentum orthogonalized by Newton-Schulz iteration; AdamW for all other parameters.
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon) with the scale of Moonlight (Liu et al. 2025, arXiv
-2502.16982), which keeps the learning rate and weight decay of AdamW.
+2502.16982), which keeps the learning rate and weight decay of AdamW. NorMuon (Li et al. 2025, arXiv
+2510.05491) divides each row of the orthogonal factor by a running root mean square of that row.
 
 Shapes: n matrices of one shape, R rows, C columns; a parameter of more dimensions is a stack of matrices.
 """
@@ -27,6 +28,8 @@ _ADAMW_RMS = 0.2
 
 # Lower bound of a norm, for zero matrices.
 _MIN_NORM = 1e-12
+# Added to the root mean square of a row, for rows that are zero.
+_ROW_EPS = 1e-8
 
 # The kernels are in `muon_kernels.py`. With a CPU build of PyTorch Triton, slow to import, is not loaded.
 _BUILDABLE = torch.backends.cuda.is_built() and find_spec("triton") is not None
@@ -71,6 +74,30 @@ def _newton_schulz(x: Tensor) -> Tensor:
 def _scale(shape: torch.Size) -> float:
     """Return the factor of Muon's update for (..., R, C)."""
     return _ADAMW_RMS * max(shape[-2:]) ** 0.5
+
+
+def row_factors(directions: Tensor, mean_squares: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Return NorMuon's factor of each row, and the updated mean squares.
+
+    A row is divided by its running root mean square; one factor for all rows of a matrix then restores the
+    Frobenius norm, so that the learning rate keeps its meaning. Both need the norms of the rows only. For a
+    zero matrix, one that is not updated, the mean squares do not change.
+
+    Args:
+        directions: (..., R, C) orthogonal factors.
+        mean_squares: (..., R) running mean squares, at first zero: a common factor cancels.
+        decay: decay rate of the mean squares.
+
+    Returns:
+        (..., R) factors and mean squares, in the dtype of the mean squares.
+    """
+    squares = torch.linalg.vector_norm(directions, dim=-1, dtype=mean_squares.dtype).square_()
+    updated = torch.lerp(mean_squares, squares / directions.shape[-1], 1 - decay)
+    factors = 1 / (updated.sqrt() + _ROW_EPS)
+    total = squares.sum(-1, keepdim=True)
+    scaled = (squares * factors.square()).sum(-1, keepdim=True)
+    factors = factors * (total / scaled.clamp(min=_MIN_NORM)).sqrt()
+    return factors, torch.where(total > 0, updated, mean_squares)
 
 
 def _update_momentum(
@@ -129,7 +156,8 @@ class Muon(torch.optim.Optimizer):
     1.0, a step changes neither weights nor momentum nor step counts, as in PyTorch's fused AdamW.
 
     Both algorithms: p ← (1 - lr·weight_decay)·p - lr·update. Muon's update is √max(R, C)·0.2 times the
-    orthogonal factor of its Nesterov momentum, so its root mean square is at most 0.2, that of AdamW.
+    orthogonal factor of its Nesterov momentum, so its root mean square is at most 0.2, that of AdamW. A group
+    with `normalize_rows` multiplies the rows by `row_factors`, which keep that root mean square.
 
     An expert that received no token has a zero gradient, but orthogonalized momentum would still move it at
     full size. A matrix of a stack whose gradient is all zero is therefore not updated; its momentum decays.
@@ -155,7 +183,8 @@ class Muon(torch.optim.Optimizer):
         """Create the optimizer.
 
         Args:
-            params: groups with `algorithm`, and optionally `weight_decay`; `muon` takes matrices only.
+            params: groups with `algorithm`, and optionally `weight_decay`; `muon` takes matrices only, and
+                optionally `normalize_rows` for NorMuon and the decay rate `row_decay` of its mean squares.
             lr: learning rate of all groups.
             betas: decay rates of AdamW's moments.
             eps: added by AdamW to the root of the second moment.
@@ -168,7 +197,8 @@ class Muon(torch.optim.Optimizer):
             ValueError: for a parameter of a `muon` group that is not a matrix.
         """
         defaults = {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps, "momentum": momentum}
-        super().__init__(params, {**defaults, "algorithm": "adamw", "fused": fused})
+        rows = {"normalize_rows": False, "row_decay": 0.95}
+        super().__init__(params, {**defaults, **rows, "algorithm": "adamw", "fused": fused})
         self._kernels = kernels
         # By group index: ids of the parameters with a gradient, and these parameters grouped by shape.
         self._batches: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
@@ -220,9 +250,22 @@ class Muon(torch.optim.Optimizer):
         for batch in batches:
             self._muon_reference(group, batch, apply)
 
+    def _row_factors(self, group: dict[str, Any], parameters: list[Tensor], directions: Tensor) -> Tensor:
+        """Return the factors (n, ..., R) of the rows of whole directions; update their mean squares."""
+        states = [self.state[p] for p in parameters]
+        for state in states:
+            if "row_mean_square" not in state:
+                # Whole on every rank, also where the parameter is sharded: one number per row.
+                dtype = torch.promote_types(directions.dtype, torch.float32)
+                state["row_mean_square"] = directions.new_zeros(directions.shape[1:-1], dtype=dtype)
+        kept = [state["row_mean_square"] for state in states]
+        factors, updated = row_factors(directions, torch.stack(kept), group["row_decay"])
+        torch._foreach_copy_(kept, list(updated.unbind()))
+        return factors
+
     def _muon_reference(self, group: dict[str, Any], parameters: list[Tensor], apply: Tensor) -> None:
         """Update parameters of one shape with PyTorch operations, nothing where `apply`, (), is False."""
-        first = parameters[0]
+        first, whole = parameters[0], parameters
         buffers = [_local(self._state(p, "momentum_buffer")) for p in parameters]
         gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
         parameters = [_local(p) for p in parameters]
@@ -236,7 +279,10 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, list(torch.where(active, retained, 1.0).unbind()))
         else:
             torch._foreach_mul_(parameters, retained)
-        directions = _shard(orthogonalize(_gather(nesterov, first)), first)
+        directions = orthogonalize(_gather(nesterov, first))
+        if group["normalize_rows"]:
+            directions *= self._row_factors(group, whole, directions).unsqueeze(-1)
+        directions = _shard(directions, first)
         rate = group["lr"] * _scale(first.shape)
         torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
 
@@ -281,9 +327,15 @@ class Muon(torch.optim.Optimizer):
                 norm = sums.sum(-1).sqrt_().clamp_(min=_MIN_NORM)
                 x /= norm.bfloat16().view(-1, 1, 1)
                 rate = float(group["lr"] * _scale(shape))
+                directions = _newton_schulz(x)
+                normalize = bool(group["normalize_rows"])
+                factors = active
+                if normalize:
+                    factors = self._row_factors(group, batch, directions.view(len(batch), *shape))
                 muon_kernels.update_parameters[grid](
-                    table, found_inf, active, _newton_schulz(x), *layout, float(retained), rate, **constants
-                )
+                    table, found_inf, active, factors, directions, shape[-1], *layout,
+                    float(retained), rate, NORMALIZE=normalize, **constants,
+                )  # fmt: skip
                 first += len(batch)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:

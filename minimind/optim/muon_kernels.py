@@ -14,7 +14,7 @@ import triton.language as tl
 
 # Arguments that vary with the shape. Without this list Triton recompiles a kernel whenever one of them is 1
 # or a multiple of 16.
-_SHAPE = ["first", "tensors", "matrices", "blocks"]
+_SHAPE = ["first", "tensors", "matrices", "blocks", "columns"]
 
 
 @triton.jit
@@ -69,13 +69,14 @@ def update_momentum(
 
 @triton.jit(do_not_specialize=_SHAPE)
 def update_parameters(
-    addresses, found_inf, active, directions, first, tensors, matrices, size, blocks, retained, rate,
-    ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
+    addresses, found_inf, active, factors, directions, columns, first, tensors, matrices, size, blocks,
+    retained, rate, NORMALIZE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set each parameter to retained·parameter - rate·direction; directions are (n, m, R, C) bf16.
 
-    Where `found_inf`, (), is not 0 or `active`, (n·m,), is 0 they do not change. The other arguments are
-    those of `update_momentum`.
+    With NORMALIZE each row of a direction is multiplied by its element of `factors`, (n, m, R) float32. Where
+    `found_inf`, (), is not 0 or `active`, (n·m,), is 0 parameters do not change. `columns` is C, the other
+    arguments are those of `update_momentum`.
     """
     program = tl.program_id(0)
     matrix = program // blocks
@@ -85,5 +86,7 @@ def update_parameters(
     row = addresses + first + matrix // matrices
     here = _tensor(row + 2 * tensors, ALIGNMENT) + (matrix % matrices).to(tl.int64) * size + at
     direction = tl.load(directions + matrix.to(tl.int64) * size + at, mask=inside, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        direction *= tl.load(factors + matrix * (size // columns) + at // columns, mask=inside, other=0.0)
     old = tl.load(here, mask=inside, other=0.0)
     tl.store(here, old * retained - rate * direction, mask=inside)

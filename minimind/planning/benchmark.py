@@ -20,7 +20,7 @@ from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..errors import ConfigError
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
-from ..optim.build import set_learning_rate
+from ..optim.build import set_schedule
 from ..training.load_balancing import expert_balance
 from ..training.peak_flops import peak_flops_of
 from ..training.setup import RunInputs, TrainingParts, build_training, resolve_run
@@ -245,7 +245,7 @@ def measure_steps(
     """
     config = inputs.config
     parts.model.train()
-    set_learning_rate(parts.optimizer, config.peak_learning_rate)
+    set_schedule(parts.optimizer, config.peak_learning_rate)
     batches = _endless(parts.loader)
     clock = StepTimer(accelerator.device)
 

@@ -183,7 +183,7 @@ def estimate_memory(
         activations=tokens * (layers * kept + last),
         working=max(backward, _loss_bytes(tokens, c, vocabulary, low, compiled)),
         optimizer_working=_MUON_WORK * 2 * layers * _inner_weights(model_config) // 3
-        if optimizer == "muon"
+        if optimizer != "adamw"
         else 0,
         gradients_stay=accumulation_steps > 1 or (num_processes > 1 and shards == 1),
         gradients_twice=accumulation_steps > 1 and compiled == "whole",
@@ -193,7 +193,7 @@ def estimate_memory(
 def optimizer_bytes(model_config: MiniMindConfig, optimizer: str) -> int:
     """Return the bytes of optimizer state: two numbers per parameter, one with Muon inside blocks."""
     both = 2 * _FLOAT * model_config.num_parameters()
-    return both - _FLOAT * _block_matrices(model_config) if optimizer == "muon" else both
+    return both if optimizer == "adamw" else both - _FLOAT * _block_matrices(model_config)
 
 
 def _inner_width(model_config: MiniMindConfig) -> int:

@@ -23,6 +23,7 @@ from ..checkpoint.files import (
 from ..errors import CheckpointError, ConfigError
 from ..formats.weight_header import WeightHeader, check_layers, read_headers
 from ..formatting import count, size
+from ..io.checksums import check_files
 from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..modeling.parameter_count import count_parts
@@ -216,6 +217,7 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
 
 
 def _model(path: Path) -> Info:
+    check_files(path)
     try:
         config = read_json(path / CONFIG)
         model_config = MiniMindConfig.from_dict(config)

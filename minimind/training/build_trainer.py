@@ -18,6 +18,7 @@ from ..config.options import PretrainConfig
 from ..data.prepare import PreparedData
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError
+from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
 from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
 from ..tracking.console import Progress
@@ -91,6 +92,7 @@ class TrainerBuilder:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
+        fit_to_horizon(parts.optimizer, total_steps)
         checkpointer = RunCheckpoints(
             store, accelerator, parts.model, parts.optimizer, settings, progress, self.callbacks
         )

@@ -18,7 +18,7 @@ from ..data.loader import Loader, StepBatch
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
-from ..optim.build import set_learning_rate
+from ..optim.build import set_schedule
 from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
 from ..tracking.console import Progress
 from .async_metrics import AsyncScalars
@@ -133,7 +133,7 @@ class Trainer:
             with self.meter.phase("data"):
                 batch = next(batches)
             learning_rate = self.schedule.at(state.step, state.decay_window)
-            set_learning_rate(self.optimizer, learning_rate)
+            set_schedule(self.optimizer, learning_rate, state.step)
             limit = self._loss_limit(batch)
             values = self.train_step(batch, limit)
             state.advance(batch, self.loader.sequences_per_epoch)

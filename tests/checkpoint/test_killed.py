@@ -16,8 +16,9 @@ from minimind.checkpoint.files import latest_checkpoint, stored_checkpoints
 from support.tiny_runs import STEPS, assert_same_end, tiny, write_corpus
 
 TESTS = Path(__file__).parents[1]
-KILLS = 32
-MOMENTS = 12
+# benchmarks/kill_storm.py and `full_disk_runs.py FOLDER 30` are the long versions.
+KILLS = {1: 16, 2: 6}
+MOMENTS = 5
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -32,16 +33,18 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path: Path, processes: int) -> None:
     """Weights, moments, reports and delivered model equal those of a run that nobody killed."""
-    done = run_script("killed_runs.py", tmp_path, KILLS, 1)
+    done = run_script("killed_runs.py", tmp_path, KILLS[processes], 1, processes)
     logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stderr + logs
     happened = json.loads(done.stdout)
-    assert happened["kills"] >= KILLS
-    assert happened["during a save"] >= 5
-    assert happened["during a removal"] >= 1
-    assert happened["during the final write"] >= 1
+    assert happened["kills"] == KILLS[processes]
+    assert happened["while tokenizing"] >= 1
+    writing = ("during a save", "during a removal", "during the final write")
+    if processes == 1:
+        assert sum(happened[name] for name in writing) >= 3
 
 
 @pytest.mark.alone

@@ -16,13 +16,26 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
 from minimind import pretrain
 from minimind.checkpoint.files import stored_checkpoints
+from minimind.distributed.launch_checks import launch_problems
 from support import several
 from support.cycle_corpus import write_corpus
-from support.launching import ACCELERATE, FEW_STEPS, HERE, TORCHRUN, command, launch, losses, rows
+from support.launching import (
+    ACCELERATE,
+    FEW_STEPS,
+    HERE,
+    TORCHRUN,
+    command,
+    environment,
+    launch,
+    losses,
+    rows,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -219,25 +232,45 @@ def test_processes_that_are_launched_train_together_on_cpus(corpus: Path, tmp_pa
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
+def launch_variables(*options: str) -> dict[str, str]:
+    """Return what `accelerate launch` with these options sets in the environment of its processes."""
+    arguments = accelerate_launch.launch_command_parser().parse_args([*options, "script.py"])
+    arguments, _, _ = accelerate_launch._validate_launch_command(arguments)
+    if arguments.use_fsdp or arguments.multi_gpu:
+        places = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(arguments.num_processes)}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        return prepare_multi_gpu_env(arguments) | places
+    return prepare_simple_launcher_cmd_env(arguments)[1]
+
+
 @pytest.mark.parametrize(
     ("options", "answer"),
     [
-        (["--cpu", "--num_processes", 2], "launch with accelerate launch --multi_gpu --num_processes N"),
+        (["--cpu", "--num_processes", "2"], "launch with accelerate launch --multi_gpu --num_processes N"),
         (["--config_file", "MULTI_CPU"], "launch with accelerate launch --multi_gpu --num_processes N"),
-        (["--config_file", "FSDP2", "--main_process_port", 0], "train with DDP instead: accelerate launch"),
-        (["--use_fsdp", "--num_processes", 2, "--main_process_port", 0], "add --fsdp_version 2"),
+        (["--use_fsdp", "--num_processes", "2", "--main_process_port", "0"], "add --fsdp_version 2"),
     ],
 )
-def test_a_launch_that_would_go_wrong_is_refused_before_any_work(
-    corpus: Path, tmp_path: Path, options: list[object], answer: str
+def test_a_launch_that_would_go_wrong_is_recognized_by_its_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], answer: str
 ) -> None:
     for name, text in CONFIGURATIONS.items():
         (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", environment(tmp_path))
+    problems = list(launch_problems(1, 0, launch_variables(*options)))
+    assert any(answer in problem for problem in problems), problems
+    assert list(launch_problems(1, 0, launch_variables("--config_file", "MULTI_GPU"))) == []
+
+
+def test_a_launch_that_would_go_wrong_is_refused_before_any_work(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "FSDP2").write_text(CONFIGURATIONS["FSDP2"])
     words = command(corpus, tmp_path / "out", *FEW_STEPS, "--cache-dir", tmp_path / "unused")
-    code, text = launch([*ACCELERATE, *options, "-m", "minimind_cli", *words], tmp_path)
+    options = ["--config_file", "FSDP2", "--main_process_port", 0, "-m", "minimind_cli"]
+    code, text = launch([*ACCELERATE, *options, *words], tmp_path)
     assert code != 0
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert any(answer in line for line in errors), text
+    assert any("train with DDP instead: accelerate launch" in line for line in errors), text
     assert len(errors) == len(set(errors))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "unused").exists()

@@ -328,7 +328,7 @@ def test_every_format_holds_the_same_model(run, tmp_path):
     done = [export_model(run, tmp_path / name, name, dtype="float16") for name in ("huggingface", "minimind")]
     files = [set(one.files) for one in done]
     assert files[0] == {
-        "config.json", "generation_config.json", "model.safetensors",
+        "checksums.json", "config.json", "generation_config.json", "model.safetensors",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert files[1] >= {"pretrain_32.pth", "pretrain_32.config.json", "tokenizer.json"}
@@ -416,6 +416,7 @@ def test_another_tokenizer_replaces_the_ids_and_leaves_the_sampling(tmp_path):
     save(tmp_path / "large", vocab_size=6400)
     for name in ("model.safetensors", "config.json"):
         shutil.copy(tmp_path / "large" / name, first / name)
+    (first / "checksums.json").unlink()
     export_model(first, tmp_path / "b", tokenizer=PACKAGED)
     settings = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert (settings["eos_token_id"], settings["pad_token_id"], settings["temperature"]) == (2, 0, 0.6)

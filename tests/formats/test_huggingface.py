@@ -163,6 +163,7 @@ def change_weights(folder: Path, drop: str | None = None, **added: torch.Tensor)
     weights = {**load_file(folder / "model.safetensors"), **added}
     weights.pop(drop or "", None)
     save_file(weights, folder / "model.safetensors")
+    (folder / "checksums.json").unlink()
 
 
 BROKEN = {
@@ -178,7 +179,7 @@ BROKEN = {
     ),
     "llama": (lambda f: change_config(f, model_type="llama"), r"model_type is 'llama'.*; name a folder"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no model.safetensors .* save the"),
-    "cut off": (lambda f: os.truncate(f / "model.safetensors", 999), r"cannot be read .* damaged"),
+    "cut off": (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors is damaged"),
     "missing": (lambda f: change_weights(f, drop="model.norm.weight"), r"has no model.norm.weight. Use the"),
     "unexpected": (lambda f: change_weights(f, bias=torch.ones(2)), r"has an unexpected bias"),
     "more layers": (

@@ -104,7 +104,7 @@ BROKEN = {
     "a shard is missing": (lambda f: shards(f)[1].unlink(), r"has no model-00002-of-.*copy all files"),
     "a shard is cut off": (
         lambda f: os.truncate(shards(f)[1], 999),
-        r"00002-of-.* cannot be read .* damaged",
+        r"00002-of-.* is damaged",
     ),
     "a tensor is missing": (
         lambda f: change_index(f, more=shards(f)[0].name),
@@ -131,5 +131,6 @@ def test_quantized_weights_are_refused(model, tmp_path):
     save_model(model, tmp_path)
     weights = {name: t.to(torch.float8_e4m3fn) for name, t in load_file(tmp_path / WEIGHTS).items()}
     save_file(weights, tmp_path / WEIGHTS)
+    (tmp_path / "checksums.json").unlink()
     with pytest.raises(ConfigError, match=r"is torch.float8_e4m3fn; quantized weights cannot be read"):
         load_weights(tmp_path, CONFIG)

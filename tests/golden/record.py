@@ -37,6 +37,7 @@ PORTABLE = {
 # What depends on the clock, the machine or the version of a package is not compared.
 UNSTABLE = {"time", "seconds", "tokens_per_second", "eta_seconds", "memory_gb", "mfu"}
 BASE: dict[str, Any] = {
+    "optimizer": "muon",
     "data": ("corpus.jsonl",),
     "val_fraction": 0.1,
     "tokenizer": str(HERE / "tokenizer.json"),

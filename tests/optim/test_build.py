@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from minimind.config.options import PretrainConfig
-from minimind.optim.build import build_optimizer, set_learning_rate, skip_if_nonfinite
+from minimind.optim.build import build_optimizer, set_schedule, skip_if_nonfinite
 
 CONFIG = PretrainConfig(optimizer="adamw", learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
@@ -84,7 +84,7 @@ def test_updates_equal_adamw_written_out_in_float64(device):
     model = small().double()
     # The optimizer for MPS is the kernel without fusion; it runs on the CPU as well.
     optimizer = build_optimizer(model, CONFIG, device)
-    set_learning_rate(optimizer, 3e-3)
+    set_schedule(optimizer, 3e-3)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in expected.items()}
     for step in range(1, 6):
@@ -156,5 +156,5 @@ def test_learning_rate_reaches_prepared_groups_and_respects_their_scale():
     optimizer = build_optimizer(small(), CONFIG, "cpu")
     optimizer.param_groups[1]["lr_scale"] = 0.5
     prepared = Accelerator(cpu=True).prepare(optimizer)
-    set_learning_rate(prepared, 0.2)
+    set_schedule(prepared, 0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]

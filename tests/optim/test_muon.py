@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -25,7 +26,13 @@ from minimind.checkpoint.store import CheckpointStore
 from minimind.config.options import PretrainConfig
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.optim.build import build_optimizer, set_learning_rate, skip_if_nonfinite
+from minimind.optim.build import (
+    build_optimizer,
+    embedding_lr_scale,
+    fit_to_horizon,
+    set_schedule,
+    skip_if_nonfinite,
+)
 from minimind.optim.muon import Muon, orthogonalize
 from minimind.training.pretrain import pretrain
 from support import muon_cases, topologies
@@ -161,7 +168,8 @@ def stacks() -> list[nn.Parameter]:
 
 def steps_with_an_idle_expert(parameters: list[nn.Parameter], whole: bool = True) -> Iterator[Muon]:
     """Yield after each of some steps, in all but the first of which expert 1 of the first stack is idle."""
-    optimizer = Muon([{"params": parameters, "algorithm": "muon", "weight_decay": 0.1}], lr=0.1)
+    group = {"params": parameters, "algorithm": "muon", "weight_decay": 0.1, "normalize_rows": True}
+    optimizer = Muon([group], lr=0.1)
     generator = torch.Generator().manual_seed(1)
     for step in range(5):
         for p in parameters:
@@ -225,11 +233,15 @@ def test_a_vector_is_refused_for_muon() -> None:
         Muon([{"params": [nn.Parameter(torch.ones(3))], "algorithm": "muon"}], lr=0.1)
 
 
-def test_updates_equal_both_algorithms_written_out_in_float64() -> None:
+@pytest.mark.parametrize("name_of_optimizer", ["muon", "normuon"])
+def test_updates_equal_the_algorithms_written_out_in_float64(name_of_optimizer: str) -> None:
     """One matrix at a time, momentum as a plain sum, the quintic by powers; and AdamW as in its paper."""
     model = tiny(tied=False).double()
-    optimizer = build_optimizer(model, CONFIG, "cpu")
-    set_learning_rate(optimizer, 3e-3)
+    optimizer = build_optimizer(
+        model, dataclasses.replace(CONFIG, optimizer=name_of_optimizer, learning_rate=1e-2), "cpu"
+    )
+    set_schedule(optimizer, 3e-3)
+    rows = {name: torch.zeros(p.shape[0]).double() for name, p in model.named_parameters() if is_hidden(name)}
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     sums = {name: torch.zeros_like(p) for name, p in expected.items()}
     squares = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -245,6 +257,10 @@ def test_updates_equal_both_algorithms_written_out_in_float64() -> None:
                 x = x / torch.linalg.matrix_norm(x)
                 for _ in range(5):
                     x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+                if name_of_optimizer == "normuon":
+                    rows[name] = 0.95 * rows[name] + 0.05 * (x * x).mean(1)
+                    scaled = x / (rows[name].sqrt() + 1e-8)[:, None]
+                    x = scaled * torch.linalg.matrix_norm(x) / torch.linalg.matrix_norm(scaled)
                 expected[name] -= 3e-3 * 0.2 * math.sqrt(max(p.shape)) * x
             else:
                 sums[name] = 0.8 * sums[name] + 0.2 * g
@@ -256,6 +272,40 @@ def test_updates_equal_both_algorithms_written_out_in_float64() -> None:
         optimizer.zero_grad()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-8, atol=1e-11)
+
+
+def test_normuon_evens_out_the_rows_of_an_update_and_keeps_its_norm() -> None:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.zeros(12, 6)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+        weight.grad[0] *= 1e-3
+    for weight, normalize in zip(weights, (False, True), strict=True):
+        Muon([{"params": [weight], "algorithm": "muon", "normalize_rows": normalize}], lr=0.1).step()
+    plain, normalized = (weight.detach() for weight in weights)
+    torch.testing.assert_close(normalized.norm(), plain.norm())
+    norms = normalized.norm(dim=1)
+    assert norms.max() / norms.min() < 1.001 < plain.norm(dim=1).max() / plain.norm(dim=1).min()
+    torch.testing.assert_close(nn.functional.cosine_similarity(normalized, plain), torch.ones(12))
+
+
+def test_short_runs_move_the_embedding_faster_and_resume_with_the_values_of_their_beginning() -> None:
+    model = tiny()
+    optimizer = build_optimizer(model, dataclasses.replace(CONFIG, optimizer="normuon"), "cpu")
+    muon, others = optimizer.param_groups[0], optimizer.param_groups[1]
+    fit_to_horizon(optimizer, 1600)
+    assert others["lr_scale"] == 5.0
+    assert muon["momentum_warmup"] == 240
+    expected = {0: 0.85, 120: 0.9, 240: 0.95, 5000: 0.95}
+    for step, momentum in expected.items():
+        set_schedule(optimizer, 0.01, step)
+        assert muon["momentum"] == pytest.approx(momentum)
+        assert others["lr"] == pytest.approx(0.05)
+        assert muon["lr"] == 0.01
+    assert [embedding_lr_scale(steps) for steps in (1, 1111, 10_000, 40_000, 10**7)] == [6, 6, 2, 1, 1]
+    plain = build_optimizer(model, CONFIG, "cpu")
+    fit_to_horizon(plain, 1600)
+    assert not any(key in group for group in plain.param_groups for key in ("lr_scale", "momentum_warmup"))
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 48), (2, 64, 24), (2, 24, 64)])
@@ -338,11 +388,16 @@ def test_a_gradient_scaler_skips_overflows_and_unscales() -> None:
 
 
 def test_a_resumed_run_takes_identical_steps(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, optimizer="normuon")
+
     def start(seed: int):
         topologies.forget_accelerator()
         accelerator = Accelerator(cpu=True)
         model = tiny(seed=seed)
-        return accelerator, *accelerator.prepare(model, build_optimizer(model, CONFIG, "cpu"))
+        optimizer = build_optimizer(model, config, "cpu")
+        # Another horizon on the resume.
+        fit_to_horizon(optimizer, 1600 * (1 + seed))
+        return accelerator, *accelerator.prepare(model, optimizer)
 
     accelerator, model, optimizer = start(0)
     for seed in range(3):
@@ -350,7 +405,7 @@ def test_a_resumed_run_takes_identical_steps(tmp_path: Path) -> None:
     taken = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     assert taken is not None
     assert {key.rpartition("|")[2] for key in taken.optimizer_state} == {
-        *("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
+        *("momentum_buffer", "row_mean_square", "step", "exp_avg", "exp_avg_sq")
     }
     store = CheckpointStore(tmp_path, 1)
     store.save(taken)
@@ -379,7 +434,7 @@ def test_each_group_has_its_share_of_the_learning_rate() -> None:
     optimizer = build_optimizer(model, CONFIG, "cpu")
     optimizer.param_groups[0]["lr_scale"] = 0.0
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    set_learning_rate(optimizer, 0.1)
+    set_schedule(optimizer, 0.1)
     take_step(model, optimizer, 1)
     for name, p in model.named_parameters():
         assert torch.equal(before[name], p) == is_hidden(name), name

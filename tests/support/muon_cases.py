@@ -45,11 +45,15 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, *, idle: bool) -> 
             p.grad[1] = 0.0
 
 
-def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tensor]], list[Tensor], bool]:
+def run(
+    device: str, *, kernels: bool, offset: int = 0, normalize: bool = False
+) -> tuple[list[list[Tensor]], list[Tensor], bool]:
     """Take some steps; return updates, momenta, and whether a skipped step changed nothing."""
     taken = parameters(device, offset)
     optimizer = muon.Muon(
-        [{"params": taken, "algorithm": "muon", "weight_decay": 0.1}], lr=0.05, kernels=kernels
+        [{"params": taken, "algorithm": "muon", "weight_decay": 0.1, "normalize_rows": normalize}],
+        lr=0.05,
+        kernels=kernels,
     )
     if kernels:
         optimizer._muon_reference = None  # must not be used instead
@@ -61,12 +65,13 @@ def run(device: str, *, kernels: bool, offset: int = 0) -> tuple[list[list[Tenso
         optimizer.step()
         updates.append([p.detach() - old for p, old in zip(taken, before, strict=True)])
     momenta = [optimizer.state[p]["momentum_buffer"] for p in taken]
-    before = [t.detach().clone() for t in (*taken, *momenta)]
+    squares = [optimizer.state[p]["row_mean_square"] for p in taken] if normalize else []
+    before = [t.detach().clone() for t in (*taken, *momenta, *squares)]
     for p in taken:
         p.grad.fill_(math.nan)
     optimizer.found_inf = torch.ones((), device=device)
     optimizer.step()
-    return updates, momenta, same(before, [*taken, *momenta])
+    return updates, momenta, same(before, [*taken, *momenta, *squares])
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -83,15 +88,15 @@ def errors(case: str, ours: list[Tensor], wanted: list[Tensor]) -> dict[str, flo
 
 def all_cases(device: str) -> dict[str, dict[str, float]]:
     """Return relative errors of `updates` and `momenta` by case, and which `properties` hold."""
-    plain, plain_momenta, _ = run(device, kernels=False)
     found: dict[str, dict[str, float]] = {"updates": {}, "momenta": {}, "properties": {}}
-    for offset in (0, 1):
-        updates, momenta, stayed = run(device, kernels=True, offset=offset)
-        case = f"from an offset of {offset}"
+    for offset, normalize in ((0, False), (1, True)):
+        plain, plain_momenta, _ = run(device, kernels=False, normalize=normalize)
+        updates, momenta, stayed = run(device, kernels=True, offset=offset, normalize=normalize)
+        case = f"from an offset of {offset}{', with normalized rows' * normalize}"
         found["momenta"] |= errors(case, momenta, plain_momenta)
         for step in range(STEPS):
             found["updates"] |= errors(f"{case}, step {step}", updates[step], plain[step])
-        again = run(device, kernels=True, offset=offset)[0]
+        again = run(device, kernels=True, offset=offset, normalize=normalize)[0]
         found["properties"] |= {
             f"{case} a skipped step changes nothing": stayed,
             f"{case} the same steps give the same": all(map(same, updates, again)),

@@ -73,7 +73,11 @@ def start(*, cpu: bool = True, muon: bool = False, **model_options: Any):
         inside = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
         rest = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
         optimizer = Muon(
-            [{"params": inside, "algorithm": "muon", "weight_decay": 0.1}, {"params": rest}], lr=1e-2
+            [
+                {"params": inside, "algorithm": "muon", "normalize_rows": True, "weight_decay": 0.1},
+                {"params": rest},
+            ],
+            lr=1e-2,
         )
     else:
         matrices = [p for p in model.parameters() if p.ndim > 1]
