@@ -232,8 +232,8 @@ class RunConfig:
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
         FieldInfo(
-            "Precision of matrix multiplications; `auto` uses bf16 where the GPU supports it, and for wide "
-            "models on CPUs that do.",
+            "Precision of matrix multiplications; `auto` uses bf16 (or fp16) on GPUs that support it, and "
+            "bf16 for wide models on CPUs that do.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
             common=True,

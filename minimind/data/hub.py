@@ -165,7 +165,7 @@ def hub_shards(pattern: str, option: str, cache_dir: Path) -> list[HubShard]:
         write_text(known, json.dumps(asdict(dataset)))
     except ConnectionError as error:
         try:
-            dataset = HubDataset(**json.loads(known.read_text()))
+            dataset = HubDataset(**json.loads(known.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise DataError(
                 f"{option} {pattern} cannot be found ({_reason(error)}); check the name and the network, or "

@@ -195,7 +195,9 @@ def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> Non
         *("-m", "minimind.runs.verify_resume", str(file)),
     ]
     environment = os.environ if device_type() != "cpu" else {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode and not (Path(config.output_dir) / "model" / "config.json").exists():
         lines = done.stderr.splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines[-20:]
