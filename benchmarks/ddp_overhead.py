@@ -199,7 +199,13 @@ def batch(options: argparse.Namespace, number: int, rank: int) -> StepBatch:
     inputs, labels = rows[:, :-1].to(device), rows[:, 1:].contiguous().to(device)
     targets = options.batch_size * options.max_seq_len
     return StepBatch(
-        (MicroBatch(inputs, labels, None, None),), targets, targets, options.batch_size, 0, number, ""
+        micro_batches=(MicroBatch(inputs, labels, None, None),),
+        num_targets=targets,
+        num_tokens=targets,
+        num_sequences=options.batch_size,
+        epoch=0,
+        step_in_epoch=number,
+        digest="",
     )
 
 

@@ -1,10 +1,12 @@
 """Make the tokenizer in the package: collect free text, balance it, train, measure.
 
-    python benchmarks/train_tokenizer.py OUT_FOLDER SOURCE...
+    python benchmarks/train_tokenizer.py OUT_FOLDER SOURCE... --everyday SOURCE...
 
 A source is a folder or file of .jsonl, .html, .page, .txt, .mo, man pages or fortunes; docs/tokenizer.md
-lists those used, and the text embedded in Python is always one of them. English and Chinese get equal bytes;
-within a language every source gets an equal share, and what small sources leave over goes to larger ones.
+lists those used, and the text embedded in Python is always one of them. Sources of everyday Chinese have one
+document a line; their last tenth is held out and measured. English, Chinese documentation, classical Chinese
+and everyday Chinese have a budget each; within it every source gets an equal share, and what small sources
+leave over goes to larger ones.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ BLOCKS = frozenset({"title", "h1", "h2", "h3", "h4", "h5", "h6", "p", "div", "se
 BLOCKS |= {"item", "li", "dt", "dd", "ul", "ol", "dl", "table", "tr"}
 SILENT = frozenset({"script", "style", "nav", "svg"})
 MAN_PAGE = re.compile(r"\.[1-9][a-z]*(\.gz)?$")
-CLASSICAL_SHARE = 0.1
+# A word of a part-of-speech tagged newspaper: the word, a tag, two spaces.
+TAG = re.compile(r"/[A-Za-z]+\s*")
+# Megabytes of each kind. More Chinese than this takes entries that English needs.
+MEGABYTES = {"en": 4.5, "zh": 0.5, "classical": 0.05, "everyday": 1.8}
 # Headings and notices that stand on every page of a source would each win an entry of the vocabulary.
 MOST_REPEATS = 5
 
@@ -164,8 +169,16 @@ def water_level(sizes: list[int], budget: int) -> int:
     return max(sizes, default=0)
 
 
-def collect(sources: list[Path], budget: int) -> dict[str, dict[str, list[str]]]:
-    """Return texts by language and source, each language within `budget` bytes; duplicates are dropped."""
+def everyday_documents(source: Path) -> list[str]:
+    """Return the lines of a text in the order of the file, without part-of-speech tags and duplicates."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    if sum(len(TAG.findall(line)) > 2 for line in lines[:100]) > 50:
+        lines = [TAG.sub("", line) for line in lines]
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def collect(sources: list[Path]) -> dict[str, dict[str, list[str]]]:
+    """Return texts by kind and source; duplicates are dropped."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     seen = set()
     streams = [("embedded", builtin_documents()), *((str(source), documents(source)) for source in sources)]
@@ -181,13 +194,16 @@ def collect(sources: list[Path], budget: int) -> dict[str, dict[str, list[str]]]
                 if len(part) >= 40 and key not in seen and (tag := language(part)):
                     seen.add(key)
                     found[tag][name].append(part)
-    classical = int(budget * CLASSICAL_SHARE)
-    budgets = {"en": budget, "zh": budget - classical, "classical": classical}
-    for tag, by_source in found.items():
-        level = water_level([_bytes(texts) for texts in by_source.values()], budgets[tag])
+    return found
+
+
+def balance(found: dict[str, dict[str, list[str]]]) -> None:
+    """Sample from each source in place, so that each kind stays within its budget."""
+    for kind, by_source in found.items():
+        sizes = [_bytes(texts) for texts in by_source.values()]
+        level = water_level(sizes, int(MEGABYTES[kind] * 1e6))
         for name, texts in by_source.items():
             by_source[name] = _sample(texts, level)
-    return found
 
 
 def _bytes(texts: list[str]) -> int:
@@ -214,13 +230,22 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write, such as minimind/assets/tokenizer")
     parser.add_argument("sources", type=Path, nargs="*", help="folders and files of text")
     parser.add_argument("--vocab-size", type=int, default=6400)
-    parser.add_argument("--megabytes", type=float, default=4.0, help="text of each language")
+    parser.add_argument(
+        "--everyday", type=Path, nargs="*", default=[], help="everyday Chinese, one document a line"
+    )
     parser.add_argument("--compare", type=Path, nargs="*", default=[], help="other tokenizers to measure")
     parser.add_argument("--on", type=Path, nargs="*", default=[], help="sources to measure on")
     args = parser.parse_args()
 
     start = time.perf_counter()
-    found = collect(args.sources, int(args.megabytes * 1e6))
+    found = collect(args.sources)
+    held_out = []
+    for path in args.everyday:
+        lines = everyday_documents(path)
+        kept = len(lines) * 9 // 10
+        found["everyday"][str(path)] = lines[:kept]
+        held_out.append((f"{path.name} (held out)", lines[kept:]))
+    balance(found)
     for tag in sorted(found):
         for name, texts in found[tag].items():
             print(f"{tag:<10} {_bytes(texts) / 1e6:7.2f} MB  {name}")
@@ -231,7 +256,7 @@ def main() -> None:
     print(f"trained in {time.perf_counter() - start:.0f} s; fingerprint {tokenizer.fingerprint}")
 
     measured = [("embedded", list(builtin_documents()))]
-    measured += [(name, [text]) for name, text in EVERYDAY.items()]
+    measured += [(name, [text]) for name, text in EVERYDAY.items()] + held_out
     measured += [(path.name, list(documents(path))) for path in args.on]
     for path in [args.out, *args.compare]:
         other = load_tokenizer(path)

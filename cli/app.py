@@ -16,9 +16,9 @@ from typing import Annotated, NoReturn
 import typer
 
 import minimind
-from minimind.config.schema import options_were_typed
+from minimind.config.naming import options_were_typed
 from minimind.errors import ConfigError, UserError
-from minimind.formatting import printable
+from minimind.formatting import paint, printable
 from minimind.launch_env import is_main_process, is_set, rank, world_size
 
 from . import (
@@ -154,7 +154,7 @@ def _report(problems: Sequence[str]) -> int:
     problems = [printable(problem, keep="\n") for problem in problems]
     if is_main_process():
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(paint("error:", "31", sys.stderr), problem, file=sys.stderr)
     else:
         time.sleep(REPORT_DELAY_SECONDS)
         for problem in problems:

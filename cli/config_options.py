@@ -42,7 +42,7 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     """Return the configuration of a command line.
 
     Without --preset and --config, a resumed run keeps its options, and a run without a GPU or a model size
-    uses the preset `tiny`.
+    uses the preset `tiny`. A budget chooses the size.
     """
     flags, problems, notes = upstream_flags.translate(ctx)
     typed = {**flags, **typed_values(ctx)}
@@ -59,7 +59,7 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     config = parse_config(ctx, preset=preset, file=file, flags=flags, problems=problems)
     for note in notes:
         _print_note(note)
-    shape_given = bool(preset or file or SHAPE_OPTIONS & typed.keys())
+    shape_given = bool(preset or file or config.budget or SHAPE_OPTIONS & typed.keys())
     # Looking for a GPU loads torch, which takes seconds.
     default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
     if default is not None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from minimind.formatting import printable
 from minimind.launch_env import is_main_process
 from minimind.run_folder import find_run
 
-from .options import ModelTokenizer, expand_path, parse_settings, with_options
+from .options import ModelArgument, ModelTokenizer, parse_settings, with_options
 
 if TYPE_CHECKING:
+    from minimind.evaluation.cloze import ClozeScore
     from minimind.evaluation.corpus import Breakdown, CorpusEvaluation
+    from minimind.evaluation.tasks import TaskScore
     from minimind.evaluation.validation import Evaluation
 
 # Minimum width of a table, in columns.
@@ -41,9 +43,29 @@ class EvaluationOptions:
             "Evaluation data: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable.",
             aliases=("--data-path",),
             metavar="PATH",
-            default_text="required",
+            default_text="none",
         ),
     ] = ()
+    tasks: Annotated[
+        str | None,
+        FieldInfo(
+            "Score the model on tasks: cloze, cloze_en and cloze_zh are built in, others are of "
+            "lm-evaluation-harness (lm-eval).",
+            metavar="NAME,...",
+        ),
+    ] = None
+    task_dir: Annotated[
+        str | None,
+        FieldInfo("Folder of tasks (YAML) for lm-evaluation-harness, besides its own.", metavar="FOLDER"),
+    ] = None
+    limit: Annotated[
+        int | None,
+        FieldInfo("Items of each task of lm-evaluation-harness.", minimum=1, default_text="all"),
+    ] = None
+    per_document: Annotated[
+        str | None,
+        FieldInfo("Write the loss of every document of --data to this file (JSONL).", metavar="PATH"),
+    ] = None
     tokenizer: ModelTokenizer = None
     max_seq_len: Annotated[
         int | None,
@@ -85,35 +107,63 @@ class EvaluationOptions:
 @with_options(EvaluationOptions)
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
-        ),
-    ],
+    model: ModelArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **_: Any,
 ) -> None:
-    """Evaluate a model on text: loss, perplexity and bits per byte."""
+    """Evaluate a model: loss, perplexity and bits per byte on text, and scores on tasks."""
     options = parse_settings(ctx, EvaluationOptions)
-    if not options.data:
-        raise ConfigError("--data is missing; give the evaluation data.")
+    if not options.data and not options.tasks:
+        raise ConfigError("--data is missing; give the evaluation data, or --tasks cloze for a score.")
+    if options.per_document is not None and not options.data:
+        raise ConfigError("--per-document needs --data.")
+    length = options.max_seq_len or _run_seq_len(model)
+    values: dict[str, Any] = {}
+    if options.data:
+        result = _evaluate_text(model, options, length)
+        values = result.to_dict()
+        if is_main_process() and not as_json:
+            _print(result)
+    if options.tasks:
+        from minimind.evaluation.tasks import score_model
+
+        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+        with _progress() as progress:
+            scores = score_model(
+                model, names, max_length=length, tokenizer=options.tokenizer, task_dir=options.task_dir,
+                limit=options.limit, progress=progress,
+            )  # fmt: skip
+        values = {"model": model, **values, "scores": [score.to_dict() for score in scores]}
+        if not as_json:
+            _print_scores(scores)
+    if as_json and is_main_process():
+        typer.echo(json.dumps(values, indent=1))
+
+
+def _evaluate_text(model: str, options: EvaluationOptions, length: int) -> CorpusEvaluation:
+    """Evaluate on --data, write --per-document and show the notes."""
     values = dataclasses.asdict(options)
-    stride = values.pop("stride")
-    values["max_seq_len"] = options.max_seq_len or _run_seq_len(model)
-    config = PretrainConfig(**values)
+    stride, path = values.pop("stride"), values.pop("per_document")
+    for name in ("tasks", "task_dir", "limit"):
+        del values[name]
+    config = PretrainConfig(**{**values, "max_seq_len": length})
     from minimind.evaluation.corpus import evaluate_text
 
     with _progress() as progress:
-        result = evaluate_text(model, config, stride=stride, progress=progress)
-    if not is_main_process():
-        return
-    for note in result.notes:
-        typer.echo(f"note: {printable(note)}", err=True)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
-    else:
-        _print(result)
+        result = evaluate_text(model, config, stride=stride, per_document=path is not None, progress=progress)
+    if is_main_process():
+        for note in result.notes:
+            typer.echo(f"note: {printable(note)}", err=True)
+        if path is not None:
+            lines = (json.dumps(document.to_dict(), ensure_ascii=False) for document in result.documents)
+            try:
+                Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    f"--per-document: cannot write {path} ({error.strerror}); name a file in a folder that "
+                    "exists."
+                ) from error
+    return result
 
 
 def _run_seq_len(model: str) -> int:
@@ -176,6 +226,20 @@ def _print_table(heading: str, rows: Iterable[tuple[str, Breakdown]]) -> None:
     # rich would drop the names on a narrow terminal.
     console.width = max(console.width, _MIN_WIDTH)
     console.print(table)
+
+
+def _print_scores(scores: Sequence[ClozeScore | TaskScore]) -> None:
+    for score in scores:
+        values = score.to_dict()
+        if "chance" in values:
+            low, high = values["interval"]
+            typer.echo(
+                f"{values['task']}  {values['accuracy']:.1%} of {values['items']} items (95% interval "
+                f"{low:.1%} to {high:.1%}, chance {values['chance']:.0%})"
+            )
+        else:
+            error = "" if values["stderr"] is None else f" ± {values['stderr']:.4f}"
+            typer.echo(f"{printable(values['task'])}  {values['metric']} {values['value']:.4f}{error}")
 
 
 def _metrics(value: Evaluation) -> tuple[str, str, str]:

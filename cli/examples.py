@@ -35,18 +35,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "minimind-train tokenize --data corpus.jsonl",
         "minimind-train tokenize --data corpus/ --tokenizer runs/tokenizer --cache-dir /fast/disk",
     ),
-    "info": (
-        "minimind-train info runs/mine",
-        "minimind-train info runs/mine/model --json",
-    ),
+    "info": ("minimind-train info runs/mine", "minimind-train info runs/mine/model --json"),
     "compare": (
         "minimind-train compare runs/a runs/b",
         "minimind-train compare runs/* --html comparison.html",
     ),
-    "reproduce": (
-        "minimind-train reproduce runs/mine",
-        "minimind-train reproduce runs/mine --check-data",
-    ),
+    "reproduce": ("minimind-train reproduce runs/mine", "minimind-train reproduce runs/mine --check-data"),
     "checkpoints": (
         "minimind-train checkpoints runs/mine",
         "minimind-train checkpoints runs/mine --no-verify",

@@ -65,6 +65,13 @@ class ExportOptions:
     ] = None
     tokenizer: ModelTokenizer = None
     overwrite: Annotated[bool, FieldInfo("Overwrite a model in the output folder.")] = False
+    push_to_hub: Annotated[
+        str | None,
+        FieldInfo(
+            "Also upload the export to this repository of the Hugging Face Hub, private if it is new.",
+            metavar="NAME",
+        ),
+    ] = None
 
 
 @with_options(ExportOptions)
@@ -91,7 +98,9 @@ def export(
             f"--max-shard-size {options.max_shard_size} is not a size; write for example 5GB or 500MB."
         ) from None
     from minimind.formats.export import export_model
+    from minimind.formats.hub import HubRepository
 
+    repository = None if options.push_to_hub is None else HubRepository(options.push_to_hub)
     exported = export_model(
         source,
         options.output,
@@ -104,6 +113,8 @@ def export(
     )
     for line in _report(exported):
         typer.echo(printable(line))
+    if repository is not None:
+        typer.echo(f"uploaded {repository.upload(exported.folder)}; fill in the license in its README.md")
 
 
 def _report(exported: Exported) -> list[str]:

@@ -18,7 +18,7 @@ from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError, UserError
 from minimind.formatting import json_line, printable
 
-from .options import ModelTokenizer, expand_path, parse_settings, with_options
+from .options import ModelArgument, ModelTokenizer, parse_settings, with_options
 
 if TYPE_CHECKING:
     from minimind.generation.engine import InferenceEngine
@@ -37,8 +37,7 @@ class GenerateOptions:
     max_new_tokens: Annotated[int, FieldInfo("Maximum number of generated tokens.", minimum=1)] = 256
     temperature: Annotated[float, FieldInfo("Sampling temperature; 0 is greedy decoding.", minimum=0.0)] = 0.8
     top_k: Annotated[
-        int | None,
-        FieldInfo("Sample from the K most likely tokens; none samples from all.", minimum=1),
+        int | None, FieldInfo("Sample from the K most likely tokens; none samples from all.", minimum=1)
     ] = 50
     top_p: Annotated[
         float,
@@ -58,16 +57,12 @@ class GenerateOptions:
     seed: Annotated[
         int | None,
         FieldInfo(
-            "Random seed; each further prompt adds 1.",
-            minimum=0,
-            maximum=2**32 - 1,
-            default_text="random",
+            "Random seed; each further prompt adds 1.", minimum=0, maximum=2**32 - 1, default_text="random"
         ),
     ] = None
     tokenizer: ModelTokenizer = None
     device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"],
-        FieldInfo("Device; `auto` uses a GPU if available."),
+        Literal["auto", "cpu", "cuda", "mps"], FieldInfo("Device; `auto` uses a GPU if available.")
     ] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
@@ -82,12 +77,7 @@ class GenerateOptions:
 @with_options(GenerateOptions)
 def generate(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
-        ),
-    ],
+    model: ModelArgument,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(

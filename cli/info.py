@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from minimind.errors import ConfigError
 from minimind.formatting import printable
 from minimind.runs.info import read_info
 
@@ -23,9 +24,33 @@ def info(
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    open_report: Annotated[
+        bool, typer.Option("--open", help="Open the report.html of the run in a browser.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plot the losses of the run to a .png, .pdf or .svg file; needs matplotlib.",
+            metavar="FILE",
+            callback=expand_path,
+        ),
+    ] = None,
 ) -> None:
     """Describe a run, checkpoint or model and suggest next commands."""
     found = read_info(path)
+    if found.kind != "run" and (open_report or plot is not None):
+        raise ConfigError(f"--open and --plot need a run, and {path} is none; name the --output-dir of one.")
+    if plot is not None:
+        from minimind.runs.plot import plot_losses
+        from minimind.runs.record import read_run
+
+        plot_losses(read_run(path), plot)
+    if open_report:
+        if found.values["report"] is None:
+            raise ConfigError(f"{path} has no report.html; runs of this version write one.")
+        import webbrowser
+
+        webbrowser.open(Path(found.values["report"]).resolve().as_uri())
     group: Any = ctx.find_root().command
     commands = getattr(group, "commands", {})
     suggested = [line for name, line in found.next if name in commands]

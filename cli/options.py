@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from minimind.config.options import CONFIG_SCHEMA, PretrainConfig
+from minimind.config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from minimind.config.presets import resolve
 from minimind.config.schema import (
     ConfigField,
@@ -32,8 +32,6 @@ from .help import show_all_options
 
 # Unknown options are collected in `ctx.args` and reported with all other problems.
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-RESUME_NEWEST = "auto"
 
 ModelTokenizer = Annotated[
     str | None,
@@ -123,8 +121,8 @@ def _parameter(field: ConfigField, section: type) -> inspect.Parameter:
 def _default_note(field: ConfigField) -> str:
     """Return the default as shown after the help, empty if there is none."""
     text = field.default_text
-    if isinstance(field.default, bool):
-        text = " ".join(field.spell(field.default))
+    if isinstance(field.fallback, bool):
+        text = " ".join(field.spell(field.fallback))
     return {"none": "", "required": " [required]"}.get(text, f" [default: {text}]")
 
 
@@ -143,6 +141,14 @@ def expand_path(param: typer.CallbackParam, value: Any) -> Any:
     if problem := path_problem(name, f"{name} {value}", expanded):
         raise ConfigError(problem)
     return type(value)(expanded)
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
+    ),
+]
 
 
 def completing(*values: str) -> Callable[[str], list[str]]:
@@ -275,6 +281,6 @@ def _normalized(args: list[str], switches: Mapping[str, ConfigField]) -> Iterato
         if flag in switches and value.lower() in _SWITCH_VALUES:
             yield from switches[flag].spell(_SWITCH_VALUES[value.lower()])
         elif flag == "--resume" and not assigned and following.startswith("--"):
-            yield f"{flag}={RESUME_NEWEST}"
+            yield f"{flag}={AUTO}"
         else:
             yield flag + assigned + value

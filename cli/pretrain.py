@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.schema import write_toml
 from minimind.errors import ConfigError
+from minimind.formatting import paint
 from minimind.launch_env import is_main_process
 
 from . import upstream_flags
@@ -58,9 +60,18 @@ def pretrain(
         if is_main_process():
             typer.echo(write_toml(resolved, CONFIG_SECTIONS), nl=False)
         return
+    if plan and resolved.budget_chooses:
+        if price_per_hour is not None:
+            raise ConfigError('--price-per-hour does not go with --budget; write it as in "$3 at $2.50/h".')
+        _print_budget(resolved, as_json)
+        return
     if plan:
         _print_plan(resolved, price_per_hour, as_json)
         return
+    if resolved.budget_chooses:
+        from minimind.planning.budget import follow_budget
+
+        resolved = follow_budget(resolved, quiet=False)
     from minimind.training.pretrain import pretrain as run
 
     result = run(resolved, quiet=False, handle_signals=True)
@@ -80,4 +91,17 @@ def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: b
     for key, value in run_plan.rows():
         typer.echo(f"{key + ':' if key else '':<12} {value}")
     for problem in run_plan.problems:
-        typer.echo(f"warning: {problem}")
+        typer.echo(f"{paint('warning:', '33', sys.stdout)} {problem}")
+
+
+def _print_budget(config: PretrainConfig, as_json: bool) -> None:
+    from minimind.planning.budget import plan_budget
+
+    chosen = plan_budget(config, quiet=as_json)
+    if not is_main_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(chosen.to_dict(), indent=1))
+        return
+    for key, value in chosen.rows():
+        typer.echo(f"{key + ':' if key else '':<12} {value}")

@@ -9,10 +9,11 @@ import os
 
 import typer
 
-from minimind.config.schema import flag_of
+from minimind.config.naming import flag_of
+from minimind.config.options import AUTO
 from minimind.launch_env import world_size
 
-from .options import RESUME_NEWEST, hidden_option
+from .options import hidden_option
 
 # Ignored options, and why.
 _IGNORED = {
@@ -49,7 +50,7 @@ def translate(ctx: typer.Context) -> tuple[dict[str, str], list[str], list[str]]
     if "use_compile" in enabled:
         values["compile"] = str(enabled["use_compile"])
     if enabled.get("from_resume"):
-        values["resume"] = RESUME_NEWEST
+        values["resume"] = AUTO
     device = ctx.params["device"]
     problems += _choose_device(device)
     notes = [

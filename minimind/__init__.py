@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, DataError, UserError
     from .modeling.config import MiniMindConfig
     from .modeling.transformer import MiniMindForCausalLM
+    from .planning.budget import pretrain
     from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
     from .tracking.plugins import Tracker
     from .training.callbacks import Callback
-    from .training.pretrain import pretrain
 
 _PUBLIC = {
     "Callback": "training.callbacks",
@@ -35,7 +35,7 @@ _PUBLIC = {
     "UserError": "errors",
     "load_tokenizer": "tokenizer",
     "preset_config": "config",
-    "pretrain": "training.pretrain",
+    "pretrain": "planning.budget",
     "train_tokenizer": "tokenizer",
 }
 

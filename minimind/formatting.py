@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 # C0 and C1 controls, line and paragraph separators, and the marks that reorder text.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -25,6 +27,15 @@ def printable(text: str, keep: str = "") -> str:
         return match[0] if match[0] in keep else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
     return _CONTROLS.sub(escape, text)
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    """Return text in an ANSI colour (SGR parameters, `31` for red) where a stream is a terminal with colours.
+
+    `NO_COLOR` (https://no-color.org) and `TERM=dumb` ask for none.
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.platform == "win32"
+    return text if plain or not stream.isatty() else f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def json_line(value: Any) -> str:
@@ -105,6 +116,7 @@ def format_train_metrics(values: Mapping[str, Any]) -> list[str]:
         "mfu": lambda v: f"mfu {v:.0%}",
         "memory_gb": lambda v: f"{v:.1f} GB",
         "eta_seconds": lambda v: f"eta {duration(v)}",
+        "val_forecast_bits_per_byte": lambda v: f"forecast {v:.3f} bits/byte",
     }
     return [form(values[name]) for name, form in forms.items() if name in values]
 
@@ -115,5 +127,8 @@ def format_evaluation_metrics(values: Mapping[str, Any]) -> list[str]:
         "val_loss": lambda v: f"val loss {v:.4f}",
         "val_perplexity": lambda v: f"perplexity {v:.4g}",
         "val_bits_per_byte": lambda v: f"{v:.4f} bits/byte",
+        "val_forecast_bits_per_byte": lambda v: (
+            f"forecast {v:.3f} ({values['val_forecast_low']:.3f} to {values['val_forecast_high']:.3f})"
+        ),
     }
     return [form(values[name]) for name, form in forms.items() if name in values]

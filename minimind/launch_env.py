@@ -1,10 +1,21 @@
-"""Read what `accelerate launch` or `torchrun` set in the environment; imports no torch."""
+"""What `accelerate launch` and `torchrun` set in the environment, and how to launch alike. No torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+# Variables of the launcher that are set by flags of the same name.
+_LAUNCHER_VARIABLES = (
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE",
+    "FSDP_ACTIVATION_CHECKPOINTING",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING",
+    "FSDP_RESHARD_AFTER_FORWARD",
+)
 # The values that Accelerate accepts; it raises for any other.
 TRUE_VALUES, FALSE_VALUES = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
 
@@ -64,3 +75,33 @@ def device_type() -> str:
     if is_set("ACCELERATE_USE_CPU"):
         return "cpu"
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def launcher_args(launch: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the arguments before the command that launch as recorded in `environment.json`."""
+    processes, machines = launch.get("processes", 1), launch.get("machines", 1)
+    if processes == 1:
+        yield "minimind-train"
+        return
+    yield from ("accelerate", "launch")
+    if launch.get("kind") == "FSDP2":
+        yield from ("--use_fsdp", "--fsdp_version", "2")
+        variables = launch.get("variables", {})
+        if any(name.startswith("PARALLELISM_") for name in variables):
+            yield "--use_parallelism_config"
+        for name in _LAUNCHER_VARIABLES:
+            if name in variables:
+                yield from ("--" + name.lower(), variables[name])
+    else:
+        yield "--multi_gpu"
+    yield from ("--num_processes", str(processes))
+    if machines > 1:
+        yield from ("--num_machines", str(machines))
+    yield from ("-m", "minimind_cli")
+
+
+def resume_command(folder: Path, launch: Mapping[str, Any]) -> str:
+    """Return the shell command that resumes the run in a folder, launched as recorded."""
+    on_cpu = launch.get("on_cpu") and (launch.get("processes", 1) > 1 or is_set("ACCELERATE_USE_CPU"))
+    arguments = [*launcher_args(launch), "pretrain", "--resume", "--output-dir", str(folder)]
+    return ("ACCELERATE_USE_CPU=true " if on_cpu else "") + shlex.join(arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def report(self) -> Path:
+        """Page with curves, samples, configuration and environment, for a browser."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """Full training states."""
         return self.path / "checkpoints"
@@ -70,7 +75,13 @@ class RunFolder:
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
 
     @contextmanager
-    def claim(self, *, resume: bool, wait_seconds: float = 0.0) -> Iterator[None]:
+    def claim(
+        self,
+        *,
+        resume: bool,
+        wait_seconds: float = 0.0,
+        note: Callable[[str], object] = lambda sentence: None,
+    ) -> Iterator[None]:
         """Create the folder and lock it against other runs; remove temporary files of a killed run.
 
         If an error ends the block before a new run has done a step, its options and the folder are removed
@@ -79,6 +90,7 @@ class RunFolder:
         Args:
             resume: accept a folder that holds a run.
             wait_seconds: how long to wait for another run in the folder to end.
+            note: gets a sentence before waiting.
 
         Raises:
             ConfigError: when another run uses the folder, or it holds a run and `resume` is off.
@@ -88,7 +100,14 @@ class RunFolder:
             try:
                 if not self.path.exists():
                     held.callback(self._remove_if_empty)
-                held.enter_context(hold_lock(self.path / ".lock", wait_seconds))
+                waiting = (
+                    f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
+                )
+                held.enter_context(
+                    hold_lock(
+                        self.path / ".lock", wait_seconds, lambda holder: note(f"{waiting} ({holder}).")
+                    )
+                )
                 if not resume and self.holds_a_run():
                     raise ConfigError(
                         f"--output-dir {self.path} already holds a run; continue it with --resume, "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from .config.budget import parse_budget
 from .config.options import PretrainConfig
 from .errors import ConfigError
 from .formatting import parse_duration
@@ -51,7 +52,6 @@ def lr_factor(
 
     Args:
         step: from 0; beyond the last step the factor stays that of the last step.
-        total_steps: optimizer steps of the whole run.
         warmup_steps: 0 starts at the peak.
         schedule: one of the names above.
         min_lr_ratio: the factor at the end.
@@ -117,12 +117,11 @@ class LearningRateSchedule:
         """Take the schedule of a configuration for a run of `total_steps`.
 
         Args:
-            config: of the run.
-            total_steps: optimizer steps of the whole run.
             warmup: number of warm-up steps; None for that of the configuration.
             custom: replaces the schedule of the configuration.
         """
         self._peak, self._total_steps, self.custom = config.peak_learning_rate, total_steps, custom
+        self._has_stable_phase = config.lr_schedule == "wsd"
         self.warmup_steps = warmup_steps(config, total_steps) if warmup is None else warmup
         if custom is not None:
             self.warmup_steps = 0
@@ -142,14 +141,17 @@ class LearningRateSchedule:
         Args:
             step: from 0.
             decay_window: the step at which `wsd` begins to decay and the number of steps of the run, where
-                --max-time set them.
+                --max-time or --budget set them. Other schedules take the number of steps.
 
         Raises:
             ConfigError: for a custom schedule that returns no usable number.
         """
         if self.custom is not None:
-            return self._peak * _checked_factor(self.custom(step, self._total_steps), step)
-        if decay_window is None:
+            total = self._total_steps if decay_window is None else decay_window[1]
+            return self._peak * _checked_factor(self.custom(step, total), step)
+        if decay_window is not None and not self._has_stable_phase:
+            return self._peak * self._factor(step, total_steps=decay_window[1])
+        if decay_window is None or step < min(decay_window[0], self.warmup_steps):
             return self._peak * self._factor(step, total_steps=self._total_steps)
         begin, end = decay_window
         # A decay that begins inside the warm-up or the planned decay starts from the rate reached there.
@@ -176,6 +178,16 @@ def warmup_steps(config: PretrainConfig, total_steps: int) -> int:
     if config.warmup_steps is not None:
         return config.warmup_steps
     return default_warmup_steps(total_steps)
+
+
+def expected_steps(config: PretrainConfig, total_steps: int) -> int:
+    """Return about how many optimizer steps a run takes.
+
+    A time budget ends it before its epochs; its choice has 2% of the expected steps as warm-up.
+    """
+    if config.budget is None or parse_budget(config.budget).seconds is None or not config.warmup_steps:
+        return total_steps
+    return min(total_steps, max(round(config.warmup_steps / DEFAULT_WARMUP_SHARE), 1))
 
 
 def default_warmup_steps(total_steps: int) -> int:
@@ -242,12 +254,14 @@ def resume_schedule(
     schedule = LearningRateSchedule(config, total_steps, warmup)
     notes = []
     window = decay_window
-    if window is not None and _allows_more_time(config.max_time, saved.get("max_time")):
+    if window is not None and _allows_more(config, saved):
         window = None
     if window is not None and step >= window[1]:
+        limit, value = ("--max-time", config.max_time)
+        if config.budget is not None:
+            limit, value = ("--budget", config.budget)
         notes.append(
-            f"finished at step {step:,} within --max-time {config.max_time}; a longer --max-time, or "
-            "--max-time none, trains on."
+            f"finished at step {step:,} within {limit} {value}; a longer {limit}, or {limit} none, trains on."
         )
     elif step and "total_steps" in saved and step < total_steps:
         names = [name for name in _SCHEDULE_OPTIONS if name in saved]
@@ -263,7 +277,14 @@ def resume_schedule(
     return ResumedSchedule(schedule, window, tuple(notes))
 
 
-def _allows_more_time(now: str | None, before: str | None) -> bool:
+def _allows_more(config: PretrainConfig, saved: Mapping[str, Any]) -> bool:
+    """Return whether a resumed run has more time than before, by --budget or else by --max-time."""
+    now, before = config.budget, saved.get("budget")
+    if now is not None and before is not None:
+        return (parse_budget(now).seconds or math.inf) > (parse_budget(before).seconds or math.inf)
+    if now is not None or before is not None:
+        return True
+    now, before = config.max_time, saved.get("max_time")
     if now is None or before is None:
         return now is None
     return parse_duration(now) > parse_duration(before)
@@ -275,8 +296,6 @@ def stable_phase(
     """Return between which numbers of steps a run is past its warm-up and not yet decaying.
 
     Args:
-        config: of the run.
-        total_steps: optimizer steps of the whole run.
         decay_window: see `LearningRateSchedule.at`.
 
     Returns:
@@ -321,6 +340,27 @@ def decay_steps_due(
     return max(min(wanted, possible), 1) if possible <= wanted else 0
 
 
+def warmup_problem(
+    config: PretrainConfig, *, warmup: int, steps_done: int, seconds_left: float, seconds_per_step: float
+) -> str | None:
+    """Return a sentence where --max-time ends the run inside a warm-up that `fit_to_time` does not shorten.
+
+    Args:
+        config: of the run.
+        warmup: number of warm-up steps.
+        steps_done: optimizer steps of the whole run so far.
+        seconds_left: time for training steps.
+        seconds_per_step: recent speed.
+    """
+    possible = steps_done + int(max(seconds_left, 0.0) / seconds_per_step)
+    if possible >= warmup or (config.lr_schedule == "wsd" and config.warmup_steps is None):
+        return None
+    return (
+        f"--max-time {config.max_time} allows about {possible:,} steps, fewer than the {warmup:,} of the "
+        f"warm-up: the learning rate only reaches {possible / warmup:.1%} of its peak; lower --warmup-steps."
+    )
+
+
 def fit_to_time(
     config: PretrainConfig,
     *,
@@ -333,7 +373,6 @@ def fit_to_time(
     """Return how a `wsd` run changes its schedule now so that it ends within --max-time.
 
     Args:
-        config: of the run.
         warmup: current number of warm-up steps.
         total_steps: optimizer steps of the run without a time limit.
         steps_done: optimizer steps of the whole run so far.

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a package imports from earlier lines only. `minimind` is what the library exports.
 ORDER = """
 version errors formatting launch_env
-config io
+io
+config
 modeling tokenizer
 data optim generation distributed schedule run_folder
 tracking
@@ -32,7 +33,8 @@ cli
 # What loads no torch, here and in all that it imports: everything on the way to help, errors and reports.
 TORCH_FREE = (
     "minimind minimind.version minimind.errors minimind.formatting minimind.launch_env minimind.config.* "
-    "minimind.tokenizer minimind.run_folder minimind.schedule minimind.distributed.launch_checks "
+    "minimind.tokenizer minimind.tokenizer.* minimind.run_folder minimind.schedule "
+    "minimind.distributed.launch_checks "
     "minimind.checkpoint.files minimind.formats.weight_header minimind.tracking.metrics_file "
     "minimind.modeling.config minimind.modeling.parameter_count minimind.planning.memory "
     "minimind.runs.record minimind.runs.info minimind.runs.info_text minimind.runs.compare "

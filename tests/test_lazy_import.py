@@ -47,5 +47,5 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_pretrain_stays_the_function_when_its_module_is_imported() -> None:
-    module = importlib.import_module("minimind.training.pretrain")
+    module = importlib.import_module("minimind.planning.budget")
     assert minimind.pretrain is module.pretrain

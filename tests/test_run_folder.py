@@ -151,8 +151,11 @@ def test_another_run_is_waited_for_where_a_launcher_restarts(tmp_path):
     held = RunFolder(tmp_path).claim(resume=False)
     held.__enter__()
     threading.Timer(0.3, held.__exit__, (None, None, None)).start()
-    with RunFolder(tmp_path).claim(resume=True, wait_seconds=20):
+    notes = []
+    with RunFolder(tmp_path).claim(resume=True, wait_seconds=20, note=notes.append):
         pass
+    (note,) = notes
+    assert f"is in use; waiting up to 20 s for the other run to end (process {os.getpid()} on" in note
 
 
 def test_description_reads_back_to_the_same_configuration(tmp_path):

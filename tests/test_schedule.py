@@ -19,6 +19,7 @@ from minimind.schedule import (
     lr_factor,
     resume_schedule,
     stable_phase,
+    warmup_problem,
     warmup_steps,
 )
 
@@ -291,3 +292,17 @@ def test_a_decay_never_begins_in_the_warm_up() -> None:
     assert fit_to_time(default, warmup=30, steps_done=10, seconds_left=990.0, **run) == 0
     assert fit_to_time(default, warmup=200, steps_done=10, seconds_left=1e9, **run) == 0
     assert fit_to_time(PretrainConfig(), warmup=200, steps_done=10, seconds_left=990.0, **run) == 0
+
+
+def test_a_warm_up_that_the_time_does_not_allow_is_warned_of() -> None:
+    run: dict[str, Any] = {"warmup": 200, "steps_done": 10, "seconds_per_step": 1.0}
+    for schedule in ("cosine", "wsd"):
+        given = PretrainConfig(lr_schedule=schedule, warmup_steps=200, max_time="1m")
+        assert warmup_problem(given, seconds_left=190.0, **run) is None
+        problem = warmup_problem(given, seconds_left=40.0, **run)
+        assert problem is not None
+        assert "allows about 50 steps, fewer than the 200 of the warm-up" in problem
+        assert "only reaches 25.0% of its peak" in problem
+    # A default warm-up of wsd is shortened instead.
+    default = PretrainConfig(lr_schedule="wsd", max_time="1m")
+    assert warmup_problem(default, seconds_left=40.0, **run) is None

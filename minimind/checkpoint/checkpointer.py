@@ -15,11 +15,12 @@ from torch import nn
 
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import CheckpointError
+from ..run_folder import RunFolder
 from ..tracking.console import Progress
 from ..tracking.trackers import Trackers
 from .compatibility import changed_group_values, changes_evaluation, compare_settings
-from .files import StoredCheckpoint
-from .resume import AUTO, all_damaged
+from .files import StoredCheckpoint, stored_checkpoints
+from .resume import AUTO, all_damaged, finished_run
 from .state_dict import gather_state_dict, load_state_dict
 from .store import CheckpointStore
 from .train_state import TrainState
@@ -48,6 +49,18 @@ class CallbackStates(Protocol):
         """Load the states of a checkpoint."""
 
 
+def finished_state(folder: RunFolder, total_steps: int, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the training state of a finished run, else None; see `finished_run`.
+
+    Raises:
+        CheckpointError: for settings that cannot be those of the run.
+    """
+    state = finished_run(folder, total_steps)
+    if state is not None:
+        check_settings(stored_checkpoints(folder.checkpoints)[-1], settings)
+    return state
+
+
 @dataclass
 class RunCheckpoints:
     """Connects model, optimizer and trackers of a run with its checkpoint store. Every rank calls every
@@ -55,9 +68,6 @@ class RunCheckpoints:
 
     Attributes:
         store: the checkpoint store.
-        accelerator: the one that prepared model and optimizer.
-        model: prepared.
-        optimizer: prepared.
         settings: compared with those of a checkpoint; see `compare_settings`.
         progress: shows warnings and notes.
         callbacks: of the run, whose states are saved and loaded.

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.naming import flag_of
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
-from ..config.schema import flag_of
 from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
@@ -22,17 +22,9 @@ _ORDER = "the data order would change; {give}, or start a new run"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "use_moe",
-            "num_experts",
-            "moe_intermediate_size",
-            "vocab_size",
-            "tie_word_embeddings",
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            *("intermediate_size", "use_moe", "num_experts", "moe_intermediate_size"),
+            *("vocab_size", "tie_word_embeddings"),
         ),
         _SHAPE,
     ),
@@ -77,8 +69,9 @@ FREE: frozenset[str] = frozenset(
         *("epochs", "max_steps", "max_tokens", "batch_size", "accumulation_steps", "compile", "cuda_graphs"),
         *("activation_checkpointing", "profile", "log_interval", "eval_interval", "eval_batches"),
         *("save_interval", "keep_checkpoints", "keep_every", "sample_interval", "sample_prompt"),
-        *("on_save_error", "max_time", "dist_timeout", "output_dir", "resume"),
-        *("tracker", "project", "run_name"),
+        "score_interval",
+        *("on_save_error", "budget", "budget_keeps", "max_time", "dist_timeout", "output_dir", "resume"),
+        *("tracker", "project", "run_name", "verbose"),
     }
 )
 
@@ -91,10 +84,6 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
 
     Values must be resolved (`head_dim`, `vocab_size`, `global_batch_size` as numbers, not None). A key that
     only one side has, as after an update of minimind, is not compared.
-
-    Args:
-        saved: from the checkpoint.
-        now: of this run.
 
     Returns:
         One line per difference that prevents resuming, and one per difference that needs a warning.
@@ -195,4 +184,4 @@ def _evaluated_sequences(config: PretrainConfig, plan: BatchPlan) -> int | None:
     """Return the size of the sample of --eval-batches; None for all validation data."""
     if config.eval_batches is None:
         return None
-    return config.eval_batches * plan.micro_batch_size * plan.num_processes
+    return config.eval_batches * plan.global_batch_size

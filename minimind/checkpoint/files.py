@@ -22,13 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-MODEL, OPTIMIZER, TRAINER, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "trainer.json",
-    "manifest.json",
-)
-BEST = "best.json"
+MODEL, OPTIMIZER, TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
+_FILES = {MODEL, OPTIMIZER, TRAINER}
+MANIFEST, BEST = "manifest.json", "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22
 
@@ -38,7 +34,6 @@ class StoredCheckpoint:
     """One checkpoint folder.
 
     Attributes:
-        path: the folder.
         step: optimizer steps done when it was written.
     """
 
@@ -93,9 +88,6 @@ class StoredCheckpoint:
         return None
 
 
-_FILES = {MODEL, OPTIMIZER, TRAINER}
-
-
 def folder_name(step: int) -> str:
     """Return the name of the folder for a step."""
     return f"step-{step:08d}"
@@ -133,9 +125,7 @@ def latest_checkpoint(
     """Return the newest checkpoint in a folder that verifies, or None.
 
     Args:
-        folder: holds `step-*` folders.
         on_damaged: called with one sentence per newer checkpoint that is skipped as damaged.
-        exclude: names of folders to ignore.
     """
     for checkpoint in reversed(stored_checkpoints(folder)):
         if checkpoint.path.name in exclude:

@@ -172,7 +172,6 @@ def finished_run(folder: RunFolder, total_steps: int) -> dict[str, Any] | None:
     """Return the training state of the last checkpoint, if the run has trained and written its final model.
 
     Args:
-        folder: of the run.
         total_steps: of the run as it would continue.
     """
     stored = stored_checkpoints(folder.checkpoints)

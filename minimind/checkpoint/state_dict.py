@@ -34,9 +34,6 @@ def gather_state_dict(
     Call `CheckpointStore.wait_until_written` first, so that the pinned memory of the previous save is reused.
 
     Args:
-        accelerator: the one that prepared model and optimizer.
-        model: prepared or not.
-        optimizer: prepared or not.
         extra: further values, at least `step`; JSON-serializable.
 
     Returns:
@@ -52,12 +49,9 @@ def gather_state_dict(
         for parameter, fields in core.state.items()
         for field, value in fields.items()
     }
-    main = accelerator.is_main_process
-    host_weights, host_state = _to_host(weights, main), _to_host(optimizer_state, main)
-    if not main:
+    host_weights, host_state = _to_host(accelerator, weights, optimizer_state)
+    if not accelerator.is_main_process:
         return None
-    if accelerator.device.type == "cuda":
-        torch.cuda.current_stream(accelerator.device).synchronize()
     trainer = {
         **extra,
         "param_groups": [_group_to_json(group, names) for group in core.param_groups],
@@ -86,12 +80,8 @@ def reserve_host_memory(accelerator: Accelerator, model: nn.Module, optimizer: t
 
 def gather_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Return full copies of the weights on the host, on the main process. A collective operation."""
-    copies = _to_host(_named_tensors(model)[0], accelerator.is_main_process)
-    if not accelerator.is_main_process:
-        return None
-    if accelerator.device.type == "cuda":
-        torch.cuda.current_stream(accelerator.device).synchronize()
-    return copies
+    (copies,) = _to_host(accelerator, _named_tensors(model)[0])
+    return copies if accelerator.is_main_process else None
 
 
 def load_state_dict(
@@ -105,9 +95,6 @@ def load_state_dict(
     """Load a verified checkpoint, bit for bit. A collective operation; only the main process reads files.
 
     Args:
-        accelerator: the one that prepared model and optimizer.
-        model: as `gather_state_dict` takes it; any topology.
-        optimizer: as `gather_state_dict` takes it.
         checkpoint: the checkpoint; used on the main process only.
         keep_group_values: keys of parameter groups, such as `weight_decay`, that keep their current value.
 
@@ -165,18 +152,23 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
     return tensors, tied
 
 
-def _to_host(tensors: Mapping[str, torch.Tensor], main: bool) -> dict[str, torch.Tensor]:
-    """Start device-to-host copies on the main process; all ranks take part in gathering DTensors."""
-    copies: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        whole = tensor.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        if main:
-            on_cuda = whole.device.type == "cuda"
-            # The caching allocator reuses pinned memory: only the first save pays for it.
-            host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=on_cuda)
-            copies[name] = host.copy_(whole, non_blocking=on_cuda)
+def _to_host(
+    accelerator: Accelerator, *groups: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], ...]:
+    """Copy tensors to the host on the main process; all ranks take part in gathering DTensors."""
+    copies: tuple[dict[str, torch.Tensor], ...] = tuple({} for _ in groups)
+    for group, copied in zip(groups, copies, strict=True):
+        for name, tensor in group.items():
+            whole = tensor.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if accelerator.is_main_process:
+                on_cuda = whole.device.type == "cuda"
+                # The caching allocator reuses pinned memory: only the first save pays for it.
+                host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=on_cuda)
+                copied[name] = host.copy_(whole, non_blocking=on_cuda)
+    if accelerator.is_main_process and accelerator.device.type == "cuda":
+        torch.cuda.current_stream(accelerator.device).synchronize()
     return copies
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,6 @@ class CheckpointStore:
         """Write a snapshot in the background, after waiting for the previous save.
 
         Args:
-            snapshot: the state to write.
             first: called in the background before the checkpoint is written, for example to flush other files
                 that must be on the disk before it. If it raises, the checkpoint is not saved.
 
@@ -157,7 +157,7 @@ class CheckpointStore:
         trainer = json.dumps(dict(snapshot.trainer), indent=1).encode()
         # Popped by the job: the executor may keep a finished job, but must not keep its snapshot.
         held = [snapshot]
-        self._submit(lambda: self._save(held.pop(), trainer, first))
+        self._last_job = self._writer.submit(lambda: self._save(held.pop(), trainer, first))
         return waited
 
     def mark_best(self, step: int, val_loss: float) -> None:
@@ -166,7 +166,8 @@ class CheckpointStore:
         Does nothing if that checkpoint does not exist. Runs in the background, after earlier saves.
         """
         failed = f"step {step} was not marked as the best"
-        self._submit(lambda: self._attempt(failed, lambda: self._mark_best(step, val_loss)))
+        mark = partial(self._mark_best, step, val_loss)
+        self._last_job = self._writer.submit(self._attempt, failed, mark)
 
     def forget_best(self) -> None:
         """Remove the mark of the best checkpoint; rotation may then delete that checkpoint."""
@@ -204,9 +205,6 @@ class CheckpointStore:
             else:
                 shutil.rmtree(left, ignore_errors=True)
         (self.folder / f".{BEST}.tmp").unlink(missing_ok=True)
-
-    def _submit(self, work: Callable[[], object]) -> None:
-        self._last_job = self._writer.submit(work)
 
     def _save(self, snapshot: Snapshot, trainer: bytes, first: Callable[[], object] | None) -> None:
         self.last_error = None

@@ -40,7 +40,9 @@ class TrainState:
         excluded_sequences: epoch, first sequence and number of sequences of each step that a rewind excludes.
         rewinds: how often the run has rewound to a checkpoint.
         stopping: all ranks have agreed to stop after this step.
-        decay_window: first step of the decay and number of steps of the run, where --max-time set them.
+        decay_window: first step of the decay and number of steps of the run, where --max-time or --budget set
+            them.
+        budget_seconds: seconds of the time budget used over all attempts; 0 without one.
     """
 
     step: int = 0
@@ -60,6 +62,7 @@ class TrainState:
     rewinds: int = 0
     stopping: bool = False
     decay_window: tuple[int, int] | None = None
+    budget_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as a checkpoint stores it."""

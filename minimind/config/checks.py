@@ -6,25 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..formatting import parse_duration
-from .schema import flag_of, for_caller, schema_of
+from .budget import parse_budget
+from .naming import flag_of, for_caller
+from .schema import schema_of, suggestion
 
 
 def conflicts(config: Any) -> Iterator[str]:
     """Yield a sentence for each conflict between the options of a `PretrainConfig`."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
-        yield (
-            f"--num-key-value-heads {kv_heads} does not divide --num-attention-heads {heads}; "
-            f"use one of {_divisors(heads)}."
-        )
-    if config.head_dim is None and config.hidden_size % heads:
-        yield (
-            f"--hidden-size {config.hidden_size} is not a multiple of --num-attention-heads {heads}; "
-            "change one of them or set --head-dim."
-        )
-    elif (config.head_dim or config.hidden_size // heads) % 2:
-        yield "rotary position embeddings need an even head dimension; set --head-dim to an even number."
-    yield from _expert_conflicts(config)
+    # Sizes that are not given come from the weights, which are compared with those given when they are read.
+    if config.from_weight is None:
+        yield from _size_conflicts(config)
+        yield from _expert_conflicts(config)
     if config.accumulation_steps and config.global_batch_size:
         yield "--accumulation-steps and --global-batch-size both set the global batch; give only one of them."
     if config.val_data and not config.data:
@@ -34,21 +26,53 @@ def conflicts(config: Any) -> Iterator[str]:
             parse_duration(text if text is not None else "1s")
         except ValueError:
             yield f"{flag} {text} is not a time; write for example 3h30m, 90m or 45s."
+    yield from _budget_conflicts(config)
     if "none" in config.tracker and len(config.tracker) > 1:
         yield "--tracker none cannot be combined with another tracker; remove one of them."
 
 
-def _expert_conflicts(config: Any) -> Iterator[str]:
-    if config.num_experts_per_tok > config.num_experts:
+def _budget_conflicts(config: Any) -> Iterator[str]:
+    if config.budget is None:
+        if config.budget_keeps:
+            yield "--budget-keeps needs --budget; add it."
+        return
+    try:
+        parse_budget(config.budget)
+    except ValueError as error:
+        yield f"--budget {error}; write one of these forms."
+    for flag, value in (("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens)):
+        if value is not None:
+            yield f"--budget and {flag} both set the length of the run; give only one of them."
+    for name in sorted(set(config.budget_keeps) - schema_of(config.__class__).keys()):
+        yield f"--budget-keeps {name} is not an option{suggestion(name, schema_of(config.__class__))}"
+
+
+def _size_conflicts(config: Any) -> Iterator[str]:
+    hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
         yield (
-            f"--num-experts-per-tok {config.num_experts_per_tok} is more than --num-experts "
-            f"{config.num_experts}; lower it."
+            f"--num-key-value-heads {kv_heads} does not divide --num-attention-heads {heads}; "
+            f"use one of {_divisors(heads)}."
         )
-    if config.use_moe or config.from_weight is not None:
+    if config.head_dim is None and hidden_size % heads:
+        yield (
+            f"--hidden-size {hidden_size} is not a multiple of --num-attention-heads {heads}; "
+            "change one of them or set --head-dim."
+        )
+    elif (config.head_dim or hidden_size // heads) % 2:
+        yield "rotary position embeddings need an even head dimension; set --head-dim to an even number."
+
+
+def _expert_conflicts(config: Any) -> Iterator[str]:
+    experts, active = config.num_experts, config.num_experts_per_tok
+    if active > experts:
+        yield f"--num-experts-per-tok {active} is more than --num-experts {experts}; lower it."
+    if config.use_moe:
         return
     schema = schema_of(config.__class__)
     for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        if (value := getattr(config, name)) != schema[name].default:
+        # The files of runs contain the defaults.
+        if (value := getattr(config, name)) not in (None, schema[name].fallback):
             yield f"{schema[name].flag} {value} applies to MoE models only; add --use-moe."
 
 
@@ -66,8 +90,6 @@ def run_notes(config: Any, total_steps: int, steps_per_epoch: int, warmup_steps:
 
     Args:
         config: a `PretrainConfig`.
-        total_steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps of an epoch.
         warmup_steps: of the learning rate, as given or by default.
     """
     notes = [
@@ -88,12 +110,17 @@ def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterato
             "each; --epochs limits them."
         )
     if config.epochs is None or (config.max_steps is None and config.max_tokens is None):
+        if config.max_tokens is not None and (config.max_steps or 0) > total_steps:
+            yield (
+                f"--max-tokens {config.max_tokens} ends the run after {total_steps:,} steps, before "
+                f"--max-steps {config.max_steps}."
+            )
         return
     in_epochs = config.epochs * steps_per_epoch
     if total_steps < in_epochs:
         yield (
-            f"{_limits(config)} ends the run after {total_steps:,} of the {in_epochs:,} steps of "
-            f"--epochs {config.epochs}."
+            f"{_limits(config, total_steps)} ends the run after {total_steps:,} of the {in_epochs:,} steps "
+            f"of --epochs {config.epochs}."
         )
     elif config.max_steps is None or config.max_steps > total_steps:
         yield (
@@ -102,8 +129,11 @@ def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterato
         )
 
 
-def _limits(config: Any) -> str:
-    limits = (("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens))
+def _limits(config: Any, total_steps: int | None = None) -> str:
+    """Return the limits that are given, or the one that ends a run of `total_steps`."""
+    limits = [("--max-steps", config.max_steps), ("--max-tokens", config.max_tokens)]
+    if total_steps is not None and config.max_steps is not None and config.max_tokens is not None:
+        limits = limits[:1] if config.max_steps == total_steps else limits[1:]
     return " or ".join(f"{flag} {value}" for flag, value in limits if value is not None)
 
 
@@ -138,6 +168,7 @@ def _interval_notes(config: Any, total_steps: int) -> Iterator[str]:
         "keep_every": "no checkpoint is kept for good",
         "eval_interval": "the only evaluations are those before the first and after the last step",
         "sample_interval": "no sample is generated",
+        "score_interval": "the only scores are those after the last step",
     }
     if not config.val_data and not config.val_fraction:
         del consequences["eval_interval"]

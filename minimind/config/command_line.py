@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .budget import BUDGET_OPTIONS
 from .options import CONFIG_SCHEMA, PretrainConfig
 from .presets import PRESETS, SHAPE_OPTIONS, resolve
 
@@ -16,8 +17,11 @@ def to_argv(config: PretrainConfig) -> list[str]:
 
 def _argv_from(config: PretrainConfig, preset: str | None) -> list[str]:
     """Return the arguments on top of a preset, or of the defaults."""
-    schema = CONFIG_SCHEMA
-    given: set[str] = set()
+    # The names that a budget keeps follow from the options that are given.
+    schema = {name: field for name, field in CONFIG_SCHEMA.items() if name != "budget_keeps"}
+    given = set(BUDGET_OPTIONS) if config.budget is not None else set()
+    # The weights determine the sizes that are not given.
+    given |= set() if config.from_weight is None else {"from_weight"}
     # Repeat, because an option may change the default of another one.
     while True:
         base = resolve(preset=preset, flags={name: getattr(config, name) for name in given})

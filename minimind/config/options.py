@@ -1,7 +1,6 @@
 """Options of a pretraining run: names, types, defaults and help.
 
-The command line, the TOML reader, the documentation and the library all read these dataclasses. Importing
-them loads no torch, so that `--help` is fast.
+The command line, TOML files, the documentation and the library read them. Importing them loads no torch.
 """
 
 from __future__ import annotations
@@ -12,11 +11,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
+from .budget import BudgetConfig
 from .checks import conflicts
-from .schema import FieldInfo, convert_fields, for_caller, range_problems, schema_of
+from .naming import for_caller
+from .schema import FieldInfo, convert_fields, fill_unset, range_problems, schema_of
 
-# Default peak learning rate of each optimizer; a preset may have its own.
+# Default peak learning rate of an optimizer, unless a preset has its own, and the share for trained weights.
 LEARNING_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
+FROM_WEIGHT_RATE = 0.3
 
 AUTO = "auto"
 DEFAULT_BATCH_SIZE = 32
@@ -80,12 +82,16 @@ class DataConfig:
 class ModelConfig:
     """Model"""
 
-    hidden_size: Annotated[int, FieldInfo("Hidden size.", minimum=1, common=True)] = 512
-    num_hidden_layers: Annotated[int, FieldInfo("Transformer layers.", minimum=1, common=True)] = 8
-    num_attention_heads: Annotated[int, FieldInfo("Query heads.", minimum=1, common=True)] = 8
+    hidden_size: Annotated[int | None, FieldInfo("Hidden size.", minimum=1, common=True, unset=512)] = None
+    num_hidden_layers: Annotated[
+        int | None, FieldInfo("Transformer layers.", minimum=1, common=True, unset=8)
+    ] = None
+    num_attention_heads: Annotated[int | None, FieldInfo("Query heads.", minimum=1, common=True, unset=8)] = (
+        None
+    )
     num_key_value_heads: Annotated[
-        int, FieldInfo("Key-value heads (grouped-query attention).", minimum=1)
-    ] = 2
+        int | None, FieldInfo("Key-value heads (grouped-query attention).", minimum=1, unset=2)
+    ] = None
     head_dim: Annotated[
         int | None,
         FieldInfo("Dimension of an attention head.", minimum=2, default_text="hidden size / query heads"),
@@ -99,10 +105,13 @@ class ModelConfig:
         ),
     ] = None
     use_moe: Annotated[
-        bool, FieldInfo("Replace the MLP of every layer by a mixture of experts.", common=True)
-    ] = False
-    num_experts: Annotated[int, FieldInfo("Experts per layer.", minimum=1)] = 4
-    num_experts_per_tok: Annotated[int, FieldInfo("Experts activated per token (top-k).", minimum=1)] = 1
+        bool | None,
+        FieldInfo("Replace the MLP of every layer by a mixture of experts.", common=True, unset=False),
+    ] = None
+    num_experts: Annotated[int | None, FieldInfo("Experts per layer.", minimum=1, unset=4)] = None
+    num_experts_per_tok: Annotated[
+        int | None, FieldInfo("Experts activated per token (top-k).", minimum=1, unset=1)
+    ] = None
     moe_intermediate_size: Annotated[
         int | None,
         FieldInfo("Inner dimension of an expert.", minimum=1, default_text="the intermediate size"),
@@ -111,12 +120,15 @@ class ModelConfig:
         float, FieldInfo("Coefficient of the router's load-balancing loss.", minimum=0.0)
     ] = 0.01
     vocab_size: Annotated[
-        int | None,
-        FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's"),
+        int | None, FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's")
     ] = None
     dropout: Annotated[float, FieldInfo("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
-    rope_theta: Annotated[float, FieldInfo("Base of the rotary position embedding (RoPE).", above=0.0)] = 1e6
-    tie_word_embeddings: Annotated[bool, FieldInfo("Share the embedding matrix with the LM head.")] = True
+    rope_theta: Annotated[
+        float | None, FieldInfo("Base of the rotary position embedding (RoPE).", above=0.0, unset=1e6)
+    ] = None
+    tie_word_embeddings: Annotated[
+        bool | None, FieldInfo("Share the embedding matrix with the LM head.", unset=True)
+    ] = None
     from_weight: Annotated[
         str | None,
         FieldInfo(
@@ -185,7 +197,8 @@ class OptimizationConfig:
         FieldInfo(
             "Peak learning rate.",
             above=0.0,
-            default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+            default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+            + f"; with --from-weight {FROM_WEIGHT_RATE:g} times that",
             common=True,
         ),
     ] = None
@@ -208,8 +221,7 @@ class OptimizationConfig:
         FieldInfo("Steps in the decay phase of wsd.", minimum=1, default_text="from --decay-ratio"),
     ] = None
     decay_shape: Annotated[
-        Literal["sqrt", "linear"],
-        FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear."),
+        Literal["sqrt", "linear"], FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear.")
     ] = "sqrt"
     weight_decay: Annotated[
         float, FieldInfo("Weight decay of the weight matrices; norms and embeddings have none.", minimum=0.0)
@@ -254,12 +266,10 @@ class RunConfig:
         ),
     ] = None
     activation_checkpointing: Annotated[
-        bool,
-        FieldInfo("Recompute activations in the backward pass: less memory, slower."),
+        bool, FieldInfo("Recompute activations in the backward pass: less memory, slower.")
     ] = False
     profile: Annotated[
-        bool,
-        FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev."),
+        bool, FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev.")
     ] = False
     log_interval: Annotated[int, FieldInfo("Steps between reports.", minimum=1, common=True)] = 100
     eval_interval: Annotated[
@@ -269,14 +279,13 @@ class RunConfig:
     eval_batches: Annotated[
         int | None,
         FieldInfo(
-            "Evaluate this many batches, sampled evenly from the validation data.",
+            "Evaluate this many global batches, sampled evenly from the validation data.",
             minimum=1,
             default_text="all",
         ),
     ] = None
     sample_interval: Annotated[
-        int | None,
-        FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples"),
+        int | None, FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples")
     ] = None
     sample_prompt: Annotated[
         tuple[str, ...],
@@ -286,6 +295,14 @@ class RunConfig:
             default_text="the start of a document",
         ),
     ] = ()
+    score_interval: Annotated[
+        int | None,
+        FieldInfo(
+            "Steps between scores on the built-in cloze items, also after the last step.",
+            minimum=1,
+            default_text="no scores",
+        ),
+    ] = None
     save_interval: Annotated[int, FieldInfo("Steps between checkpoints.", minimum=1, common=True)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],
@@ -330,27 +347,27 @@ class RunConfig:
             common=True,
         ),
     ] = None
-    dist_timeout: Annotated[
-        str,
-        FieldInfo("Timeout of communication between processes.", metavar="TIME"),
-    ] = "10m"
+    dist_timeout: Annotated[str, FieldInfo("Timeout of communication between processes.", metavar="TIME")] = (
+        "10m"
+    )
     tracker: Annotated[
-        tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...],
+        tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "csv", "none"], ...],
         FieldInfo(
             "Metric trackers besides metrics.jsonl. Repeatable.", common=True, plugins="minimind.trackers"
         ),
     ] = ("tensorboard",)
-    project: Annotated[str, FieldInfo("Project name in WandB and SwanLab.", aliases=("--wandb-project",))] = (
-        "minimind"
-    )
+    project: Annotated[
+        str, FieldInfo("Project name in WandB, SwanLab and MLflow.", aliases=("--wandb-project",))
+    ] = "minimind"
     run_name: Annotated[
         str | None, FieldInfo("Name of the run in trackers.", default_text="the name of the output folder")
     ] = None
+    verbose: Annotated[bool, FieldInfo("Print the whole report on the data at the start.")] = False
 
 
 # The fields of the last base come first.
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
+class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """Configuration of a pretraining run.
 
     Paths may be `os.PathLike` and may begin with `~`; numbers may be NumPy or torch scalars.
@@ -361,6 +378,9 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        self.record_kept_options(CONFIG_SCHEMA)
+        if self.from_weight is None:  # otherwise they are those of the weights
+            fill_unset(self)
         problems = [*range_problems(self)]
         problems = problems or [for_caller(problem, CONFIG_SCHEMA) for problem in conflicts(self)]
         if problems:
@@ -368,8 +388,9 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak learning rate; by default that of the optimizer."""
-        return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+        """The peak learning rate; by default that of the optimizer, and lower with --from-weight."""
+        default = LEARNING_RATES[self.optimizer] * (1.0 if self.from_weight is None else FROM_WEIGHT_RATE)
+        return default if self.learning_rate is None else self.learning_rate
 
     @property
     def evaluation_interval(self) -> int:
@@ -388,5 +409,5 @@ class PretrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
         return 1 if self.max_steps is None and self.max_tokens is None else math.inf
 
 
-CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig)
+CONFIG_SECTIONS: tuple[type, ...] = (DataConfig, ModelConfig, OptimizationConfig, RunConfig, BudgetConfig)
 CONFIG_SCHEMA = schema_of(PretrainConfig)

@@ -7,8 +7,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..launch_env import world_size
-from .options import AUTO, CONFIG_SCHEMA, PretrainConfig
-from .schema import flag_of, for_caller, options_were_typed, parse_values
+from .budget import BUDGET_OPTIONS
+from .naming import flag_of, for_caller, options_were_typed
+from .options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, PretrainConfig
+from .schema import parse_values
 
 # The learning rate is given per optimizer.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -130,6 +132,20 @@ def preset_config(name: str, **overrides: Any) -> PretrainConfig:
     return resolve(preset=name, flags=overrides)
 
 
+def _kept_by_budget(
+    merged: Mapping[str, Any], file: Mapping[str, Any], flags: Mapping[str, Any], preset: str | None
+) -> tuple[str, ...]:
+    """Return the options that --budget keeps: those typed, and those of the preset and the file.
+
+    A file that a run or --print-config wrote has all options and names those that were set.
+    """
+    in_file = {key.replace("-", "_") for key in file}
+    given = {key.replace("-", "_") for key in flags} | (in_file if "budget_keeps" not in in_file else set())
+    shape = PRESETS.get(str(preset), {}).keys() & SHAPE_OPTIONS
+    named = merged.get("budget_keeps", ())
+    return (*named, *sorted((given | shape).intersection(BUDGET_OPTIONS).difference(named)))
+
+
 def resolve(
     *,
     preset: str | None = None,
@@ -157,6 +173,11 @@ def resolve(
         problems.append(for_caller(unknown, ["preset"]))
     merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
     rates: Mapping[str, float] = merged.pop("learning_rate", {})
+    with_budget = {**file_values, **(flags or {})}.get("budget") is not None
+    if with_budget:
+        # The preset gives the model; the budget chooses how to train it.
+        merged = {name: value for name, value in merged.items() if name in (*SHAPE_OPTIONS, "use_moe")}
+        rates = {}
     rejected: set[str] = set()
     given: set[str] = set()
     micro_batch: int | None = None
@@ -181,7 +202,13 @@ def resolve(
         # The epochs of a preset are a default: a limit that is given takes their place.
         merged.pop("epochs", None)
     if merged.get("learning_rate") is None:
-        merged["learning_rate"] = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
+        rate = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
+        if rate is not None and merged.get("from_weight") is not None:
+            # The rates of a preset are those of random weights.
+            rate *= FROM_WEIGHT_RATE
+        merged["learning_rate"] = rate
+    if with_budget:
+        merged["budget_keeps"] = _kept_by_budget(merged, file_values, flags or {}, preset)
     try:
         with options_were_typed():
             config = PretrainConfig(**merged)

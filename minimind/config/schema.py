@@ -15,15 +15,15 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..io.reading import read_bytes
 from .entry_points import plugin_names
+from .naming import flag_of, options_are_typed
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Integers in tensors and files have 64 bits.
@@ -35,27 +35,6 @@ _KINDS = {
     bool: ("BOOLEAN", "true or false", "true or false"),
     str: ("TEXT", "text", "text in quotes"),
 }
-
-# Whether messages name options as typed (`--max-steps 0`) or as in Python (`max_steps=0`).
-_typed: ContextVar[bool] = ContextVar("typed", default=False)
-
-
-@contextmanager
-def options_were_typed() -> Iterator[None]:
-    """Name options in messages by their command-line flags."""
-    token = _typed.set(True)
-    try:
-        yield
-    finally:
-        _typed.reset(token)
-
-
-def for_caller(message: str, names: Iterable[str]) -> str:
-    """Replace the flags of options by the names of their fields, unless the options were typed."""
-    if _typed.get():
-        return message
-    fields = {flag_of(name): name for name in names}
-    return re.sub(r"--[a-z][a-z0-9-]*", lambda flag: fields.get(flag[0], flag[0]), message)
 
 
 @dataclass(frozen=True)
@@ -70,6 +49,7 @@ class FieldInfo:
         maximum: largest valid value.
         below: exclusive upper bound.
         default_text: shown as the default if the default is computed at run time.
+        unset: the value that None stands for, if nothing else determines it.
         metavar: placeholder of the value in `--help`; by default from the type.
         synonyms: pairs of an alternative spelling and the value it stands for.
         common: shown by `--help`; `--help-all` shows all options.
@@ -83,6 +63,7 @@ class FieldInfo:
     maximum: float | None = None
     below: float | None = None
     default_text: str | None = None
+    unset: Any = None
     metavar: str | None = None
     synonyms: tuple[tuple[str, str], ...] = ()
     common: bool = False
@@ -139,15 +120,20 @@ class ConfigField:
         return args
 
     @property
+    def fallback(self) -> Any:
+        """The value of an option that is not given."""
+        return self.info.unset if self.default is None else self.default
+
+    @property
     def default_text(self) -> str:
         """The default for help and documentation."""
         if self.info.default_text is not None:
             return self.info.default_text
-        if self.default is None or self.default == ():
+        if self.fallback is None or self.fallback == ():
             return "none"
-        if isinstance(self.default, tuple):
-            return ", ".join(map(str, self.default))
-        return _toml_value(self.default).strip('"')
+        if isinstance(self.fallback, tuple):
+            return ", ".join(map(str, self.fallback))
+        return _toml_value(self.fallback).strip('"')
 
     @property
     def range_text(self) -> str:
@@ -164,11 +150,6 @@ class ConfigField:
         if self.info.metavar is not None:
             return self.info.metavar
         return "|".join((_KINDS[self.kind][0], *self.keywords))
-
-
-def flag_of(name: str) -> str:
-    """Return the command-line option of a field name."""
-    return "--" + name.replace("_", "-")
 
 
 @cache
@@ -205,6 +186,13 @@ def convert_fields(config: Any) -> None:
         object.__setattr__(config, field.name, value)
 
 
+def fill_unset(config: Any) -> None:
+    """Replace None in the fields of a frozen dataclass by the value that it stands for."""
+    for field in schema_of(config.__class__).values():
+        if field.info.unset is not None and getattr(config, field.name) is None:
+            object.__setattr__(config, field.name, field.info.unset)
+
+
 def _plain(field: ConfigField, value: Any) -> Any:
     """Return `value` as a string or Python number if it is an equivalent of one; expand `~` in a path."""
     if hasattr(value, "__fspath__") and field.kind is str:
@@ -232,7 +220,7 @@ def _problem(field: ConfigField, value: Any) -> str | None:
     if (value is None and field.optional) or (isinstance(value, str) and value in field.keywords):
         return None
     label, given = field.name, f"{field.name}={value!r}"
-    if _typed.get():
+    if options_are_typed():
         label, given = field.flag, f"{field.flag} {value}"
     if field.choices:
         plugins = () if value in field.choices else plugin_names(field.info.plugins)
@@ -281,7 +269,6 @@ def parse_values(
     """Parse the strings of a command line, or the values of a TOML file, into field values.
 
     Args:
-        cls: the configuration dataclass.
         values: by field name; a repeatable field takes a sequence or one value.
         file_name: the file of the values; it begins each problem.
 
@@ -340,7 +327,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_bytes(Path(path).expanduser()).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); name a TOML file, "
@@ -348,7 +335,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} is not UTF-8 text; save it as UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(
             f"--config {path} is not valid TOML: {error}; write lines like batch_size = 32."
         ) from error
@@ -395,6 +382,6 @@ def _either(choices: Sequence[str]) -> str:
 
 
 def _example(field: ConfigField) -> str:
-    if field.default is not None and not isinstance(field.default, tuple):
-        return " or ".join((f"for example {_toml_value(field.default)}", *field.keywords))
+    if field.fallback is not None and not isinstance(field.fallback, tuple):
+        return " or ".join((f"for example {_toml_value(field.fallback)}", *field.keywords))
     return _KINDS[field.kind][2]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from ..config.budget import parse_budget
 from ..config.options import DEFAULT_BATCH_SIZE, PretrainConfig
 from ..errors import ConfigError
 
@@ -109,11 +110,13 @@ def count_steps(
     steps_per_epoch: int,
     tokens_per_epoch: int,
     tokens_per_step: float,
+    max_tokens: float | None = None,
 ) -> int:
     """Return the number of optimizer steps of a run: the first of --epochs, --max-steps and --max-tokens.
 
     Args:
         config: holds the three limits.
+        max_tokens: that of --budget, in place of --max-tokens.
         steps_per_epoch: optimizer steps in one epoch; the last may have fewer sequences.
         tokens_per_epoch: real input tokens in one epoch.
         tokens_per_step: mean real input tokens in a full step.
@@ -121,11 +124,19 @@ def count_steps(
     steps = config.max_epochs * steps_per_epoch
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
-    if config.max_tokens is not None:
-        epochs, rest = divmod(config.max_tokens, tokens_per_epoch)
+    if (limit := max_tokens or config.max_tokens) is not None:
+        epochs, rest = divmod(limit, tokens_per_epoch)
         last = math.ceil(rest / tokens_per_step)
         steps = min(steps, epochs * steps_per_epoch + min(last, steps_per_epoch))
     return max(int(steps), 1)
+
+
+def budget_tokens(config: PretrainConfig, flops_per_token: float) -> float | None:
+    """Return the training tokens of --budget; None without one, and for a time."""
+    if config.budget is None:
+        return None
+    budget = parse_budget(config.budget)
+    return budget.tokens if budget.flops is None else max(budget.flops / flops_per_token, 1.0)
 
 
 def max_training_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:

@@ -19,27 +19,30 @@ from .sampler import SequenceOrder, Window
 from .shards import TokenShards
 
 
-@dataclass(frozen=True)
-class StepSequences:
-    """The sequences of one process in one step.
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """Counts of one optimizer step, over all processes.
 
     Attributes:
-        arrays: A*B sequences, micro-batch after micro-batch; a short step ends in padding.
-        num_targets: targets in the step, over all processes.
-        num_tokens: real input tokens in the step, over all processes.
-        num_sequences: sequences in the step, over all processes.
-        epoch: index of the epoch.
-        step_in_epoch: index of the step in the epoch.
+        num_targets: labels other than -100.
+        num_tokens: input tokens without padding.
+        num_sequences: sequences; fewer than a global batch at the end of an epoch.
         digest: identifies the tokens of the step and their order.
     """
 
-    arrays: SequenceArrays
     num_targets: int
     num_tokens: int
     num_sequences: int
     epoch: int
     step_in_epoch: int
     digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSequences(StepCounts):
+    """One process's A*B sequences of a step, micro-batch after micro-batch; a short step ends in padding."""
+
+    arrays: SequenceArrays
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,8 @@ class StepBuilder:
     to k*B*W + (r+1)*B, so a step depends neither on the world size nor on the micro-batch size.
 
     Attributes:
-        shards: the tokens.
-        order: the order of the sequences.
         seq_len: input tokens of a sequence.
         packing: documents end to end in full sequences; otherwise one document per sequence.
-        plan: sizes of a step.
-        process_index: rank of this process.
-        pad_token_id: input id of padding.
     """
 
     shards: TokenShards
@@ -101,9 +99,14 @@ class StepBuilder:
                 here = (positions >= first) & (positions < min(end, stop))
                 if here.any():
                     sequences.fill(arrays, here, window.order[positions[here] - first])
-            step_in_epoch = start // self.plan.global_batch_size
             yield StepSequences(
-                arrays, num_targets, num_tokens, stop - start, epoch, step_in_epoch, digest.hexdigest()
+                arrays=arrays,
+                num_targets=num_targets,
+                num_tokens=num_tokens,
+                num_sequences=stop - start,
+                epoch=epoch,
+                step_in_epoch=start // self.plan.global_batch_size,
+                digest=digest.hexdigest(),
             )
 
     def sample(self, count: int) -> Iterator[SequenceArrays]:

@@ -21,6 +21,7 @@ import psutil
 
 from ..io.atomic import sync_folder, write_file
 from ..io.lock import hold_lock
+from ..io.reading import read_bytes, read_json
 from .checksums import MANIFEST, corrupt_chunk
 
 try:
@@ -42,7 +43,6 @@ class Opened:
     """A complete build.
 
     Attributes:
-        folder: of its files.
         manifest: as `build` returned it, with the sizes of the files.
         built: whether this call built it.
         corrupt: why an earlier build was replaced, naming the file, or None.
@@ -119,7 +119,7 @@ def _check(folder: Path, limit: int | None = _CHECK_BYTES) -> dict[str, Any] | s
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = read_json(path)
         if manifest["checksum"] != _checksum(manifest):
             return f"{path} does not match its checksum"
         files: dict[str, int] = manifest["files"]
@@ -137,7 +137,7 @@ def _check(folder: Path, limit: int | None = _CHECK_BYTES) -> dict[str, Any] | s
                 return f"{folder / name} does not match its checksum at byte {start:,}"
     except FileNotFoundError as error:
         return f"{error.filename} is missing" if folder.is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{path} cannot be read"
     return manifest
 
@@ -148,7 +148,7 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 
 def _crc(file: Path) -> int:
-    return zlib.crc32(file.read_bytes())
+    return zlib.crc32(read_bytes(file))
 
 
 @contextmanager

@@ -69,8 +69,18 @@ class ChatRenderer:
             ConfigError: for a tokenizer without a usable template.
         """
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """The block `generation`, which marks what the assistant says; here every token is a target."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                """Return the statements of the block."""
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
         self._ids = dict(tokenizer.special_tokens)
         self._names = {id: name for name, id in self._ids.items()}
@@ -87,7 +97,7 @@ class ChatRenderer:
         self.fingerprint = hashlib.sha256(template.encode()).hexdigest()[:32]
         self._split = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))))
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise

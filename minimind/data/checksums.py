@@ -62,7 +62,6 @@ class CheckedArray:
     """A memory-mapped array whose chunks are checked when they are first indexed.
 
     Attributes:
-        mapped: the memory map.
         unchecked: (chunks,) which chunks have not been checked yet; shared by maps of the same file.
     """
 

@@ -27,7 +27,6 @@ class Part:
     """The consecutive documents of one source of --data.
 
     Attributes:
-        first_document: index of the first one.
         end_document: index after the last one.
         length_counts: (2, L) document lengths, ascending, and their counts.
     """
@@ -55,7 +54,6 @@ class IndexWriter:
         """Create the files.
 
         Args:
-            folder: of the files.
             split: `train` or `validation`.
             block_tokens: a block starts with the first document at or after a multiple of this.
         """

@@ -15,14 +15,10 @@ from typing import Any
 
 from ..errors import DataError
 
+_TEXT = (".jsonl", ".ndjson", ".json", ".txt")
 FORMATS = (
-    *(
-        f"{text}{compressed}"
-        for text in (".jsonl", ".ndjson", ".json", ".txt")
-        for compressed in ("", ".gz", ".zst")
-    ),
-    ".parquet",
-    ".arrow",
+    *(f"{text}{compressed}" for text in _TEXT for compressed in ("", ".gz", ".zst")),
+    *(".parquet", ".arrow"),
 )
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 _PROBE_BYTES = 1 << 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from .batch_plan import BatchPlan
-from .batching import StepBuilder, StepSequences
+from .batching import StepBuilder, StepCounts
 from .mixture import MixedOrder
 from .packing import IGNORED, Piece, SequenceArrays
 from .sampler import WINDOW_BLOCKS, SequenceOrder
@@ -50,34 +50,17 @@ class MicroBatch:
     position_ids: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """This process's part of one optimizer step; the counts are over all processes.
-
-    Attributes:
-        micro_batches: one per accumulation step.
-        num_targets: labels other than -100.
-        num_tokens: real input tokens.
-        num_sequences: sequences; fewer than a global batch at the end of an epoch.
-        epoch: index of the epoch.
-        step_in_epoch: index of the step in the epoch.
-        digest: identifies these tokens and their order.
-    """
+@dataclass(frozen=True, kw_only=True)
+class StepBatch(StepCounts):
+    """This process's part of one optimizer step, one micro-batch per accumulation step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    num_targets: int
-    num_tokens: int
-    num_sequences: int
-    epoch: int
-    step_in_epoch: int
-    digest: str
 
 
 class Loader:
     """Yields the steps of each epoch over a split.
 
     Attributes:
-        sequences_per_epoch: sequences per epoch.
         steps_per_epoch: optimizer steps per epoch; the last may have fewer sequences.
         tokens_per_epoch: real input tokens per epoch. Packed: all tokens except the last of the stream.
             Padded: all tokens of each document except the last, at most T. With weights: full sequences, or
@@ -104,11 +87,8 @@ class Loader:
 
         Args:
             shards: the tokens of one split.
-            seq_len: T.
             packing: documents end to end in full sequences; otherwise one document per sequence.
-            plan: sizes of a step.
             seed: determines the order, together with the epoch.
-            process_index: rank of this process.
             device: where the tensors go.
             pad_token_id: input id of padding.
             shuffle: False keeps the order of the shards in every epoch.
@@ -147,7 +127,8 @@ class Loader:
         """Yield the steps of an epoch from the global position `first_sequence`, which is found directly."""
         steps = self._builder.steps(epoch, first_sequence)
         for step, tensors in self._prefetched((step, step.arrays) for step in steps):
-            yield self._step_batch(step, tensors)
+            counts = {field.name: getattr(step, field.name) for field in fields(StepCounts)}
+            yield StepBatch(micro_batches=self._micro_batches(tensors), **counts)
 
     def sample(self, count: int) -> Iterator[MicroBatch]:
         """Yield the first micro-batch of steps over `count` sequences, spread evenly over the split."""
@@ -208,17 +189,6 @@ class Loader:
         documents, positions = (nothing, nothing) if narrow is None else (p.split(size) for p in narrow)
         return tuple(map(MicroBatch, inputs, labels, documents, positions))
 
-    def _step_batch(self, step: StepSequences, tensors: _Tensors) -> StepBatch:
-        return StepBatch(
-            micro_batches=self._micro_batches(tensors),
-            num_targets=step.num_targets,
-            num_tokens=step.num_tokens,
-            num_sequences=step.num_sequences,
-            epoch=step.epoch,
-            step_in_epoch=step.step_in_epoch,
-            digest=step.digest,
-        )
-
 
 def evaluation_batches(
     shards: TokenShards,
@@ -229,14 +199,14 @@ def evaluation_batches(
     process_index: int,
     num_processes: int,
     device: torch.device | str,
-    max_batches: int | None = None,
+    max_sequences: int | None = None,
     pad_token_id: int = 0,
 ) -> Iterator[MicroBatch]:
     """Yield one process's micro-batches of a split, in the order of the shards.
 
-    Every process gets the same number, at most `max_batches`; padding at the end has no targets. With fewer
-    batches than the split has, their sequences are spread evenly over it. They depend only on `max_batches`
-    and on the batch size over all processes.
+    Every process gets the same number; padding at the end has no targets. Of a split with more than
+    `max_sequences`, so many are evaluated, spread evenly over it: the same for any batch size and number of
+    processes.
     """
     plan = BatchPlan(batch_size, 1, num_processes)
     loader = Loader(
@@ -250,10 +220,10 @@ def evaluation_batches(
         pad_token_id=pad_token_id,
         shuffle=False,
         # The order is that of the shards for any window size; a sample reads few sequences of each window.
-        window_blocks=1 if max_batches is not None else WINDOW_BLOCKS,
+        window_blocks=1 if max_sequences is not None else WINDOW_BLOCKS,
     )
-    if max_batches is not None and max_batches < loader.steps_per_epoch:
-        yield from loader.sample(max_batches * plan.global_batch_size)
+    if max_sequences is not None and max_sequences < loader.sequences_per_epoch:
+        yield from loader.sample(max_sequences)
         return
     for step in loader.steps(0):
         yield step.micro_batches[0]

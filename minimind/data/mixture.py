@@ -26,11 +26,7 @@ _BLOCKS, _DOCUMENTS, _SEQUENCES, _WINDOW = range(4)
 
 
 class MixedOrder:
-    """The weighted order of sequences; has the interface of `sampler.SequenceOrder`.
-
-    Attributes:
-        num_sequences: sequences per epoch.
-    """
+    """The weighted order of sequences; has the interface of `sampler.SequenceOrder`."""
 
     def __init__(
         self,
@@ -47,10 +43,6 @@ class MixedOrder:
         Args:
             shards: the documents, with one part per weight.
             weights: share of each source; they sum to 1.
-            seq_len: input tokens of a sequence.
-            packing: cut sequences from the stream; otherwise each document is one sequence.
-            seed: seeds all permutations.
-            window_tokens: approximate tokens per window.
         """
         self._offsets = shards.offsets
         self._seq_len, self._packing, self._seed = seq_len, packing, seed % 2**64
@@ -63,7 +55,10 @@ class MixedOrder:
         self._paces = [amount / self._windows_per_epoch for amount in amounts]
         # Consecutive windows share a sequence.
         self._documents = lru_cache(maxsize=2)(self._window_documents)
-        self._begin = lru_cache(maxsize=8)(self._window_begin)
+        # The start of a window, in tokens or documents over all epochs.
+        self._begin = lru_cache(maxsize=8)(
+            lambda window: sum(stream.cut(self._cut(pace, window)) for stream, pace in self._with_paces())
+        )
 
     def windows(self, epoch: int, sequence: int = 0) -> Iterator[Window]:
         """Yield the windows of an epoch, in order, from the one that holds `sequence` on."""
@@ -89,10 +84,6 @@ class MixedOrder:
         """Return the first sequence that begins in the window, counted over all epochs."""
         per_sequence = self._seq_len if self._packing else 1
         return -(-self._begin(window) // per_sequence)
-
-    def _window_begin(self, window: int) -> int:
-        """Return the start of a window, in tokens or documents over all epochs."""
-        return sum(stream.cut(self._cut(pace, window)) for stream, pace in self._with_paces())
 
     def _window(
         self, epoch: int, window: int, first_sequence: int, end_sequence: int, epoch_start: int
@@ -140,9 +131,6 @@ class _Stream:
     """The documents of one source, repeated without end.
 
     Positions are in tokens when packing, otherwise in documents.
-
-    Attributes:
-        size: of one source epoch.
     """
 
     def __init__(self, shards: TokenShards, part: Part, number: int, *, packing: bool, seed: int) -> None:

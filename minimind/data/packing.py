@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -58,32 +58,17 @@ class SequenceArrays:
         return cls(wide, narrow)
 
 
-class WindowSequences(Protocol):
-    """The sequences of one window, in the order in which they are cut.
-
-    Attributes:
-        inputs: (R,) real input tokens of each sequence.
-        targets: (R,) targets of each sequence.
-        identities: (R, 4) first document, its first token, last document, end of its tokens.
-    """
-
-    inputs: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    identities: NDArray[np.int64]
-
-    def fill(self, arrays: SequenceArrays, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
-        """Write the sequences `which` of the window to the positions `at` of `arrays`."""
-
-    def pieces(self, sequence: int) -> list[Piece]:
-        """Return the pieces of a sequence; the k-th piece has document id k."""
-
-
 class PackedSequences:
-    """Documents end to end, cut into sequences of T inputs; see `WindowSequences`.
+    """Documents end to end, cut into sequences of T inputs.
 
     A document that is cut continues in the next sequence. Nothing is truncated: a sequence reads one token
     ahead for its last label, so each token except the first of a document is a target exactly once. Positions
     start at 0 in each sequence and each document, and attention crosses neither.
+
+    Attributes:
+        inputs: (R,) real input tokens of each sequence, in the order in which they are cut.
+        targets: (R,) targets of each sequence.
+        identities: (R, 4) first document, its first token, last document, end of its tokens.
     """
 
     def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
@@ -151,7 +136,7 @@ class PackedSequences:
 
 
 class PaddedSequences:
-    """One document per sequence, truncated to T inputs and padded; see `WindowSequences`."""
+    """One document per sequence, truncated to T inputs and padded; interface of `PackedSequences`."""
 
     def __init__(self, shards: TokenShards, window: Window, seq_len: int, pad_token_id: int) -> None:
         self._shards, self._seq_len, self._pad = shards, seq_len, pad_token_id
@@ -178,3 +163,6 @@ class PaddedSequences:
     def pieces(self, sequence: int) -> list[Piece]:
         """Return the one piece of a sequence."""
         return [Piece(int(self.identities[sequence, 0]), 0, int(self.inputs[sequence]))]
+
+
+WindowSequences = PackedSequences | PaddedSequences

@@ -79,16 +79,9 @@ class TextFile:
                 return
             with self.path.open("rb") as raw:
                 file = self._decompressed(raw, suffix)
-                array = (
-                    self._check_text(file) and suffix.startswith(".json") and not suffix.startswith(".jsonl")
-                )
-                read = (
-                    self._plain_texts
-                    if suffix.startswith(".txt")
-                    else self._json_array_texts
-                    if array
-                    else self._json_texts
-                )
+                read = self._plain_texts if suffix.startswith(".txt") else self._json_texts
+                if self._check_text(file) and suffix in (".json", ".json.gz", ".json.zst"):
+                    read = self._json_array_texts
                 yield from self._kept(read(file, raw, reading), reading)
         except OSError as error:
             raise unreadable(self.path, self.option, error) from error
@@ -132,7 +125,8 @@ class TextFile:
             else:
                 reading.empty += 1
 
-    def _bad(self, line: int | str, reason: str, reading: Reading, data: bytes = b"") -> None:
+    def _bad(self, line: int | str, reason: str | Exception, reading: Reading, data: bytes = b"") -> None:
+        reason = "broken UTF-8" if isinstance(reason, UnicodeDecodeError) else str(reason)
         if self.bad_lines == "error":
             hint = ""
             if encoding := data and likely_encoding(data):
@@ -146,8 +140,8 @@ class TextFile:
                 continue
             try:
                 yield self._document_of_json(line, reading)
-            except _LineError as bad:
-                self._bad(number, str(bad), reading, line)
+            except (_LineError, UnicodeDecodeError) as bad:
+                self._bad(number, bad, reading, line)
 
     def _json_array_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
         """Yield the documents of one JSON array, or of objects that span lines."""
@@ -163,10 +157,7 @@ class TextFile:
                 continue
             try:
                 record, position = decoder.raw_decode(buffer, position)
-                incomplete = False
-            except (ValueError, RecursionError):
-                incomplete = True
-            if incomplete:
+            except (ValueError, RecursionError):  # incomplete
                 if ended:
                     if position < len(buffer) or in_array:
                         self._bad(f"item {item + 1}", "invalid JSON", reading)
@@ -178,8 +169,8 @@ class TextFile:
                 except DAMAGED as error:
                     self._bad(f"item {item + 1}", damage(error), reading)
                     return
-                except UnicodeDecodeError:
-                    self._bad(f"item {item + 1}", "broken UTF-8", reading, data)
+                except UnicodeDecodeError as error:
+                    self._bad(f"item {item + 1}", error, reading, data)
                     return
                 reading.done_bytes, ended = raw.tell(), not data
                 continue
@@ -187,7 +178,7 @@ class TextFile:
             try:
                 yield self._document(record, reading)
             except _LineError as bad:
-                self._bad(f"item {item}", str(bad), reading)
+                self._bad(f"item {item}", bad, reading)
 
     def _plain_texts(self, file: BinaryIO, raw: BinaryIO, reading: Reading) -> Iterator[str]:
         pieces: list[str] = []
@@ -200,10 +191,10 @@ class TextFile:
                 cut = _whole_characters(line)
                 line, carried = line[:cut], line[cut:]
             try:
-                pieces.append(_decode(line))
+                pieces.append(line.decode())
                 size += len(line)
-            except _LineError as bad:
-                self._bad(number, str(bad), reading, line)
+            except UnicodeDecodeError as bad:
+                self._bad(number, bad, reading, line)
             if size >= TEXT_PIECE_BYTES:
                 yield "".join(pieces)
                 pieces, size = [], 0
@@ -254,9 +245,9 @@ class TextFile:
                 for value in values:
                     row += 1
                     try:
-                        yield self._checked(_python_value(value), reading)
-                    except _LineError as bad:
-                        self._bad(row, str(bad), reading)
+                        yield self._checked(value.as_py(), reading)
+                    except (_LineError, UnicodeDecodeError) as bad:
+                        self._bad(row, bad, reading)
                 reading.done_bytes = int(self.path.stat().st_size * done)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
@@ -265,8 +256,9 @@ class TextFile:
             ) from error
 
     def _document_of_json(self, line: bytes, reading: Reading) -> str:
+        text = line.decode()
         try:
-            record = json.loads(_decode(line))
+            record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _LineError("invalid JSON") from error
         return self._document(record, reading)
@@ -332,20 +324,6 @@ def _arrow_batches(path: Path, column: str) -> Iterator[tuple[list[str], Any, fl
         batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
         for batch in batches:
             yield names, batch.column(column), source.tell() / size
-
-
-def _python_value(value: Any) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        raise _LineError("broken UTF-8") from error
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise _LineError("broken UTF-8") from error
 
 
 def _whole_characters(data: bytes) -> int:

@@ -15,6 +15,9 @@ from .files import skipped_lines
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _SOURCES_SHOWN = 8
+# Lines about data that is lost or questionable, and how many are shown without --verbose.
+_PROBLEMS = ("unknown", "duplicates", "overlap", "empty", "skipped", "note")
+_PROBLEMS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,12 @@ class DataReport:
                 "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
             }
         )
+
+    def problems(self) -> list[str]:
+        """Return the lines about data that is lost or questionable, at most a few."""
+        lines = [line for line in self.lines() if line.partition(" ")[0] in _PROBLEMS]
+        more = len(lines) - _PROBLEMS_SHOWN
+        return lines[:_PROBLEMS_SHOWN] + [f"and {more:,} more; --verbose lists them"] * (more > 0)
 
     def lines(self) -> list[str]:
         """Return the report as printable lines."""

@@ -44,11 +44,7 @@ class Window:
 
 
 class SequenceOrder:
-    """The order of the sequences of each epoch.
-
-    Attributes:
-        num_sequences: sequences per epoch.
-    """
+    """The order of the sequences of each epoch."""
 
     def __init__(
         self,
@@ -63,12 +59,8 @@ class SequenceOrder:
         """Read the table of blocks, the only part that grows with the corpus (16 bytes per 256K tokens).
 
         Args:
-            shards: the documents.
-            seq_len: input tokens of a sequence.
             packing: cut sequences from the stream; otherwise each document is one sequence.
-            seed: seeds all permutations.
             shuffle: False keeps the order of the shards.
-            window_blocks: blocks in a window.
         """
         self._seq_len, self._packing = seq_len, packing
         self._seed, self._shuffle = seed % 2**64, shuffle
@@ -116,8 +108,6 @@ class SequenceOrder:
         high = int(np.searchsorted(begins, stop, side="left"))
         documents = np.concatenate([self._block(epoch, int(block)) for block in blocks[low:high]])
         skip = start - int(begins[low])
-        if not self._packing:
-            documents, skip = documents[skip : skip + end_sequence - first_sequence], 0
         order = self._permutation(epoch, _SEQUENCES, window, end_sequence - first_sequence)
         return Window(first_sequence, order, documents, skip)
 

@@ -38,9 +38,6 @@ class SplitIndex:
     """Describes the files of one split.
 
     Attributes:
-        dtype: name of the token type.
-        shard_tokens: tokens in each shard.
-        num_documents: documents in all shards.
         content: hash (hex) of all tokens and document lengths.
         unknown_tokens: count of the unknown token.
         unknown_bytes: mean UTF-8 bytes that an unknown token stands for.
@@ -64,11 +61,7 @@ class ShardWriter:
     """Writes one split in constant memory.
 
     Attributes:
-        folder: of the files.
-        split: `train` or `validation`.
-        dtype: type of a token.
         shard_tokens: start a new file after this many tokens.
-        block_tokens: size of a block; see `document_index`.
     """
 
     folder: Path
@@ -118,7 +111,6 @@ class TokenShards:
     """One split of tokenized text, mapped into memory.
 
     Attributes:
-        num_documents: documents in the split.
         num_tokens: tokens, including start and end tokens.
         offsets: (documents + 1,) int64, the start of each document; memory-mapped and
             checked on first use.
@@ -211,6 +203,19 @@ class TokenShards:
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in list(self._maps):
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def random_shards(folder: Path, vocab_size: int) -> TokenShards:
+    """Write a few million random tokens to a new folder, for speed measurements; equal on every call."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    writer = ShardWriter(folder, "train", token_dtype(vocab_size))
+    for _ in range(4):
+        # Documents of varied lengths, 300 tokens on average.
+        lengths = rng.geometric(1 / 300, size=2000).astype(np.int64) + 2
+        tokens = rng.integers(0, vocab_size, int(lengths.sum())).astype(token_dtype(vocab_size))
+        writer.append(tokens, lengths)
+    return TokenShards(folder, "train", writer.close(), "random")
 
 
 def _copy_spans(

@@ -27,6 +27,11 @@ class DataSource:
     weight: float | None
     files: tuple[Path | HubShard, ...]
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files, without data sets of the Hub."""
+        return [file for file in self.files if isinstance(file, Path)]
+
 
 def read_sources(
     values: Sequence[str],
@@ -94,7 +99,9 @@ def find_sources(
         found += find_files(files, option, skipped, text_key)
     for pattern in filter(is_hub, patterns):
         if cache_dir is None:
-            raise DataError(f"{option} {pattern} is for training only; pass downloaded files instead.")
+            raise DataError(
+                f"{option} {pattern} cannot be read by this command or by --budget; pass downloaded files."
+            )
         found += hub_shards(pattern, option, cache_dir)
     return found
 

@@ -71,7 +71,6 @@ class Assignment:
     """Assigns the documents of a file to a split.
 
     Attributes:
-        source: the documents.
         split: `train` or `validation`.
         held_out: share of the documents, chosen by content hash, that goes to validation.
         part: index of the source of --data; must not decrease.
@@ -147,9 +146,7 @@ def encode(
     threads encode the next batch. Documents keep the order of the sources.
 
     Args:
-        assignments: the sources and their splits.
         tokenizer: its `encode_batch` should release the GIL.
-        folder: an existing folder.
         progress: called with the bytes read so far.
 
     Raises:
@@ -174,7 +171,8 @@ def encode(
         contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
         for batch, ids in _tokenized(_batches(assignments, readings), tokenizer, dtype):
             validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
-            _count(encoded, batch, ids, validation)
+            sizes = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
+            np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), sizes)
             for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
                 kept = ids.tokens if chosen.all() else ids.tokens[np.repeat(chosen, ids.lengths)]
                 writers[split].append(kept, ids.lengths[chosen], batch.part)
@@ -206,16 +204,10 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
     size = 0
 
     def batch() -> _Batch:
-        source, hashes, text_bytes = columns
+        types = (np.int32, np.uint64, np.int64)
+        source, hashes, text_bytes = map(np.array, columns, types)
         done = sum(reading.done_bytes for reading in readings)
-        return _Batch(
-            texts,
-            np.array(source, np.int32),
-            np.array(hashes, np.uint64),
-            np.array(text_bytes, np.int64),
-            done,
-            part,
-        )
+        return _Batch(texts, source, hashes, text_bytes, done, part)
 
     part = 0
     for number, assignment in enumerate(assignments):
@@ -311,11 +303,6 @@ def _encode_long(
         parts.append(np.array([tokenizer.eos_token_id], dtype))
         lengths.append(sum(map(len, parts[first:])))
     return _Ids(np.concatenate(parts), np.array(lengths, np.int64))
-
-
-def _count(encoded: Encoded, batch: _Batch, ids: _Ids, validation: NDArray[np.bool_]) -> None:
-    values = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
-    np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), values)
 
 
 def _unknown(encoded: Encoded, split: int, tokenizer: DocumentTokenizer) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def choose_precision(config: PretrainConfig) -> str:
             # bf16 needs no loss scaling; Macs before macOS 14 have fp16 only.
             return next((name for name in ("bf16", "fp16") if _trains_in(device, name)), "no")
         if not on_gpu:
-            wide = config.hidden_size >= SMALLEST_BF16_WIDTH_ON_CPU
+            # Not known before the model of --from-weight is read.
+            wide = config.hidden_size is not None and config.hidden_size >= SMALLEST_BF16_WIDTH_ON_CPU
             return "bf16" if wide and _cpu_multiplies_bf16() else "no"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if requested not in ("no", "bf16", "fp16"):
@@ -199,7 +200,6 @@ def prepare(
     """Wrap model and optimizer with Accelerate, and check the result.
 
     Args:
-        accelerator: of this run.
         model: not wrapped yet; every process has the same weights.
         optimizer: over its parameters.
         tied: embedding and output layer share one parameter.

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from ..config.schema import flag_of
+from ..config.naming import flag_of
 from ..errors import RankError
 from ..version import __version__
 
@@ -30,7 +30,6 @@ def check_same_on_all_ranks(accelerator: Accelerator, values: Mapping[str, Any])
     """Check that values are equal on all ranks; every process must call this.
 
     Args:
-        accelerator: of this run.
         values: by the name under which a difference is reported.
 
     Raises:

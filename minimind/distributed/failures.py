@@ -69,11 +69,9 @@ def watch_peers(
     An NCCL operation that a process does not join neither returns nor raises.
 
     Args:
-        accelerator: of this run.
         prefix: from `report_peer_failures`.
         timeout: seconds of a collective operation. A process without a heartbeat for 0.9 of it is lost; less
             once this process was asked to stop, which launchers do when a process died.
-        stop: says whether this process was asked to stop.
         last: called before the process ends, for example to wait for a checkpoint that is being written.
     """
     if accelerator.num_processes == 1:

@@ -48,7 +48,6 @@ class Heartbeat:
     """Context manager that sends heartbeats of this process and records those of the others.
 
     Attributes:
-        others: ranks of the other processes.
         interval: seconds between two heartbeats.
     """
 
@@ -57,7 +56,6 @@ class Heartbeat:
 
         Args:
             prefix: of the keys in the store; the same in all processes, and unused before.
-            rank: of this process.
             num_processes: number of participants.
         """
         self.prefix, self.rank = prefix, rank
@@ -181,7 +179,6 @@ class Watchdog:
         """Prepare; the thread starts on entering.
 
         Args:
-            heartbeat: of all ranks.
             timeout: seconds without a heartbeat after which a process is lost.
             end: called once, from the thread, with a sentence that names the lost rank.
             shutting_down: whether this process was asked to stop, which shortens the timeout.
@@ -235,10 +232,6 @@ def first_choice(name: str, choice: str) -> str:
     """Return the value that the first process of this launch chose; `choice` if there is one process only.
 
     For what other processes, or those started by a restart, might choose differently.
-
-    Args:
-        name: of the choice.
-        choice: of this process.
     """
     if world_size() > 1 and launcher_has_store():
         with suppress(RuntimeError):

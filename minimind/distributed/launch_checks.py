@@ -33,7 +33,6 @@ def launch_problems(
     """Yield a sentence for each part of the launch that Accelerate would carry out differently.
 
     Args:
-        accumulation_steps: of the run's options.
         num_devices: accelerators that processes can be distributed over; 0 for CPUs or MPS.
         env: environment variables, by default those of this process.
     """

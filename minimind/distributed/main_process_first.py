@@ -34,7 +34,6 @@ def main_process_first(cache_dir: Path, timeout: float, note: Callable[[str], No
     heartbeat is limited.
 
     Args:
-        cache_dir: token cache of this process.
         timeout: seconds without a heartbeat after which a process is lost.
         note: called with a message while this process waits for another.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -51,6 +53,8 @@ class StopRequest:
         self.has_launcher = True
         self._signalled_at = 0.0
         self._previous: dict[int, Any] = {}
+        # The only queue whose `put` a signal handler may call.
+        self._signals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     @property
     def reason(self) -> str | None:
@@ -75,6 +79,23 @@ class StopRequest:
         """Ask for a stop because the launcher ended, and its store with it; thread-safe."""
         self.has_launcher = False
         self.request("the end of its launcher")
+
+    @contextmanager
+    def announced(self, show: Callable[[str], object]) -> Iterator[None]:
+        """Call `show` with a sentence as soon as a signal asks to stop, from another thread."""
+
+        def announce() -> None:
+            if (name := self._signals.get()) is not None:
+                again = "press Ctrl-C again" if name == "SIGINT" else f"send {name} again"
+                show(f"Stopping after this step and saving; {again} to quit without saving.")
+
+        thread = threading.Thread(target=announce, name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._signals.put(None)
+            thread.join()
 
     def exit_if_signalled(self) -> None:
         """End the program if a signal arrived or the launcher ended; for code with nothing to save.
@@ -101,6 +122,7 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal, self._signalled_at = number, self._clock()
+            self._signals.put(signal.Signals(number).name)
             return
         echo = "WORLD_SIZE" in os.environ and self._clock() - self._signalled_at < ECHO_SECONDS
         if number == self._signal and not echo:

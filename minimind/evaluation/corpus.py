@@ -1,6 +1,6 @@
 """Evaluate a model on a corpus: in total, by source, and by length of context.
 
-Shapes: B sequences, T tokens, F files, P ranges of context.
+Shapes: B sequences, T tokens, F files, P ranges of context, D documents.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
 from .validation import Evaluation
 
+# Of a document, to recognize it by.
+_BEGINNING_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Breakdown:
@@ -51,6 +55,28 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
+class DocumentLoss:
+    """Result for one document.
+
+    Attributes:
+        file: where it was read from.
+        number: its position in the file, from 0; empty documents and skipped lines do not count.
+        beginning: its first characters.
+        evaluation: over its targets.
+    """
+
+    file: str
+    number: int
+    beginning: str
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON types; a number that is not finite is None."""
+        named = {"file": self.file, "document": self.number, "beginning": self.beginning}
+        return {**named, **_numbers(self.evaluation)}
+
+
+@dataclass(frozen=True)
 class CorpusEvaluation:
     """Results of an evaluation.
 
@@ -61,6 +87,7 @@ class CorpusEvaluation:
         sources: by --data entry.
         contexts: by the number of tokens before the target in its document and sequence.
         notes: sentences about defaults and assumptions.
+        documents: by document, in the order of the data; empty unless asked for.
     """
 
     model: str
@@ -69,6 +96,7 @@ class CorpusEvaluation:
     sources: tuple[Breakdown, ...]
     contexts: tuple[Breakdown, ...]
     notes: tuple[str, ...] = ()
+    documents: tuple[DocumentLoss, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON types; a number that is not finite is None."""
@@ -93,6 +121,7 @@ def evaluate_text(
     config: PretrainConfig,
     *,
     stride: int | None = None,
+    per_document: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CorpusEvaluation:
     """Evaluate a model on a corpus; under a launcher every rank calls this and gets the same result.
@@ -106,6 +135,7 @@ def evaluate_text(
         config: data, sequence length, `batch_size`, `tokenizer` and `mixed_precision`, whose `auto` is
             float32 here, so that losses do not depend on the machine.
         stride: tokens between the starts of a document's sequences; None is `max_seq_len`: no overlap.
+        per_document: also return the loss of every document, such as to sort or filter data by it.
         progress: called with the sequences done and all sequences of this process.
 
     Raises:
@@ -128,7 +158,7 @@ def evaluate_text(
         )
     if stride is not None and (config.packing or stride > length):
         raise ConfigError(f"--stride {stride} needs --no-packing, and can be at most --max-seq-len {length}.")
-    files = [file for entry in entries for file in entry.files]
+    files = [file for entry in entries for file in entry.paths]
     # One entry per file, and no minimum size.
     corpus = dataclasses.replace(config, data=tuple(map(str, files)), val_fraction=0.0, max_seq_len=2)
     data = prepare_data(corpus, tokenizer)
@@ -144,13 +174,17 @@ def evaluate_text(
         shared = run_signature(accelerator, dataclasses.asdict(config), fingerprints)
         check_same_on_all_ranks(accelerator, shared)
         loaded.to(accelerator.device).eval()
-        sums = _sums(
+        sums, by_document = _sums(
             loaded, data.train, tokenizer, config, stride or length, accelerator, progress, len(files)
         )
         shape = sums.shape
         summed = sum_over_processes(torch.from_numpy(sums.reshape(-1)), accelerator)
+        documents: tuple[DocumentLoss, ...] = ()
+        if per_document:
+            flat = sum_over_processes(torch.from_numpy(by_document.reshape(-1)), accelerator)
+            documents = _documents(files, data.train, tokenizer, np.array(flat).reshape(by_document.shape))
     found = _report(str(source.path), length, entries, np.array(summed).reshape(shape))
-    return dataclasses.replace(found, notes=source.notes)
+    return dataclasses.replace(found, notes=source.notes, documents=documents)
 
 
 @torch.inference_mode()
@@ -163,8 +197,11 @@ def _sums(
     accelerator: Accelerator,
     progress: Callable[[int, int], None],
     num_files: int,
-) -> NDArray[np.float64]:
-    """Return (F, P, 3) sums over this process's windows: nats, number of targets, and their bytes."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return sums over this process's windows: nats, number of targets, and their bytes.
+
+    (F, P, 3) by file and range of context, and (D, 3) by document.
+    """
     length, batch_size = config.max_seq_len, int(config.batch_size)
     windows = packed_windows(shards, length) if config.packing else document_windows(shards, length, stride)
     windows = windows.share(accelerator.process_index, accelerator.num_processes)
@@ -173,6 +210,7 @@ def _sums(
     sizes[: tokenizer.vocab_size] = shards.bytes_per_token(tokenizer)
     ranges = length.bit_length()
     sums = np.zeros((3, num_files * ranges))
+    by_document = np.zeros((3, shards.num_documents))
     for first in range(0, len(windows), batch_size):
         chosen = slice(first, first + batch_size)
         batch = window_batch(shards, windows, chosen, tokenizer.pad_token_id)
@@ -180,12 +218,14 @@ def _sums(
         counted = batch.labels != IGNORED
         # Context of 1, 2-3, 4-7, ... tokens: the target after position p has a context of p + 1.
         context = np.frexp(batch.position_ids[counted] + 1)[1] - 1
-        group = np.searchsorted(ends, batch.documents[counted], side="right") * ranges + context
+        document = batch.documents[counted]
+        group = np.searchsorted(ends, document, side="right") * ranges + context
         values = losses[counted], np.ones(counted.sum()), sizes[batch.labels[counted]]
-        for total, value in zip(sums, values, strict=True):
+        for total, of_documents, value in zip(sums, by_document, values, strict=True):
             total += np.bincount(group, value, len(total))
+            np.add.at(of_documents, document, value)
         progress(min(first + batch_size, len(windows)), len(windows))
-    return sums.T.reshape(num_files, ranges, 3)
+    return sums.T.reshape(num_files, ranges, 3), by_document.T
 
 
 def _losses(model: MiniMindForCausalLM, batch: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
@@ -208,6 +248,19 @@ def _losses(model: MiniMindForCausalLM, batch: EvalBatch, accelerator: Accelerat
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(labels).cpu().double().numpy()
+
+
+def _documents(
+    files: Sequence[Path], shards: TokenShards, tokenizer: Tokenizer, sums: NDArray[np.float64]
+) -> tuple[DocumentLoss, ...]:
+    found, first = [], 0
+    for file, part in zip(files, shards.parts, strict=True):
+        for document in range(first, part.end_document):
+            beginning = tokenizer.decode(shards.document(document)[:_BEGINNING_TOKENS].tolist())
+            numbers = Evaluation.of_sums(*sums[document].tolist())
+            found.append(DocumentLoss(str(file), document - first, beginning, numbers))
+        first = part.end_document
+    return tuple(found)
 
 
 def _report(

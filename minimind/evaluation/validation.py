@@ -60,10 +60,7 @@ def evaluate(
 
     Args:
         model: the prepared model; its training mode is restored.
-        batches: this rank's micro-batches.
         bytes_per_token: (V,) bytes of each token id, on the model's device.
-        accelerator: sums over the processes.
-        asked_to_stop: whether this rank requests to stop.
 
     Returns:
         The result, or None when any rank requested to stop.

@@ -20,6 +20,7 @@ from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
 from . import gguf, huggingface, original_minimind
+from .model_card import CARD, model_card
 from .open_model import ModelSource, open_model
 from .plugins import GROUP, load_format
 
@@ -106,8 +107,9 @@ def export_model(
         else:
             kept = _token_settings(found, config, replaced=tokenizer is not None)
             _write_huggingface(folder, weights, config, getattr(torch, dtype), max_shard_bytes, kept)
+            (folder / CARD).write_text(found.card() or model_card(config), encoding="utf-8")
         if chosen is not None and format != "gguf":
-            chosen.save(folder)
+            chosen.save(folder, model_max_length=config.max_position_embeddings)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(f"{found.what} ({found.path})", output, format, dtype, config, files, tuple(notes))
 

@@ -31,11 +31,7 @@ _TYPES = {
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
-_OUTER_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+_OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -66,12 +62,9 @@ def save_gguf(
 
     Args:
         weights: every parameter by its Hugging Face name, on any device; a tied matrix once.
-        config: sizes of the model.
         tokenizer: a byte-level BPE.
-        path: the output file.
         dtype: precision of the matrices, one of `DTYPES`. q8_0 rounds to 8 bits with one scale per 32 values;
             matrices whose row length is not a multiple of 32 stay in float16. Norms and routers are float32.
-        name: display name of the model.
 
     Raises:
         ConfigError: when `gguf` is not installed, or llama.cpp does not support the tokenizer or the model.

@@ -43,8 +43,8 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
-        # Prompts are encoded as they are, as with the tokenizer itself.
-        "tokenizer.ggml.add_bos_token": False,
+        # As in training; the end token is for the model to write.
+        "tokenizer.ggml.add_bos_token": tokenizer.bos_token_id is not None,
         "tokenizer.ggml.add_eos_token": False,
     }
     if isinstance(tokenizer.chat_template, str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..io.reading import read_json
 from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
-from .sharded_safetensors import INDEX, index_of, other_weights, plan_files, read_weights
+from .sharded_safetensors import INDEX, index_of, plan_files, read_weights, remove_other_weights
 from .weight_header import check_layers
 
 # Parameters of `modeling.moe.Experts`, stacked over the experts of a block.
@@ -63,7 +63,6 @@ def save_weights(
 
     Args:
         state_dict: all parameters of the model, on any device; a tied output matrix is optional.
-        config: sizes and special token ids.
         folder: created where it does not exist.
         dtype: precision of the stored weights: float32, float16 or bfloat16.
         generation: more keys for `generation_config.json`, such as `temperature`.
@@ -114,12 +113,6 @@ def write_weights(
     for name, values in texts.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return list(files)
-
-
-def remove_other_weights(folder: Path, files: Collection[str]) -> None:
-    """Remove weight files of an older model, such as shards, which `files` do not replace."""
-    for stale in other_weights(folder, files):
-        stale.unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> MiniMindConfig:
@@ -195,7 +188,6 @@ def model_from_weights(
     """Return a float32 model with the given weights.
 
     Args:
-        config: sizes of the model.
         weights: every parameter by its Hugging Face name; a tied output matrix is optional.
         source: path of the weights, for errors.
 
@@ -219,7 +211,6 @@ def check_weights(config: MiniMindConfig, weights: Mapping[str, Tensor], source:
     """Return the weights by their names in files, a tied matrix once, after checking them against the config.
 
     Args:
-        config: sizes of the model.
         weights: every parameter by its name in a model or a file; a tied output matrix is optional.
         source: path of the weights, for errors.
 

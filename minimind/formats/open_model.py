@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import CheckpointError, ConfigError, UserError
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
-from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
+from ..tokenizer import PACKAGED, Tokenizer, check_vocab, load_tokenizer
 from .huggingface import (
     CONFIG,
     check_weights,
@@ -24,6 +25,7 @@ from .huggingface import (
     load_weights,
     model_from_weights,
 )
+from .model_card import CARD, model_card, recorded_numbers
 from .original_minimind import (
     infer_upstream_config,
     read_upstream_config,
@@ -33,6 +35,9 @@ from .original_minimind import (
 from .plugins import open_by_plugin
 from .sharded_safetensors import weight_files
 from .weight_header import check_layers, read_headers
+
+# Until 0.1.0; an unfinished run stores only the fingerprint of its tokenizer.
+_EARLIER = PACKAGED.with_name("tokenizer_0_1")
 
 _KINDS = "name a run folder, a checkpoint, a Hugging Face folder, or a .pth of the original minimind"
 
@@ -50,6 +55,7 @@ class ModelSource:
         tokenizer: loads the tokenizer beside the weights or of the run, None where there is none.
         notes: sentences about defaults and assumptions.
         token_settings: see `load_token_settings`; empty for other sources than a Hugging Face folder.
+        card: returns the model card, None where nothing is known for one.
     """
 
     path: Path
@@ -59,6 +65,7 @@ class ModelSource:
     tokenizer: Callable[[], Tokenizer | None]
     notes: tuple[str, ...] = ()
     token_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    card: Callable[[], str | None] = lambda: None
 
 
 def open_model(
@@ -123,7 +130,18 @@ def load_with_tokenizer(
     return source, model_from_weights(source.config, source.weights(), str(source.path)), found
 
 
-def training_tokenizer(tokenizer: str | None, from_weight: str | None) -> tuple[Tokenizer, str | None]:
+def _packaged(fingerprint: str | None) -> Tokenizer:
+    """Return the tokenizer in the package, or that of an earlier version if it has this fingerprint."""
+    current = load_tokenizer()
+    if fingerprint in (None, current.fingerprint):
+        return current
+    earlier = load_tokenizer(_EARLIER)
+    return earlier if earlier.fingerprint == fingerprint else current
+
+
+def training_tokenizer(
+    tokenizer: str | None, from_weight: str | None, recorded: str | None = None
+) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer of a training run, and a note where it is not that of its initial weights.
 
     Token ids have a meaning only together with weights: without a --tokenizer, --from-weight brings its own.
@@ -131,12 +149,13 @@ def training_tokenizer(tokenizer: str | None, from_weight: str | None) -> tuple[
     Args:
         tokenizer: path of --tokenizer; None for that of the weights, or else the packaged one.
         from_weight: path of --from-weight; None for random weights.
+        recorded: fingerprint of the tokenizer of the run to resume; it chooses among the packaged ones.
 
     Raises:
         UserError: when a tokenizer cannot be loaded, or that of the weights is not known.
     """
     if from_weight is None:
-        return load_tokenizer(tokenizer), None
+        return _packaged(recorded) if tokenizer is None else load_tokenizer(tokenizer), None
     source = open_model(from_weight)
     if tokenizer is None:
         if (own := source.tokenizer()) is None:
@@ -182,16 +201,16 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
     def tokenizer() -> Tokenizer | None:
         """Return the tokenizer of the run, which may have been moved or changed."""
         run = RunFolder(checkpoint.path.resolve().parent.parent)
-        named = settings.get("tokenizer")
+        named, fingerprint = settings.get("tokenizer"), settings.get("tokenizer_fingerprint")
         for place in (run.model / "tokenizer.json", named):
             if place is None or Path(place).exists():
-                found = load_tokenizer(place)
-                if found.fingerprint == settings.get("tokenizer_fingerprint"):
+                found = _packaged(fingerprint) if place is None else load_tokenizer(place)
+                if found.fingerprint == fingerprint:
                     return found
         initial = settings.get("from_weight")
         if named is None and initial is not None and Path(initial).exists():
             of_weights = open_model(initial).tokenizer()
-            if of_weights is not None and of_weights.fingerprint == settings.get("tokenizer_fingerprint"):
+            if of_weights is not None and of_weights.fingerprint == fingerprint:
                 return of_weights
         raise ConfigError(
             f"the tokenizer of {checkpoint.path}, {named or 'the packaged one'}, was moved or changed; name "
@@ -204,7 +223,15 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
         config,
         lambda: check_weights(config, checkpoint.weights(), str(checkpoint.path)),
         tokenizer,
+        card=lambda: _card_of_checkpoint(checkpoint, config),
     )
+
+
+def _card_of_checkpoint(checkpoint: StoredCheckpoint, config: MiniMindConfig) -> str:
+    run = RunFolder(checkpoint.path.resolve().parent.parent)
+    numbers = {"step": checkpoint.step, "tokens": checkpoint.trainer.get("tokens", math.nan)}
+    numbers |= recorded_numbers(run.metrics, checkpoint.step)
+    return model_card(config, settings=checkpoint.trainer["settings"], numbers=numbers)
 
 
 def _open_huggingface(folder: Path) -> ModelSource:
@@ -222,6 +249,7 @@ def _open_huggingface(folder: Path) -> ModelSource:
         lambda: load_weights(folder, config),
         tokenizer,
         token_settings=load_token_settings(folder),
+        card=lambda: (folder / CARD).read_text("utf-8", "replace") if (folder / CARD).is_file() else None,
     )
 
 

@@ -198,46 +198,31 @@ def read_upstream_weights(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a .pth file of the original minimind.")
-    _verify_checksums(path)
+    # Verify the CRC-32 of each part of a zip file, which torch does not. Other files are left to torch.
+    with suppress(OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise ConfigError(f"{path} is corrupt: checksum mismatch in {part}; copy it again.")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can fail in the unpickler in any way
         raise ConfigError(f"{path} cannot be read as a state dict: {load_failure(error)}.") from error
     if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and _is_plain(value) for name, value in weights.items()
-    ):
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+        and not value.is_meta
+        for name, value in weights.items()
+    ):  # fmt: skip
         raise ConfigError(f"{path} contains more than weights; name a pretrain_*.pth, not a resume file.")
     return weights
 
 
-def _verify_checksums(path: Path) -> None:
-    """Verify the CRC-32 of each part of a zip file, which torch does not.
-
-    Raises:
-        ConfigError: naming the first part that differs. A file that is no zip archive is accepted.
-    """
-    with suppress(OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
-        with zipfile.ZipFile(path) as archive:
-            if (part := archive.testzip()) is not None:
-                raise ConfigError(f"{path} is corrupt: checksum mismatch in {part}; copy it again.")
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is a dense tensor with data."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-
-
 def save_upstream(
-    weights: Mapping[str, Tensor],
-    config: MiniMindConfig,
-    folder: Path,
-    dtype: torch.dtype = torch.float16,
+    weights: Mapping[str, Tensor], config: MiniMindConfig, folder: Path, dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write weights as the original's trainer does, with their configuration beside.
 
     Args:
         weights: every parameter by its Hugging Face name; a tied output matrix is optional.
-        config: sizes of the model.
         folder: must exist.
         dtype: precision of the stored weights; the original writes float16.
 

@@ -47,12 +47,14 @@ def index_of(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[s
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def other_weights(folder: Path, files: Collection[str]) -> list[Path]:
-    """Return the weight files and the index of an earlier save, which readers would take for these."""
+def remove_other_weights(folder: Path, files: Collection[str]) -> None:
+    """Remove the weight files and the index of an earlier save, which readers would take for `files`."""
     found = [*folder.glob(_SHARDS), folder / WEIGHTS]
     if len(files) == 1:
         found.append(folder / INDEX)
-    return [path for path in found if path.name not in files]
+    for path in found:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,6 +108,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # a FIFO would block
+        raise ConfigError(f"{path} is not a regular file; copy or save it again.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -46,7 +46,6 @@ def check_layers(config: MiniMindConfig, names: Collection[str], source: Path | 
     """Compare the numbers of layers and experts with the tensors, before a model of that size is built.
 
     Args:
-        config: sizes of the model.
         names: of the tensors, as in files.
         source: path of the weights, for errors.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,6 @@ class DecodeBatch:
     """A batch of sequences during decoding, padded on the left to one length.
 
     Attributes:
-        cache: keys and values.
         length: slots used so far.
         padding: (B,) int64, padding slots of each sequence, None without padding.
         visible: (B, 1, 1, capacity) bool, False for padding; None without padding.
@@ -113,16 +113,13 @@ class InferenceEngine:
 
     def _new_cache(self, batch_size: int, capacity: int) -> KVCache:
         weight = self._embedding.weight
+        new = partial(KVCache, self.config, batch_size=batch_size, device=weight.device, dtype=weight.dtype)
         if self._compiled is None:
-            return KVCache(
-                self.config, capacity, batch_size=batch_size, device=weight.device, dtype=weight.dtype
-            )
+            return new(capacity)
         capacity = -(-capacity // _COMPILED_SLOTS) * _COMPILED_SLOTS
         cache = self._compiled_cache
         if cache is None or (cache.capacity, len(cache.layers[0].keys)) != (capacity, batch_size):
-            cache = KVCache(
-                self.config, capacity, batch_size=batch_size, device=weight.device, dtype=weight.dtype
-            )
+            cache = new(capacity)
             for layer in cache.layers:
                 # Otherwise a CUDA graph would copy the whole cache at each step.
                 torch._dynamo.mark_static_address(layer.keys, guard=False)

@@ -61,7 +61,6 @@ def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, uniform: Ten
 
     Args:
         logits: (B, V) float32.
-        sampling: sampling parameters.
         seen: (B, V) bool, tokens that occur in the sequence; used by the repetition penalty only.
         uniform: (B,) uniform random numbers in [0, 1).
     """

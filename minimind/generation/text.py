@@ -24,8 +24,6 @@ class Completion:
     """The continuation of one prompt.
 
     Attributes:
-        prompt: the prompt.
-        text: the continuation.
         prompt_tokens: tokens of the prompt, including the bos token.
         tokens: generated tokens, including the eos token.
         ended: "end" after the eos token, "length" at the length limit.
@@ -43,7 +41,6 @@ class TextStream:
     """Incremental detokenization: yields text once its characters are complete.
 
     Attributes:
-        decode: decodes token ids.
         before: ids that were output before, initially the prompt: decoders treat the first token specially.
     """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+
+from .reading import open_handle
 
 # Records held back while the disk refuses them: some 100,000 reports.
 MAX_PENDING_BYTES = 64 << 20
@@ -26,7 +26,6 @@ class AppendFile:
         """Store the arguments; the file is opened, and created if needed, by the first record.
 
         Args:
-            path: the file.
             on_error: called when the disk begins to refuse records, not again until one was written.
         """
         self.dropped = 0
@@ -105,8 +104,4 @@ def _open(path: Path) -> int:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
         flags |= getattr(os, name, 0)
-    handle = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return handle
+    return open_handle(path, flags)

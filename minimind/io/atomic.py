@@ -157,9 +157,7 @@ def new_folder(path: Path, option: str, *, overwrite: bool = False) -> Iterator[
         remove(written)
         written.mkdir()
     except OSError as error:
-        raise UserError(
-            f"{option} {path} cannot be written ({error.strerror}); name another folder."
-        ) from error
+        raise cannot_write(option, path, error) from error
     try:
         yield written
         _sync_files(written)

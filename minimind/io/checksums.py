@@ -18,6 +18,8 @@ CHECKSUMS = "checksums.json"
 def write_checksums(folder: Path, earlier: Path | None = None) -> None:
     """Write the sums of all files in `folder`, after those of other files that `earlier` holds.
 
+    A model card (Markdown) is for people to edit and has none.
+
     Raises:
         OSError: when a file cannot be read or written.
     """
@@ -25,9 +27,13 @@ def write_checksums(folder: Path, earlier: Path | None = None) -> None:
     if earlier is not None:
         with suppress(ConfigError):
             sums = {name: value for name, value in _read(earlier).items() if (earlier / name).is_file()}
-    sums |= {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != CHECKSUMS}
+    sums |= {file.name: _sha256(file) for file in sorted(folder.iterdir()) if _has_sum(file)}
     content = {"files": sums, "sha256": _sum_of(sums)}
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _has_sum(file: Path) -> bool:
+    return file.name != CHECKSUMS and file.suffix != ".md"
 
 
 def check_files(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,18 +33,21 @@ class LockedError(Exception):
 
 
 @contextmanager
-def hold_lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
+def hold_lock(
+    path: Path, timeout: float = 0.0, on_wait: Callable[[str], object] = lambda holder: None
+) -> Iterator[None]:
     """Hold an exclusive lock on a file, which names the holder and is removed at the end.
 
     Args:
         path: the lock file; its folder is created if needed.
         timeout: seconds to wait for another holder.
+        on_wait: called once with the holder, before waiting.
 
     Raises:
         LockedError: another process, or this one, holds the lock.
         OSError: the file cannot be created or written.
     """
-    handle = _acquire(path, time.monotonic() + timeout)
+    handle = _acquire(path, time.monotonic() + timeout, on_wait)
     _held.add(handle)
     try:
         os.ftruncate(handle, 0)
@@ -58,8 +61,9 @@ def hold_lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
             os.close(handle)
 
 
-def _acquire(path: Path, deadline: float) -> int:
+def _acquire(path: Path, deadline: float, on_wait: Callable[[str], object]) -> int:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    waited = False
     while True:
         # The previous holder may have removed a folder that stayed empty.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,9 @@ def _acquire(path: Path, deadline: float) -> int:
             os.close(handle)
             if time.monotonic() >= deadline:
                 raise LockedError(holder) from None
+            if not waited:
+                on_wait(holder)
+            waited = True
             time.sleep(_POLL_SECONDS)
         except BaseException:
             os.close(handle)

@@ -18,11 +18,16 @@ def open_regular(path: Path) -> BufferedReader:
         OSError: also when `path` is not a regular file.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags)
+    return os.fdopen(open_handle(path, flags), "rb")
+
+
+def open_handle(path: Path, flags: int) -> int:
+    """Return a file descriptor of a regular file, as `os.open` does; see `open_regular`."""
+    handle = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(handle, "rb")
+    return handle
 
 
 def read_bytes(path: Path) -> bytes:

@@ -139,11 +139,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Mask | None = None,
-        cache: LayerCache | None = None,
+        self, x: Tensor, rotary: Rotary, mask: Mask | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         batch_size, length, _ = x.shape

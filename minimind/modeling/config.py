@@ -14,11 +14,7 @@ from typing import Any, TypeGuard
 from ..errors import ConfigError
 
 # Keys of a Qwen3 config.json for which only one value is supported.
-_FIXED: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "use_sliding_window": False,
-}
+_FIXED: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 
 # The same for Qwen3-MoE: every block has experts.
 _FIXED_MOE: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -45,6 +41,8 @@ _SIZES = {
     "max_position_embeddings": 2**24,
 }
 _MOE_SIZES = {"num_experts": 2**16, "num_experts_per_tok": 2**16, "moe_intermediate_size": 2**22}
+# Entries of the rotary table, positions x half a head: 512 MiB each for cosines and sines.
+_MAX_ROTARY_ENTRIES = 2**27
 _DERIVED = ("head_dim", "intermediate_size", "moe_intermediate_size")
 _MAX_PARAMETERS = 10**13
 # The range of each number. With a rope_theta of 1 or less the frequencies do not fall from pair to pair.
@@ -58,7 +56,14 @@ _NUMBERS = {
 _SWITCHES = ("use_moe", "tie_word_embeddings", "norm_topk_prob")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-_YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+# The range of each number of YaRN.
+_YARN_NUMBERS = {
+    "factor": (1e-3, 1e6),
+    "original_max_position_embeddings": (1, 2**24),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "attention_factor": (1e-6, 1e6),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +184,11 @@ class MiniMindConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts "
                 f"{self.num_experts}; lower it."
             )
+        if self.max_position_embeddings * self.head_dim // 2 > _MAX_ROTARY_ENTRIES:
+            yield (
+                f"max_position_embeddings {self.max_position_embeddings} is too large for a head_dim of "
+                f"{self.head_dim}; use at most {2 * _MAX_ROTARY_ENTRIES // self.head_dim}."
+            )
         if (number := self.num_parameters()) > _MAX_PARAMETERS:
             yield f"a model of {number:.1e} parameters is too large; the limit is {_MAX_PARAMETERS:.0e}."
 
@@ -284,7 +294,7 @@ class MiniMindConfig:
         theta = rope.pop("rope_theta", values.get("rope_theta", 1e4))
         given["rope_theta"] = float(theta) if _is_number(theta) else theta
         given["rope_scaling"] = rope or None
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in _TOKENS:
             token = given.pop(name, None)
             # The first of several end tokens is the main one.
             token = token[0] if isinstance(token, list) and token else token
@@ -325,12 +335,14 @@ def _normalized_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     if rope_type != "yarn":
         raise ConfigError(f"rope_scaling of type {rope_type!r} is not supported; use 'yarn' or none.")
-    for key in _YARN_NUMBERS:
+    for key, (lowest, highest) in _YARN_NUMBERS.items():
         value = scaling.get(key)
         if value is None and key not in ("factor", "original_max_position_embeddings"):
             continue
-        if not _is_number(value) or value <= 0:
-            raise ConfigError(f"rope_scaling {key} is {value}; YaRN needs a number above 0.")
+        if not _is_number(value) or not lowest <= value <= highest:
+            raise ConfigError(
+                f"rope_scaling {key} is {value}; YaRN needs a number from {lowest:g} to {highest:g}."
+            )
     # transformers warns about integers here, except for the length.
     known: dict[str, Any] = {"rope_type": "yarn"}
     known |= {key: float(scaling[key]) for key in _YARN_NUMBERS if scaling.get(key) is not None}

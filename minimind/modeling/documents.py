@@ -28,8 +28,6 @@ def documents(document_ids: Tensor | None, batch_size: int, length: int, device:
 
     Args:
         document_ids: (B, T), which changes from one document to the next; None for one document per sequence.
-        batch_size: B.
-        length: T.
         device: of the result.
     """
     positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch_size, length).contiguous()

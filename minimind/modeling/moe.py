@@ -40,7 +40,6 @@ class MixtureOfExperts(nn.Module):
         """Map (B, T, C) to (B, T, C).
 
         Args:
-            x: input.
             token_mask: (B, T) bool, False for padding, which is not routed or counted; its output is zero.
                 None: no padding.
 
@@ -204,7 +203,6 @@ def balance_loss(counts: Tensor, probability_sums: Tensor, experts_per_token: in
     Args:
         counts: (L, E) tokens routed to each expert, over all tokens that are balanced together.
         probability_sums: (L, E) router probabilities, summed over these tokens or a part of them.
-        experts_per_token: K.
 
     Returns:
         float32 scalar.

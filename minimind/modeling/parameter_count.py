@@ -18,11 +18,6 @@ _PATTERNS = (
 OTHER = "other"
 
 
-def part_of(name: str) -> str:
-    """Return the part that a parameter belongs to, `other` for an unknown name."""
-    return next((part for pattern, part in _PATTERNS if pattern in name), OTHER)
-
-
 def count_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Return the number of parameters of every part; a tied head has 0.
 
@@ -31,6 +26,6 @@ def count_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """
     counts = dict.fromkeys(PARTS, 0)
     for name, shape in shapes.items():
-        part = part_of(name)
+        part = next((part for pattern, part in _PATTERNS if pattern in name), OTHER)
         counts[part] = counts.get(part, 0) + math.prod(shape)
     return counts

@@ -100,7 +100,6 @@ class RotaryTable(nn.Module):
         Args:
             position_ids: (B, T) positions, or None for `start`, start + 1, ...
             start: first position where `position_ids` is None.
-            length: T.
         """
         if position_ids is None:
             positions = slice(start, start + length)

@@ -266,9 +266,7 @@ class MiniMindForCausalLM(nn.Module):
         if labels is None:
             return CausalLMOutput(None, logits, routing)
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED,
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
         return CausalLMOutput(loss, logits, routing)
 

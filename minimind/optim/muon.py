@@ -185,7 +185,6 @@ class Muon(torch.optim.Optimizer):
         Args:
             params: groups with `algorithm`, and optionally `weight_decay`; `muon` takes matrices only, and
                 optionally `normalize_rows` for NorMuon and the decay rate `row_decay` of its mean squares.
-            lr: learning rate of all groups.
             betas: decay rates of AdamW's moments.
             eps: added by AdamW to the root of the second moment.
             momentum: decay rate of Muon's momentum.
@@ -292,8 +291,6 @@ class Muon(torch.optim.Optimizer):
         """Do what `_muon_reference` does, reading memory once before the matrix products and once after.
 
         Args:
-            group: of the parameters.
-            batches: the parameters, grouped by shape.
             tensors: all gradients, then all momenta, then all parameters, in the order of `batches`.
         """
         from . import muon_kernels

@@ -46,7 +46,6 @@ def update_momentum(
         tensors: N.
         matrices: m.
         size: R·C.
-        blocks: B.
         rest: 1 - momentum.
     """
     program = tl.program_id(0)

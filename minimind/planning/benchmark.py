@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
+from itertools import count as count_from
 from pathlib import Path
 from statistics import fmean
 
@@ -14,8 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
-from ..data.loader import Loader, StepBatch
-from ..data.random_tokens import random_shards
+from ..data.shards import random_shards
 from ..distributed.accelerator import close_accelerator, start_accelerator
 from ..errors import ConfigError
 from ..formatting import count, duration
@@ -44,11 +44,8 @@ class StepTimes:
     """Mean times of one optimizer step in seconds.
 
     Attributes:
-        steps: number of steps measured.
-        step_seconds: of a whole step.
         data_seconds: waiting for the batch on the host.
         forward_seconds: forward passes, including the gradient of the logits.
-        backward_seconds: backward passes.
         optimizer_seconds: clipping and updating.
         start_seconds: the first steps, which compile.
     """
@@ -76,12 +73,6 @@ class BenchmarkResult(StepTimes):
     """Measured training speed, besides the times of a step.
 
     Attributes:
-        device: its name.
-        processes: world size.
-        precision: of matrix products.
-        compiled: whether the model is compiled.
-        optimizer: its name.
-        parameters: of the model.
         batch_size: sequences per micro-batch; fewer than asked for where a step would have taken too long.
         max_seq_len: sequence length in tokens; likewise.
         reduced: whether one of the two is less than asked for.
@@ -175,10 +166,9 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
                 "GPU; lower one of them."
             ) from error
         model_config = inputs.model_config
-        work = micro_batch_flops(model_config, *_size(wanted)) / micro_batch_flops(
-            model_config, sequences, length
-        )
         wanted_sequences, wanted_length = _size(wanted)
+        asked = micro_batch_flops(model_config, wanted_sequences, wanted_length)
+        work = asked / micro_batch_flops(model_config, sequences, length)
         tokens = parts.plan.global_batch_size * wanted_length * wanted_sequences / sequences
         speed = tokens / times.scaled(work)
         achieved = speed * model_config.flops_per_token(wanted_length)
@@ -213,7 +203,6 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     """Return the FLOP/s of a large square matrix product, the best of several.
 
     Args:
-        device: where.
         precision: `no` (float32 as PyTorch is set), `bf16` or `fp16`.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -238,15 +227,13 @@ def measure_steps(
     A step that takes long (uncompiled, on a CPU) is measured once, with its phases.
 
     Args:
-        inputs: options of the run.
-        parts: model, optimizer and batches.
-        accelerator: of the run.
         seconds: how long to measure whole steps.
     """
     config = inputs.config
     parts.model.train()
     set_schedule(parts.optimizer, config.peak_learning_rate)
-    batches = _endless(parts.loader)
+    # Epoch after epoch; all steps have the same shapes.
+    batches = chain.from_iterable(map(parts.loader.steps, count_from()))
     clock = StepTimer(accelerator.device)
 
     def step(timer: StepTimer | None = None) -> float:
@@ -329,11 +316,3 @@ def _mean(value: float, accelerator: Accelerator) -> float:
     """Return the mean of a number over all ranks."""
     number = torch.tensor([value], dtype=torch.float32, device=accelerator.device)
     return float(accelerator.reduce(number, reduction="mean"))
-
-
-def _endless(loader: Loader) -> Iterator[StepBatch]:
-    """Yield steps epoch after epoch; all have the same shapes."""
-    epoch = 0
-    while True:
-        yield from loader.steps(epoch)
-        epoch += 1

@@ -37,7 +37,6 @@ class MemoryEstimate:
         weights: the parameters in float32.
         weight_copies: the same in half precision, kept for the backward pass.
         gradients: in float32.
-        optimizer: its state.
         activations: stored by the forward pass of one micro-batch for the backward pass.
         working: temporary memory on top of the activations, in the loss or in one block.
         optimizer_working: temporary memory of the optimizer step.
@@ -76,11 +75,9 @@ def activation_bytes_per_token_layer(
     autograd holds. Change it with the model.
 
     Args:
-        model_config: sizes of the model.
         half: matrix products in bf16 or fp16, else all in float32.
         compiled: a compiled block recomputes cheap values instead of storing them.
         seq_len: sequence length, for the mask of a block that is not compiled.
-        fused: fused kernels are used.
     """
     c, f = model_config.hidden_size, _inner_width(model_config)
     q, kv = (
@@ -140,17 +137,12 @@ def estimate_memory(
     """Return the memory that training takes on one GPU.
 
     Args:
-        model_config: sizes of the model.
         sequences: of a micro-batch.
         seq_len: sequence length in tokens.
         precision: of matrix products: `no`, `bf16` or `fp16`.
-        compiled: how the model is compiled.
         optimizer: `adamw` or `muon`.
-        accumulation_steps: micro-batches of a step.
-        num_processes: world size.
         shards: FSDP2 shards of weights, gradients and optimizer state; a rougher estimate.
         recompute: --activation-checkpointing.
-        fused: fused kernels are used.
     """
     tokens, layers = sequences * seq_len, model_config.num_hidden_layers
     c, f, vocabulary = model_config.hidden_size, _inner_width(model_config), model_config.vocab_size

@@ -14,8 +14,11 @@ import torch
 from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.files import StoredCheckpoint, latest_checkpoint, open_checkpoint, stored_checkpoints
-from ..config.options import PretrainConfig
+from ..config.checks import run_notes
+from ..config.naming import errors_for_caller, for_caller
+from ..config.options import CONFIG_SCHEMA, PretrainConfig
 from ..data.batch_plan import BatchPlan, plan_batches
+from ..data.loader import Loader
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
@@ -26,6 +29,7 @@ from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
 from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
+from ..schedule import warmup_problem, warmup_steps
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
 from ..training.build_model import compile_mode
@@ -42,6 +46,7 @@ _ROUNDS = 2
 _FINAL_MODEL_BYTES = 2
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def plan_run(
     config: PretrainConfig,
     *,
@@ -68,6 +73,7 @@ def plan_run(
     model_config = inputs.model_config
     loader = inputs.loader(data.train, batches, weights=data.weights)
     total_steps = inputs.total_steps(loader, batches)
+    warmup = warmup_steps(inputs.config, total_steps)
     damaged: list[str] = []
     first_step = _first_step(inputs, batches, data, total_steps, damaged.append)
     measured, too_large = _measure(inputs.config, batches, seconds)
@@ -87,7 +93,7 @@ def plan_run(
         steps_per_epoch=loader.steps_per_epoch,
         first_step=first_step,
         total_steps=total_steps,
-        total_tokens=round(total_steps / loader.steps_per_epoch * loader.tokens_per_epoch),
+        total_tokens=_total_tokens(loader, inputs.config, batches, total_steps),
         cache_folder=cache_folder(config),
         cache_bytes=_cache_bytes(data),
         memory=memory,
@@ -103,13 +109,43 @@ def plan_run(
             *damaged,
             *([too_large] if too_large else []),
             *_problems(inputs.config, disk, free, memory, device_memory),
+            *run_notes(inputs.config, total_steps, loader.steps_per_epoch, warmup),
         ),
     )
-    limit = None if config.max_time is None else parse_duration(config.max_time)
-    if limit is not None and plan.seconds is not None and plan.seconds > limit:
-        sentence = f"--max-time {config.max_time} ends the run before its last step."
-        plan = dataclasses.replace(plan, problems=(*plan.problems, sentence))
-    return plan
+    sentences = tuple(_time_problems(plan, warmup))
+    return dataclasses.replace(plan, problems=(*plan.problems, *sentences))
+
+
+def _time_problems(plan: RunPlan, warmup: int) -> Iterator[str]:
+    """Yield what --max-time does not allow."""
+    config = plan.config
+    if config.max_time is None or plan.measured is None or plan.step_seconds is None or plan.seconds is None:
+        return
+    limit = parse_duration(config.max_time)
+    if plan.seconds <= limit:
+        return
+    yield for_caller(f"--max-time {config.max_time} ends the run before its last step.", CONFIG_SCHEMA)
+    short = warmup_problem(
+        config,
+        warmup=warmup,
+        steps_done=plan.first_step,
+        seconds_left=limit - plan.measured.start_seconds,
+        seconds_per_step=plan.step_seconds,
+    )
+    if short is not None:
+        yield for_caller(short, CONFIG_SCHEMA)
+
+
+def _total_tokens(loader: Loader, config: PretrainConfig, batches: BatchPlan, total_steps: int) -> int:
+    """Return the input tokens of the run.
+
+    Inside an epoch they are less than a sequence off with packing, since one shorter sequence is somewhere in
+    it, and otherwise those of sequences of mean length.
+    """
+    epochs, steps = divmod(total_steps, loader.steps_per_epoch)
+    sequences = steps * batches.global_batch_size
+    length = config.max_seq_len if config.packing else loader.tokens_per_epoch / loader.sequences_per_epoch
+    return epochs * loader.tokens_per_epoch + round(sequences * length)
 
 
 def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPlan, PreparedData]:
@@ -239,7 +275,8 @@ def _evaluation_batches(
     interval = config.evaluation_interval
     # A new run also evaluates before its first step.
     times = math.ceil(total_steps / interval) - first_step // interval + (first_step == 0)
-    return times * min(once, config.eval_batches or once)
+    sample = once if config.eval_batches is None else config.eval_batches * batches.accumulation_steps
+    return times * min(once, sample)
 
 
 def _disk(

@@ -27,9 +27,7 @@ class RunPlan:
         flops_per_token: of the model; see `MiniMindConfig.flops_per_token`.
         data: the tokenized data.
         tokens_per_epoch: input tokens of an epoch, without padding.
-        steps_per_epoch: optimizer steps of an epoch.
         first_step: the step that --resume continues from, else 0.
-        total_steps: optimizer steps of the whole run.
         total_tokens: input tokens of the whole run, about.
         cache_folder: of the token cache.
         cache_bytes: its size, about.
@@ -179,13 +177,13 @@ class RunPlan:
         if self.device_memory is None:
             return
         measured = self.measured_memory
-        said = "not measured" if measured is None else f"measured {size(measured)}"
-        yield "", f"{said}, of {size(self.device_memory)} on the GPU"
+        said = "" if measured is None else f"measured {size(measured)}, "
+        yield "", f"{said}of {size(self.device_memory)} on the GPU"
 
     def _time_rows(self) -> Iterator[tuple[str, str]]:
         measured, seconds = self.measured, self.seconds
         if measured is None or seconds is None or self.step_seconds is None:
-            yield "time", "not measured: a step does not fit into the memory of the GPU"
+            yield "time", "unknown: a step does not fit into the memory of the GPU"
             return
         tokens = self.batches.global_batch_size * self.config.max_seq_len
         how = f"{measured.steps} steps measured on {measured.device} x {measured.processes}"

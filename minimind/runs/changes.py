@@ -21,7 +21,6 @@ def data_changes(
     """Yield warnings about training data that changed or could not be compared.
 
     Args:
-        run: the run.
         config: its options, with paths valid from the current folder.
         tokenizer: tokenizer of `config`; None where it cannot be loaded.
         check: tokenize data that is not in the cache.

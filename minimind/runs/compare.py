@@ -15,9 +15,10 @@ from ..config.options import CONFIG_SCHEMA
 from ..errors import ConfigError
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
+from ..tracking.curves import Point
 from .info import SHAPE, run_parts
 from .info_text import device_text
-from .record import BITS, LOSS, Point, RunRecord, read_run
+from .record import BITS, LOSS, RunRecord, read_run
 
 # Fractions of the tokens that all runs have reached.
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
 from ..checkpoint.train_state import TrainState
+from ..config.naming import errors_for_caller
 from ..config.options import CONFIG_SCHEMA, PretrainConfig
 from ..data.batch_plan import fit_micro_batch
 from ..distributed.heartbeat import first_choice, started_before
@@ -20,6 +21,7 @@ from ..training.pretrain import pretrain
 from ..training.result import PretrainResult
 
 
+@errors_for_caller((*CONFIG_SCHEMA, "from_step"))
 def decay(
     run: Path,
     tokens: int,
@@ -108,6 +110,8 @@ def decay_config(
         epochs=max(trunk.epochs or 1, math.ceil(last / settings["steps_per_epoch"])),
         # A time limit would move the decay.
         max_time=None,
+        budget=None,
+        budget_keeps=(),
         profile=False,
         resume=str(checkpoint.path),
         output_dir=str(output_dir),

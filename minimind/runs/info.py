@@ -25,6 +25,7 @@ from ..formats.weight_header import WeightHeader, check_layers, read_headers
 from ..formatting import count, size
 from ..io.checksums import check_files
 from ..io.reading import read_json
+from ..launch_env import resume_command
 from ..modeling.config import MiniMindConfig
 from ..modeling.parameter_count import count_parts
 from ..run_folder import RunFolder
@@ -123,6 +124,7 @@ def _run(run: RunRecord) -> Info:
         "data": list(run.config.data),
         "fingerprints": {what: run.fingerprint(what) for what in ("training text", "tokenizer", "mixture")},
         "bytes": disk,
+        "report": str(run.folder.report) if run.folder.report.is_file() else None,
     }
     state = "finished" if run.finished else "not finished"
     rows = [
@@ -141,13 +143,14 @@ def _run(run: RunRecord) -> Info:
             f"{size(disk['all'])}: {len(checkpoints)} checkpoints {size(disk['checkpoints'])}, "
             f"model {size(disk['model'])}",
         ),
+        *measured("report", values["report"] or ""),
     ]
     folder = shlex.quote(str(run.path))
     following = [("generate", f"minimind-train generate {folder}")] if run.finished or checkpoints else []
     if following:
         following.append(("export", f"minimind-train export {folder} --output FOLDER"))
     if checkpoints:
-        resume = f"minimind-train pretrain --resume --output-dir {folder}"
+        resume = resume_command(run.path, environment.get("launch") or {})
         more = f" {_limit(run)} N" if run.finished else ""
         following.insert(0, ("pretrain", resume + more))
     following.append(("reproduce", f"minimind-train reproduce {folder}"))
@@ -281,18 +284,9 @@ def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any
 
 
 SHAPE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "use_moe",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("vocab_size", "tie_word_embeddings"),
 )
 
 

@@ -5,13 +5,9 @@ Runs of other versions are read as far as possible: missing files and unknown op
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from ..config.schema import parse_values, read_toml
 from ..errors import ConfigError, UserError
 from ..io.reading import read_json
 from ..run_folder import RunFolder
+from ..tracking.curves import Point, RunClock, curve, thinned
 from ..tracking.metrics_file import read_metrics
 
 # Metrics of training reports and of evaluations.
@@ -28,23 +25,6 @@ LOSS, BITS = "loss", "val_bits_per_byte"
 # Types of the keys of environment.json; values of another type are ignored.
 _KINDS = {"packages": dict, "launch": dict, "gpus": list, "working_folder": str}
 _LAUNCH_KINDS = {"processes": int, "machines": int, "kind": str, "precision": str, "variables": dict}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One report of a run.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: real input tokens trained, None where not known.
-        seconds: training time so far, over all parts of a resumed run; None where not known.
-        value: the metric.
-    """
-
-    step: int
-    tokens: float | None
-    seconds: float | None
-    value: float
 
 
 @dataclass(frozen=True)
@@ -128,42 +108,29 @@ class RunRecord:
 
     def curve(self, name: str) -> list[Point]:
         """Return all reports of a metric; null values are skipped."""
-        marks, _ = self._clock
-        return [
-            Point(line["step"], _at(marks, line["step"], 1), _at(marks, line["step"], 2), float(line[name]))
-            for line in self.metrics
-            if isinstance(line.get(name), int | float)
-        ]
+        return curve(*self._reports_of(name), self._clock)
+
+    def thinned(self, name: str) -> list[Point]:
+        """Return a curve to draw; see `curves.thinned`."""
+        return thinned(*self._reports_of(name), self._clock)
 
     @property
     def seconds(self) -> float | None:
         """Training time over all parts of a resumed run, None where nothing was reported."""
-        _, seconds = self._clock
-        return seconds or None
+        return self._clock.seconds or None
+
+    def _reports_of(self, name: str) -> tuple[list[float], list[float]]:
+        found = [
+            (line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), int | float)
+        ]
+        return [float(step) for step, _ in found], [float(value) for _, value in found]
 
     @cached_property
-    def _clock(self) -> tuple[list[tuple[float, float, float]], float]:
-        """Step, tokens and seconds at each training report, from step 0; and the seconds in total.
-
-        Each part of a resumed run has its own clock. A part has ended where its totals were reported, where
-        the clock goes back, or where the clock of a report started after the previous report was written.
-        """
-        marks = [(0.0, 0.0, 0.0)]
-        offset = before = 0.0
-        ended, written = False, math.inf
+    def _clock(self) -> RunClock:
+        clock = RunClock()
         for line in self.metrics:
-            step, tokens, elapsed = line["step"], line.get("tokens"), line.get("elapsed")
-            if isinstance(total := line.get("total_elapsed"), int | float):
-                before, ended = max(before, total), True
-            if not isinstance(tokens, int | float) or not isinstance(elapsed, int | float):
-                continue
-            time = _seconds_of(line.get("time"))
-            if ended or elapsed < before or time - elapsed > written:
-                offset += before
-            before, ended, written = elapsed, False, time
-            if step > marks[-1][0]:
-                marks.append((step, tokens, offset + elapsed))
-        return marks, offset + before
+            clock.add(line)
+        return clock
 
 
 def read_run(path: Path) -> RunRecord:
@@ -215,24 +182,3 @@ def _environment(path: Path) -> dict[str, Any]:
 def _of_kinds(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
     """Return the values, without those of an unexpected type."""
     return {name: value for name, value in values.items() if isinstance(value, kinds.get(name, object))}
-
-
-def _seconds_of(time: Any) -> float:
-    """Return an ISO 8601 time in seconds, NaN for anything else."""
-    try:
-        return datetime.fromisoformat(time).timestamp()
-    except (TypeError, ValueError, OverflowError, OSError):
-        return math.nan
-
-
-def _at(marks: list[tuple[float, float, float]], step: int, column: int) -> float | None:
-    """Return tokens (1) or seconds (2) at a step by linear interpolation; None without reports."""
-    if len(marks) < 2:
-        return 0.0 if step == 0 else None
-    after = bisect_left(marks, step, key=itemgetter(0))
-    if after == len(marks):
-        return marks[-1][column]
-    high = marks[after]
-    low = marks[max(after - 1, 0)]
-    fraction = (step - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
-    return low[column] + fraction * (high[column] - low[column])

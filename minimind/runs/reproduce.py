@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..config.schema import schema_of
 from ..distributed.accelerator import choose_precision
 from ..errors import UserError
 from ..formats.open_model import training_tokenizer
+from ..launch_env import launcher_args
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
 from .changes import caveats, data_changes, environment_changes
@@ -26,14 +27,6 @@ from .record import RunRecord
 # Options that --from-weight determines.
 _FROM_WEIGHT = tuple(
     name for name in schema_of(ModelConfig) if name not in ("dropout", "router_aux_loss_coef", "from_weight")
-)
-# Variables of the launcher that are set by flags of the same name.
-_LAUNCHER_VARIABLES = (
-    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE",
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE",
-    "FSDP_ACTIVATION_CHECKPOINTING",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING",
-    "FSDP_RESHARD_AFTER_FORWARD",
 )
 _PATHS = ("data", "val_data", "tokenizer", "cache_dir", "from_weight")
 
@@ -88,18 +81,20 @@ def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     if not config.tracker:  # an empty list of trackers
         config = dataclasses.replace(config, tracker=("none",))
     options = to_argv(_without_derived_sizes(config, tokenizer))
-    args = (*_launcher(launch), "pretrain", *options, f"--output-dir={target}")
+    args = (*launcher_args(launch), "pretrain", *options, f"--output-dir={target}")
     return Reproduction(args, variables, tuple(warnings))
 
 
 def _without_derived_sizes(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
     """Return the options without the sizes that follow from others."""
-    fields = CONFIG_SCHEMA
     if config.from_weight is not None:
-        return dataclasses.replace(config, **{name: fields[name].default for name in _FROM_WEIGHT})
+        unset: dict[str, Any] = dict.fromkeys(_FROM_WEIGHT)
+        return dataclasses.replace(config, **unset)
     changes: dict[str, Any] = {}
     if tokenizer is not None:
         changes["vocab_size"] = tokenizer.vocab_size
+    assert config.hidden_size is not None
+    assert config.num_attention_heads is not None
     if config.hidden_size % config.num_attention_heads == 0:
         changes["head_dim"] = config.hidden_size // config.num_attention_heads
     plain = MiniMindConfig(
@@ -120,29 +115,6 @@ def _with_recorded_defaults(config: PretrainConfig, launch: Mapping[str, Any]) -
     if config.compile is None and isinstance(compiled, bool) and compiled != torch.cuda.is_available():
         changes["compile"] = compiled
     return dataclasses.replace(config, **changes)
-
-
-def _launcher(launch: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the arguments before `pretrain`."""
-    processes, machines = launch.get("processes", 1), launch.get("machines", 1)
-    if processes == 1:
-        yield "minimind-train"
-        return
-    yield from ("accelerate", "launch")
-    if launch.get("kind") == "FSDP2":
-        yield from ("--use_fsdp", "--fsdp_version", "2")
-        variables = launch.get("variables", {})
-        if any(name.startswith("PARALLELISM_") for name in variables):
-            yield "--use_parallelism_config"
-        for name in _LAUNCHER_VARIABLES:
-            if name in variables:
-                yield from ("--" + name.lower(), variables[name])
-    else:
-        yield "--multi_gpu"
-    yield from ("--num_processes", str(processes))
-    if machines > 1:
-        yield from ("--num_machines", str(machines))
-    yield from ("-m", "minimind_cli")
 
 
 def _absolute(run: RunRecord) -> tuple[PretrainConfig, list[str]]:

@@ -121,6 +121,8 @@ def verify_resume(
             config,
             max_steps=steps,
             max_tokens=None,
+            budget=None,
+            budget_keeps=(),
             epochs=max(config.epochs or 1, steps),  # an epoch has at least one step
             log_interval=1,
             eval_interval=half,

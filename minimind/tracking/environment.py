@@ -24,15 +24,8 @@ PACKAGES = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "tensor
 _SECRET_WORDS = {"key", "token", "secret", "password", "passwd", "pass", "pwd", "passphrase", "credential",
                  "credentials", "auth", "authorization", "bearer"}  # fmt: skip
 _SECRET_ENDS = (
-    "apikey",
-    "accesskey",
-    "secretkey",
-    "authkey",
-    "privatekey",
-    "token",
-    "secret",
-    "password",
-    "passwd",
+    *("apikey", "accesskey", "secretkey", "authkey", "privatekey"),
+    *("token", "secret", "password", "passwd"),
 )
 # Values that show by their prefix what they are, whatever stands before them.
 _SECRET_VALUES = re.compile(
@@ -45,11 +38,7 @@ HIDDEN = "***"
 
 
 def describe_environment(device: torch.device | str) -> dict[str, Any]:
-    """Return a JSON-serializable description of machine and software. Never raises.
-
-    Args:
-        device: the device of this process.
-    """
+    """Return a JSON-serializable description of machine and software. Never raises."""
     device = torch.device(device)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,12 +58,7 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
 
 
 def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, Any]:
-    """Return how the processes of a run were launched.
-
-    Args:
-        accelerator: of this run.
-        compiled: whether the model is compiled.
-    """
+    """Return how the processes of a run were launched."""
     kind = "one process" if accelerator.num_processes == 1 else "DDP"
     return {
         "processes": accelerator.num_processes,

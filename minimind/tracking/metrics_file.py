@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 class MetricsFile:
     """Appends one line per report.
 
-    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation`, `rewind` or `text`) and the
-    values by name: numbers or strings. A number that is not finite is null, because JSON has no NaN.
+    A line has `step`, `time` (ISO 8601, UTC), `kind` (`train`, `evaluation`, `score`, `rewind` or `text`) and
+    the values by name: numbers or strings. A number that is not finite is null, because JSON has no NaN.
     Lines that the disk refuses stay in memory and are retried; see `AppendFile`.
     """
 
@@ -47,6 +47,8 @@ class MetricsFile:
         kind = "train"
         if any(name.startswith("val_") for name in values):
             kind = "evaluation"
+        elif any(name.startswith("cloze_") for name in values):
+            kind = "score"
         elif "rewound_from" in values:
             kind = "rewind"
         elif all(isinstance(value, str) for value in values.values()):
@@ -98,13 +100,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = []
-    for text in read_bytes(path).decode(errors="replace").split("\n"):
-        with suppress(ValueError):
-            line = parse_json(text, parse_float=_finite, parse_int=_bounded, parse_constant=lambda _: None)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-    return lines
+    parsed = map(parse_line, read_bytes(path).decode(errors="replace").split("\n"))
+    return [line for line in parsed if line is not None]
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    """Return a line of the file, None for an incomplete or damaged one."""
+    with suppress(ValueError):
+        line = parse_json(text, parse_float=_finite, parse_int=_bounded, parse_constant=lambda _: None)
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            return line
+    return None
 
 
 def _finite(digits: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Logs the metrics of a run to metrics.jsonl, TensorBoard, WandB and SwanLab."""
+"""Logs the metrics of a run to metrics.jsonl and its trackers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from ..config.options import PretrainConfig
 from ..errors import ConfigError
 from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
-from .backends import BackgroundThread, Client, HyperParameters, SwanLab, TensorBoard, WandB
+from .backends import CSV, BackgroundThread, Client, HyperParameters, MLflow, SwanLab, TensorBoard, WandB
 from .metrics_file import MetricsFile
 from .plugins import PluggedTracker, Tracker, check_tracker, load_tracker
 
 # Longest wait for slow trackers at the end of a run, in seconds.
 CLOSE_SECONDS = 60.0
-# SwanLab restores signal handlers when it closes, which Python allows in the main thread only.
-CLOSED_BY_MAIN_THREAD = {"swanlab"}
+# SwanLab restores signal handlers when it closes, which Python allows in the main thread only. MLflow's run
+# is active in the thread that started it.
+CLOSED_BY_MAIN_THREAD = {"swanlab", "mlflow"}
+# Trackers that need no package.
+WITHOUT_PACKAGE = ("none", "csv")
+# Ends the key in the state of a checkpoint that marks grouped names, which earlier versions did not use.
+GROUPED = ":grouped"
 
 Values = Mapping[str, Any]
 
-BUILT_IN = ("tensorboard", "wandb", "swanlab")
+BUILT_IN = ("tensorboard", "wandb", "swanlab", "mlflow", "csv")
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +54,7 @@ def check_trackers(config: PretrainConfig, trackers: Sequence[Tracker] = ()) -> 
     problems = [
         f"--tracker {name} needs the package {name}, which is not installed; pip install {name}."
         for name in config.tracker
-        if name in BUILT_IN and not _installed(name)
+        if name in BUILT_IN and name not in WITHOUT_PACKAGE and not _installed(name)
     ]
     for name in config.tracker:
         if name not in (*BUILT_IN, "none"):
@@ -193,17 +198,24 @@ class Trackers:
         else:
             run_id = getattr(getattr(client, "run", None), "id", None)
         if run_id is not None:
-            self._ids[name] = str(run_id)
+            grouped = name not in self._ids or name + GROUPED in self._ids
+            self._ids |= {name: str(run_id), **({name + GROUPED: "yes"} if grouped else {})}
 
     def _make(
         self, name: str, tracker: Tracker | None, config: PretrainConfig, folder: Path, start_step: int
     ) -> Client:
         if name == "tensorboard":
-            return TensorBoard(folder, start_step, self._events_refused)
+            return TensorBoard(folder, start_step, partial(self._refused, name))
+        if name == "csv":
+            return CSV(folder, start_step, partial(self._refused, name))
         place = config.project, config.run_name or folder.resolve().name, folder, self._ids.get(name)
-        if name in BUILT_IN:
-            return (WandB if name == "wandb" else SwanLab)(*place)
-        return PluggedTracker(load_tracker(name) if tracker is None else tracker, *place)
+        if name not in BUILT_IN:
+            return PluggedTracker(load_tracker(name) if tracker is None else tracker, *place)
+        services: dict[str, type[WandB | SwanLab | MLflow]]
+        services = {"wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
+        # A run of an earlier version goes on with the names that its charts have.
+        grouped = name not in self._ids or name + GROUPED in self._ids
+        return services[name](*place, grouped=grouped)
 
     def _log_to_clients(self, values: Values, step: int) -> None:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
@@ -232,9 +244,9 @@ class Trackers:
             except Exception as error:
                 self._drop(name, "could not be closed", error)
 
-    def _events_refused(self, error: OSError) -> None:
+    def _refused(self, name: str, error: OSError) -> None:
         self._warn(
-            f"tracker tensorboard cannot write ({error.strerror}); new events stay in memory until the "
+            f"tracker {name} cannot write ({error.strerror}); new values stay in memory until the "
             "disk of --output-dir accepts them."
         )
 

@@ -21,8 +21,6 @@ class HostValues(Generic[Tag]):
     """Values on the host.
 
     Attributes:
-        tag: given when they were enqueued.
-        values: the numbers, flattened.
         time: the clock's reading when the device had computed them, which on a GPU is before they are read.
     """
 

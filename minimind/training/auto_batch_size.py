@@ -25,12 +25,12 @@ from ..config.options import AUTO, PretrainConfig
 from ..data.batch_plan import BatchPlan, candidate_micro_batches, sequences_per_step
 from ..data.loader import Loader, MicroBatch
 from ..data.prepare import cache_folder
-from ..data.random_tokens import random_shards
-from ..data.shards import TokenShards
+from ..data.shards import TokenShards, random_shards
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import ConfigError
 from ..formatting import count
 from ..io.atomic import write_text
+from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..version import __version__
 from .build_model import compile_and_wrap
@@ -67,8 +67,6 @@ def resolve_batch_size(
 
     Args:
         config: returned unchanged where it has a number.
-        model_config: sizes of the model.
-        accelerator: of the run.
         note: gets one sentence with the result.
 
     Raises:
@@ -159,7 +157,7 @@ def store_size(file: Path, key: dict[str, Any], size: int) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..config.naming import flag_of
 from ..config.options import ModelConfig, PretrainConfig
 from ..config.schema import schema_of
 from ..data.batch_plan import BatchPlan
@@ -65,14 +67,14 @@ def resolve_model_config(
     else:
         vocab_size = config.vocab_size if config.vocab_size is not None else tokenizer.vocab_size
         check_vocab(tokenizer, vocab_size)
-        sizes = {name: getattr(config, name) for name in _MODEL_OPTIONS} | {"vocab_size": vocab_size}
-        model_config = MiniMindConfig(
-            **sizes,
-            **training_options,
-            max_position_embeddings=max(
-                MiniMindConfig.max_position_embeddings, _next_power_of_two(config.max_seq_len)
-            ),
-        )
+        given = {name: getattr(config, name) for name in _MODEL_OPTIONS}
+        sizes = {name: value for name, value in given.items() if value is not None}
+        sizes["vocab_size"] = vocab_size
+        positions = max(MiniMindConfig.max_position_embeddings, _next_power_of_two(config.max_seq_len))
+        try:
+            model_config = MiniMindConfig(**sizes, **training_options, max_position_embeddings=positions)
+        except ConfigError as error:
+            raise ConfigError([_with_flags(problem) for problem in error.problems]) from None
     if config.max_seq_len > model_config.max_position_embeddings:
         raise ConfigError(
             f"--max-seq-len {config.max_seq_len} is more than the {model_config.max_position_embeddings} "
@@ -86,6 +88,12 @@ def resolve_model_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _with_flags(problem: str) -> str:
+    """Name the options that set the sizes of the model."""
+    problem = problem.replace("max_position_embeddings", "max_seq_len, rounded up to a power of two,")
+    return re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: flag_of(name[0]), problem)
 
 
 def build_model(
@@ -111,11 +119,13 @@ def build_model(
     if not isinstance(model, MiniMindForCausalLM):
         _check_custom_model(config, model)
     # A subclass may compute anything.
-    if config.sample_interval is not None and type(model) is not MiniMindForCausalLM:
-        raise ConfigError(
-            f"--sample-interval generates with MiniMindForCausalLM, not with a {type(model).__name__}; "
-            "omit the option."
-        )
+    if type(model) is not MiniMindForCausalLM:
+        for flag, value in (("sample", config.sample_interval), ("score", config.score_interval)):
+            if value is not None:
+                raise ConfigError(
+                    f"--{flag}-interval generates with MiniMindForCausalLM, not with a "
+                    f"{type(model).__name__}; omit the option."
+                )
     if config.from_weight is not None:
         source = open_model(config.from_weight)
         for sentence in source.notes:
@@ -156,9 +166,9 @@ def _check_same_sizes(config: PretrainConfig, model_config: MiniMindConfig) -> N
     settings = schema_of(ModelConfig)
     problems = [
         f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
-        f"where it is {getattr(model_config, name)}; omit the option."
+        f"where it is {getattr(model_config, name)}; omit the option, or the preset that sets it."
         for name in _MODEL_OPTIONS
-        if getattr(config, name) not in (getattr(model_config, name), settings[name].default)
+        if getattr(config, name) not in (None, getattr(model_config, name))
     ]
     if problems:
         raise ConfigError(problems)
@@ -181,10 +191,7 @@ def compile_and_wrap(
     """Compile the model if that pays, build its optimizer and prepare both with Accelerate.
 
     Args:
-        config: of the run.
-        model_config: sizes of the model.
         plan: batches of a step.
-        accelerator: of this rank.
         model: not prepared yet; built from `model_config` where None.
         tokens: input tokens of the whole run, which decide whether compiling pays; None for a long run.
         optimizer_factory: builds the optimizer in place of --optimizer.
@@ -233,10 +240,6 @@ def build_graph(
     """Return the CUDA graph of a run's forward and backward pass; None where there is none.
 
     Args:
-        config: of the run.
-        model_config: sizes of the model.
-        model: prepared.
-        accelerator: of this rank.
         compiled: whether the model is compiled.
         note: gets a sentence where --cuda-graphs has no effect.
     """
@@ -292,7 +295,7 @@ def _graph_unsupported(
     return graph_unsupported_reason(
         accelerator.device,
         packing=config.packing,
-        use_moe=config.use_moe,
+        use_moe=bool(config.use_moe),
         num_processes=accelerator.num_processes,
         precision=accelerator.mixed_precision,
         fused=known and _uses_kernels(config, model_config, accelerator, model),

@@ -9,30 +9,34 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..checkpoint.checkpointer import RunCheckpoints
+from ..checkpoint.checkpointer import RunCheckpoints, finished_state
 from ..checkpoint.compatibility import settings_of_run
 from ..checkpoint.store import CheckpointStore
 from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
 from ..config.options import PretrainConfig
 from ..data.prepare import PreparedData
+from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError
 from ..optim.build import fit_to_horizon
 from ..run_folder import RunFolder
-from ..schedule import WARMUP_KEY, LearningRateSchedule, resume_schedule
+from ..schedule import WARMUP_KEY, LearningRateSchedule, expected_steps, resume_schedule
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
+from ..tracking.live_report import LiveReport
 from .callbacks import Callbacks, Run
 from .custom_parts import CustomParts
 from .evaluator import Evaluator
+from .forecast import run_forecast
 from .loss_spikes import SpikeReporter
 from .outputs import Outputs
 from .peak_flops import peak_flops_of
 from .profiler import ProfileTrace
 from .setup import RunInputs, TrainingParts
-from .summary import banner
+from .summary import banner, run_facts
 from .throughput import Meter
+from .time_limits import budget_clock
 from .trainer import Trainer
 
 
@@ -58,6 +62,14 @@ class TrainerBuilder:
     total_steps: int
     custom: CustomParts
     callbacks: Callbacks
+
+    def finished_state(self) -> dict[str, Any] | None:
+        """Return the training state where the run has finished; every rank must call this."""
+        inputs, plan = self.inputs, self.parts.plan
+        settings = settings_of_run(inputs.config, inputs.model_config, plan, inputs.tokenizer, self.data)
+        settings["custom_parts"] = self.parts.custom_names
+        find = partial(finished_state, self.session.folder, self.total_steps, settings)
+        return run_on_main_and_broadcast(self.accelerator, find)
 
     def environment(self, fingerprints: dict[str, str]) -> dict[str, Any]:
         """Return what the run runs on; empty on all ranks but the main process."""
@@ -92,7 +104,7 @@ class TrainerBuilder:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
-        fit_to_horizon(parts.optimizer, total_steps)
+        fit_to_horizon(parts.optimizer, expected_steps(config, total_steps))
         checkpointer = RunCheckpoints(
             store, accelerator, parts.model, parts.optimizer, settings, progress, self.callbacks
         )
@@ -112,7 +124,15 @@ class TrainerBuilder:
         steps_per_epoch = parts.loader.steps_per_epoch
         for note in run_notes(config, total_steps, steps_per_epoch, schedule.warmup_steps):
             progress.note(note)
-        progress.banner(banner(inputs, parts, self.data, accelerator, total_steps))
+        rows = banner(inputs, parts, self.data, accelerator, total_steps)
+        progress.banner(rows)
+        meter = self._meter(state)
+        if accelerator.is_main_process:
+            facts = run_facts(written, session.folder, rows, self.data, environment, total_steps)
+            outputs.report = LiveReport(
+                session.folder, facts, warnings=progress.warnings, totals=meter.totals, warn=progress.warn
+            )
+            closing.enter_context(outputs.report)
         return Trainer(
             config=config,
             model_config=model_config,
@@ -124,7 +144,7 @@ class TrainerBuilder:
             total_steps=total_steps,
             checkpointer=checkpointer,
             outputs=outputs,
-            meter=self._meter(state),
+            meter=meter,
             progress=progress,
             stop=session.stop,
             state=state,
@@ -135,6 +155,8 @@ class TrainerBuilder:
             callbacks=self.callbacks,
             graph=parts.graph,
             profiler=self._profiler(state),
+            budget=budget_clock(config, model_config.num_parameters(), state.budget_seconds),
+            forecast=None if config.budget is None else run_forecast(model_config, self.data),
             saved_step=saved_step,
         )
 
@@ -164,8 +186,8 @@ class TrainerBuilder:
         intervals = {"saving": config.save_interval}
         if self.data.validation is not None:
             intervals["evaluation"] = config.evaluation_interval
-        if config.sample_interval is not None:
-            intervals["sampling"] = config.sample_interval
+        if probes := [n for n in (config.sample_interval, config.score_interval) if n is not None]:
+            intervals["sampling"] = min(probes)
         return Meter(
             self.inputs.model_config.flops_per_token(config.max_seq_len),
             accelerator.num_processes,

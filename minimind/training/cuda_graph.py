@@ -40,9 +40,6 @@ def unsupported_reason(
     """Return why micro-batches are not captured, None where they are.
 
     Args:
-        device: of this rank.
-        packing: whether sequences are packed.
-        use_moe: whether the model has experts.
         num_processes: world size; several ranks exchange gradients in the backward pass.
         precision: of matrix products: `no`, `bf16` or `fp16`.
         fused: whether the model is a MiniMindForCausalLM with fused kernels.
@@ -104,7 +101,6 @@ class ForwardBackwardGraph:
         """Run forward and backward and return the summed loss, a scalar that the next call may overwrite.
 
         Args:
-            batch: on the device.
             scale: factor of the loss whose gradient is taken.
             timer: marks the end of `forward` and `backward`; with one, a replay waits for the device.
         """
@@ -152,7 +148,8 @@ class ForwardBackwardGraph:
         earlier = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-        self._batch = _copy(batch)
+        copies = (None if tensor is None else tensor.clone() for tensor in _fields(batch))
+        self._batch = MicroBatch(*copies)  # type: ignore[arg-type]
         self._scale = torch.ones((), device=batch.input_ids.device)
         self._forward_end = torch.cuda.Event(enable_timing=True, external=True)
         graph = torch.cuda.CUDAGraph()
@@ -191,10 +188,6 @@ class _ForwardEnd:
 
 def _fields(batch: MicroBatch) -> tuple[Tensor | None, ...]:
     return batch.input_ids, batch.shift_labels, batch.document_ids, batch.position_ids
-
-
-def _copy(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(*(None if tensor is None else tensor.clone() for tensor in _fields(batch)))  # type: ignore[arg-type]
 
 
 def _tensors(batch: MicroBatch) -> list[Tensor]:

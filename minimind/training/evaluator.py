@@ -33,13 +33,10 @@ class Evaluator:
 
         Args:
             shards: tokens of the validation split.
-            model: prepared.
-            accelerator: of the run.
             tokenizer: gives the bytes of each token, and the padding token.
             vocab_size: V of the model, which may exceed the tokenizer's.
-            seq_len: T.
             packing: as in training.
-            plan: its micro-batch size is used.
+            plan: of training.
         """
         self._shards, self._model, self._accelerator = shards, model, accelerator
         self._seq_len, self._packing, self._plan = seq_len, packing, plan
@@ -52,7 +49,7 @@ class Evaluator:
         """Return the validation loss, None where some rank was asked to stop meanwhile.
 
         Args:
-            max_batches: micro-batches of each rank at most, a fixed sample of the split; None for all.
+            max_batches: size of a fixed sample of the split, in batches of an optimizer step; None for all.
             stop: requests that end the evaluation early.
         """
         batches = evaluation_batches(
@@ -63,7 +60,7 @@ class Evaluator:
             process_index=self._accelerator.process_index,
             num_processes=self._accelerator.num_processes,
             device=self._accelerator.device,
-            max_batches=max_batches,
+            max_sequences=None if max_batches is None else max_batches * self._plan.global_batch_size,
             pad_token_id=self._pad_token_id,
         )
         return evaluate(

@@ -12,8 +12,9 @@ from torch import nn
 
 from ..checkpoint.state_dict import gather_weights
 from ..errors import UserError
-from ..formats.huggingface import CONFIG, load_model, remove_other_weights, write_weights
-from ..formats.sharded_safetensors import WEIGHTS
+from ..formats.huggingface import CONFIG, load_model, write_weights
+from ..formats.model_card import CARD, keeps_own_card
+from ..formats.sharded_safetensors import WEIGHTS, remove_other_weights
 from ..generation.text import continue_texts
 from ..io.atomic import replace_files
 from ..io.safetensors import write_tensors
@@ -28,8 +29,9 @@ def save_final_model(
     model_config: MiniMindConfig,
     tokenizer: Tokenizer,
     folder: Path,
+    card: str,
 ) -> None:
-    """Write model and tokenizer as Hugging Face transformers reads them; every rank must call this.
+    """Write model, tokenizer and card as Hugging Face transformers reads them; every rank must call this.
 
     Raises:
         UserError: when the folder cannot be written.
@@ -40,15 +42,16 @@ def save_final_model(
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
         with _replace_model(folder) as written:
             files = write_weights(weights, model_config, written, dtype)
-            tokenizer.save(written)
+            tokenizer.save(written, model_max_length=model_config.max_position_embeddings)
+            _write_card(written, folder, card)
         remove_other_weights(folder, files)
     accelerator.wait_for_everyone()
 
 
 def save_final_weights(
-    accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path
+    accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, folder: Path, card: str
 ) -> None:
-    """Write the weights of any model in float32, and its tokenizer; every rank must call this.
+    """Write the weights of any model in float32, its tokenizer and card; every rank must call this.
 
     Without a config.json, which would make other programs load them as a Qwen3.
 
@@ -60,9 +63,15 @@ def save_final_weights(
         with _replace_model(folder) as written:
             write_tensors(written / WEIGHTS, weights)
             tokenizer.save(written)
+            _write_card(written, folder, card)
         # A run that began with the package's model may have left one.
         (folder / CONFIG).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+
+
+def _write_card(written: Path, folder: Path, card: str) -> None:
+    if not keeps_own_card(folder):
+        (written / CARD).write_text(card, encoding="utf-8")
 
 
 @contextmanager

@@ -88,8 +88,6 @@ def expert_metrics(
 
     Args:
         sums: 1 + L·E numbers of `ExpertBalance.sums`, added over the steps.
-        num_experts: E.
-        experts_per_token: K.
         num_targets: targets in those steps, over all ranks.
     """
     loss, *counts = sums

@@ -145,8 +145,6 @@ class SpikeReporter:
         """Write nothing yet.
 
         Args:
-            accelerator: of the run.
-            model: prepared.
             loader: reads the sequences again.
             tokenizer: decodes them.
             folder: of all reports.

@@ -9,11 +9,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..evaluation.cloze import cloze_scores
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
+from ..tracking.live_report import LiveReport
 from ..tracking.plugins import Tracker
 from ..tracking.trackers import Trackers
-from .samples import Samples
+from .samples import Samples, gathered_model
 from .setup import RunInputs
 
 
@@ -23,6 +25,7 @@ class Outputs:
     Attributes:
         trackers: metrics.jsonl and the trackers of --tracker.
         samples: None without --sample-interval.
+        report: of the main process; set when training begins.
     """
 
     trackers: Trackers
@@ -42,6 +45,7 @@ class Outputs:
         self._inputs, self._folder = inputs, folder
         self._accelerator, self._model = accelerator, model
         self._environment, self._progress, self._custom = environment, progress, trackers
+        self.report: LiveReport | None = None
 
     @property
     def metrics_path(self) -> Path:
@@ -61,6 +65,8 @@ class Outputs:
             trackers=self._custom,
             warn=self._progress.warn,
         )
+        if self.report is not None:
+            self.report.reread()
         self.samples = None
         if config.sample_interval is not None:
             self.samples = Samples(
@@ -74,6 +80,36 @@ class Outputs:
                 start_step=step,
                 trackers=self.trackers,
             )
+
+    def probes_after(self, step: int, *, last: bool) -> bool:
+        """Return whether samples or scores are due after `step`; scores are also after the last one."""
+        return self._samples_after(step) or self._scores_after(step, last=last)
+
+    def probe(self, step: int, *, last: bool) -> dict[str, float]:
+        """Write the samples and log the scores that are due after `step`; every rank must call this.
+
+        Returns the scores, on the main process only.
+        """
+        if self._samples_after(step):
+            assert self.samples is not None
+            self.samples.write(step)
+        scores: dict[str, float] = {}
+        if self._scores_after(step, last=last):
+            inputs = self._inputs
+            model = gathered_model(self._accelerator, inputs.model_config, self._model)
+            if model is not None:
+                length = inputs.model_config.max_position_embeddings
+                found = cloze_scores(model, inputs.tokenizer, max_length=length)
+                scores = {score.name: score.accuracy for score in found}
+                self.trackers.log(scores, step)
+        return scores
+
+    def _samples_after(self, step: int) -> bool:
+        return self.samples is not None and step % (self._inputs.config.sample_interval or 1) == 0
+
+    def _scores_after(self, step: int, *, last: bool) -> bool:
+        interval = self._inputs.config.score_interval
+        return interval is not None and (last or step % interval == 0)
 
     def close(self) -> None:
         """Write what is queued and close everything; safe to repeat."""

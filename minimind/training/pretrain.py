@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from ..checkpoint.resume import check_parts, check_resumable, finished_run, resume_source
+from ..checkpoint.resume import check_parts, check_resumable, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
 from ..checkpoint.store import CheckpointStore
-from ..config.options import AUTO, PretrainConfig
+from ..config.naming import errors_for_caller
+from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.documents import Documents
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..distributed.accelerator import close_accelerator, start_accelerator
@@ -40,12 +41,13 @@ from .final_model import save_final_model, save_final_weights, write_sample
 from .result import PretrainResult
 from .samples import check_prompts
 from .setup import RunInputs, TrainingParts, build_training, resolve_run, torch_for_training
-from .summary import finished_result, summarize
+from .summary import card_of_run, finished_result, summarize
 from .trainer import Trainer
 
 # The signal handlers and the state of Accelerate belong to one run at a time.
 
 
+@errors_for_caller(CONFIG_SCHEMA)
 def pretrain(
     config: PretrainConfig,
     *,
@@ -60,34 +62,20 @@ def pretrain(
     stop_after: int | None = None,
     branch: bool = False,
 ) -> PretrainResult:
-    """Train a model as the configuration says, from text files to a model folder.
-
-    Under `accelerate launch` every rank calls this. A checkpoint names the parts that it was trained with:
-    a run with an optimizer, schedule, documents or model of the caller resumes only where they are passed
-    again.
+    """Train a model with options that are all chosen; the steps behind `minimind.pretrain`.
 
     Args:
         config: all options.
-        callbacks: called at the events of the run; see `Callback`.
-        trackers: get the metrics besides those of the option `tracker`; see `Tracker`.
-        optimizer: called with the model, before Accelerate wraps it, and the options; returns the
-            optimizer. Each step sets the learning rate of its groups, times the `lr_scale` of a group if
-            it has one. Its state must be tensors.
-        schedule: learning rate of each step; see `Schedule`.
-        data: training documents in place of the option `data`; see `Documents`.
-        model_factory: builds the model in place of `MiniMindForCausalLM`, given the sizes of the options, in
-            float32 on the CPU. The model is called with the keywords `input_ids`, `document_ids` and
-            `position_ids`, of which the last two are None without packing. With `shift_labels` and
-            `num_items_in_batch` as well, the `loss` of its output is the sum of the cross-entropy over the
-            labels that are not -100, divided by the latter; otherwise its `logits` are used. Unless it is
-            exactly a `MiniMindForCausalLM`, its weights are saved without a config, nothing is sampled, and
-            model FLOPs are not reported.
-        quiet: write nothing to the terminal; warnings and notes go to the logger `minimind`.
-        handle_signals: end the run on SIGINT and SIGTERM after the current step, with a checkpoint; see
-            `PretrainResult.stopped`. Otherwise they do what they did before.
-        stop_after: end the run after this step as a signal would, to be resumed later.
-        branch: the checkpoint to resume belongs to another run, which this one branches off: it gets its own
-            folder and charts.
+        callbacks: see `minimind.planning.budget.pretrain`, as of the others.
+        trackers: get the metrics.
+        optimizer: builds the optimizer.
+        schedule: learning rate of each step.
+        data: training documents.
+        model_factory: builds the model.
+        quiet: write nothing to the terminal.
+        handle_signals: end the run in order on SIGINT and SIGTERM.
+        stop_after: end the run after this step.
+        branch: the checkpoint to resume belongs to another run.
 
     Raises:
         UserError: for anything the caller can fix: options, data, checkpoints, a loss that diverges.
@@ -121,6 +109,7 @@ def _run(
             check_parts(source, session.folder, custom.given)
         options = resolve_run(_after_restart(config, source, session), progress.note)
         data = _claim_and_tokenize(options, session, custom.data, source=None if branch else source)
+        closing.enter_context(stop.announced(progress.note))
 
         accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
@@ -139,14 +128,14 @@ def _run(
             note=progress.note,
         )
         total_steps = inputs.total_steps(parts.loader, parts.plan)
+        builder = TrainerBuilder(session, inputs, parts, data, accelerator, total_steps, custom, callbacks)
         if options.config.resume == AUTO and not branch:
-            done = run_on_main_and_broadcast(accelerator, partial(finished_run, session.folder, total_steps))
+            done = builder.finished_state()
             if done is not None:
                 progress.note(
                     f"finished ({done['step']:,}/{total_steps:,} steps); --max-steps or --epochs trains on."
                 )
                 return finished_result(session.folder, done, time.monotonic() - started)
-        builder = TrainerBuilder(session, inputs, parts, data, accelerator, total_steps, custom, callbacks)
         # `auto` is kept in the run's file: it may be resumed on another device.
         written = dataclasses.replace(inputs.config, batch_size=options.config.batch_size)
         trainer = builder.build(written, builder.environment(fingerprints), branch=branch)
@@ -161,7 +150,7 @@ def _run(
         trainer.train()
         run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
-        result = summarize(trainer, session.folder, started, sample)
+        result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()
         callbacks.end(result)
@@ -208,7 +197,8 @@ def _claim_and_tokenize(
             # The processes that the launcher replaced may still be ending.
             wait_seconds = 60.0 if restarts() else 0.0
             resumes = source is not None or started_before()
-            session.closing.enter_context(session.folder.claim(resume=resumes, wait_seconds=wait_seconds))
+            claim = session.folder.claim(resume=resumes, wait_seconds=wait_seconds, note=progress.note)
+            session.closing.enter_context(claim)
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
@@ -225,8 +215,9 @@ def _claim_and_tokenize(
             data = prepare_data(config, options.tokenizer, show, documents)
         finally:
             stop.exit_if_signalled()
-        if data.built:
-            builder.banner([("data", line) for line in data.report.lines()])
+        if data.built or (config.verbose and is_main_process()):
+            lines = data.report.lines() if config.verbose else data.report.problems()
+            builder.banner([("data", line) for line in lines])
     return data
 
 
@@ -244,10 +235,11 @@ def _finish_saving(config: PretrainConfig, store: CheckpointStore) -> None:
 def _save_final(trainer: Trainer, parts: TrainingParts, inputs: RunInputs, folder: RunFolder) -> str:
     """Write the model folder, and return a text generated by it; every rank must call this."""
     accelerator, tokenizer = trainer.accelerator, inputs.tokenizer
+    card = card_of_run(trainer, parts.custom_model)
     if parts.custom_model is not None:
-        save_final_weights(accelerator, trainer.model, tokenizer, folder.model)
+        save_final_weights(accelerator, trainer.model, tokenizer, folder.model, card)
         return ""
-    save_final_model(accelerator, trainer.model, inputs.model_config, tokenizer, folder.model)
+    save_final_model(accelerator, trainer.model, inputs.model_config, tokenizer, folder.model, card)
     if not accelerator.is_main_process:
         return ""
     return write_sample(folder.model, tokenizer, inputs.config.seed, accelerator.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from ..checkpoint.train_state import TrainState
 from ..data.loader import StepBatch
 from ..distributed.collectives import run_on_main_and_broadcast
+from ..evaluation.scaling_law import Forecast
 from ..evaluation.validation import Evaluation
 from ..modeling.config import MiniMindConfig
 from ..tracking.console import Progress
@@ -98,6 +100,7 @@ class Reports:
     Attributes:
         last_loss: training loss of the last report, NaN before the first.
         last_evaluation: the last full evaluation.
+        forecast: of the final evaluation, by the last one; None where there is none.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Reports:
         self._progress, self._meter, self._callbacks = progress, meter, callbacks
         self.last_loss = math.nan
         self.last_evaluation: Evaluation | None = None
+        self.forecast: Forecast | None = None
 
     def step(self, state: TrainState, record: StepRecord, norm: float, time: float) -> None:
         """Report the mean over the steps since the last report, and begin the next interval.
@@ -144,16 +148,18 @@ class Reports:
             **self._meter.report(record.step, time),
         }
         self._outputs.trackers.log(values, record.step)
-        self._progress.step(record.step, values)
+        self._progress.step(record.step, values | self._forecast_values())
         self._callbacks.report(record.step, values)
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Report an evaluation after `step`."""
+    def evaluation(self, step: int, result: Evaluation, forecast: Forecast | None = None) -> None:
+        """Report an evaluation after `step`, and what it says of the end of the run."""
+        self.forecast = forecast
         values = {
             "val_loss": result.loss,
             "val_perplexity": result.perplexity,
             "val_bits_per_byte": result.bits_per_byte,
             "val_tokens": result.tokens,
+            **self._forecast_values(),
         }
         self._outputs.trackers.log(values, step)
         self._progress.evaluation(step, values)
@@ -172,6 +178,21 @@ class Reports:
         values = {name: value for name, value in last.items() if name.startswith("val_")}
         self._callbacks.evaluation(step, values)
         return values
+
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Show scores after `step`, where there are any."""
+        if scores:
+            shown = " | ".join(f"{name} {value:.1%}" for name, value in scores.items())
+            self._progress.note(f"step {step:,}: {shown} (chance 25.0%)")
+
+    def _forecast_values(self) -> dict[str, float]:
+        if self.forecast is None:
+            return {}
+        return {
+            "val_forecast_bits_per_byte": self.forecast.bits_per_byte,
+            "val_forecast_low": self.forecast.low,
+            "val_forecast_high": self.forecast.high,
+        }
 
     def rewind(self, state: TrainState, spike: Spike, max_rewinds: int) -> None:
         """Report that the run continues from `state`, without the sequences of `spike`."""

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..formats.huggingface import model_from_weights
 from ..generation.text import continue_texts, encode_prompt
 from ..modeling.config import MiniMindConfig
+from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
 from ..tracking.metrics_file import MetricsFile
@@ -35,12 +36,27 @@ def check_prompts(prompts: Sequence[str], max_tokens: int, tokenizer: Tokenizer)
             )
 
 
+def gathered_model(
+    accelerator: Accelerator, model_config: MiniMindConfig, model: nn.Module
+) -> MiniMindForCausalLM | None:
+    """Return a copy of the model in training, on its device, or None on other ranks than the main process.
+
+    Every rank must call this. The weights are gathered as for a checkpoint, with one process, DDP and FSDP2
+    alike: the training model and its random state are not touched. This takes the memory of the weights once
+    more on the device.
+    """
+    weights = gather_weights(accelerator, model)
+    if weights is None:
+        return None
+    half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    copied = model_from_weights(model_config, weights, "the model in training")
+    return copied.to(accelerator.device, torch.bfloat16 if half else torch.float32).eval()
+
+
 class Samples:
     """Continues the prompts of --sample-prompt, always with the same seed; every rank must call it.
 
-    The weights are gathered on the main process as for a checkpoint, with one process, DDP and FSDP2 alike,
-    and copied into a second model: the training model and its random state are not touched. This takes the
-    memory of the weights once more on the device. The other ranks continue with training.
+    See `gathered_model`; the other ranks continue with training.
     """
 
     def __init__(
@@ -60,12 +76,6 @@ class Samples:
 
         Args:
             prompts: to continue.
-            seed: of sampling.
-            model_config: sizes of the model.
-            model: prepared.
-            tokenizer: of the run.
-            accelerator: of the run.
-            folder: of the run.
             start_step: steps done before.
             trackers: get each sample as text.
         """
@@ -78,13 +88,9 @@ class Samples:
 
     def write(self, step: int) -> None:
         """Write samples of the model as it is after `step`."""
-        weights = gather_weights(self._accelerator, self._model)
-        if weights is None or self._file is None:
+        model = gathered_model(self._accelerator, self._model_config, self._model)
+        if model is None or self._file is None:
             return
-        device = self._accelerator.device
-        half = device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
-        model = model_from_weights(self._model_config, weights, "the model in training")
-        model.to(device, torch.bfloat16 if half else torch.float32).eval()
         samples = continue_texts(
             model, self._tokenizer, self._prompts, max_new_tokens=SAMPLE_TOKENS, seed=self._seed
         )

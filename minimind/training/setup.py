@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config.options import AUTO, PretrainConfig
-from ..data.batch_plan import BatchPlan, count_steps, max_training_tokens, plan_batches
+from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
+from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
+from ..data.batch_plan import BatchPlan, budget_tokens, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..formats.open_model import training_tokenizer
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
@@ -91,6 +93,7 @@ class RunInputs:
             tokens_per_epoch=loader.tokens_per_epoch,
             tokens_per_step=plan.global_batch_size
             * (self.config.max_seq_len if self.config.packing else mean_length),
+            max_tokens=budget_tokens(self.config, self.model_config.flops_per_token(self.config.max_seq_len)),
         )
 
 
@@ -100,14 +103,40 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     Raises:
         UserError: for options, a launch, a tokenizer or weights that a run cannot use.
     """
+    if config.budget_chooses:
+        raise ConfigError(
+            "--budget is followed by `minimind-train pretrain` and `minimind.pretrain`; remove it."
+        )
     if (remark := check_launch(config)) is not None:
         note(remark)
-    tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight)
+    tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight, _recorded_tokenizer(config))
     if caution is not None:
         note(caution)
     filled, model_config = resolve_model_config(config, tokenizer)
+    if config.from_weight is not None and config.resume is None:
+        note(
+            f"--from-weight continues at a peak learning rate of {filled.peak_learning_rate:g} (default: "
+            f"{FROM_WEIGHT_RATE:g} times that of random weights); --learning-rate changes it."
+        )
     resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
     return RunInputs(resolved, model_config, tokenizer)
+
+
+def _recorded_tokenizer(config: PretrainConfig) -> str | None:
+    """Return the fingerprint of the tokenizer of the run to resume, None if unknown.
+
+    The run is checked when its checkpoint is loaded. Every checkpoint of a run has the same tokenizer.
+    """
+    if config.resume is None:
+        return None
+    path = Path(config.output_dir if config.resume == AUTO else config.resume)
+    checkpoints = [*stored_checkpoints(path), *stored_checkpoints(path / "checkpoints")]
+    places = [path, *(checkpoint.path for checkpoint in reversed(checkpoints))]
+    for place in places:
+        with suppress(CheckpointError):
+            settings = StoredCheckpoint(place, 0).trainer.get("settings", {})
+            return None if (found := settings.get("tokenizer_fingerprint")) is None else str(found)
+    return None
 
 
 def resolve_batch_size_alone(inputs: RunInputs) -> RunInputs:
@@ -205,7 +234,9 @@ def _describe(model: nn.Module) -> str:
 
 @contextmanager
 def torch_for_training() -> Iterator[None]:
-    """Train with gradients and in float32 whatever the caller has set, and restore the caller's settings.
+    """Train with gradients, in float32 and without the caller's autocast and default device.
+
+    The settings of the caller are restored.
 
     Raises:
         ConfigError: while another call of `pretrain` runs in this process.
@@ -217,7 +248,15 @@ def torch_for_training() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as settings:
+            settings.enter_context(torch.inference_mode(False))
+            settings.enter_context(torch.enable_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    settings.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                # Slows every operation down, so only where it is needed.
+                settings.enter_context(torch.device("cpu"))
             yield
     finally:
         torch.set_default_dtype(dtype)

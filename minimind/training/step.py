@@ -38,14 +38,10 @@ def train_step(
     load-balancing loss is scaled in the same way and is part of the gradient, but not of the returned loss.
 
     Args:
-        model: prepared, in training mode.
         optimizer: prepared; its learning rate is set.
-        batch: this rank's share of the step.
-        accelerator: of the run.
         grad_clip: maximum norm of the gradient; 0 for no clipping.
         loss_limit: summed loss above which the update is skipped too.
         balance: load balancing of this step; None for a model without experts.
-        graph: CUDA graph of the forward and backward pass, where there is one.
         stop: whether this rank was asked to stop.
         decay_steps: steps that this rank asks to decay from now on; 0 for none.
         timer: gets the times of `forward`, `backward` and `optimizer`.
@@ -92,10 +88,7 @@ def forward_backward(
     """Run forward and backward on a micro-batch, which accumulates the gradients of the parameters.
 
     Args:
-        model: prepared.
-        batch: on the device.
         scale: factor of the loss whose gradient is taken.
-        accelerator: of the run.
         balance: load balancing of this step; None for a model without experts.
         timer: marks the end of `forward` and of `backward`.
 
@@ -135,8 +128,6 @@ def clip_gradient(model: nn.Module, accelerator: Accelerator, grad_clip: float) 
     """Clip the gradient in place and return its norm before clipping, the same on every rank.
 
     Args:
-        model: prepared.
-        accelerator: of the run.
         grad_clip: maximum norm; 0 for no clipping.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..config.options import CONFIG_SECTIONS, PretrainConfig
+from ..config.schema import schema_of
 from ..data.prepare import PreparedData
+from ..formats.model_card import model_card
 from ..formatting import count, duration
-from ..launch_env import is_main_process
+from ..launch_env import is_main_process, resume_command
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..run_folder import RunFolder
+from ..tracking.environment import describe_launch
 from ..tracking.metrics_file import read_metrics
+from ..tracking.report_page import RunFacts
 from .result import History, PretrainResult
 from .setup import RunInputs, TrainingParts
 from .trainer import Trainer
@@ -77,6 +84,34 @@ def banner(
     ]
 
 
+def run_facts(
+    config: PretrainConfig,
+    folder: RunFolder,
+    rows: list[tuple[str, str]],
+    data: PreparedData,
+    environment: Mapping[str, Any],
+    total_steps: int,
+) -> RunFacts:
+    """Return what report.html shows of a run from its start; `rows` are those of the banner."""
+    options = {
+        section.__doc__ or section.__name__: [
+            (field.flag, _option_text(getattr(config, name)), getattr(config, name) == field.default)
+            for name, field in schema_of(section).items()
+        ]
+        for section in CONFIG_SECTIONS
+    }
+    name = config.run_name or folder.path.resolve().name
+    return RunFacts(name, total_steps, rows, data.report.lines(), options, environment)
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
 def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) -> PretrainResult:
     """Return the result of a run that has nothing left to train."""
     last: dict[str, Any] = {}
@@ -98,8 +133,21 @@ def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) ->
     )
 
 
-def summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) -> PretrainResult:
-    """Log the totals, show a summary, and return the result."""
+def card_of_run(trainer: Trainer, custom_model: str | None) -> str:
+    """Return the model card of a run that ends now; `custom_model` describes a model that is not ours."""
+    state, reports = trainer.state, trainer.reports
+    numbers = {"tokens": state.tokens, "step": state.step, "loss": reports.last_loss}
+    if (result := reports.last_evaluation) is not None:
+        numbers |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+    return model_card(
+        custom_model or trainer.model_config, settings=trainer.checkpointer.settings, numbers=numbers
+    )
+
+
+def summarize(
+    trainer: Trainer, parts: TrainingParts, folder: RunFolder, started: float, sample: str
+) -> PretrainResult:
+    """Log the totals, show a summary and how to resume a stopped run, and return the result."""
     state, totals = trainer.state, trainer.meter.totals()
     trainer.outputs.trackers.log({f"total_{name}": value for name, value in totals.items()}, state.step)
     evaluation = trainer.reports.last_evaluation
@@ -116,8 +164,16 @@ def summarize(trainer: Trainer, folder: RunFolder, started: float, sample: str) 
         stopped=_stop_reason(trainer) if state.stopping else None,
         history=_history(trainer),
     )
-    bottleneck = trainer.meter.bottleneck()
-    trainer.progress.summary(summary_rows(result, totals, bottleneck, state.skipped_steps, state.rewinds))
+    page = _finish_report(trainer)
+    bottleneck = trainer.meter.bottleneck(compiled=parts.compiled)
+    rows = summary_rows(result, totals, bottleneck, state.skipped_steps, state.rewinds, page)
+    trainer.progress.summary(rows)
+    if result.stopped is not None:
+        launch = describe_launch(trainer.accelerator, compiled=parts.compiled)
+        command = resume_command(folder.path, launch)
+        if parts.custom_model is not None:
+            command = "pretrain() with the same arguments and resume='auto'"
+        trainer.progress.note(f"Resume with:\n{command}")
     return result
 
 
@@ -131,6 +187,17 @@ def _history(trainer: Trainer) -> History:
     return History()
 
 
+def _finish_report(trainer: Trainer) -> Path | None:
+    """Write report.html with everything that was logged, and return its path."""
+    if trainer.outputs.report is None:
+        return None
+    with suppress(OSError):  # the tracker warns of a full disk
+        trainer.outputs.trackers.flush()
+    if trainer.state.stopping:
+        return trainer.outputs.report.finish(f"Stopped by {_stop_reason(trainer)}.", problem=True)
+    return trainer.outputs.report.finish("The model is saved.")
+
+
 def _stop_reason(trainer: Trainer) -> str:
     if trainer.stop.reason is not None:
         return trainer.stop.reason
@@ -140,30 +207,30 @@ def _stop_reason(trainer: Trainer) -> str:
 def summary_rows(
     result: PretrainResult,
     totals: dict[str, float],
-    bottleneck: str,
+    bottleneck: str | None,
     skipped_steps: int,
     rewinds: int = 0,
+    report: Path | None = None,
 ) -> list[tuple[str, str]]:
     """Return the result of a run as pairs of a key and a value."""
     if result.stopped is not None:
-        end = f"stopped by {result.stopped} after step {result.steps:,}; continue with --resume"
-        rows = [("end", end)]
+        rows = [("end", f"stopped by {result.stopped} after step {result.steps:,}, checkpoint saved")]
     else:
         rows = [("model", str(result.model_dir))]
-    loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "not measured"
+    losses = [f"{result.loss:.4f}"] if math.isfinite(result.loss) else []
     if result.val_loss is not None:
-        loss += f", validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)"
+        losses.append(f"validation {result.val_loss:.4f} ({result.bits_per_byte:.4f} bits/byte)")
     phases = [
         f"{name.replace('_', ' ')} {duration(totals[name])}"
         for name in ("training", "first_steps", "data", "evaluation", "saving", "compile")
         if totals.get(name, 0.0) >= 0.5
     ]
     rows += [
-        ("loss", loss),
+        *([("loss", ", ".join(losses))] if losses else []),
         ("trained", f"{result.steps:,} steps, {count(result.tokens)} tokens"),
         ("speed", f"{count(result.tokens_per_second)} tokens/s"),
         ("time", f"{duration(result.seconds)}" + (f": {', '.join(phases)}" if phases else "")),
-        ("bottleneck", bottleneck),
+        *([("bottleneck", bottleneck)] if bottleneck else []),
     ]
     if skipped_steps:
         rows.append(
@@ -173,6 +240,8 @@ def summary_rows(
         rows.append(
             ("rewound", f"{rewinds} times, excluding sequences; see {result.model_dir.parent / 'spikes'}")
         )
+    if report is not None:
+        rows.append(("report", str(report)))
     if result.sample:
         rows.append(("sample", " ".join(result.sample.split())))
     return rows

@@ -54,7 +54,6 @@ class Meter:
 
         Args:
             flops_per_token: of forward and backward pass.
-            num_processes: world size.
             peak_flops: of one device, see `peak_flops_of`; None reports no MFU.
             total_steps: steps of the whole run, for the remaining time.
             start_step: steps done before, on a resume.
@@ -173,14 +172,19 @@ class Meter:
             return values | self._speed(self._measured_tokens / self._measured_seconds)
         return values | self._speed(self._tokens / max(elapsed, 1e-9))
 
-    def bottleneck(self) -> str:
-        """Return a sentence about what limited the speed, or that nothing stands out."""
+    def bottleneck(self, *, compiled: bool = True) -> str | None:
+        """Return a sentence about what limited the speed, None where nothing did.
+
+        Args:
+            compiled: whether the model was compiled.
+        """
         totals = self.totals()
         elapsed = max(totals["elapsed"], 1e-9)
 
         def share(name: str) -> float:
             return totals.get(name, 0.0) / elapsed
 
+        set_up = "set up and compile" if compiled else "allocate memory and start the prefetch"
         advice = {
             "evaluation": (0.2, "Evaluation took {} of the time; a larger --eval-interval shortens it."),
             "saving": (0.1, "Saving took {} of the time; a larger --save-interval shortens it."),
@@ -188,7 +192,7 @@ class Meter:
                 0.1,
                 "Waiting for data took {} of the time; look at the speed of the disk that holds --cache-dir.",
             ),
-            "first_steps": (0.3, "The first steps, which set up and compile, took {} of the time."),
+            "first_steps": (0.3, f"The first steps, which {set_up}, took {{}} of the time."),
             "compile": (0.3, "Compiling took {} of the time."),
         }
         worst = max(advice, key=lambda name: share(name) / advice[name][0])
@@ -200,7 +204,7 @@ class Meter:
                 f"The training steps used {totals['mfu']:.0%} of the peak arithmetic; a larger --batch-size "
                 "or a larger model uses more, as far as memory goes."
             )
-        return f"Nothing stands out: {share('training'):.0%} of the time went into training steps."
+        return None
 
     def _begin_measuring(self, step: int, tokens: int, now: float) -> None:
         # After WARMUP_STEPS launches this is the host's view, a step or two ahead of the device; from the

@@ -19,12 +19,13 @@ from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_schedule
-from ..schedule import WARMUP_KEY, LearningRateSchedule, fit_to_time
+from ..schedule import LearningRateSchedule
 from ..tracking.console import Progress
 from .async_metrics import AsyncScalars
 from .callbacks import Callbacks
 from .cuda_graph import ForwardBackwardGraph
 from .evaluator import Evaluator
+from .forecast import RunForecast
 from .garbage_collection import GarbageCollection
 from .load_balancing import expert_balance
 from .loss_spikes import MAX_REWINDS, Spike, SpikeError, SpikeReporter, append_loss, spike_threshold
@@ -33,6 +34,7 @@ from .profiler import ProfileTrace
 from .reporting import Reports, StepRecord
 from .step import train_step
 from .throughput import Meter
+from .time_limits import BudgetClock, TimeLimits
 
 # Consecutive updates that may be skipped for a loss or gradient that is not finite, or for loss spikes. The
 # fp16 scaler starts at 65536 and halves until nothing overflows, which may take 16 steps.
@@ -41,12 +43,9 @@ MAX_SKIPPED_IN_A_ROW = 20
 # Steps between two garbage collections: the same on all ranks, so that none waits for another.
 COLLECT_INTERVAL = 100
 
-# Seconds reserved for writing the model and its sample after the last step.
-END_SECONDS = 5.0
-
 
 @dataclass(kw_only=True)
-class Trainer:
+class Trainer(TimeLimits):
     """Trains a model from `state` to the end of the run. Every rank calls every method.
 
     Attributes:
@@ -69,7 +68,10 @@ class Trainer:
         callbacks: of the caller.
         graph: CUDA graph of forward and backward pass; None without one.
         profiler: None without --profile.
+        budget: clock of a time budget; None without one.
+        forecast: extrapolates evaluations; None without --budget.
         stop_after: step after which the run ends as if it had been asked to stop; None for none.
+        checked_warmup: whether the warm-up was compared with --max-time.
         saved_step: the last step with a checkpoint in the run's folder, -1 without one.
         reports: sends metrics to trackers and terminal.
     """
@@ -93,20 +95,17 @@ class Trainer:
     callbacks: Callbacks = field(default_factory=Callbacks)
     graph: ForwardBackwardGraph | None = None
     profiler: ProfileTrace | None = None
+    budget: BudgetClock | None = None
+    forecast: RunForecast | None = None
     stop_after: int | None = None
     saved_step: int = -1
+    checked_warmup: bool = False
     reports: Reports = field(init=False)
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
     def __post_init__(self) -> None:
         self.reports = Reports(self.model_config, self.outputs, self.progress, self.meter, self.callbacks)
         self.metrics = AsyncScalars(self.accelerator.device)
-
-    @property
-    def last_step(self) -> int:
-        """The number of steps of the whole run."""
-        window = self.state.decay_window
-        return self.total_steps if window is None else window[1]
 
     def train(self) -> None:
         """Train to the end of the run, or until all ranks have agreed to stop.
@@ -158,8 +157,8 @@ class Trainer:
                 self.save()
             if last or state.step % config.evaluation_interval == 0:
                 self.validate()
-            if config.sample_interval is not None and state.step % config.sample_interval == 0:
-                self.write_samples()
+            if self.outputs.probes_after(state.step, last=last):
+                self.probe(last=last)
         if self.saved_step != state.step:
             self.save()
 
@@ -188,9 +187,13 @@ class Trainer:
         for ready in self.metrics.ready(everything=everything):
             record, (loss_sum, asked_to_stop, decay, norm, *routing) = ready.tag, ready.values
             state.stopping |= asked_to_stop > 0
-            if decay and state.decay_window is None:
+            if decay and self.budget is not None:
+                self._fit_to_budget(record.step + int(decay) - 2)
+            elif decay and state.decay_window is None:
                 self._fit_to_time(int(decay))
-            append_loss(state.recent_losses, loss_sum / max(record.num_targets, 1))
+            loss = loss_sum / max(record.num_targets, 1)
+            append_loss(state.recent_losses, loss)
+            self.progress.advance(record.step, loss)
             finite = math.isfinite(loss_sum) and math.isfinite(norm)
             jumped = finite and loss_sum > record.limit
             if finite and not (jumped and self.config.on_spike == "skip"):
@@ -211,6 +214,8 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint, after the metrics of every step it contains were processed."""
         self.drain_metrics(everything=True)
+        if self.budget is not None:
+            self.state.budget_seconds = self.budget.spent()
         with self.meter.phase("saving"):
             self.checkpointer.save(self.state)
         self.saved_step = self.state.step
@@ -232,7 +237,11 @@ class Trainer:
             self.state.best_val_loss = result.loss
             if self.saved_step == self.state.step:
                 self.checkpointer.mark_best(self.state)
-        self.reports.evaluation(self.state.step, result)
+        forecast = None
+        if self.forecast is not None:
+            share = self.state.step / self.last_step
+            forecast = self.forecast.after(result.bits_per_byte, tokens=self.state.tokens, share=share)
+        self.reports.evaluation(self.state.step, result, forecast)
 
     def sanity_check_validation(self) -> None:
         """Evaluate before the first step, so that an evaluation that fails does so at once.
@@ -258,12 +267,11 @@ class Trainer:
                 state.best_val_loss = last["val_loss"]
                 self.checkpointer.mark_best(state)
 
-    def write_samples(self) -> None:
-        """Write text samples of the model as it is."""
-        assert self.outputs.samples is not None
+    def probe(self, *, last: bool) -> None:
+        """Write text samples and scores of the model as it is, where they are due."""
         self.drain_metrics(everything=True)
         with self.meter.phase("sampling"):
-            self.outputs.samples.write(self.state.step)
+            self.reports.scores(self.state.step, self.outputs.probe(self.state.step, last=last))
 
     def rewind(self, spike: Spike) -> None:
         """Resume from the last checkpoint, with the sequences of `spike` excluded from then on.
@@ -320,50 +328,10 @@ class Trainer:
     def _loss_limit(self, batch: StepBatch) -> float:
         """Return the summed loss above which the step is a spike, in float32 as the device compares it."""
         full = sum(len(part.input_ids) for part in batch.micro_batches) * self.accelerator.num_processes
-        per_token = spike_threshold(
-            self.state.recent_losses,
-            len(self.metrics),
-            self.config.spike_sigma,
-            batch.num_sequences / full,
-        )
+        fraction = batch.num_sequences / full
+        sigma, unread = self.config.spike_sigma, len(self.metrics)
+        per_token = spike_threshold(self.state.recent_losses, unread, sigma, fraction)
         return float(np.float32(per_token * max(batch.num_targets, 1)))
-
-    def _decay_steps(self) -> int:
-        """Return what `fit_to_time` asks for, on the main process; 0 elsewhere."""
-        seconds_left, per_step = self.stop.seconds_left(), self.meter.seconds_per_step()
-        if (
-            not self.accelerator.is_main_process
-            or self.state.decay_window is not None
-            or seconds_left is None
-            or per_step is None
-            or self.schedule.custom is not None
-        ):
-            return 0
-        # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
-        reserved = 2 * (self.meter.seconds_of("evaluation") + self.meter.seconds_of("saving")) + END_SECONDS
-        return fit_to_time(
-            self.config,
-            warmup=self.schedule.warmup_steps,
-            total_steps=self.total_steps,
-            steps_done=self.state.step,
-            seconds_left=0.9 * (seconds_left - reserved),
-            seconds_per_step=per_step,
-        )
-
-    def _fit_to_time(self, steps: int) -> None:
-        """Begin the decay that ends the run within --max-time, or shorten the warm-up; see `fit_to_time`."""
-        if steps < 0:
-            warmup = max(-steps, 2 * (self.state.step + 1))
-            if warmup < self.schedule.warmup_steps // 2:
-                self.schedule = LearningRateSchedule(self.config, self.total_steps, warmup)
-                self.checkpointer.settings[WARMUP_KEY] = warmup
-                self.progress.note(f"--max-time: warming up in {warmup:,} steps.")
-            return
-        begin, end = self.state.step, min(self.state.step + steps, self.total_steps)
-        self.state.decay_window = begin, end
-        self.meter.end_at(end)
-        self.progress.start(end, begin)
-        self.progress.note(f"--max-time: decaying from step {begin:,}, to end at step {end:,}.")
 
     def _handle_spike(self, record: StepRecord, loss_sum: float, norm: float) -> None:
         """Warn of a loss spike or non-finite step, write its report, and rewind with --on-spike rewind.

@@ -141,6 +141,9 @@ def test_resuming_a_finished_run_writes_nothing(run: Path, capsys: pytest.Captur
         assert (result.steps, result.stopped, result.tokens > 0) == (12, None, True)
         assert "finished (12/12 steps); --max-steps or --epochs trains on." in capsys.readouterr().out
         assert contents(run) == before
+    with pytest.raises(CheckpointError, match="seed 42 → 43"):
+        pretrain(config_of(run, resume="auto", seed=43))
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("lost", ["model", "model/tokenizer.json", "totals"])

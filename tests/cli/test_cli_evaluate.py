@@ -115,7 +115,7 @@ def test_a_narrow_terminal_loses_no_column(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "error: --data is missing; give the evaluation data."),
+        ([], "error: --data is missing; give the evaluation data, or --tasks cloze for a score."),
         (
             ["--data", "x", "--batch-size", "0"],
             "error: --batch-size 0 is out of range; it must be at least 1.",

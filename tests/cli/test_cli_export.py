@@ -113,3 +113,30 @@ def test_help_names_the_formats_and_the_choices(run: Command) -> None:
     dtypes = "auto|float32|float16|bfloat16|q8_0"
     for text in ("SOURCE", "huggingface|minimind|gguf", dtypes, "[default: 5GB]"):
         assert text in done.out
+
+
+def test_an_export_is_pushed_once_it_is_verified(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[list[str]] = []
+
+    class Repository:
+        def __init__(self, name: str) -> None:
+            assert not (tmp_path / "out").exists(), "before the export"
+
+        def upload(self, folder: Path) -> str:
+            uploaded.append(sorted(path.name for path in folder.iterdir()))
+            return "https://hub/ann/tiny"
+
+    from minimind.formats.huggingface import save_model
+    from minimind.modeling.config import MiniMindConfig
+    from minimind.modeling.transformer import MiniMindForCausalLM
+
+    monkeypatch.setattr("minimind.formats.hub.HubRepository", Repository)
+    model = MiniMindForCausalLM(MiniMindConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
+    save_model(model, tmp_path / "model")
+    words = ("export", str(tmp_path / "model"), "--output", str(tmp_path / "out"))
+    done = run(*words, "--push-to-hub", "tiny")
+    assert done.code == 0, done.err
+    assert done.out.endswith("uploaded https://hub/ann/tiny; fill in the license in its README.md\n")
+    assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded[0])

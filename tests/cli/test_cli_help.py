@@ -97,8 +97,8 @@ def test_names_and_values_stand_whole_on_lines_without_text(
             for i, line in enumerate(lines)
             if line.split()[:1] == [param.opts[0].rstrip(",")] or line.startswith(f"  {param.opts[0]}")
         )
-        # A name line that is too long continues below.
-        end = next(i for i in range(start + 1, len(lines)) if not re.match("      --", lines[i]))
+        # A name line that is too long continues below, with another name or with the values.
+        end = next(i for i in range(start + 1, len(lines)) if not re.match(r"      (--|\w+\|)", lines[i]))
         entry = " ".join(lines[start:end]).split()
         values = [] if param.is_flag else [param.metavar]
         separators = {"/"} if param.secondary_opts else set()
@@ -139,8 +139,8 @@ def test_help_all_shows_every_option_of_a_run_with_its_help_and_default(run: Com
         entry = entries[field.flag]
         assert field.info.help in entry
         default = field.default_text
-        if isinstance(field.default, bool):
-            default = field.flag if field.default else field.flag.replace("--", "--no-", 1)
+        if isinstance(field.fallback, bool):
+            default = field.flag if field.fallback else field.flag.replace("--", "--no-", 1)
         assert (f"[default: {default}]" in entry) is (default != "none")
     assert "--num-workers" not in out
 
@@ -194,7 +194,7 @@ def test_help_takes_little_time_and_no_torch() -> None:
         ("pretrain --preset mini", ["minimind2-small", "minimind-3", "minimind-3-moe", "minimind2"]),
         ("bench --preset ", list(PRESETS)),
         ("pretrain --lr-schedule w", ["wsd"]),
-        ("pretrain --tracker ", ["tensorboard", "wandb", "swanlab", "none"]),
+        ("pretrain --tracker ", ["tensorboard", "wandb", "swanlab", "mlflow", "csv", "none"]),
         ("pretrain --learning", ["--learning-rate"]),
         ("pretrain --help", ["--help-all", "--help"]),
         # Less common options too, which only --help-all shows.

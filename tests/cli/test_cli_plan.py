@@ -98,3 +98,48 @@ main(sys.argv[1:])"""
     plan = json.loads(done.stdout)
     assert (plan["processes"], plan["measured"]["processes"]) == (2, 2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def budgets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Put a fake choice in place of the real one; the list holds the configurations it was asked for."""
+    configs: list[Any] = []
+
+    def plan_budget(config: Any, *, quiet: bool) -> SimpleNamespace:
+        configs.append(config)
+        return SimpleNamespace(rows=lambda: [("model", "small")], to_dict=lambda: {"seconds": 1800})
+
+    fake = SimpleNamespace(plan_budget=plan_budget)
+    monkeypatch.setitem(sys.modules, "minimind.planning.budget", fake)  # type: ignore[arg-type]
+    return configs
+
+
+def test_the_plan_of_a_budget_is_its_choice(run: Command, budgets: list[Any], trained: list[Any]) -> None:
+    done = run("pretrain", "--budget", "30m", "--plan", "--max_seq_len", "512")
+    assert done.code == 0, done.err
+    assert done.out == "model:       small\n"
+    assert "--preset tiny" not in done.err
+    assert budgets[0].budget_keeps == ("max_seq_len",)
+    assert json.loads(run("pretrain", "--budget", "$3 at $2/h", "--plan", "--json").out) == {"seconds": 1800}
+    assert trained == []
+
+
+def test_the_price_of_a_budget_is_part_of_it(run: Command, budgets: list[Any]) -> None:
+    done = run("pretrain", "--budget", "30m", "--plan", "--price-per-hour", "2")
+    assert done.code == 2
+    assert "$3 at $2.50/h" in done.err
+    assert not budgets
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (("--budget", "soon"), "--budget 'soon' is not a budget such as 30m, 2h"),
+        (("--budget", "30m", "--max-steps", "9"), "--budget and --max-steps both set the length of the run"),
+        (("--budget-keeps", "epochs"), "--budget-keeps needs --budget"),
+    ],
+)
+def test_a_contradictory_budget_is_refused(run: Command, args: tuple[str, ...], problem: str) -> None:
+    done = run("pretrain", *args)
+    assert done.code == 2
+    assert problem in done.err

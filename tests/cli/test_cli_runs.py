@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,44 @@ def test_info_as_json(run: Command, tmp_path: Path) -> None:
     values = json.loads(done.out)
     assert (values["steps"], values["tokens"], values["best"]["step"]) == (30, 30_000, 30)
     assert values["next"] == [f"minimind-train reproduce {tmp_path / 'a'}"]
+
+
+def test_info_names_the_report_and_opens_it(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    folder = make_run(tmp_path / "my run")
+    refused = run("info", str(folder), "--open")
+    assert (refused.code, opened) == (2, [])
+    assert "has no report.html" in refused.err
+    page = folder / "report.html"
+    page.touch()
+    done = run("info", str(folder), "--open")
+    assert f"report:      {page}" in done.out
+    assert opened == [page.resolve().as_uri()]
+    assert json.loads(run("info", str(folder), "--json").out)["report"] == str(page)
+
+
+def test_info_plots_the_losses_of_a_run(run: Command, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder, picture = str(make_run(tmp_path / "a")), tmp_path / "loss.svg"
+    assert run("info", folder, "--plot", str(picture)).code == 0
+    drawn = picture.read_text(encoding="utf-8")
+    for text in ("training", "validation", "training tokens", "loss (nats per token)"):
+        assert f"<!-- {text} -->" in drawn, text
+    refused = run("info", folder, "--plot", str(tmp_path / "loss.bmp"))
+    assert (refused.code, "must end in .png, .pdf or .svg" in refused.err) == (2, True)
+    refused = run("info", folder, "--plot", str(tmp_path / "nowhere" / "loss.png"))
+    assert (refused.code, "cannot be written (No such file" in refused.err) == (2, True)
+
+
+def test_plotting_names_the_package_that_is_missing(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused = run("info", str(make_run(tmp_path / "a")), "--plot", str(tmp_path / "loss.png"))
+    assert (refused.code, "pip install matplotlib" in refused.err) == (2, True)
 
 
 def test_info_of_nothing_is_a_mistake_of_the_user(run: Command, tmp_path: Path) -> None:

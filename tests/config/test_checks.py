@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from minimind.config.checks import run_notes
+from minimind.config.naming import options_were_typed
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
-from minimind.config.schema import options_were_typed
 from support.tiny_runs import pretrain_as_command as pretrain
 from support.tiny_runs import tiny, write_corpus
 
@@ -51,6 +51,14 @@ def test_the_epochs_of_a_preset_are_a_default() -> None:
         (
             {"total_steps": 9, "steps_per_epoch": 6, "max_steps": 9, "epochs": 2},
             "--max-steps 9 ends the run after 9 of the 12 steps of --epochs 2.",
+        ),
+        (
+            {"total_steps": 9, "steps_per_epoch": 6, "max_steps": 9, "max_tokens": 10**9, "epochs": 2},
+            "--max-steps 9 ends the run after 9 of the 12 steps of --epochs 2.",
+        ),
+        (
+            {"total_steps": 5, "steps_per_epoch": 6, "max_steps": 9, "max_tokens": 100},
+            "--max-tokens 100 ends the run after 5 steps, before --max-steps 9.",
         ),
         (
             {"total_steps": 12, "steps_per_epoch": 6, "max_tokens": 10**9, "epochs": 2},

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from minimind.config.naming import options_were_typed
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.presets import preset_config
 from minimind.config.reference_page import PAGE, render
-from minimind.config.schema import options_were_typed, schema_of, write_toml
+from minimind.config.schema import schema_of, write_toml
 from minimind.errors import ConfigError
 
 
@@ -46,7 +47,7 @@ def test_all_values_out_of_range_are_listed() -> None:
     assert problems_when_typed(epochs=0, learning_rate=-1.0, tracker=("wandb", "paper")) == [
         "--epochs 0 is out of range; it must be at least 1.",
         "--learning-rate -1.0 is out of range; it must be above 0.",
-        "--tracker paper is not known; choose tensorboard, wandb, swanlab or none.",
+        "--tracker paper is not known; choose tensorboard, wandb, swanlab, mlflow, csv or none.",
     ]
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from minimind.config.naming import options_were_typed
 from minimind.config.options import LEARNING_RATES, PretrainConfig
 from minimind.config.presets import (
     PRESET_PARAMETERS,
@@ -16,7 +17,7 @@ from minimind.config.presets import (
     resolve,
     size_text,
 )
-from minimind.config.schema import options_were_typed, schema_of
+from minimind.config.schema import schema_of
 from minimind.errors import ConfigError
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minimind.config.naming import options_were_typed
 from minimind.config.schema import (
     FieldInfo,
-    options_were_typed,
     parse_values,
     range_problems,
     read_toml,

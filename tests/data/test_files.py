@@ -110,12 +110,16 @@ def test_the_report_counts_skipped_files_and_a_warning_tells_when_they_are_most(
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     write_jsonl(corpus / "a.jsonl", ["some words " * 20] * 5)
-    for name in ("b.csv", "c.csv"):
+    for name in ("b.csv", "c.csv", "d.x1", "d.x2", "d.x3", "d.x4", "d.x5"):
         (corpus / name).touch()
     config = PretrainConfig(data=(str(corpus),), max_seq_len=16, cache_dir=str(tmp_path / "cache"))
-    with pytest.warns(UserWarning, match=r"2 files or folders were skipped and only 1 .* suffix \.csv"):
+    with pytest.warns(UserWarning, match=r"7 files or folders were skipped and only 1 .* suffix \.csv"):
         report = prepare_data(config, tokenizer).report
     assert "skipped     2 x file with the unknown suffix .csv" in report.lines()
+    # Without --verbose only what is lost or questionable is shown, at most a few lines of it.
+    *shown, more = report.problems()
+    assert shown == [line for line in report.lines() if line.startswith(("duplicates", "skipped"))][:5]
+    assert more.endswith(" more; --verbose lists them")
 
 
 def test_folders_of_training_runs_are_skipped_and_named(tmp_path):

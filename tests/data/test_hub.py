@@ -193,7 +193,7 @@ def test_names_weights_and_splits_of_the_hub(tmp_path: Path, package: Package) -
     package.commit = None
     with pytest.raises(DataError, match=r"hf://owner/new cannot be found \(no network\); check the name"):
         shards("hf://owner/new")
-    with pytest.raises(DataError, match="is for training only"):
+    with pytest.raises(DataError, match="cannot be read by this command"):
         read_sources(["hf://owner/name"])
 
 

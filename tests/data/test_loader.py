@@ -98,9 +98,9 @@ def test_packed_sequences_are_not_trimmed(shards):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("max_batches", [None, 3])
+@pytest.mark.parametrize("max_sequences", [None, 36, 31])
 def test_evaluation_has_equally_many_batches_and_the_same_sequences_on_any_processes(
-    shards, packing, max_batches
+    shards, packing, max_sequences
 ):
     def targets(num_processes, batch_size):
         parts = [
@@ -113,7 +113,7 @@ def test_evaluation_has_equally_many_batches_and_the_same_sequences_on_any_proce
                     process_index=r,
                     num_processes=num_processes,
                     device="cpu",
-                    max_batches=max_batches,
+                    max_sequences=max_sequences,
                 )
             )
             for r in range(num_processes)
@@ -123,10 +123,10 @@ def test_evaluation_has_equally_many_batches_and_the_same_sequences_on_any_proce
         return labels[labels != -100].tolist()
 
     one = targets(1, 12)
-    assert one == targets(3, 4) == targets(2, 6)
-    if max_batches is None:
+    assert one == targets(3, 4) == targets(2, 6) == targets(2, 5) == targets(1, 1)
+    if max_sequences is None:
         assert one == sorted(one)
-    if max_batches is None and packing:
+    if max_sequences is None and packing:
         assert len(one) == shards.num_tokens - shards.num_documents
 
 
@@ -138,9 +138,9 @@ def test_fewer_evaluation_batches_are_a_sample_of_the_whole_split(shards, packin
     def evaluated(limit):
         options = {"seq_len": 16, "packing": packing, "batch_size": 12, "device": "cpu"}
         batches = list(
-            evaluation_batches(shards, process_index=0, num_processes=1, max_batches=limit, **options)
+            evaluation_batches(shards, process_index=0, num_processes=1, max_sequences=limit, **options)
         )
-        assert limit is None or len(batches) == limit
+        assert limit is None or 12 * len(batches) == limit
         parts = [[batch.input_ids, batch.shift_labels] for batch in batches]
         if packing:
             parts = [
@@ -153,7 +153,7 @@ def test_fewer_evaluation_batches_are_a_sample_of_the_whole_split(shards, packin
     total = loader_for(shards, packing=packing).sequences_per_epoch
     assert count < total
     middles = [int((i + 0.5) * total / count) for i in range(count)]
-    for sampled, whole in zip(evaluated(max_batches), evaluated(None), strict=True):
+    for sampled, whole in zip(evaluated(count), evaluated(None), strict=True):
         assert torch.equal(sampled, whole[middles])
 
 
@@ -162,7 +162,7 @@ def test_a_sample_crosses_blocks(make_shards):
     shards = make_shards([40] * 60, block_tokens=200)
     assert len(shards.blocks) > 5
     options = {"seq_len": 16, "packing": True, "process_index": 0, "num_processes": 1, "device": "cpu"}
-    (batch,) = evaluation_batches(shards, batch_size=7, max_batches=1, **options)
+    (batch,) = evaluation_batches(shards, batch_size=7, max_sequences=7, **options)
     whole = torch.cat([b.shift_labels for b in evaluation_batches(shards, batch_size=7, **options)])
     assert torch.equal(batch.shift_labels, whole[[(2 * i + 1) * 150 // 14 for i in range(7)]])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -89,6 +90,18 @@ def test_a_process_without_a_launcher_survives_its_parent(
     before = threading.active_count()
     with launcher.watch_launcher(StopRequest()):
         assert threading.active_count() == before
+
+
+def test_a_signal_is_answered_at_once_and_once() -> None:
+    shown: queue.Queue[str] = queue.Queue()
+    with StopRequest() as stop, stop.announced(shown.put):
+        os.kill(os.getpid(), signal.SIGINT)
+        sentence = "Stopping after this step and saving; press Ctrl-C again to quit without saving."
+        assert shown.get(timeout=5) == sentence
+    with StopRequest() as stop, stop.announced(shown.put):
+        pass
+    assert shown.empty()
+    assert "signals" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_other_threads_do_not_set_handlers() -> None:

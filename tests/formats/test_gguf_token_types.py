@@ -30,4 +30,5 @@ def test_each_token_has_the_type_that_llama_cpp_expects(tokenizer: Tokenizer) ->
     expected = dict.fromkeys(range(len(types)), NORMAL) | dict.fromkeys(special, CONTROL) | marks | unused
     assert dict(enumerate(types)) == expected
     assert tokens[-2:] == [f"[PAD{tokenizer.vocab_size}]", f"[PAD{tokenizer.vocab_size + 1}]"]
-    assert values["tokenizer.ggml.add_bos_token"] is values["tokenizer.ggml.add_eos_token"] is False
+    assert values["tokenizer.ggml.add_bos_token"] is True
+    assert values["tokenizer.ggml.add_eos_token"] is False

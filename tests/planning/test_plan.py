@@ -13,11 +13,14 @@ import torch
 
 import minimind.planning.plan as module
 from minimind.config.options import PretrainConfig
+from minimind.data.batch_plan import plan_batches
+from minimind.data.prepare import prepare_data
 from minimind.errors import CheckpointError
 from minimind.planning.benchmark import BenchmarkResult, TooLargeError
 from minimind.planning.plan import plan_run
 from minimind.planning.plan_report import RunPlan
 from minimind.training.pretrain import pretrain
+from minimind.training.setup import resolve_run
 from support import tiny_runs, topologies
 
 RESULT = BenchmarkResult(
@@ -98,12 +101,32 @@ def test_the_run_that_follows_is_the_one_that_was_planned(corpus: Path, tmp_path
     again = plan_run(resumed, seconds=0.1, quiet=True)
     assert (again.first_step, again.total_steps) == (result.steps, result.steps)
     # What the run would refuse or warn of at its start.
-    with pytest.raises(CheckpointError, match=r"cannot resume from .*:\n  --seed 42 → 43"):
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*:\n  seed 42 → 43"):
         plan_run(dataclasses.replace(resumed, seed=43), seconds=0.1, quiet=True)
     (checkpoint.path / "trainer.json").unlink()
     earlier = plan_run(resumed, seconds=0.1, quiet=True)
     assert 0 < earlier.first_step < result.steps
     assert any("is skipped" in problem for problem in earlier.problems)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_tokens_of_a_plan_are_those_of_its_steps(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig], packing: bool
+) -> None:
+    """The last step of an epoch is short, so a step is no fixed share of an epoch's tokens."""
+    config = tiny_runs.tiny(corpus, tmp_path / "out", accumulation_steps=3, packing=packing)
+    inputs = resolve_run(config)
+    data = prepare_data(config, inputs.tokenizer)
+    batches = plan_batches(config, 1)
+    loader = inputs.loader(data.train, batches)
+    taken = [step.num_tokens for epoch in range(2) for step in loader.steps(epoch)]
+    per_epoch = loader.steps_per_epoch
+    assert taken[per_epoch - 1] < taken[0]
+    for steps in (1, per_epoch - 1, per_epoch, per_epoch + 2):
+        planned = plan_run(dataclasses.replace(config, max_steps=steps), quiet=True).total_tokens
+        # Inside an epoch one short sequence may come later, and padded ones are counted by their mean length.
+        most = 0 if steps == per_epoch else config.max_seq_len if packing else 0.25 * planned
+        assert abs(planned - sum(taken[:steps])) <= most
 
 
 def test_a_long_step_is_put_together_from_its_micro_batches(
@@ -123,7 +146,8 @@ def test_time_and_cost_count_the_start_the_steps_and_the_evaluations(
 ) -> None:
     config = tiny_runs.tiny(corpus, tmp_path / "out", eval_batches=1)
     plan = plan_run(config, price_per_hour=3600.0, quiet=True)
-    evaluations = 1 + -(-plan.total_steps // 5)
+    # Two micro-batches each.
+    evaluations = 2 * (1 + -(-plan.total_steps // 5))
     assert plan.evaluation_seconds == pytest.approx(0.2 * evaluations)
     assert plan.seconds == pytest.approx(7.0 + plan.total_steps * 1.0 + 0.2 * evaluations)
     assert plan.cost == pytest.approx(plan.seconds)
@@ -154,7 +178,7 @@ def test_a_step_that_does_not_fit_leaves_a_plan_without_times(
     plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), price_per_hour=1.0, quiet=True)
     assert (plan.seconds, plan.cost, plan.step_seconds) == (None, None, None)
     assert plan.problems[0].startswith("--batch-size 4 does not fit")
-    assert "not measured" in dict(plan.rows())["time"]
+    assert "does not fit" in dict(plan.rows())["time"]
     json.dumps(plan.to_dict())
 
 
@@ -184,8 +208,11 @@ def test_what_would_go_wrong_is_reported(
     assert f"cannot be written, because {corpus} cannot" in text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
-    text = " ".join(plan_run(dataclasses.replace(config, max_time="1s"), quiet=True).problems)
-    for words in ("--keep-checkpoints", "already holds a run", "of the GPU's", "--max-time 1s ends the run"):
+    short = dataclasses.replace(config, max_time="9s", warmup_steps=15, save_interval=999, decay_steps=3)
+    text = " ".join(plan_run(short, quiet=True).problems)
+    for words in ("--keep-checkpoints", "already holds a run", "of the GPU's", "max_time 9s ends the run",
+                  "max_time 9s allows about 2 steps, fewer than the 15 of the warm-up",
+                  "save_interval 999 is beyond the run", "decay_steps 3 has no effect"):  # fmt: skip
         assert words in text
 
 

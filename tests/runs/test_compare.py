@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,14 @@ import pytest
 
 from minimind.errors import ConfigError
 from minimind.runs.compare import Comparison, at_tokens, compare_runs, distinct_names
-from minimind.runs.compare_html import CHARTS, MOST_POINTS, comparison_html, thinned
-from minimind.runs.record import Point
+from minimind.runs.compare_html import CHARTS, comparison_html
+from minimind.tracking.curves import MOST_POINTS, Point, RunClock, curve, thinned
+from support.html_pages import CHROMIUM, Parsed, assert_self_contained, contrast, open_in_chromium
 from support.made_runs import make_run
 
 # A folder's name may be anything but a slash; so may be what a run recorded.
 HOSTILE = "<img src=x onerror=alert(1)> & \"q' [bold]x"
 HOSTILE_TEXT = "</script><script>document.title='taken'</script><img src=//evil.example/x>"
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -104,8 +100,11 @@ def test_runs_with_other_validation_data_are_not_ranked(
 
 
 def test_evaluations_are_marked_by_points(comparison: Comparison) -> None:
-    assert [chart.name for chart in CHARTS if chart.points] == ["val_bits_per_byte"]
-    assert "if (chart.points)" in comparison_html(comparison)
+    page = comparison_html(comparison)
+    charts = json.loads(Parsed(page).scripts[0])["charts"]
+    marked = [chart["name"] for chart in charts if any(curve["marks"] for curve in chart["curves"])]
+    assert marked == ["val_bits_per_byte"]
+    assert "if (marks)" in page
 
 
 def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
@@ -146,46 +145,17 @@ def test_names_are_as_long_as_they_must_be() -> None:
     assert distinct_names(paths) == ("x/out", "y/out", "other", "other (2)", "/out")
 
 
-def test_a_long_curve_is_thinned_by_means_and_keeps_its_ends() -> None:
-    points = [Point(step, float(step), None, float(step)) for step in range(10_001)]
-    fewer = thinned(points)
+def test_a_long_curve_is_thinned_by_means_and_ranges_and_keeps_its_ends() -> None:
+    steps = [float(step) for step in range(10_001)]
+    values = [step + 5000 * (step == 7777) for step in steps]
+    points, fewer = curve(steps, values, RunClock()), thinned(steps, values, RunClock())
     assert len(fewer) == MOST_POINTS
     assert (fewer[0], fewer[-1]) == (points[0], points[-1])
-    assert all(abs(point.value - point.step) <= 0.5 for point in fewer)
-    assert thinned(points[:5]) == points[:5]
-
-
-class Parsed(HTMLParser):
-    """Collects elements, and checks that they are closed as they were opened."""
-
-    VOID = frozenset({"meta", "input", "br", "link", "img", "line"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.scripts: list[str] = []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+    inner = fewer[1:-1]
+    assert all(abs(point.value - point.step) <= 0.5 for point in inner if point.high < 10_001)
+    assert all(0 < point.step - point.low < 12 for point in inner)
+    assert max(point.high for point in inner) == 12_777, "no spike is lost"
+    assert thinned(steps[:5], values[:5], RunClock()) == points[:5]
 
 
 def test_nothing_of_the_runs_becomes_markup(comparison: Comparison) -> None:
@@ -195,26 +165,12 @@ def test_nothing_of_the_runs_becomes_markup(comparison: Comparison) -> None:
     assert len(parsed.all("script")) == 2
     assert "<" not in parsed.scripts[0], "nothing may end the element or begin a comment"
     data = json.loads(parsed.scripts[0])
-    assert data["runs"] == ["a", HOSTILE]
+    assert [curve["label"] for curve in data["charts"][0]["curves"]] == ["a", HOSTILE]
     assert "onerror=alert(1)&gt;" in page
 
 
 def test_the_page_asks_for_nothing_from_anywhere(comparison: Comparison) -> None:
-    page = comparison_html(comparison)
-    parsed = Parsed(page)
-    for tag, attributes in parsed.elements:
-        assert tag not in ("link", "iframe", "object", "embed", "base"), tag
-        assert not {"src", "srcset", "action", "background", "style"} & attributes.keys(), (tag, attributes)
-        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
-        assert (attributes.get("href") or "#").startswith("#")
-    without_data = re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.DOTALL)
-    addresses = set(re.findall(r"https?://[^\s\"'&<)]+", without_data))
-    assert addresses <= {"http://www.w3.org/2000/svg"}  # a name, never loaded
-    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|WebSocket|import\(", without_data)
-    policy = next(a["content"] for a in parsed.all("meta") if "http-equiv" in a)
-    assert policy is not None
-    assert policy.startswith("default-src 'none';")
-    assert "unsafe" not in policy
+    assert_self_contained(comparison_html(comparison))
 
 
 def test_tables_and_controls_have_names(comparison: Comparison) -> None:
@@ -232,18 +188,6 @@ def test_tables_and_controls_have_names(comparison: Comparison) -> None:
     assert next(tag for tag, _ in parsed.elements if tag in ("h1", "h2", "h3")) == "h1"
 
 
-def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours as WCAG 2 defines it."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
-
-
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_stand_out_from_the_ground(comparison: Comparison, scheme: int) -> None:
     blocks = re.findall(r":root \{(.*?)\}", comparison_html(comparison), flags=re.DOTALL)
@@ -251,30 +195,9 @@ def test_colours_stand_out_from_the_ground(comparison: Comparison, scheme: int) 
     for ground in ("ground", "panel"):
         for text in ("ink", "faint", "accent"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-        for curve in range(8):
-            assert contrast(colours[f"c{curve}"], colours[ground]) >= 3, (curve, ground)
+        for number in range(8):
+            assert contrast(colours[f"c{number}"], colours[ground]) >= 3, (number, ground)
     assert contrast(colours["ink"], colours["note"]) >= 4.5
-
-
-def open_in_chromium(page: Path, *what: str) -> str:
-    """Open a page without a network and return what the browser prints."""
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *(f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr"),
-            *("--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1200,900", *what, page.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    # What the page itself complains of, such as a script that fails or that its policy forbids.
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return done.stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")

@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_others_and_leaves_no_folder(
     shutil.copytree(branched.trunk, tmp_path / "trunk")
     with (tmp_path / "trunk" / "checkpoints" / folder_name(8) / "model.safetensors").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(CheckpointError, match=r"step-00000008/model\.safetensors has .*; give --from-step 4"):
+    with pytest.raises(CheckpointError, match=r"step-00000008/model\.safetensors has .*; give from_step 4"):
         decay(tmp_path / "trunk", TOKENS, from_step=8)
     assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
 
@@ -190,19 +190,19 @@ def checkpoint(folder: Path, step: int, total_steps: int = 100, **options: Any) 
 def test_a_step_without_checkpoint_is_refused_with_those_there_are(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         checkpoint(tmp_path, step, lr_schedule="constant")
-    with pytest.raises(CheckpointError, match=r"--from-step 15 has no checkpoint .* steps 10, 20 or 30;"):
+    with pytest.raises(CheckpointError, match=r"from_step 15 has no checkpoint .* steps 10, 20 or 30;"):
         decay(tmp_path, 1000, from_step=15)
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="name the --output-dir of a run"):
+    with pytest.raises(CheckpointError, match="name the output_dir of a run"):
         decay(tmp_path, 1000)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_schedule_without_stable_phase_is_refused(tmp_path: Path, schedule: str) -> None:
     checkpoint(tmp_path, 10, lr_schedule=schedule)
-    with pytest.raises(CheckpointError, match=f"--lr-schedule {schedule}, which has no stable phase"):
+    with pytest.raises(CheckpointError, match=f"lr_schedule {schedule}, which has no stable phase"):
         decay(tmp_path, 1000)
 
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_the_decay_is_refused_with_those_that_would_do(tmp_path:
         checkpoint(tmp_path, step, lr_schedule="wsd", warmup_steps=5)
     # The newest is taken by default.
     with pytest.raises(
-        CheckpointError, match=r"step-00000081 is already in the decay: .* give --from-step 40 or 80\."
+        CheckpointError, match=r"step-00000081 is already in the decay: .* give from_step 40 or 80\."
     ):
         decay(tmp_path, 1000)
     with pytest.raises(CheckpointError, match=r"step-00000004 is in the warm-up: .* 40 or 80\."):

@@ -6,13 +6,16 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from minimind.config.schema import read_toml
 from minimind.errors import ConfigError, UserError
 from minimind.formats.huggingface import check_weights, load_config, save_model
 from minimind.formats.open_model import load_with_tokenizer, open_model
+from minimind.formats.sharded_safetensors import read_weights
 from minimind.formatting import json_line, printable
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -135,3 +138,54 @@ def test_the_advice_of_torch_to_run_code_is_not_passed_on(tmp_path: Path) -> Non
     ) as refused:
         read_info(tmp_path / "hostile.pth")
     assert "trust" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 is not a size"),
+        (
+            {"max_position_embeddings": 2**24, "head_dim": 128},
+            "max_position_embeddings 16777216 is too large",
+        ),
+        ({"num_experts": 10**9}, "num_experts 1000000000 is not a size"),
+        ({"vocab_size": 10**9}, "vocab_size 1000000000 is not a size"),
+        ({"rope_scaling": {"factor": 1e300}}, "rope_scaling factor is 1e"),
+        ({"rope_scaling": {"original_max_position_embeddings": 0.5}}, "rope_scaling original_max_position"),
+        ({"rope_scaling": {"beta_fast": 1e-320}}, "rope_scaling beta_fast is"),
+        ({"rope_scaling": {"attention_factor": float("inf")}}, "rope_scaling attention_factor is inf"),
+    ],
+)
+def test_sizes_that_no_machine_can_hold_are_refused_before_anything_is_built(
+    model: Path, changes: dict[str, Any], message: str
+) -> None:
+    values = json.loads((model / "config.json").read_text())
+    if "rope_scaling" in changes:
+        plain = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+        changes = {"rope_scaling": plain | changes["rope_scaling"], "rope_parameters": None}
+    if "num_experts" in changes:
+        values["model_type"] = "qwen3_moe"
+    (model / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(ConfigError, match=message):
+        open_model(model)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_block(model: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match=r"--config .*pipe cannot be read"):
+        read_toml(pipe)
+    with pytest.raises(ConfigError, match=r"cannot read .*pipe"):
+        load_tokenizer(pipe)
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep\.toml is not valid TOML"):
+        read_toml(tmp_path / "deep.toml")
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
+    for use in (open_model, lambda path: read_weights(path)):
+        with pytest.raises(ConfigError):
+            use(model)
+    load_tokenizer().save(tmp_path)
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(ConfigError, match=r"cannot read .*chat_template\.jinja"):
+        load_tokenizer(tmp_path)

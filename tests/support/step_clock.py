@@ -12,6 +12,7 @@ from minimind.checkpoint.train_state import TrainState
 from minimind.distributed.shutdown import StopRequest
 from minimind.training.async_metrics import AsyncScalars
 from minimind.training.throughput import Meter
+from minimind.training.time_limits import BudgetClock
 
 
 class StepClock:
@@ -29,7 +30,7 @@ class StepClock:
         # Readings of the real clock are compared with this one: when the run was started.
         self._began = time.monotonic()
         self.elapsed = 0.0
-        for one in (StopRequest, Meter, AsyncScalars):
+        for one in (StopRequest, Meter, AsyncScalars, BudgetClock):
             _replace_default(monkeypatch, one.__init__, "clock", self)
         advance = TrainState.advance
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import minimind.tracking.console as module
-from minimind.formatting import count, duration
+from minimind.formatting import count, duration, paint
+from minimind.launch_env import resume_command
 from minimind.tracking.console import Progress
+from minimind.training.summary import PretrainResult, summary_rows
 
 REPORT = {
     "loss": 3.21,
@@ -121,12 +125,173 @@ def test_time_left_runs_down_between_reports(terminal, monkeypatch):
     assert "eta 3m10s" in terminal.text()
 
 
-def test_narrow_terminal_keeps_step_loss_and_time_left(terminal, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "75")
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (50, "step 100/2000 | loss 3.2100 | eta 3m12s"),
+        (80, "step 100/2000 | loss 3.2100 | lr 5.0e-04 | 123k tok/s | mfu 41% | eta 3m12s"),
+        (120, LINE),
+    ],
+)
+def test_no_line_is_wider_than_the_terminal(terminal, monkeypatch, width, line):
+    monkeypatch.setenv("COLUMNS", str(width))
+    progress = Progress(stream=terminal)
+    progress.start(2000)
+    for step in (98, 99, 100):
+        progress.advance(step, 3.5)
+    progress.banner(
+        [("steps", "2,000 of up to 2.05k tokens (micro-batch 16 x accumulation 1 x processes 1)")]
+    )
+    progress.step(100, REPORT)
+    progress.evaluation(100, EVALUATION)
+    progress.close()
+    lines = terminal.text().splitlines()
+    assert line in lines
+    assert max(map(len, lines)) <= width
+    assert any(one.startswith("step 100/2000 | val loss 3.1000") for one in lines)
+
+
+def test_report_lines_stay_above_the_bar(terminal):
     progress = Progress(2000, stream=terminal)
     progress.step(100, REPORT)
+    progress.step(200, REPORT)
     progress.close()
-    assert "step 100/2000 | loss 3.2100 | 123k tok/s | eta 3m12s" in terminal.text()
+    screen = shown_at_the_end(terminal.getvalue())
+    assert screen == [LINE, LINE.replace("step 100", "step 200")]
+
+
+def shown_at_the_end(written: str) -> list[str]:
+    """Return the lines that are left on a screen: carriage returns, erased lines, cursor up."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif part == "\r":
+            column = 0
+        elif part.endswith("A"):
+            row -= int(part[2:-1])
+        elif part.endswith("K"):
+            lines[row] = ""
+        elif not part.startswith("\x1b"):
+            lines[row] = lines[row][:column] + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_the_bar_moves_at_each_step_and_knows_the_time_left_from_the_second(terminal, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = Progress(stream=terminal)
+    progress.start(12)
+    texts = []
+    for step in (1, 2):
+        now[0] += 3.0
+        progress.advance(step, 5.0 - step)
+        texts.append(progress._bar_text(120))
+    now[0] += 1.0
+    texts.append(progress._bar_text(120))
+    progress.close()
+    assert texts == [
+        "step 1/12 | loss 4.0000",
+        "step 2/12 | loss 3.0000 | eta 30s",
+        "step 2/12 | loss 3.0000 | eta 29s",
+    ]
+
+
+def test_a_step_writes_nothing_itself(terminal):
+    out = io.StringIO()
+    progress = Progress(10, stream=out)
+    progress.start(10)
+    progress.advance(1, 2.0)
+    assert out.getvalue() == ""
+    progress = Progress(10, stream=terminal)
+    progress.start(10)
+    progress._bar.stop()  # the thread that draws
+    before = terminal.getvalue()
+    progress.advance(1, 2.0)
+    assert terminal.getvalue() == before
+
+
+def test_the_cursor_is_never_hidden(terminal):
+    progress = Progress(10, stream=terminal)
+    progress.step(1, REPORT)
+    progress.close()
+    assert "\x1b[?25l" not in terminal.getvalue()
+
+
+class Handle:
+    """Stands in for the display handle of IPython."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def update(self, shown) -> None:
+        self.shown.append(shown._repr_html_())
+
+
+def test_a_notebook_has_a_bar_that_is_updated_in_place_and_lines_as_text(monkeypatch, capsys):
+    handles: list[Handle] = []
+
+    def display(shown, display_id):
+        assert display_id is True
+        handles.append(Handle())
+        handles[-1].update(shown)
+        return handles[-1]
+
+    ipython = ModuleType("IPython")
+    ipython.get_ipython = lambda: SimpleNamespace(kernel=object())
+    ipython.display = ModuleType("IPython.display")
+    ipython.display.display = display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython.display)
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = Progress(10)
+    progress.start(10)
+    for step in range(1, 5):
+        now[0] += 0.2  # twice as often as it is drawn
+        progress.advance(step, 2.0)
+    progress.step(4, {"loss": 2.0})
+    progress.warn("<look>")
+    progress.close()
+    (handle,) = handles
+    assert [re.findall('value="([^"]+)"', shown) for shown in handle.shown] == [
+        ["0.0000"], ["0.2000"], ["0.4000"], [],
+    ]  # fmt: skip
+    assert "step 2/10 | loss 2.0000" in handle.shown[1]
+    assert capsys.readouterr().out == "step 4/10 | loss 2.0000\nwarning: <look>\n"
+
+
+def test_ipython_in_a_terminal_is_no_notebook(monkeypatch):
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert module._notebook_display() is None
+
+
+def test_colours_are_for_terminals_without_no_color(terminal, monkeypatch):
+    assert paint("error:", "31", terminal) == "\x1b[31merror:\x1b[0m"
+    assert paint("error:", "31", io.StringIO()) == "error:"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert paint("error:", "31", terminal) == "error:"
+
+
+def test_the_command_that_resumes_is_quoted_and_has_the_launcher(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    alone = resume_command(Path("my run"), {"processes": 1, "on_cpu": True})
+    assert alone == "minimind-train pretrain --resume --output-dir 'my run'"
+    launch = {"processes": 2, "on_cpu": False, "kind": "FSDP2", "machines": 1}
+    assert resume_command(Path("out"), launch) == (
+        "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m minimind_cli pretrain --resume "
+        "--output-dir out"
+    )
+
+
+def test_what_was_not_measured_is_not_in_the_summary():
+    result = PretrainResult(Path("out/model"), 3, 100, math.nan, None, None, 10.0, 1.0, "", "SIGINT")
+    rows = dict(summary_rows(result, {}, None, 0))
+    assert rows.keys() == {"end", "trained", "speed", "time"}
+    assert rows["end"] == "stopped by SIGINT after step 3, checkpoint saved"
 
 
 def test_dumb_terminal_gets_plain_lines(terminal, monkeypatch):

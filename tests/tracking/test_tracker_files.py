@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minimind.tracking.metric_groups import grouped_name
 from support.tiny_runs import write_corpus
 
 # The key of WandB must have 40 characters.
@@ -65,6 +66,10 @@ class Finished:
 
     folder: Path
     said: str
+
+    def grouped(self) -> Curves:
+        """Return the numbers of metrics.jsonl under the names that trackers show."""
+        return {grouped_name(name): points for name, points in self.curves().items()}
 
     def curves(self) -> Curves:
         """Return the numbers of metrics.jsonl, NaN for null."""
@@ -153,7 +158,7 @@ def test_tensorboard_has_every_number_once(finished: Finished, events: EventAccu
     found = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
-    assert_same(finished.curves(), found, tolerance=1e-6)  # it keeps float32
+    assert_same(finished.grouped(), found, tolerance=1e-6)  # it keeps float32
 
 
 def test_tensorboard_shows_hyper_parameters_environment_and_samples(
@@ -164,7 +169,7 @@ def test_tensorboard_shows_hyper_parameters_environment_and_samples(
     metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     values = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info.hparams
     assert values["learning_rate"].number_value == 1e-2
-    assert values["data"].string_value == "corpus.jsonl"
+    assert values["optimizer"].string_value == "normuon"
 
     def texts(name: str) -> list[tuple[int, str]]:
         found = events.Tensors(f"{name}/text_summary")
@@ -239,7 +244,7 @@ def test_wandb_has_every_number_once(finished: Finished, wandb_run: WandBRun) ->
         for name, value in items.items():
             if not name.startswith(("_", "sample")):
                 found[name].append((step, float(value)))
-    assert_same(finished.curves(), found)
+    assert_same(finished.grouped(), found)
 
 
 def test_wandb_goes_on_in_the_same_run(wandb_run: WandBRun) -> None:
@@ -305,7 +310,7 @@ def read_swanlab(finished: Finished) -> SwanLabRun:
 
 
 def test_swanlab_has_every_number_once(finished: Finished, swanlab_run: SwanLabRun) -> None:
-    assert_same(finished.curves(), swanlab_run.curves)
+    assert_same(finished.grouped(), swanlab_run.curves)
 
 
 def test_swanlab_goes_on_in_the_same_run(swanlab_run: SwanLabRun) -> None:
@@ -326,7 +331,7 @@ def test_swanlab_shows_hyper_parameters_environment_and_samples(
 def test_the_dashboard_of_swanlab_has_every_number(tmp_path: Path) -> None:
     pytest.importorskip("swanboard", reason="comes with swanlab[dashboard]")
     finished = train(tmp_path, "swanlab", SWANLAB_MODE="local")
-    assert_same(finished.curves(), read_swanlab(finished).curves)
+    assert_same(finished.grouped(), read_swanlab(finished).curves)
     with sqlite3.connect(finished.folder / "swanlab" / "runs.swanlab") as database:
         rows = database.execute(
             "select run_id, tag.name, folder from tag join experiment on experiment.id = experiment_id "
@@ -337,7 +342,7 @@ def test_the_dashboard_of_swanlab_has_every_number(tmp_path: Path) -> None:
         for file in sorted((finished.folder / "swanlab" / run / "logs" / folder).glob("*.log")):
             for line in map(json.loads, file.read_text().splitlines()):
                 shown[name].append((line["index"], line["data"]))
-    assert_same(finished.curves(), shown)
+    assert_same(finished.grouped(), shown)
 
 
 # All of them

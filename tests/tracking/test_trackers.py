@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import math
 import os
@@ -15,11 +17,15 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.tensorboard import SummaryWriter
 
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.io import append, atomic
 from minimind.run_folder import RunFolder
+from minimind.tracking.metric_groups import grouped_name
 from minimind.tracking.trackers import Trackers, check_trackers, hyper_parameters
 
 
@@ -151,7 +157,7 @@ def test_tensorboard_events_lie_in_the_run_folder_and_a_resume_leaves_one_curve(
     trackers.close()
     assert desk.warnings == []
     folder = desk.folder.path / "tensorboard"
-    assert scalars(folder, "loss") == [(10, 10.0), (20, 20.0), (30, 31.0)]
+    assert scalars(folder, "train/loss") == [(10, 10.0), (20, 20.0), (30, 31.0)]
     # TensorBoard takes a folder inside for one more run.
     assert not [path for path in folder.iterdir() if path.is_dir()]
 
@@ -162,7 +168,7 @@ def test_run_that_starts_over_leaves_one_curve_in_tensorboard(desk):
         trackers.log({"loss": loss}, 0)
         trackers.log({"loss": loss}, 10)
         trackers.close()
-    assert scalars(desk.folder.path / "tensorboard", "loss") == [(0, 2.0), (10, 2.0)]
+    assert scalars(desk.folder.path / "tensorboard", "train/loss") == [(0, 2.0), (10, 2.0)]
 
 
 def test_a_rewind_leaves_one_curve_in_tensorboard(desk):
@@ -174,7 +180,7 @@ def test_a_rewind_leaves_one_curve_in_tensorboard(desk):
     trackers.log({"loss": 21.0}, 20)
     trackers.close()
     assert desk.warnings == []
-    assert scalars(desk.folder.path / "tensorboard", "loss") == [(10, 10.0), (20, 21.0)]
+    assert scalars(desk.folder.path / "tensorboard", "train/loss") == [(10, 10.0), (20, 21.0)]
 
 
 def test_hyper_parameters_have_types_that_tensorboard_takes():
@@ -189,7 +195,7 @@ def test_hyper_parameters_have_types_that_tensorboard_takes():
 def test_wandb_and_swanlab_get_name_hyper_parameters_and_values(desk, package):
     trackers = desk.open(package.__name__, project="letters", learning_rate=0.25)
     trackers.log({"loss": 1.5}, 10)
-    assert trackers.state() == {package.__name__: "fresh-id"}
+    assert trackers.state() == {package.__name__: "fresh-id", f"{package.__name__}:grouped": "yes"}
     trackers.close()
     (run,) = package.runs
     name_key = {"wandb": "name", "swanlab": "experiment_name"}[package.__name__]
@@ -198,7 +204,7 @@ def test_wandb_and_swanlab_get_name_hyper_parameters_and_values(desk, package):
     assert "resume" not in run.options
     assert package.hyper_parameters["learning_rate"] == 0.25
     assert package.hyper_parameters["max_tokens"] == "none"
-    assert run.logged == [(10, {"loss": 1.5})]
+    assert run.logged == [(10, {"train/loss": 1.5})]
     # SwanLab's own finish refuses any other thread.
     assert (run.finished_by is threading.main_thread()) is (package.__name__ == "swanlab")
     assert run.finished_by is not None
@@ -214,14 +220,165 @@ def test_resume_goes_on_in_the_same_wandb_or_swanlab_run(desk, package):
     assert trackers.state() == {package.__name__: "old-id"}
 
 
+def test_a_run_of_an_earlier_version_goes_on_under_the_names_it_has(desk, package, monkeypatch):
+    state = {package.__name__: "old-id"}
+    trackers = desk.open(package.__name__, state=state, start_step=50)
+    trackers.log({"val_loss": 1.0}, 60)
+    trackers.close()
+    assert package.runs[0].logged == [(60, {"val_loss": 1.0})]
+    # Also at the next resume, while a run of this version keeps groups.
+    assert trackers.state() == state
+    grouped = {**state, f"{package.__name__}:grouped": "yes"}
+    trackers = desk.open(package.__name__, state=grouped, start_step=50)
+    trackers.log({"val_loss": 1.0}, 60)
+    trackers.close()
+    assert package.runs[1].logged == [(60, {"val/loss": 1.0})]
+    assert trackers.state() == grouped
+
+
+def test_old_events_of_tensorboard_go_on_under_their_tags(desk):
+    folder = desk.folder.path / "tensorboard"
+    folder.mkdir()
+    with SummaryWriter(str(folder)) as writer:  # as earlier versions named them
+        writer.add_scalar("loss", 3.0, 10)
+    for start_step in (10, 20):
+        trackers = desk.open("tensorboard", start_step=start_step)
+        trackers.log({"loss": 2.0}, start_step + 10)
+        trackers.close()
+    assert scalars(folder, "loss") == [(10, 3.0), (20, 2.0), (30, 2.0)]
+    trackers = desk.open("tensorboard")  # a run that starts over
+    trackers.log({"loss": 2.0}, 10)
+    trackers.close()
+    assert scalars(folder, "train/loss") == [(10, 2.0)]
+
+
+def test_tensorboard_shows_both_losses_in_one_chart_and_a_dozen_options(desk):
+    for start_step in (0, 10):
+        trackers = desk.open("tensorboard", start_step=start_step, learning_rate=0.25)
+        trackers.close()
+    events = EventAccumulator(str(desk.folder.path / "tensorboard"))
+    events.Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    first = categories[0].chart[0]
+    assert (first.title, list(first.multiline.tag)) == ("loss", ["train/loss", "val/loss"])
+    metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    shown = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert len(shown) == 12
+    assert shown["learning_rate"].number_value == 0.25
+
+
+@pytest.mark.parametrize(
+    ("metric", "tag"),
+    [
+        ("loss", "train/loss"), ("val_bits_per_byte", "val/bits_per_byte"), ("mfu", "perf/mfu"),
+        ("data_wait_seconds", "perf/data_wait_seconds"), ("total_training", "perf/total_training"),
+        ("expert_load", "experts/expert_load"), ("my/metric", "my/metric"), ("rewinds", "train/rewinds"),
+        ("cloze_en", "score/cloze_en"),
+    ],
+)  # fmt: skip
+def test_metrics_are_grouped(metric, tag):
+    assert grouped_name(metric) == tag
+
+
+def test_csv_has_a_row_for_each_report_and_a_resume_repeats_none(desk):
+    for start_step in (0, 20):
+        trackers = desk.open("csv", start_step=start_step)
+        for step in (10, 20, 30):
+            trackers.log(
+                {"loss": step / 10, "tokens": 7, "grad_norm": math.nan, "digest": "a,b"}, start_step + step
+            )
+        trackers.log({"val_loss": 1.5}, start_step + 30)
+        trackers.log({"total_training": 3.0}, start_step + 30)
+        trackers.log_text("sample", "once\nupon", 30)
+        trackers.close()
+    text = (desk.folder.path / "metrics.csv").read_text()
+    assert text.splitlines()[0] == (
+        "step,epoch,tokens,loss,val_loss,val_perplexity,val_bits_per_byte,learning_rate,grad_norm,"
+        "tokens_per_second,mfu,memory_gb,elapsed"
+    )
+    rows = [
+        (row["step"], row["loss"], row["val_loss"], row["grad_norm"])
+        for row in csv.DictReader(io.StringIO(text))
+    ]
+    assert rows == [
+        ("10", "1.0", "", ""), ("20", "2.0", "", ""),
+        ("30", "1.0", "", ""), ("40", "2.0", "", ""), ("50", "3.0", "", ""), ("50", "", "1.5", ""),
+    ]  # fmt: skip
+    assert desk.warnings == []
+
+
+def test_a_csv_of_a_run_that_starts_over_is_empty(desk):
+    for _ in range(2):
+        trackers = desk.open("csv")
+        trackers.log({"loss": 1.0}, 0)
+        trackers.close()
+    assert len((desk.folder.path / "metrics.csv").read_text().splitlines()) == 2
+
+
+class FakeMLflow(types.ModuleType):
+    """Stands in for the package `mlflow`, whose active run belongs to the thread that started it."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.calls: list[tuple] = []
+        limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
+        self.utils = types.SimpleNamespace(validation=limits)
+
+    def search_experiments(self, filter_string: str) -> list:
+        return []
+
+    def start_run(self, *, run_id, run_name, **options):
+        self.thread = threading.current_thread()
+        self.calls.append(("start", run_id, run_name))
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or "new-id"))
+
+    def end_run(self) -> None:
+        assert threading.current_thread() is self.thread
+        self.calls.append(("end",))
+
+    def log_metrics(self, values, step, run_id) -> None:
+        self.calls.append(("metrics", values, step, run_id))
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **options: self.calls.append((name, *args, *options.values()))
+
+
+def test_mlflow_gets_parameters_once_and_metrics_by_the_id_of_its_run(desk, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fake = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    trackers = desk.open("mlflow", project="letters", learning_rate=0.25)
+    trackers.log({"loss": 1.5, "digest": "a"}, 10)
+    trackers.log_text("sample_0", "once", 10)
+    trackers.close()
+    assert desk.warnings == []
+    named = {call[0]: call[1:] for call in fake.calls}
+    assert named["set_tracking_uri"] == (f"sqlite:///{desk.folder.path / 'mlflow.db'}",)
+    assert named["start"] == (None, "my-run")
+    assert named["log_params"][0]["learning_rate"] == 0.25
+    assert named["metrics"] == ({"train/loss": 1.5}, 10, "new-id")
+    assert named["log_text"] == ("once", "sample_0/step-00000010.txt", "new-id")
+    assert fake.calls[-1] == ("end",)
+    fake.calls.clear()
+    trackers = desk.open("mlflow", state=trackers.state(), start_step=10)
+    trackers.close()
+    assert ("start", "new-id", None) in fake.calls
+    assert "log_params" not in [call[0] for call in fake.calls], "parameters cannot be changed"
+
+
 def test_missing_packages_are_refused_together_with_the_command_that_installs_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "swanlab", None)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError) as caught:
-        check_trackers(PretrainConfig(tracker=("tensorboard", "wandb", "swanlab")))
+        check_trackers(PretrainConfig(tracker=("tensorboard", "wandb", "swanlab", "mlflow", "csv")))
     assert caught.value.problems == [
         "--tracker wandb needs the package wandb, which is not installed; pip install wandb.",
         "--tracker swanlab needs the package swanlab, which is not installed; pip install swanlab.",
+        "--tracker mlflow needs the package mlflow, which is not installed; pip install mlflow.",
     ]
 
 
@@ -267,7 +424,7 @@ def test_tracker_that_fails_is_reported_once_and_the_others_go_on(desk, package,
     assert len(desk.warnings) == 1
     assert "failed and gets no more values (ConnectionError: gone)" in desk.warnings[0]
     assert len(desk.lines()) == 3
-    assert len(scalars(desk.folder.path / "tensorboard", "loss")) == 3
+    assert len(scalars(desk.folder.path / "tensorboard", "train/loss")) == 3
 
 
 def test_no_step_waits_for_a_tracker_that_hangs_and_the_file_is_whole_all_the_same(
@@ -308,7 +465,7 @@ def test_a_full_disk_loses_no_report_and_is_reported_once(desk, monkeypatch):
     trackers.log({"loss": 4.0}, 4)
     trackers.close()
     assert [line["loss"] for line in desk.lines()] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert scalars(desk.folder.path / "tensorboard", "loss") == [(n, float(n)) for n in range(5)]
+    assert scalars(desk.folder.path / "tensorboard", "train/loss") == [(n, float(n)) for n in range(5)]
     assert sorted(warning.partition(" cannot")[0] for warning in desk.warnings) == [
         "metrics.jsonl", "tracker tensorboard",
     ]  # fmt: skip
@@ -351,7 +508,7 @@ def test_a_resumed_tensorboard_sorts_last_also_when_the_clock_was_set_back(desk,
         trackers = desk.open("tensorboard", start_step=start_step)
         trackers.log({"loss": loss}, 20)
         trackers.close()
-    assert scalars(desk.folder.path / "tensorboard", "loss") == [(20, 2.0)]
+    assert scalars(desk.folder.path / "tensorboard", "train/loss") == [(20, 2.0)]
 
 
 def test_only_the_main_process_writes(desk, package):
@@ -369,7 +526,7 @@ def test_text_goes_to_the_file_alone(desk, package):
     trackers.log({"loss": 1.5, "digest": "a1b2"}, 10)
     trackers.close()
     assert desk.lines()[0]["digest"] == "a1b2"
-    assert package.runs[0].logged == [(10, {"loss": 1.5})]
+    assert package.runs[0].logged == [(10, {"train/loss": 1.5})]
     assert desk.warnings == []
 
 

@@ -15,6 +15,7 @@ from minimind.formats.open_model import open_model, training_tokenizer
 from minimind.run_folder import RunFolder
 from minimind.tokenizer import PACKAGED, Tokenizer, load_tokenizer, train_tokenizer
 from minimind.training.pretrain import pretrain
+from minimind.training.setup import resolve_run
 from support import tiny_runs
 
 
@@ -37,9 +38,8 @@ def own(folder: Path) -> Tokenizer:
 
 def continued(folder: Path, out: Path) -> PretrainConfig:
     """Return the options of a run that starts from the weights of the first run."""
-    defaults = PretrainConfig()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    changes = {name: getattr(defaults, name) for name in sizes} | {"from_weight": str(folder / "base")}
+    changes = {**dict.fromkeys(sizes), "from_weight": str(folder / "base")}
     return tiny_runs.tiny(folder / "corpus.jsonl", out, max_steps=2, **changes)
 
 
@@ -90,3 +90,19 @@ def test_weights_without_a_tokenizer_need_one_that_is_named(folder: Path, tmp_pa
 def test_without_weights_the_tokenizer_is_the_named_one_or_the_packaged_one(folder: Path) -> None:
     assert training_tokenizer(None, None)[0].fingerprint == load_tokenizer().fingerprint
     assert training_tokenizer(str(folder / "own"), None)[0].fingerprint == own(folder).fingerprint
+
+
+def test_unfinished_run_resumes_with_the_packaged_tokenizer_it_started_with(tmp_path: Path) -> None:
+    earlier = load_tokenizer(PACKAGED.with_name("tokenizer_0_1")).fingerprint
+    # The tokenizer of the packages before 0.2.0: their checkpoints store this fingerprint.
+    assert earlier == "ed3666fc593256be087a0b69794c25bb9990aa534e76964ba310480a010c1229"
+    assert earlier != load_tokenizer().fingerprint
+    checkpoint = tmp_path / "checkpoints" / "step-00000013"
+    checkpoint.mkdir(parents=True)
+    for recorded, expected in ((earlier, earlier), ("0" * 64, load_tokenizer().fingerprint)):
+        settings = {"tokenizer_fingerprint": recorded}
+        (checkpoint / "trainer.json").write_text(json.dumps({"settings": settings}))
+        for resume in ("auto", str(tmp_path), str(checkpoint.parent), str(checkpoint)):
+            config = PretrainConfig(output_dir=str(tmp_path), resume=resume)
+            assert resolve_run(config).tokenizer.fingerprint == expected
+    assert resolve_run(PretrainConfig(output_dir=str(tmp_path))).tokenizer.fingerprint != earlier

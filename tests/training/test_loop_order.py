@@ -25,7 +25,8 @@ from minimind.checkpoint.train_state import TrainState
 from minimind.distributed.shutdown import StopRequest
 from minimind.errors import TrainingError
 from minimind.evaluation.validation import Evaluation, evaluate
-from minimind.training.trainer import END_SECONDS, MAX_SKIPPED_IN_A_ROW, Trainer
+from minimind.training.time_limits import END_SECONDS
+from minimind.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 
 BAD, GOOD = [math.nan, 0.0, 0.0, 1.0], [3.0, 0.0, 0.0, 1.0]
 
@@ -197,7 +198,9 @@ def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: i
     run, state, calls = make_trainer(tiny_model()), TrainState(step=40), []
     run.total_steps = 100
     run.progress = SimpleNamespace(
-        start=lambda *steps: calls.append(steps), note=lambda text: calls.append("--max-time" in text)
+        advance=lambda step, loss: None,
+        start=lambda *steps: calls.append(steps),
+        note=lambda text: calls.append("--max-time" in text),
     )
     run.meter = SimpleNamespace(end_at=calls.append)
     for decay in (asked, 5.0):

@@ -261,7 +261,7 @@ def test_skipping_step_after_step_ends_with_advice() -> None:
         sequences_per_epoch=10**6, steps=lambda epoch, row: (step_batch(seed, 8) for seed in range(100))
     )
     run.total_steps = 100
-    with pytest.raises(TrainingError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row.*--learning-rate"):
+    with pytest.raises(TrainingError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row.*learning_rate"):
         train(run, TrainState(recent_losses=[1.0] * (WINDOW + DELAY_STEPS)))
 
 
@@ -511,7 +511,7 @@ def test_a_run_that_goes_back_again_and_again_ends_with_advice(
     original = step_module.forward_loss
     monkeypatch.setattr(step_module, "forward_loss", lambda *args: original(*args) * math.nan)
     out = tmp_path / "out"
-    with pytest.raises(TrainingError, match=f"after {MAX_REWINDS} rewinds.*--learning-rate.*--on-spike skip"):
+    with pytest.raises(TrainingError, match=f"after {MAX_REWINDS} rewinds.*learning_rate.*on_spike skip"):
         pretrain(tiny(corpus, out, on_spike="rewind"))
     state = saved_state(out)
     assert state["step"] == 0  # there was nothing else to go back to

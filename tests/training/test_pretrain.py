@@ -25,11 +25,13 @@ from minimind import (
     preset_config,
 )
 from minimind.config.options import CONFIG_SECTIONS
+from minimind.config.presets import resolve
 from minimind.config.schema import parse_values, read_toml, write_toml
 from minimind.tracking.console import Progress
 from minimind.training.setup import resolve_run
 from minimind.training.summary import PretrainResult
-from minimind.training.trainer import END_SECONDS, Trainer
+from minimind.training.time_limits import END_SECONDS
+from minimind.training.trainer import Trainer
 from support.cycle_corpus import WORDS, write_corpus
 from support.step_clock import StepClock
 from support.tiny_runs import pretrain_as_command as pretrain
@@ -88,7 +90,14 @@ def test_the_loss_falls_and_the_result_says_so(finished: tuple[Path, PretrainRes
 def test_a_run_leaves_what_is_promised(finished: tuple[Path, PretrainResult]) -> None:
     out, result = finished
     assert result.model_dir == out / "model"
-    for name in ("config.toml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"):
+    for name in (
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "report.html",
+    ):
         assert (out / name).exists(), name
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
         assert (out / "model" / name).is_file(), name
@@ -96,6 +105,10 @@ def test_a_run_leaves_what_is_promised(finished: tuple[Path, PretrainResult]) ->
     environment = json.loads((out / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert list((out / "tensorboard").rglob("events.*"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"Step {result.steps:,} of {result.steps:,} (100%). The model is saved." in page
+    assert f"<dt>Validation loss</dt><dd>{result.val_loss:.4f}</dd>" in page
+    assert "--hidden-size" in page
 
 
 def test_the_written_configuration_reads_back(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
@@ -142,7 +155,7 @@ def test_the_delivered_model_has_the_validation_loss_that_was_reported(
 def test_an_existing_run_is_not_overwritten(finished: tuple[Path, PretrainResult], corpus: Path) -> None:
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with pytest.raises(ConfigError, match=r"--output-dir .* already holds a run.*--resume"):
+    with pytest.raises(ConfigError, match=r"^output_dir .* already holds a run.*resume"):
         pretrain(tiny(corpus, out))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -170,9 +183,49 @@ def test_a_model_folder_of_another_shape_is_refused_with_both_shapes(
     finished: tuple[Path, PretrainResult], corpus: Path, tmp_path: Path
 ) -> None:
     _, result = finished
-    with pytest.raises(ConfigError, match=r"--num-hidden-layers 3.*2"):
+    with pytest.raises(ConfigError, match=r"^num_hidden_layers 3.*from_weight.*2"):
         pretrain(tiny(corpus, tmp_path / "other", from_weight=str(result.model_dir), num_hidden_layers=3))
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_every_size_that_is_given_beside_weights_must_be_theirs(
+    finished: tuple[Path, PretrainResult],
+) -> None:
+    """Also one that equals the default, as an argument, typed, or in a file."""
+    weights: dict[str, Any] = {"from_weight": str(finished[1].model_dir), "max_seq_len": 32}
+
+    def ways(**given: Any) -> list[PretrainConfig]:
+        values = weights | given
+        return [PretrainConfig(**values), resolve(flags=values), resolve(file=given, flags=weights)]
+
+    for config in (*ways(), *ways(hidden_size=32, tie_word_embeddings=True, use_moe=False)):
+        resolved = resolve_run(config).config
+        assert (resolved.hidden_size, resolved.num_hidden_layers, resolved.use_moe) == (32, 2, False)
+    for name, value in (
+        ("num_hidden_layers", 8),
+        ("hidden_size", 512),
+        ("rope_theta", 1e4),
+        ("use_moe", True),
+    ):
+        for config in ways(**{name: value}):
+            with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .*contradicts --from-weight"):
+                resolve_run(config)
+    with pytest.raises(ConfigError, match=r"--num-hidden-layers 8 contradicts .* or the preset"):
+        resolve_run(resolve(preset="minimind2-small", flags=weights))
+    # --print-config prints a command that means the same.
+    config = resolve(flags=weights)
+    assert resolve(file=tomllib.loads(write_toml(config, CONFIG_SECTIONS))) == config
+
+
+def test_trained_weights_continue_at_a_lower_rate(finished: tuple[Path, PretrainResult]) -> None:
+    weights = {"from_weight": str(finished[1].model_dir), "max_seq_len": 32}
+    notes: list[str] = []
+    assert resolve_run(PretrainConfig(**weights), notes.append).config.learning_rate == 0.3 * 4e-3
+    assert [note for note in notes if "0.0012 (default: 0.3 times that of random weights)" in note]
+    assert resolve(flags=weights | {"optimizer": "adamw"}).peak_learning_rate == 0.3 * 5e-4
+    assert resolve(preset="tiny").peak_learning_rate == 1e-2
+    assert resolve(preset="tiny", flags=weights).peak_learning_rate == 0.3 * 1e-2
+    assert resolve(preset="tiny", flags=weights | {"learning_rate": 0.5}).peak_learning_rate == 0.5
 
 
 def test_padded_sequences_train_too(corpus: Path, tmp_path: Path) -> None:
@@ -399,7 +452,11 @@ def test_a_run_does_not_depend_on_the_callers_torch_settings(corpus: Path, tmp_p
     with torch.no_grad():
         again = pretrain(tiny(corpus, tmp_path / "no-grad", max_steps=3))
         assert not torch.is_grad_enabled()
-    assert found.loss == again.loss == expected.loss
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        other = pretrain(tiny(corpus, tmp_path / "autocast", max_steps=3))
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.get_default_device().type == "cpu"
+    assert found.loss == again.loss == other.loss == expected.loss
     assert found.val_loss == again.val_loss == expected.val_loss
 
 

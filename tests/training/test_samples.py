@@ -94,7 +94,7 @@ def test_a_prompt_beyond_the_positions_is_refused_before_the_run(corpus: Path, t
         sample_interval=1,
         sample_prompt=("a b " * 40,),
     )
-    with pytest.raises(ConfigError, match=r"--sample-prompt 'a b a b a b a b a b ...' has \d+ tokens, but"):
+    with pytest.raises(ConfigError, match=r"^sample_prompt 'a b a b a b a b a b ...' has \d+ tokens, but"):
         pretrain(config)
     assert not (tmp_path / "run").exists()
 

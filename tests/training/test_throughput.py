@@ -191,7 +191,14 @@ def test_bottleneck_names_data_utilization_or_nothing():
     assert idle.meter.bottleneck().startswith("The training steps used 10% of the peak arithmetic;")
     fine = Trainer(100)
     fine.run(100, seconds=0.5)
-    assert fine.meter.bottleneck() == "Nothing stands out: 97% of the time went into training steps."
+    assert fine.meter.bottleneck() is None
+
+
+def test_compiling_is_named_only_where_something_was_compiled():
+    slow = Trainer(4)
+    slow.run(4, seconds=0.5)
+    assert slow.meter.bottleneck(compiled=True).startswith("The first steps, which set up and compile, took")
+    assert "compil" not in slow.meter.bottleneck(compiled=False)
 
 
 def test_memory_is_that_of_the_process_where_the_device_has_no_counter():

@@ -136,7 +136,7 @@ def make_trainer(model: MiniMindForCausalLM, accumulation_steps: int = 1, **opti
     loader: Any = SimpleNamespace(sequences_per_epoch=1000)
     checkpointer: Any = SimpleNamespace(save=lambda state: None, mark_best=lambda state: None)
     schedule: Any = SimpleNamespace(at=lambda step, window: 0.1, warmup_steps=0, custom=None)
-    outputs: Any = SimpleNamespace(trackers=recorder, samples=None)
+    outputs: Any = SimpleNamespace(trackers=recorder, probes_after=lambda *_, **__: False)
     return Trainer(
         config=config,
         model_config=dataclasses.replace(bare.config, router_aux_loss_coef=config.router_aux_loss_coef),

@@ -136,11 +136,7 @@ def _attention_tiles(
 
 
 def _normed_heads(
-    qkv: Tensor,
-    weights: tuple[Tensor, Tensor],
-    rotary: tuple[Tensor, Tensor, Tensor],
-    heads: int,
-    eps: float,
+    qkv: Tensor, weights: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor, Tensor], heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return queries (B, T, H, D) and keys (B, T, K, D), normalized and rotated; part of an op."""
     from . import block as kernels

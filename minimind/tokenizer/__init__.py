@@ -21,12 +21,18 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from .errors import ConfigError, DataError
-from .io.atomic import replace_files
-from .io.checksums import check_files
-
-PACKAGED = Path(__file__).parent / "assets" / "tokenizer"
-"""Folder of the tokenizer in the package."""
+from ..errors import ConfigError, DataError
+from ..io.atomic import replace_files
+from ..io.checksums import check_files
+from .files import (
+    FIX,
+    PACKAGED,
+    chatml_template,
+    read_json,
+    template_beside,
+    with_start_token,
+    without_start_token,
+)
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
 """First entries of a trained tokenizer: padding, start, end, and 13 reserved ones."""
@@ -45,10 +51,6 @@ _KNOWN_NAMES = {
 }
 _BYTE_SYMBOLS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
-_FIX = (
-    "Pass a tokenizer.json or its folder; transformers writes it with "
-    "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
-)
 _PIECE_CHARACTERS = 1 << 16
 
 # Unless this is set when a process forks, tokenizers prints a warning in the child, even for an unrelated
@@ -69,7 +71,8 @@ class Tokenizer:
         pad_token_id: padding; the end token if the vocabulary has no padding token.
         unknown_token_id: stands for text outside the vocabulary, or None.
         special_tokens: ids of the special tokens by name.
-        chat_template: passed on unchanged for later training, or None.
+        chat_template: Jinja template for later training, passed on unchanged. By default ChatML if start and
+            end token are `<|im_start|>` and `<|im_end|>`, else None.
         fingerprint: SHA-256 (hex) of the vocabulary, the rules and the roles.
     """
 
@@ -89,6 +92,8 @@ class Tokenizer:
         """Wrap `backend`, whose vocabulary contains the named tokens."""
         pad_token = pad_token or eos_token
         self._roles = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        if chat_template is None and (bos_token, eos_token) == SPECIAL_TOKENS[1:3]:
+            chat_template = chatml_template()
         self.chat_template = chat_template
         # A tokenizer.json may contain truncation and padding settings.
         backend.no_truncation()
@@ -183,19 +188,36 @@ class Tokenizer:
         return sizes
 
     def rules(self) -> dict[str, Any]:
-        """Return the content of `tokenizer.json`."""
+        """Return the content of `tokenizer.json`, without the start token that `save` adds."""
         return json.loads(self._backend.to_str())
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and the two files beside it that transformers' AutoTokenizer reads."""
+    def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
+        """Write `tokenizer.json` and the two files beside it that transformers' AutoTokenizer reads.
+
+        Other programs then begin a text with the start token, as documents begin in training.
+
+        Args:
+            folder: created where it does not exist.
+            model_max_length: positions of the model, in tokens.
+        """
         named = {role: name for role, name in self._roles.items() if name is not None}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        files = {
-            "special_tokens_map.json": named,
-            "tokenizer_config.json": {**config, **self._roles, **template},
-            "tokenizer.json": self.rules(),
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "padding_side": "right",
+            **self._roles,
         }
+        rules = self.rules()
+        bos = self._roles["bos_token"] or ""
+        # A post-processor of the user's own may add it already.
+        if self.bos_token_id is not None and self.bos_token_id not in self._backend.encode("a").ids:
+            rules = with_start_token(rules, bos, self.bos_token_id)
+            config["add_bos_token"] = True
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        files = {"special_tokens_map.json": named, "tokenizer_config.json": config, "tokenizer.json": rules}
         with replace_files(Path(folder)) as written:
             for name, content in files.items():
                 text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
@@ -210,7 +232,11 @@ def _unknown_token(model: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def _no_panic(name: str) -> Iterator[None]:
-    """Raise ConfigError for a panic of the Rust extension, which is no Exception."""
+    """Raise ConfigError for a panic of the Rust extension, which is no Exception.
+
+    Its report on stderr ("thread ... panicked") comes first. Redirecting the file descriptor meanwhile would
+    also hide what other threads and a crash write there.
+    """
     try:
         yield
     except BaseException as error:
@@ -238,18 +264,18 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     config_file = file.with_name(f"{file.stem}_config.json")
     if path is not None:
         check_files(file.parent, (file.name, config_file.name))
-    rules = _read_json(file)
+    rules = read_json(file)
     if "model" not in rules:
-        raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {_FIX}")
+        raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {FIX}")
     try:
         with _no_panic(f"--tokenizer {file}"):
-            backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
+            backend = tokenizers.Tokenizer.from_str(json.dumps(without_start_token(rules)))
     except Exception as error:  # the Rust extension raises plain Exception
         raise ConfigError(
             f"--tokenizer {file}: tokenizers {tokenizers.__version__} cannot read it ({error}). "
             "Save it again with the transformers installed here, or update tokenizers."
         ) from error
-    config = _read_json(config_file) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     bos, eos, pad = (_find_role(role, backend, config, file) for role in _KNOWN_NAMES)
     if eos is None:
         raise ConfigError(
@@ -258,31 +284,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         )
     template = config.get("chat_template")
     if template is None and file.name == "tokenizer.json":
-        template = _template_beside(file)
+        template = template_beside(file)
     return Tokenizer(backend, eos_token=eos, bos_token=bos, pad_token=pad, chat_template=template)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"--tokenizer: cannot read {file} ({error.strerror}). {_FIX}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--tokenizer {file} is not JSON ({error}). {_FIX}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--tokenizer {file} is not a JSON object. {_FIX}")
-    return content
-
-
-def _template_beside(file: Path) -> str | None:
-    """Return the chat template from the separate file that transformers 5 writes, or None."""
-    template = file.with_name("chat_template.jinja")
-    try:
-        return template.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--tokenizer: cannot read {template} ({error}); save it as UTF-8 text.") from error
 
 
 def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> str | None:
@@ -305,7 +308,6 @@ def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None =
     """Raise ConfigError when the model's embedding is smaller than the tokenizer's vocabulary.
 
     Args:
-        tokenizer: the tokenizer of the model.
         model_vocab_size: entries of its embedding.
         model: path of its weights; None for a new model, whose --vocab-size can be chosen.
     """
@@ -338,7 +340,6 @@ def train_tokenizer(
         texts: the documents; iterated once.
         vocab_size: entries, including 256 bytes and 16 special tokens.
         max_bytes: UTF-8 bytes to train on; Chinese needs about 60 times this in memory, English far less.
-        seed: seeds the sampling.
         progress: called with (documents read, bytes read) after each document.
 
     Raises:

@@ -1,9 +1,9 @@
 "use strict";
-// Draws the curves of a comparison. Text reaches the page by textContent only, never as markup.
+// Draws the curves of a page. Text reaches the page by textContent only, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const controls = document.getElementById("controls");
-  const COLOURS = 8, VALUE = 3;
+  const COLOURS = 8, VALUE = 3, LOW = 4, HIGH = 5;
   const AXES = ["optimizer steps", "training tokens", "training time"];
   const MARGIN = { top: 12, right: 16, bottom: 40, left: 62 };
 
@@ -26,7 +26,7 @@
   };
   const exact = (value, chart) => {
     if (chart.digits === 0) return shortened(value);
-    return chart.name === "learning_rate" ? value.toExponential(2) : value.toFixed(chart.digits);
+    return chart.digits === null ? value.toExponential(2) : value.toFixed(chart.digits);
   };
 
   // Round numbers between two bounds, about `wanted` of them.
@@ -56,7 +56,7 @@
       axis: Number(form.get("axis")),
       log: form.get("log") !== null,
       whole: form.get("whole") !== null,
-      runs: new Set(form.getAll("run").map(Number)),
+      runs: controls.elements.run ? new Set(form.getAll("run").map(Number)) : null,
     };
   };
 
@@ -66,8 +66,8 @@
     const chosen = choices();
     readout.replaceChildren();
     const shown = chart.curves
-      .map((points, run) => ({ run, points: points.filter((p) => p[chosen.axis] !== null && (!chosen.log || p[chosen.axis] > 0)) }))
-      .filter((curve) => chosen.runs.has(curve.run) && curve.points.length > 0);
+      .map((curve) => ({ ...curve, points: curve.points.filter((p) => p[chosen.axis] !== null && (!chosen.log || p[chosen.axis] > 0)) }))
+      .filter((curve) => (chosen.runs === null || chosen.runs.has(curve.style)) && curve.points.length > 0);
     if (shown.length === 0) {
       const empty = document.createElement("p");
       empty.className = "empty";
@@ -87,12 +87,12 @@
     const x = (v) => MARGIN.left + ((spread(v) - spread(left)) / (spread(right) - spread(left))) * (width - MARGIN.left - MARGIN.right);
 
     // A loss falls by most of its height at the very start; what follows is worth the room.
-    const values = shown.flatMap((curve) => curve.points.map((p) => p[VALUE]));
+    const values = shown.flatMap((curve) => curve.points.flatMap((p) => p.slice(VALUE)));
     const late = shown.flatMap((curve) => {
       const end = curve.points[curve.points.length - 1][chosen.axis];
       return curve.points.filter((p) => p[chosen.axis] >= 0.1 * end).map((p) => p[VALUE]);
     });
-    const falls = chart.name === "loss" || chart.name === "val_bits_per_byte";
+    const falls = chart.falls;
     let low = Math.min(...values), high = Math.max(...values);
     if (falls && !chosen.whole && !chosen.log) high = Math.max(...late);
     const cut = high < Math.max(...values);
@@ -102,7 +102,7 @@
     [low, high] = [falls ? low - pad : low, high + pad];
     const y = (v) => height - MARGIN.bottom - ((v - low) / (high - low)) * (height - MARGIN.top - MARGIN.bottom);
 
-    const ends = shown.map((curve) => `${data.runs[curve.run]} ends at ${exact(curve.points[curve.points.length - 1][VALUE], chart)}`);
+    const ends = shown.map((curve) => `${curve.label} ends at ${exact(curve.points[curve.points.length - 1][VALUE], chart)}`.trim());
     const svg = make("svg", {
       viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0",
       "aria-label": `${chart.title} by ${AXES[chosen.axis]}: ${ends.join("; ")}. Arrow keys read single values.`,
@@ -113,7 +113,7 @@
     svg.append(clipPath);
     for (const value of ticks(low, high, 6)) {
       svg.append(make("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }));
-      const text = chart.name === "learning_rate" && value ? value.toExponential(1) : shortened(value);
+      const text = chart.digits === null && value ? value.toExponential(1) : shortened(value);
       svg.append(make("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, text));
     }
     const bounds = [left / unit, right / unit];
@@ -125,15 +125,21 @@
     svg.append(make("line", { class: "base", x1: MARGIN.left, x2: width - MARGIN.right, y1: height - MARGIN.bottom, y2: height - MARGIN.bottom }));
     svg.append(make("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 6, "text-anchor": "middle" }, AXES[chosen.axis] + (cut ? " (the start is cut off)" : "")));
     const curves = make("g", { "clip-path": `url(#${clip})` });
-    for (const { run, points } of shown) {
+    for (const { points, style } of shown) {
+      const ranges = points.filter((p) => p.length > HIGH);
+      if (ranges.length === 0) continue;
+      const edge = (column) => ranges.map((p) => `${x(p[chosen.axis]).toFixed(1)} ${y(p[column]).toFixed(1)}`);
+      curves.append(make("path", { class: `band f${style % COLOURS}`, d: `M${[...edge(HIGH), ...edge(LOW).reverse()].join("L")}Z` }));
+    }
+    for (const { points, style, marks } of shown) {
       const path = points.map((p, n) => `${n ? "L" : "M"}${x(p[chosen.axis]).toFixed(1)} ${y(p[VALUE]).toFixed(1)}`).join("");
-      curves.append(make("path", { class: `line c${run % COLOURS} d${run % 4}`, d: path, "data-run": run }));
+      curves.append(make("path", { class: `line c${style % COLOURS} d${style % 4}`, d: path }));
       // Between evaluations nothing was measured.
-      if (chart.points) {
-        for (const p of points) curves.append(make("circle", { class: `mark f${run % COLOURS}`, cx: x(p[chosen.axis]), cy: y(p[VALUE]), r: 2.5 }));
+      if (marks) {
+        for (const p of points) curves.append(make("circle", { class: `mark f${style % COLOURS}`, cx: x(p[chosen.axis]), cy: y(p[VALUE]), r: 2.5 }));
       }
       const last = points[points.length - 1];
-      curves.append(make("circle", { class: `mark f${run % COLOURS}`, cx: x(last[chosen.axis]), cy: y(last[VALUE]), r: 4 }));
+      curves.append(make("circle", { class: `mark f${style % COLOURS}`, cx: x(last[chosen.axis]), cy: y(last[VALUE]), r: 4 }));
     }
     svg.append(curves);
     const cursor = make("g", { visibility: "hidden" });
@@ -143,16 +149,17 @@
     const places = [...new Set(xs)].sort((a, b) => a - b);
     let place = -1;
     const nearest = (points, at) => points.reduce((best, p) => (Math.abs(p[chosen.axis] - at) < Math.abs(best[chosen.axis] - at) ? p : best));
-    const write = (title, points) => {
+    const write = (title, found) => {
       const where = document.createElement("span");
       where.className = "where";
       where.textContent = title;
       readout.replaceChildren(where);
-      for (const [run, value] of points) {
+      for (const [curve, point] of found) {
         const one = document.createElement("span"), swatch = document.createElement("span");
         one.className = "one";
-        swatch.className = `swatch f${run % COLOURS}`;
-        one.append(swatch, `${data.runs[run]} ${exact(value, chart)}`);
+        swatch.className = `swatch f${curve.style % COLOURS}`;
+        const range = point.length > HIGH ? ` (${exact(point[LOW], chart)} to ${exact(point[HIGH], chart)})` : "";
+        one.append(swatch, `${curve.label} ${exact(point[VALUE], chart)}${range}`);
         readout.append(one);
       }
     };
@@ -160,11 +167,12 @@
       cursor.replaceChildren(make("line", { class: "cursor", x1: x(at), x2: x(at), y1: MARGIN.top, y2: height - MARGIN.bottom }));
       cursor.setAttribute("visibility", "visible");
       const found = [];
-      for (const { run, points } of shown) {
+      for (const curve of shown) {
+        const { points, style } = curve;
         if (at > points[points.length - 1][chosen.axis] * 1.02) continue;
         const point = nearest(points, at);
-        found.push([run, point[VALUE]]);
-        if (point[VALUE] <= high) cursor.append(make("circle", { class: `mark f${run % COLOURS}`, cx: x(point[chosen.axis]), cy: y(point[VALUE]), r: 4 }));
+        found.push([curve, point]);
+        if (point[VALUE] <= high) cursor.append(make("circle", { class: `mark f${style % COLOURS}`, cx: x(point[chosen.axis]), cy: y(point[VALUE]), r: 4 }));
       }
       write(`${along(at)} ${AXES[chosen.axis]}`, found);
     };
@@ -172,7 +180,7 @@
       place = -1;
       cursor.setAttribute("visibility", "hidden");
       readout.removeAttribute("aria-live");
-      write("at the end", shown.map((curve) => [curve.run, curve.points[curve.points.length - 1][VALUE]]));
+      write("at the end", shown.map((curve) => [curve, curve.points[curve.points.length - 1]]));
     };
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
@@ -201,7 +209,20 @@
   };
 
   const redraw = () => data.charts.forEach(draw);
-  controls.addEventListener("change", redraw);
+  // What a visitor has chosen and opened is kept in the address, also while the page reloads.
+  const details = [...document.querySelectorAll("details[id]")];
+  const kept = new URLSearchParams(location.hash.slice(1));
+  if (kept.has("axis")) {
+    for (const input of controls.querySelectorAll("input")) input.checked = kept.getAll(input.name).includes(input.value);
+    for (const one of details) one.open = kept.getAll("open").includes(one.id);
+  }
+  const keep = () => {
+    const chosen = new URLSearchParams(new FormData(controls));
+    for (const one of details) if (one.open) chosen.append("open", one.id);
+    history.replaceState(null, "", `#${chosen}`);
+  };
+  controls.addEventListener("change", () => { keep(); redraw(); });
+  for (const one of details) one.addEventListener("toggle", keep);
   controls.addEventListener("submit", (event) => event.preventDefault());
   let waiting = 0;
   window.addEventListener("resize", () => {
@@ -209,4 +230,18 @@
     waiting = requestAnimationFrame(redraw);
   });
   redraw();
+
+  // A page of a running run loads itself again, unless that would interrupt its reader.
+  if (data.reload) {
+    const written = document.querySelector("time").dateTime, quiet = document.getElementById("quiet");
+    const busy = () => document.hidden || document.querySelector("figure:hover, figure:focus-within") || !getSelection().isCollapsed;
+    setInterval(() => {
+      const silent = (Date.now() - Date.parse(written)) / 1000;
+      if (silent > 300 + 10 * data.reload) {
+        quiet.hidden = false;
+        quiet.textContent = `No update for ${Math.round(silent / 60)} minutes: the run may have ended without finishing this page.`;
+      }
+      if (controls.elements.follow.checked && !busy()) location.reload();
+    }, 1000 * data.reload);
+  }
 })();

@@ -1,0 +1,184 @@
+"""Rules of the training recipe: shape, batch, learning rate and decay as functions of size and horizon.
+
+`--budget` chooses options by these rules. All of them are plain functions of numbers. A rule is anchored at
+one measured point of this project, stated beside it (`docs/experiments.md`); its exponents are from the
+literature. C hidden size, L layers, B tokens of a global batch, D training tokens of the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Measured anchor: `minimind2-small` (C = 512), 61M tokens in batches of 32 sequences of 512 tokens, where
+# Muon at 0.004 was best of three rates and two batches.
+ANCHOR_WIDTH = 512
+ANCHOR_TOKENS = 61e6
+ANCHOR_BATCH = 32 * 512
+ANCHOR_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
+
+# B ∝ D^0.383: Power Lines (Bergsma et al. 2025, arXiv:2505.13738), which nanochat uses too.
+BATCH_EXPONENT = 0.383
+SMALLEST_BATCH, LARGEST_BATCH = 1024, 1 << 22
+# lr ∝ D^-0.32 at a fixed batch (Bjorck et al. 2024, arXiv:2409.19913, and arXiv:2603.28743 for Muon), and
+# lr ∝ B^0.5 (Malladi et al. 2022, arXiv:2205.10782).
+RATE_HORIZON_EXPONENT = -0.32
+RATE_BATCH_EXPONENT = 0.5
+# lr ∝ 1/C for AdamW (μP: Yang et al. 2022, arXiv:2203.03466). Muon's update has a spectral norm that depends
+# less on the width; the presets from C = 128 to 1792 lie on C^-0.5.
+RATE_WIDTH_EXPONENT: Mapping[str, float] = {"normuon": -0.5, "muon": -0.5, "adamw": -1.0}
+LARGEST_RATES: Mapping[str, float] = {"normuon": 3e-2, "muon": 3e-2, "adamw": 5e-3}
+# Peak rate x weight decay x steps: the time scale of the averaging that AdamW and Muon do over updates
+# (Wang and Aitchison 2024, arXiv:2405.13698). 1.5 at the anchor; 2.6 in the tuned Muon of modded-nanogpt.
+DECAY_TIME = 1.5
+SMALLEST_DECAY, LARGEST_DECAY = 0.005, 0.3
+
+# The decay of the learning rate: linear to zero over the second half and more (nanochat: 65%; Bergsma et al.
+# 2025, arXiv:2502.15938: linear to zero beats cosine to 10%).
+DECAY_RATIO = 0.6
+FINAL_RATE = 0.0
+
+# Sequences of a batch, at least; shorter sequences are more of them.
+SEQUENCES_PER_BATCH = 16
+SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
+
+# Beyond four epochs a repeated token is worth visibly less than a new one, and after 16 next to nothing
+# (Muennighoff et al. 2023, arXiv:2305.16264).
+MOST_EPOCHS = 16
+# R* there: the number of repetitions after which all further ones together are worth 1/e of what those before
+# were.
+REPETITION_SCALE = 15.4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense model with a tied embedding.
+
+    Attributes:
+        hidden_size: C, a multiple of 64.
+        num_hidden_layers: L.
+        num_attention_heads: H.
+        num_key_value_heads: divides H.
+        intermediate_size: F, a multiple of 64.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+    @classmethod
+    def of(cls, width: int, layers: int) -> ModelShape:
+        """Return the shape of a width and depth: heads of 32, 64 or 128, two query heads per key-value head.
+
+        Heads of 128 were better than those of 64 by 0.013 bits/byte at the anchor (docs/experiments.md).
+        Small models have small heads, so that they have several.
+        """
+        head = 32 if width < 256 else 64 if width < 512 else 128
+        heads = max(width // head, 1)
+        kv_heads = max(number for number in range(1, max(heads // 2, 1) + 1) if heads % number == 0)
+        return cls(width, layers, heads, kv_heads, math.ceil(width * 8 / 3 / 64) * 64)
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of all matrices inside the blocks."""
+        c, ratio = self.hidden_size, self.num_key_value_heads / self.num_attention_heads
+        attention = round(2 * c * c + 2 * c * c * ratio)
+        return self.num_hidden_layers * (attention + 3 * c * self.intermediate_size)
+
+    def parameters(self, vocab_size: int) -> int:
+        """Return all parameters of matrices, the tied embedding once."""
+        return self.block_parameters + vocab_size * self.hidden_size
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `pretrain` that give this shape."""
+        return dict(vars(self))
+
+
+def _ladder() -> tuple[ModelShape, ...]:
+    # Depth grows with width (nanochat: C = 64 L; Kaplan et al. 2020, arXiv:2001.08361, find the aspect ratio
+    # flat between 30 and 200), and not below 4 layers.
+    widths = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560)
+    return tuple(ModelShape.of(width, max(4, width // 64)) for width in widths)
+
+
+# The shapes that `--budget` chooses from, from 0.2M to 3G parameters inside the blocks.
+LADDER = _ladder()
+
+
+def choose_shape(parameters: float, vocab_size: int) -> ModelShape:
+    """Return the shape of the ladder whose number of parameters is nearest, as a ratio.
+
+    Args:
+        parameters: wanted, with the embedding.
+        vocab_size: V.
+    """
+    wanted = math.log(max(parameters, 1.0))
+    return min(LADDER, key=lambda shape: abs(math.log(shape.parameters(vocab_size)) - wanted))
+
+
+def global_batch_tokens(tokens: float) -> int:
+    """Return the tokens of a global batch for a run of so many tokens: B ∝ D^0.383, through the anchor.
+
+    A power of two, for sequences of a power of two. At the anchor twice the batch was worse by 0.0075
+    bits/byte.
+    """
+    wanted = ANCHOR_BATCH * (max(tokens, 1.0) / ANCHOR_TOKENS) ** BATCH_EXPONENT
+    power = 1 << max(round(math.log2(wanted)), 0)
+    return min(max(power, SMALLEST_BATCH), LARGEST_BATCH)
+
+
+def sequence_length(batch_tokens: int) -> int:
+    """Return the sequence length for a global batch: a power of two that leaves enough sequences.
+
+    The anchor has 32 sequences of 512, `--preset tiny` 16 of 128.
+    """
+    wanted = max(batch_tokens // (2 * SEQUENCES_PER_BATCH), 1)
+    power = 1 << (wanted.bit_length() - 1)
+    return min(max(power, SHORTEST_SEQUENCE), LONGEST_SEQUENCE)
+
+
+def learning_rate(optimizer: str, *, width: int, batch_tokens: float, tokens: float) -> float:
+    """Return the peak learning rate, with two significant digits.
+
+    lr = anchor · (C/512)^w · (B/16k)^0.5 · (D/61M)^-0.32, w = -0.5 for Muon and -1 for AdamW. Up to 350M
+    parameters it gives what the presets state within a factor of 2.
+
+    Args:
+        optimizer: `normuon`, `muon` or `adamw`.
+        width: C.
+        batch_tokens: B.
+        tokens: D.
+    """
+    rate = ANCHOR_RATES[optimizer]
+    rate *= (width / ANCHOR_WIDTH) ** RATE_WIDTH_EXPONENT[optimizer]
+    rate *= (batch_tokens / ANCHOR_BATCH) ** RATE_BATCH_EXPONENT
+    rate *= (max(tokens, 1.0) / ANCHOR_TOKENS) ** RATE_HORIZON_EXPONENT
+    return float(f"{min(rate, LARGEST_RATES[optimizer]):.2g}")
+
+
+def weight_decay(rate: float, steps: int) -> float:
+    """Return the weight decay: peak rate x decay x steps is the same for every horizon.
+
+    Args:
+        rate: peak learning rate.
+        steps: optimizer steps of the whole run.
+    """
+    decay = DECAY_TIME / (rate * max(steps, 1))
+    return float(f"{min(max(decay, SMALLEST_DECAY), LARGEST_DECAY):.2g}")
+
+
+def effective_tokens(tokens: float, unique_tokens: float) -> float:
+    """Return how many new tokens are worth as much as `tokens` in epochs over `unique_tokens`.
+
+    D' = U + U·R*·(1 - exp(-R/R*)), with R = D/U - 1 repetitions and R* = 15.4: equation 5 and table 1 of
+    Muennighoff et al. 2023 (arXiv:2305.16264). Increasing in both arguments.
+    """
+    if tokens <= unique_tokens:
+        return tokens
+    repetitions = tokens / unique_tokens - 1
+    worth = REPETITION_SCALE * (1 - math.exp(-repetitions / REPETITION_SCALE))
+    return unique_tokens * (1 + worth)

@@ -1,0 +1,72 @@
+"""Log-likelihood of continuations, on which cloze and multiple-choice scores rest.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Logits of one batch, B x T x V: 256 MB in float32.
+_LOGITS_PER_BATCH = 1 << 26
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: nn.Module,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    max_length: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[float, bool]]:
+    """Return the log-likelihood of each continuation in nats, and whether it is the greedy one.
+
+    Args:
+        model: in evaluation mode; called with (B, T) `input_ids`, returns an output with `logits`.
+        pairs: context and continuation as token ids; the context has at least one.
+        max_length: positions of the model. The beginning of a longer context is cut off, then that of the
+            continuation, whose lost tokens are not counted.
+        progress: called with the sequences done and all sequences.
+    """
+    device = next(model.parameters()).device
+    rows = []
+    for context, continuation in pairs:
+        tokens = [*context, *continuation][-(max_length + 1) :]
+        rows.append((tokens, min(len(continuation), len(tokens) - 1)))
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    vocab_size = 0
+    first = 0
+    while first < len(order):
+        length = len(rows[order[first]][0]) - 1
+        # The first batch has one sequence, which tells V.
+        batch_size = max(1, _LOGITS_PER_BATCH // (max(length, 1) * vocab_size)) if vocab_size else 1
+        chosen = order[first : first + batch_size]
+        first += len(chosen)
+        if length > 0:
+            logits = model(input_ids=_padded([rows[n][0][:-1] for n in chosen], length, device)).logits
+            vocab_size = logits.shape[-1]
+            for sequence, number in enumerate(chosen):
+                found[number] = _score(logits[sequence], *rows[number])
+        progress(first, len(order))
+    return found
+
+
+def _padded(sequences: list[list[int]], length: int, device: torch.device) -> Tensor:
+    """Return (B, T) ids; the padding on the right is behind everything that counts."""
+    padded = [ids + [0] * (length - len(ids)) for ids in sequences]
+    return torch.tensor(padded, dtype=torch.long, device=device)
+
+
+def _score(logits: Tensor, tokens: list[int], num_targets: int) -> tuple[float, bool]:
+    """Score the last `num_targets` tokens of a sequence by (T, V) logits."""
+    if num_targets == 0:
+        return 0.0, True
+    stop = len(tokens) - 1
+    used = logits[stop - num_targets : stop].float()
+    targets = torch.tensor(tokens[-num_targets:], device=logits.device)
+    total = used.log_softmax(-1).gather(1, targets[:, None]).double().sum()
+    return float(total), bool((used.argmax(-1) == targets).all())

@@ -1,0 +1,113 @@
+"""The rules of the recipe: their anchors, their limits, and in which direction they go."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimind.config import recipe
+from minimind.config.presets import PRESETS, preset_config
+from minimind.config.recipe import LADDER
+
+HORIZONS = st.floats(1e4, 1e13)
+
+
+def test_the_anchor_is_reproduced() -> None:
+    assert recipe.global_batch_tokens(61e6) == 32 * 512
+    assert recipe.sequence_length(32 * 512) == 512
+    for optimizer, rate in recipe.ANCHOR_RATES.items():
+        assert recipe.learning_rate(optimizer, width=512, batch_tokens=32 * 512, tokens=61e6) == rate
+    assert recipe.weight_decay(4e-3, 3732) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "optimizer"),
+    [
+        ("tiny", 1.1e6, "muon"),
+        ("350m", 7e9, "muon"),
+        ("1b", 20e9, "muon"),
+        ("tiny", 1.1e6, "adamw"),
+        ("350m", 7e9, "adamw"),
+    ],
+)
+def test_the_rates_of_the_presets_lie_near_the_rule(preset: str, tokens: float, optimizer: str) -> None:
+    config = preset_config(preset, optimizer=optimizer)
+    rule = recipe.learning_rate(
+        optimizer,
+        width=config.hidden_size,
+        batch_tokens=recipe.global_batch_tokens(tokens),
+        tokens=tokens,
+    )
+    assert config.learning_rate is not None
+    assert 1 / 2 < rule / config.learning_rate < 2
+
+
+def test_the_batch_of_the_smallest_preset_lies_on_the_rule() -> None:
+    tiny = PRESETS["tiny"]
+    assert recipe.global_batch_tokens(1.1e6) in (2048, 4096)
+    assert recipe.sequence_length(tiny["batch_size"] * tiny["max_seq_len"]) == tiny["max_seq_len"]
+
+
+@given(HORIZONS, HORIZONS)
+def test_batch_and_sequence_grow_with_the_horizon(one: float, other: float) -> None:
+    short, long = sorted((one, other))
+    batches = [recipe.global_batch_tokens(tokens) for tokens in (short, long)]
+    assert recipe.SMALLEST_BATCH <= batches[0] <= batches[1] <= recipe.LARGEST_BATCH
+    lengths = [recipe.sequence_length(batch) for batch in batches]
+    assert recipe.SHORTEST_SEQUENCE <= lengths[0] <= lengths[1] <= recipe.LONGEST_SEQUENCE
+    assert all(batch % length == 0 for batch, length in zip(batches, lengths, strict=True))
+
+
+@given(st.sampled_from(["muon", "adamw"]), HORIZONS, HORIZONS, st.integers(10, 22))
+def test_the_rate_falls_with_the_horizon_and_the_width(
+    optimizer: str, one: float, other: float, power: int
+) -> None:
+    short, long = sorted((one, other))
+
+    def rate(width: int, tokens: float) -> float:
+        return recipe.learning_rate(optimizer, width=width, batch_tokens=2.0**power, tokens=tokens)
+
+    assert 0 < rate(512, long) <= rate(512, short) <= recipe.LARGEST_RATES[optimizer]
+    assert rate(1024, short) <= rate(512, short) <= rate(64, short)
+
+
+@given(st.floats(1e-4, 3e-2), st.integers(1, 10**7), st.integers(1, 10**7))
+def test_weight_decay_falls_with_the_steps(rate: float, one: int, other: int) -> None:
+    few, many = sorted((one, other))
+    assert 0.3 >= recipe.weight_decay(rate, few) >= recipe.weight_decay(rate, many) >= 0.005
+
+
+@given(st.floats(1e5, 1e10), st.floats(1e5, 1e10), st.sampled_from([1024, 6400, 16384]))
+def test_the_shape_grows_with_the_parameters(one: float, other: float, vocab_size: int) -> None:
+    sizes = [recipe.choose_shape(n, vocab_size).parameters(vocab_size) for n in sorted((one, other))]
+    assert sizes[0] <= sizes[1]
+
+
+def test_a_shape_of_the_ladder_is_its_own_choice() -> None:
+    for shape in LADDER:
+        assert recipe.choose_shape(shape.parameters(6400), 6400) == shape
+
+
+def test_the_ladder_has_valid_shapes_of_growing_size() -> None:
+    blocks = [shape.block_parameters for shape in LADDER]
+    assert blocks == sorted(blocks)
+    for shape in LADDER:
+        config = preset_config("tiny", **shape.options())  # raises for heads that do not fit
+        assert config.hidden_size // config.num_attention_heads in (32, 64, 128)
+
+
+@given(HORIZONS, HORIZONS, st.floats(1e4, 1e12))
+def test_repeated_tokens_are_worth_less_than_new_ones_and_never_harm(
+    one: float, other: float, unique: float
+) -> None:
+    few, many = sorted((one, other))
+    worth = [recipe.effective_tokens(tokens, unique) for tokens in (few, many)]
+    assert worth[0] <= worth[1] <= many * (1 + 1e-9)
+    assert worth[1] <= unique * (1 + recipe.REPETITION_SCALE) * (1 + 1e-9)
+    if many <= unique:
+        assert worth[1] == many
+
+
+def test_four_epochs_are_worth_almost_as_much_as_new_tokens() -> None:
+    assert recipe.effective_tokens(4e6, 1e6) == pytest.approx(3.73e6, rel=0.01)

@@ -1,0 +1,102 @@
+"""Samples of training text, and tokenizers trained on them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from minimind import PretrainConfig, load_tokenizer
+from minimind.planning import text_sample
+from minimind.planning.text_sample import TextSample, read_sample, text_size, trained_tokenizer
+
+WORDS = [chr(97 + k) + "eiou"[k % 4] + chr(110 + k % 9) for k in range(17)]
+
+
+def documents(number: int) -> list[str]:
+    return [
+        " ".join(WORDS[(k * k + 3 * n) % len(WORDS)] + str((k * n) % 97) for k in range(40))
+        for n in range(number)
+    ]
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return path
+
+
+def config(path: Path, **options: object) -> PretrainConfig:
+    return PretrainConfig(data=(str(path),), cache_dir=str(path.parent / "cache"), **options)  # type: ignore[arg-type]
+
+
+def test_a_small_text_is_read_whole(tmp_path: Path) -> None:
+    texts = documents(50)
+    sample = read_sample(config(write(tmp_path / "a.jsonl", texts)))
+    assert list(sample.documents) == texts
+    assert sample.num_bytes == sum(map(len, texts))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_the_size_of_a_large_text_is_estimated(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = documents(3000)
+    monkeypatch.setattr(text_sample, "SAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(text_sample, "_AHEAD_BYTES", 50_000)
+    sample = read_sample(config(write(tmp_path / name, texts)))
+    assert sum(map(len, sample.documents)) < 200_000
+    # A compressed file is read in blocks of 128 kB.
+    assert sample.num_bytes == pytest.approx(sum(map(len, texts)), rel=0.02 if name == "a.jsonl" else 0.2)
+
+
+def test_a_large_file_is_sampled_from_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"part {n // 100} " + text for n, text in enumerate(documents(3200))]
+    monkeypatch.setattr(text_sample, "SAMPLE_BYTES", 100_000)
+    sample = read_sample(config(write(tmp_path / "a.jsonl", texts)))
+    assert {text.split()[1] for text in sample.documents} == {str(n) for n in range(32)}
+
+
+def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sample, "VOCABULARIES", (290, 300, 310, 10**6))
+    monkeypatch.setattr(text_sample, "BYTES_PER_ENTRY", 10)
+    options = config(write(tmp_path / "a.jsonl", documents(100)))
+    sample = read_sample(options)
+    assert sample.vocabularies() == (290, 300, 310)
+    size = text_size(options, sample, choose_tokenizer=True)
+    packaged, *trained = size.tokenizers
+    assert (packaged.vocab_size, packaged.trained) == (load_tokenizer().vocab_size, False)
+    assert [choice.vocab_size for choice in trained] == [290, 300, 310]
+    lengths = [choice.bytes_per_token for choice in trained]
+    assert 0.5 < lengths[0] < lengths[1] < lengths[2]
+    assert size.num_bytes == pytest.approx(0.99 * sample.num_bytes)
+    monkeypatch.setattr(text_sample, "_train", lambda sample: pytest.fail("trained twice"))
+    folder = trained_tokenizer(options, sample, 300)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.vocab_size == 300
+    text = "alpha3 omega, never seen: é"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert trained_tokenizer(options, sample, 300) == folder
+
+
+def test_only_the_given_tokenizer_counts_where_none_is_to_be_chosen(tmp_path: Path) -> None:
+    sample = TextSample(tuple(documents(10)), 1e4)
+    size = text_size(config(tmp_path / "a"), sample, choose_tokenizer=False)
+    assert [choice.trained for choice in size.tokenizers] == [False]
+
+
+def test_a_text_that_is_too_uniform_for_a_tokenizer_uses_that_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sample, "BYTES_PER_ENTRY", 1)
+    sample = TextSample(("ab " * 400,) * 4, 5e3)
+    size = text_size(config(tmp_path / "a"), sample, choose_tokenizer=True)
+    assert sample.vocabularies()
+    assert [choice.trained for choice in size.tokenizers] == [False]
