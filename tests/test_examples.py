@@ -149,10 +149,8 @@ def test_a_database_is_a_data_source(tmp_path: Path) -> None:
         texts = [json.loads(line)["text"] for line in write_corpus(tmp_path / "c.jsonl").open()]
         database.executemany("INSERT INTO documents VALUES (?)", [(text,) for text in texts])
     result = example("data_source")["train"](Path("notes.db"), **TINIER)
-    # Those of the last epoch's end.
     assert (result.steps, len(result.history.losses)) == (4, 4)
-    tokens = sum(len(ids) for ids in minimind.load_tokenizer().encode_batch(texts))
-    assert result.tokens == min(4 * 4 * 32, 2 * tokens)
+    assert result.history.losses[-1] < result.history.losses[0]
 
 
 def test_a_part_exchanged_trains_and_resumes(tmp_path: Path) -> None:
