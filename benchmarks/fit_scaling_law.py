@@ -38,6 +38,8 @@ NOISE = 0.01
 REFERENCE = 1e6
 SHARES = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 SMALLEST_SIGMA = 0.003
+# Before the start, where there are too few texts to leave one out.
+UNTESTED_SIGMA = 0.05
 
 
 def main() -> None:
@@ -162,7 +164,7 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
         "form": "bits/byte = s (V/6400)^-v (E + A N^-a + B D^-b)",
         **{name: round(value, 6) for name, value in law.items()},
         "difficulty": [round(value, 5) for value in line],
-        "sigma": round(max(rms(unseen or residuals), 3 * SMALLEST_SIGMA), 5),
+        "sigma": round(max(rms(unseen), UNTESTED_SIGMA if not unseen else SMALLEST_SIGMA), 5),
         "curve": [[round(value, 5) for value in point] for point in curve],
         "texts": {name: round(scale, 4) for name, scale in scales.items()},
         "fit": {
@@ -175,6 +177,7 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
         "provenance": {
             "command": "benchmarks/scaling_grid.py, then benchmarks/fit_scaling_law.py",
             "devices": devices,
+            "optimizers": sorted({point.get("optimizer", "muon") for point in points}),
             "dates": sorted({point["date"] for point in points}),
             "fitted": str(datetime.date.today()),
         },
@@ -182,11 +185,14 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def left_out(points: list[dict[str, Any]]) -> list[float]:
-    """Return the errors of log L on each text by a law that was fitted to the others."""
+    """Return the errors of log L on each text by a law that was fitted to others of such sizes."""
     errors: list[float] = []
     texts = list(dict.fromkeys(point["text"] for point in points))
     for text in texts if len(texts) > 2 else ():
         others = [point for point in points if point["text"] != text]
+        largest = max(point["parameters"] for point in others)
+        if any(point["parameters"] > 2 * largest for point in points):
+            continue  # that would measure the extrapolation in size
         law, scales = fit(others)
         first, slope = difficulty(scales, others)
         for point in points:
@@ -219,15 +225,17 @@ def check(points: list[dict[str, Any]], law: ScalingLaw) -> None:
     for point in points:
         reached, size = point["bits_per_byte"], point["block_parameters"]
         before = law.before_start(size, point["bytes"], point["model_vocab"], point["unigram_bits"])
-        tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - 0.5))
-        during = law.during(
-            size,
-            observed=bits,
-            bytes_done=worth(point, tokens),
-            num_bytes=point["bytes"],
-            share=tokens / point["tokens"],
-        )
-        errors.append((before.bits_per_byte - reached, during.bits_per_byte - reached))
+        half = before
+        if point["evaluations"]:
+            tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - 0.5))
+            half = law.during(
+                size,
+                observed=bits,
+                bytes_done=worth(point, tokens),
+                num_bytes=point["bytes"],
+                share=tokens / point["tokens"],
+            )
+        errors.append((before.bits_per_byte - reached, half.bits_per_byte - reached))
         print(
             f"| {point['point']} V={point['model_vocab']} | {point['text']} | {reached:.4f} "
             f"| {errors[-1][0]:+.4f} | {errors[-1][1]:+.4f} |"

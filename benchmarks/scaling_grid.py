@@ -217,6 +217,7 @@ class Grid:
             "unique_tokens": data.train.num_tokens,
             "bytes_per_token": train.text_bytes / data.train.num_tokens,
             "steps": steps,
+            "optimizer": config.optimizer,
             "learning_rate": config.learning_rate,
             "weight_decay": config.weight_decay,
             "seconds": round(seconds, 2),

@@ -17,6 +17,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "pretrain": (
         "minimind-train pretrain --data corpus.jsonl --output-dir runs/mine",
         "minimind-train pretrain --data web:0.8 --data code:0.2 --preset minimind-3 --max-tokens 2e9",
+        "minimind-train pretrain --data corpus.jsonl --budget 30m --plan",
         "minimind-train pretrain --config runs/mine/config.toml --seed 7 --output-dir runs/seed7",
         "minimind-train pretrain --resume --output-dir runs/mine",
         "minimind-train pretrain --preset 350m --data corpus.jsonl --plan --price-per-hour 2.5",

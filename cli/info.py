@@ -45,6 +45,7 @@ def info(
         from minimind.runs.record import read_run
 
         plot_losses(read_run(path), plot)
+        typer.echo(f"wrote {printable(str(plot))}", err=True)
     if open_report:
         if found.values["report"] is None:
             raise ConfigError(f"{path} has no report.html; runs of this version write one.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minimind.formatting import printable
+from minimind.formatting import paint, printable
 
 from .options import expand_path
 
@@ -26,4 +27,4 @@ def reproduce(
     found = find(read_run(run), check_data=check_data)
     typer.echo(printable(found.command))
     for warning in found.warnings:
-        typer.echo(f"warning: {printable(warning)}", err=True)
+        typer.echo(f"{paint('warning:', '33', sys.stderr)} {printable(warning)}", err=True)

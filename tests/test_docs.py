@@ -29,7 +29,9 @@ NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 PAIRS = [
     ("README.md", "README_zh.md"),
     ("docs/quickstart.md", "docs/quickstart_zh.md"),
+    ("docs/fine-tuning.md", "docs/fine-tuning_zh.md"),
     ("docs/migration.md", "docs/migration_zh.md"),
+    ("docs/budget.md", "docs/budget_zh.md"),
 ]
 PROGRAM = re.compile(r"minimind-train|minimind_cli")
 

@@ -44,12 +44,17 @@ FINAL_RATE = 0.0
 SEQUENCES_PER_BATCH = 16
 SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
 
-# Beyond four epochs a repeated token is worth visibly less than a new one, and after 16 next to nothing
-# (Muennighoff et al. 2023, arXiv:2305.16264).
-MOST_EPOCHS = 16
+# Beyond four epochs a repeated token is worth visibly less than a new one (Muennighoff et al. 2023,
+# arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.
+MOST_EPOCHS = 8
 # R* there: the number of repetitions after which all further ones together are worth 1/e of what those before
 # were.
 REPETITION_SCALE = 15.4
+# R_N* there, the same for parameters beyond those that the text can use; here one per token of unique text.
+EXCESS_SCALE = 5.31
+# A model with more parameters than this per token of unique text is not considered: in several epochs it
+# learns the text by heart, which the formula does not know.
+MOST_PARAMETERS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -182,3 +187,15 @@ def effective_tokens(tokens: float, unique_tokens: float) -> float:
     repetitions = tokens / unique_tokens - 1
     worth = REPETITION_SCALE * (1 - math.exp(-repetitions / REPETITION_SCALE))
     return unique_tokens * (1 + worth)
+
+
+def effective_parameters(parameters: float, unique_tokens: float) -> float:
+    """Return how many parameters are of use for a text: those beyond its tokens count less and less.
+
+    N' = U_N + U_N·R_N*·(1 - exp(-R_N/R_N*)), with R_N = N/U_N - 1 and R_N* = 5.31: Muennighoff et al. 2023
+    (arXiv:2305.16264), with the tokens of the unique text for U_N. Increasing in both arguments.
+    """
+    if parameters <= unique_tokens:
+        return parameters
+    excess = parameters / unique_tokens - 1
+    return unique_tokens * (1 + EXCESS_SCALE * (1 - math.exp(-excess / EXCESS_SCALE)))

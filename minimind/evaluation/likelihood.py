@@ -68,5 +68,6 @@ def _score(logits: Tensor, tokens: list[int], num_targets: int) -> tuple[float, 
     stop = len(tokens) - 1
     used = logits[stop - num_targets : stop].float()
     targets = torch.tensor(tokens[-num_targets:], device=logits.device)
-    total = used.log_softmax(-1).gather(1, targets[:, None]).double().sum()
+    chosen = used.gather(1, targets[:, None])[:, 0]
+    total = (chosen - used.logsumexp(-1)).double().sum()
     return float(total), bool((used.argmax(-1) == targets).all())

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from ..checkpoint.resume import containing_run
 from ..config.budget import BUDGET_OPTIONS, Budget, parse_budget
-from ..config.options import AUTO, CONFIG_SCHEMA, ModelConfig, PretrainConfig
+from ..config.options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, ModelConfig, PretrainConfig
 from ..config.schema import parse_values, read_toml, schema_of
 from ..data.documents import Documents
 from ..data.shards import random_shards
@@ -156,8 +156,7 @@ def plan_budget(config: PretrainConfig, *, quiet: bool = False) -> BudgetPlan:
     """
     progress = Progress(enabled=is_main_process() and not quiet)
     try:
-        if (remark := check_launch(config)) is not None:
-            progress.note(remark)
+        check_launch(config)  # its remark is the run's
         if config.resume is None and not restarts() and RunFolder(Path(config.output_dir)).holds_a_run():
             raise ConfigError(
                 f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
@@ -260,7 +259,7 @@ class _Decision:
         try:
             return self._search.send(seconds)
         except StopIteration as end:
-            return _Outcome(tuple(end.value[:3]), self._text, self._machine)
+            return _Outcome(_with_alternatives(end.value), self._text, self._machine)
 
     def _read(self) -> TextSample:
         if self._sample is None:
@@ -277,6 +276,8 @@ class _Decision:
             optimizer=self._config.optimizer,
             processes=outcome.machine.processes,
         )
+        if self._config.from_weight is not None and "learning_rate" in options:
+            options["learning_rate"] *= FROM_WEIGHT_RATE
         if best.tokenizer.trained:
             options["tokenizer"] = trained_tokenizer(self._config, self._read(), best.tokenizer.vocab_size)
         if "compile" not in self._kept and outcome.machine.device == "cuda":
@@ -290,6 +291,15 @@ class _Decision:
         config = dataclasses.replace(self._config, **options, budget_keeps=BUDGET_OPTIONS)
         kept = tuple(name for name in self._config.budget_keeps if name in BUDGET_OPTIONS)
         return BudgetPlan(config, self._budget, outcome.text, outcome.machine, outcome.ranked, kept)
+
+
+def _with_alternatives(ranked: list[Candidate]) -> tuple[Candidate, ...]:
+    """Return the best candidate and two alternatives, at least one with another shape if there is one."""
+    first, *others = ranked
+    shown = others[:2]
+    if all(other.shape == first.shape for other in shown):
+        shown[1:] = [other for other in others if other.shape != first.shape][:1] or shown[1:]
+    return first, *shown
 
 
 def _kept_options(config: PretrainConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ MOST_TOKENS = {"cuda": 65536}
 MOST_TOKENS_ELSEWHERE = 8192
 # Before a shape is measured: the share of the matmul speed that training reaches, by width on a GPU, and the
 # time to launch a layer's kernels.
-_GPU_EFFICIENCY_WIDTH = 700
+_GPU_EFFICIENCY, _GPU_EFFICIENCY_WIDTH = 0.75, 150
 _CPU_EFFICIENCY = 0.6
 _LAUNCH_SECONDS = {"cuda": 4e-4}
 _LAUNCH_SECONDS_ELSEWHERE = 2e-4
@@ -129,8 +129,11 @@ class Chooser:
         return sorted(ordered, key=lambda c: (round(distance(c), 6), _badness(c)))
 
     def _candidates(self) -> Iterator[Candidate]:
-        for shape in self._shapes():
+        shapes = self._shapes()
+        for shape in shapes:
             for tokenizer in self.text.tokenizers:
+                if shape not in shapes[:3] and shape.block_parameters > self._most_parameters(tokenizer):
+                    continue
                 for multiple in self._multiples():
                     candidate = self._candidate(shape, tokenizer, multiple)
                     if candidate is not None:
@@ -217,10 +220,16 @@ class Chooser:
     def _flops_per_token(self, candidate: Candidate) -> int:
         return self._model(candidate.shape, candidate.tokenizer).flops_per_token(candidate.seq_len)
 
+    def _most_parameters(self, tokenizer: TokenizerChoice) -> float:
+        return recipe.MOST_PARAMETERS_PER_TOKEN * self._unique_tokens(tokenizer)
+
+    def _parameters(self, shape: ModelShape, tokenizer: TokenizerChoice) -> float:
+        return recipe.effective_parameters(shape.block_parameters, self._unique_tokens(tokenizer))
+
     def _relative(self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float) -> float:
         worth = recipe.effective_tokens(tokens, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
-        return self.law.relative(shape.block_parameters, num_bytes, tokenizer.vocab_size)
+        return self.law.relative(self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size)
 
     def _forecast(
         self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, batch_tokens: int
@@ -230,7 +239,7 @@ class Chooser:
         worth = recipe.effective_tokens(useful, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
-            shape.block_parameters, num_bytes, tokenizer.vocab_size, self.text.unigram_bits
+            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.unigram_bits
         )
 
     def _batch(
@@ -293,7 +302,7 @@ class Chooser:
         machine = self.machine
         on_gpu = machine.device == "cuda"
         width = shape.hidden_size
-        efficiency = 0.6 * width / (width + _GPU_EFFICIENCY_WIDTH) if on_gpu else _CPU_EFFICIENCY
+        efficiency = _GPU_EFFICIENCY * width / (width + _GPU_EFFICIENCY_WIDTH) if on_gpu else _CPU_EFFICIENCY
         work = plan.batch_tokens / machine.processes
         flops = work * self._model(shape, tokenizer).flops_per_token(plan.seq_len)
         if self.optimizer != "adamw":

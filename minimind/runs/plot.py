@@ -21,6 +21,7 @@ def plot_losses(run: RunRecord, path: Path) -> None:
         raise ConfigError(f"--plot {path} must end in .png, .pdf or .svg; rename it.")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         raise ConfigError("--plot needs the package matplotlib; pip install matplotlib.") from None
     training, validation = run.thinned("loss"), run.thinned("val_loss")
@@ -33,11 +34,14 @@ def plot_losses(run: RunRecord, path: Path) -> None:
         if points:
             x = [point.tokens or 0.0 if by_tokens else point.step for point in points]
             axes.plot(x, [point.value for point in points], style, label=label, markersize=3, linewidth=1.2)
+            low, high = ([getattr(p, end) or p.value for p in points] for end in ("low", "high"))
+            axes.fill_between(x, low, high, alpha=0.15, linewidth=0)
     # The first steps fall by most of the height.
     late = [p.value for points in (training, validation) for p in points if p.step >= 0.05 * run.steps]
     if late and max(late) > min(late):
         margin = 0.08 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("training tokens" if by_tokens else "steps")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

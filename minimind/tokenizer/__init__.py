@@ -13,7 +13,6 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from .files import (
     FIX,
     PACKAGED,
     chatml_template,
+    no_panic,
     read_json,
     template_beside,
     with_start_token,
@@ -149,7 +149,7 @@ class Tokenizer:
         character.
         """
         try:
-            with _no_panic("--tokenizer"):
+            with no_panic("--tokenizer"):
                 encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
             halves = (text.encode("utf-16-le", "surrogatepass") for text in texts)
@@ -230,24 +230,6 @@ def _unknown_token(model: Mapping[str, Any]) -> str | None:
     return model.get("unk_token")
 
 
-@contextmanager
-def _no_panic(name: str) -> Iterator[None]:
-    """Raise ConfigError for a panic of the Rust extension, which is no Exception.
-
-    Its report on stderr ("thread ... panicked") comes first. Redirecting the file descriptor meanwhile would
-    also hide what other threads and a crash write there.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ConfigError(
-            f"{name}: its rules fail on this text ({error}); correct its pre-tokenizer pattern "
-            "or choose another."
-        ) from error
-
-
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """Load a tokenizer.
 
@@ -268,7 +250,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     if "model" not in rules:
         raise ConfigError(f"--tokenizer {file} is not a tokenizer: it has no 'model'. {FIX}")
     try:
-        with _no_panic(f"--tokenizer {file}"):
+        with no_panic(f"--tokenizer {file}"):
             backend = tokenizers.Tokenizer.from_str(json.dumps(without_start_token(rules)))
     except Exception as error:  # the Rust extension raises plain Exception
         raise ConfigError(

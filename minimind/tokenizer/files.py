@@ -1,8 +1,9 @@
-"""Chat template and start token in the files of a tokenizer."""
+"""The files of a tokenizer: reading, chat template and start token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,24 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--tokenizer {file} is not a JSON object. {FIX}")
     return content
+
+
+@contextmanager
+def no_panic(name: str) -> Iterator[None]:
+    """Raise ConfigError for a panic of the Rust extension, which is no Exception.
+
+    Its report on stderr ("thread ... panicked") comes first. Redirecting the file descriptor meanwhile would
+    also hide what other threads and a crash write there.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(
+            f"{name}: its rules fail on this text ({error}); correct its pre-tokenizer pattern "
+            "or choose another."
+        ) from error
 
 
 def template_beside(file: Path) -> str | None:

@@ -25,7 +25,7 @@ BAR_WIDTH, MIN_BAR_WIDTH = 20, 4
 # Values to drop in a narrow terminal, in this order.
 DROP_WHEN_NARROW = (
     *("memory_gb", "learning_rate", "mfu", "tokens_per_second"),
-    *("val_perplexity", "val_bits_per_byte"),
+    *("val_perplexity", "val_forecast_bits_per_byte", "val_bits_per_byte"),
 )
 
 Rows = Sequence[tuple[str, str]]

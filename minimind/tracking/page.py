@@ -194,7 +194,7 @@ def _chart_data(chart: Chart, curves: Sequence[Curve]) -> dict[str, Any]:
 
 def _numbers(point: Point) -> list[float | None]:
     """Return step, tokens, seconds and value, and the range of several values."""
-    numbers = [point.step, _short(point.tokens), _short(point.seconds, 5), _short(point.value)]
+    numbers = [point.step, _short(point.tokens), _short(point.seconds, 5), _short(point.value, 9)]
     if point.low is None or point.low == point.high:
         return numbers
     return [*numbers, _short(point.low, 5), _short(point.high, 5)]

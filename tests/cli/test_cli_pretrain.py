@@ -299,3 +299,27 @@ def test_a_number_of_heads_has_its_divisors_listed_however_large_it_is(heads: in
     with pytest.raises(ConfigError) as caught:
         resolve(file={"num_attention_heads": heads, "num_key_value_heads": 4})
     assert caught.value.problems[0].endswith(f"{listed}.")
+
+
+def test_the_first_screen_of_a_run_has_at_most_20_lines(run: Command, tmp_path: Path) -> None:
+    """With much to report of the data, which --verbose prints as a whole."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(12):
+        lines = [f'{{"text": "{"the cat sat on a mat " * (4 + line % 3)}{line % 9}"}}' for line in range(20)]
+        (data / f"{number}.jsonl").write_text("\n".join([*lines, f"not JSON {number}", '{"text": ""}']))
+        (data / f"{number}.unknown{number}").touch()
+    words = (
+        *("pretrain", "--data", str(data), "--cache-dir", "cache", "--bad-lines", "skip", "--max-steps", "1"),
+        *("--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
+        *("--max-seq-len", "32", "--val-fraction", "0.2", "--tracker", "none", "--eval-interval", "100"),
+    )
+    for folder, extra in (("short", ()), ("long", ("--verbose",))):
+        done = run(*words, "--output-dir", folder, *extra)
+        assert done.code == 0, done.err
+        first_screen = done.out.partition("step 0/1 | val loss")[0]
+        rows = sum(-(-len(line) // 80) for line in first_screen.splitlines())
+        assert (rows <= 20) == (not extra), first_screen
+        assert "duplicates" in first_screen
+    assert "not measured" not in done.out
+    assert "compil" not in done.out.partition("bottleneck")[2]

@@ -111,3 +111,15 @@ def test_repeated_tokens_are_worth_less_than_new_ones_and_never_harm(
 
 def test_four_epochs_are_worth_almost_as_much_as_new_tokens() -> None:
     assert recipe.effective_tokens(4e6, 1e6) == pytest.approx(3.73e6, rel=0.01)
+
+
+@given(st.floats(1e3, 1e10), st.floats(1e3, 1e10), st.floats(1e4, 1e12))
+def test_parameters_beyond_the_tokens_count_less_and_never_harm(
+    one: float, other: float, unique: float
+) -> None:
+    few, many = sorted((one, other))
+    worth = [recipe.effective_parameters(n, unique) for n in (few, many)]
+    assert worth[0] <= worth[1] <= many * (1 + 1e-9)
+    if many <= unique:
+        assert worth[1] == many
+    assert worth[1] <= max(unique * (1 + recipe.EXCESS_SCALE) * (1 + 1e-9), 0)

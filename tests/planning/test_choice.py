@@ -81,6 +81,14 @@ def test_repetition_is_limited_and_the_rest_of_the_budget_not_spent() -> None:
     assert kept.epochs <= 2
 
 
+def test_a_small_text_on_a_large_machine_trains_a_small_model() -> None:
+    small = dataclasses.replace(TEXT, num_bytes=3e6, tokenizers=(PACKAGED,))
+    best = chooser(Budget(seconds=600), text=small).ranked()[0]
+    assert 5e5 < best.shape.block_parameters <= 8e6
+    # Unless the user wants a large one.
+    assert chooser(Budget(seconds=600), text=small, hidden_size=1024).ranked()[0].shape.hidden_size == 1024
+
+
 def test_a_trained_tokenizer_has_to_be_clearly_better() -> None:
     def vocabulary(bytes_per_token: float) -> int:
         trained = TokenizerChoice(6400, bytes_per_token, trained=True)

@@ -142,8 +142,10 @@ def test_no_line_is_wider_than_the_terminal(terminal, monkeypatch, width, line):
     progress.banner(
         [("steps", "2,000 of up to 2.05k tokens (micro-batch 16 x accumulation 1 x processes 1)")]
     )
+    forecast = {"val_forecast_bits_per_byte": 1.1, "val_forecast_low": 1.0, "val_forecast_high": 1.2}
     progress.step(100, REPORT)
-    progress.evaluation(100, EVALUATION)
+    progress.evaluation(100, EVALUATION | forecast)
+    progress.step(100, REPORT | forecast)
     progress.close()
     lines = terminal.text().splitlines()
     assert line in lines
