@@ -394,7 +394,7 @@ def run_minimind(options: argparse.Namespace, folder: Path, *, packing: bool) ->
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_in_time, daemon=True).start()
-    pretrain(config)
+    pretrain(config, handle_signals=True)
     first, *_, last = _reports(out)[WARMUP_STEPS - 1 :]
     elapsed, tokens = (last[name] - first[name] for name in ("elapsed", "tokens"))
     steps = last["step"] - first["step"]

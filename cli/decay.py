@@ -78,6 +78,8 @@ def decay(
         output_dir=None if options.output_dir is None else Path(options.output_dir),
         shape=options.decay_shape,
         min_lr_ratio=options.min_lr_ratio,
+        quiet=False,
+        handle_signals=True,
     )
     if result.stopped is not None:
         raise typer.Exit(STOPPED_EARLY)

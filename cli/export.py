@@ -28,6 +28,7 @@ class ExportOptions:
             "Qwen3 in safetensors for transformers, vLLM and others; a .pth file of upstream minimind; or "
             "GGUF for llama.cpp and Ollama.",
             synonyms=(("hf", "huggingface"), ("pth", "minimind")),
+            plugins="minimind.formats",
         ),
     ] = "huggingface"
     output: Annotated[
@@ -154,7 +155,7 @@ def _next_commands(exported: Exported) -> list[str]:
             f"{config.hidden_size} --num_hidden_layers {config.num_hidden_layers}"
             + (" --use_moe 1" if config.use_moe else "")
         ]
-    if "tokenizer.json" not in exported.files:
+    if exported.format != "huggingface" or "tokenizer.json" not in exported.files:
         return []  # the programs below need a tokenizer
     call = f"pipeline('text-generation', {str(exported.folder)!r})('Once upon a time')"
     return [f'python -c "from transformers import pipeline; print({call})"', f"vllm serve {folder}"]

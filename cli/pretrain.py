@@ -71,10 +71,10 @@ def pretrain(
     if resolved.budget_chooses:
         from minimind.planning.budget import follow_budget
 
-        resolved = follow_budget(resolved)
+        resolved = follow_budget(resolved, quiet=False)
     from minimind.training.pretrain import pretrain as run
 
-    result = run(resolved)
+    result = run(resolved, quiet=False, handle_signals=True)
     if result.stopped is not None:
         raise typer.Exit(STOPPED_EARLY)
 

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from .modeling.transformer import MiniMindForCausalLM
     from .planning.budget import pretrain
     from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+    from .tracking.plugins import Tracker
+    from .training.callbacks import Callback
 
 _PUBLIC = {
+    "Callback": "training.callbacks",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -28,6 +31,7 @@ _PUBLIC = {
     "PRESETS": "config",
     "PretrainConfig": "config",
     "Tokenizer": "tokenizer",
+    "Tracker": "tracking.plugins",
     "UserError": "errors",
     "load_tokenizer": "tokenizer",
     "preset_config": "config",
@@ -37,6 +41,7 @@ _PUBLIC = {
 
 __all__ = [
     "PRESETS",
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -44,6 +49,7 @@ __all__ = [
     "MiniMindForCausalLM",
     "PretrainConfig",
     "Tokenizer",
+    "Tracker",
     "UserError",
     "__version__",
     "load_tokenizer",

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from .config.budget import parse_budget
 from .config.options import PretrainConfig
+from .errors import ConfigError
 from .formatting import parse_duration
 
 DEFAULT_WARMUP_SHARE = 0.02
@@ -86,22 +87,44 @@ def lr_factor(
     return min_lr_ratio + (1 - min_lr_ratio) * remaining
 
 
+class Schedule(Protocol):
+    """A learning rate schedule of the caller; a plain function is one."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Return the learning rate as a fraction of the peak: a pure function, so that a resume is exact.
+
+        Args:
+            step: optimizer step, from 0.
+            total_steps: optimizer steps of the whole run.
+        """
+
+
 class LearningRateSchedule:
     """The learning rate of each optimizer step of a run.
 
     Attributes:
-        warmup_steps: number of warm-up steps.
+        warmup_steps: number of warm-up steps; 0 with a custom schedule.
+        custom: schedule of the caller, or None.
     """
 
-    def __init__(self, config: PretrainConfig, total_steps: int, warmup: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        total_steps: int,
+        warmup: int | None = None,
+        custom: Schedule | None = None,
+    ) -> None:
         """Take the schedule of a configuration for a run of `total_steps`.
 
         Args:
             warmup: number of warm-up steps; None for that of the configuration.
+            custom: replaces the schedule of the configuration.
         """
-        self._peak, self._total_steps = config.peak_learning_rate, total_steps
+        self._peak, self._total_steps, self.custom = config.peak_learning_rate, total_steps, custom
         self._has_stable_phase = config.lr_schedule == "wsd"
         self.warmup_steps = warmup_steps(config, total_steps) if warmup is None else warmup
+        if custom is not None:
+            self.warmup_steps = 0
         self._factor = partial(
             lr_factor,
             warmup_steps=self.warmup_steps,
@@ -119,7 +142,13 @@ class LearningRateSchedule:
             step: from 0.
             decay_window: the step at which `wsd` begins to decay and the number of steps of the run, where
                 --max-time or --budget set them. Other schedules take the number of steps.
+
+        Raises:
+            ConfigError: for a custom schedule that returns no usable number.
         """
+        if self.custom is not None:
+            total = self._total_steps if decay_window is None else decay_window[1]
+            return self._peak * _checked_factor(self.custom(step, total), step)
         if decay_window is not None and not self._has_stable_phase:
             return self._peak * self._factor(step, total_steps=decay_window[1])
         if decay_window is None or step < min(decay_window[0], self.warmup_steps):
@@ -129,6 +158,19 @@ class LearningRateSchedule:
         reached = self._factor(begin, total_steps=self._total_steps)
         decayed = self._factor(step, total_steps=end, warmup_steps=0, decay_steps=end - begin)
         return self._peak * reached * decayed
+
+
+def _checked_factor(factor: Any, step: int) -> float:
+    try:
+        number = float(factor)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ConfigError(
+            f"schedule= returned {factor!r} for step {step}; return a fraction of the peak learning rate, a "
+            "finite number of at least 0."
+        )
+    return number
 
 
 def warmup_steps(config: PretrainConfig, total_steps: int) -> int:
@@ -189,6 +231,7 @@ def resume_schedule(
     saved: Mapping[str, Any],
     step: int,
     decay_window: tuple[int, int] | None,
+    custom: Schedule | None = None,
 ) -> ResumedSchedule:
     """Return how the learning rate continues from a checkpoint.
 
@@ -201,7 +244,10 @@ def resume_schedule(
         saved: settings of the checkpoint.
         step: optimizer steps done.
         decay_window: of the checkpoint.
+        custom: see `LearningRateSchedule`.
     """
+    if custom is not None:
+        return ResumedSchedule(LearningRateSchedule(config, total_steps, custom=custom), None, ())
     warmup = None
     if config.warmup_steps == saved.get("warmup_steps"):
         warmup = stored_warmup_steps(saved)

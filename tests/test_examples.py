@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
 import os
 import runpy
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +77,80 @@ def test_a_custom_loop_resumes_where_it_was(tmp_path: Path) -> None:
     assert steps == ["step-00000003", "step-00000006"]
     for name, weight in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+# Users write these from the documentation.
+SHORT = ("short_loop", "callback", "custom_optimizer", "custom_schedule", "custom_tracker", "data_source")
+TINIER = {**TINY, "hidden_size": 32, "num_hidden_layers": 1, "log_interval": 1, "save_interval": 100}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_example_has_at_most_30_lines_of_code(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    documentation = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    code = [
+        line
+        for number, line in enumerate(source.partition("\nif __name__")[0].splitlines(), 1)
+        if number not in documentation and line.strip() and not line.strip().startswith("#")
+    ]
+    assert len(code) <= 30, "\n".join(code)
+
+
+def test_the_short_loop_learns(tmp_path: Path) -> None:
+    losses = example("short_loop")["train"](str(write_corpus(tmp_path / "corpus.jsonl")), steps=12)
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_callback_ends_a_run_early_also_across_a_resume(tmp_path: Path) -> None:
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    train = example("callback")["train"]
+    # Without a change of the weights no evaluation improves on the first.
+    options = {**TINIER, "data": (corpus,), "learning_rate": 1e-30, "eval_interval": 1, "max_steps": 20}
+    result = train(**options)
+    assert "does not fall" in result.stopped
+    assert 3 <= result.steps <= 5
+    resumed = train(**options, resume="auto")
+    # It knows the best loss of the first part: the next evaluation ends the run again.
+    assert resumed.steps <= result.steps + 2
+
+
+def test_a_custom_optimizer_and_schedule_train(tmp_path: Path) -> None:
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    module = example("custom_optimizer")
+    result = module["train"](data=(corpus,), **TINIER)
+    assert result.history.losses[-1] < result.history.losses[0]
+    schedule = example("custom_schedule")
+    # The rate of step s is in the report after it.
+    rates = schedule["train"](data=(corpus,), **TINIER, learning_rate=1.0).history.learning_rates
+    assert rates.tolist() == [schedule["restarts"](step, 4) for step in range(4)]
+
+
+def test_a_custom_tracker_writes_each_step_once(tmp_path: Path) -> None:
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    train = example("custom_tracker")["train"]
+    train(data=(corpus,), **{**TINIER, "max_steps": 2})
+    train(data=(corpus,), **TINIER, resume="auto")
+    with Path("runs/csv/metrics.csv").open(newline="") as file:
+        losses = [float(row[2]) for row in csv.reader(file) if row[1] == "loss"]
+    assert losses == losses_of(Path("runs/csv"))
+    assert len(losses) == 4
+
+
+def test_a_database_is_a_data_source(tmp_path: Path) -> None:
+    with closing(sqlite3.connect("notes.db")) as database, database:
+        database.execute("CREATE TABLE documents (text)")
+        texts = [json.loads(line)["text"] for line in write_corpus(tmp_path / "c.jsonl").open()]
+        database.executemany("INSERT INTO documents VALUES (?)", [(text,) for text in texts])
+    result = example("data_source")["train"](Path("notes.db"), **TINIER)
+    assert (result.steps, len(result.history.losses)) == (4, 4)
+    assert result.history.losses[-1] < result.history.losses[0]
 
 
 def test_a_part_exchanged_trains_and_resumes(tmp_path: Path) -> None:

@@ -79,9 +79,11 @@ def train(name: str, **options: Any) -> PretrainResult:
     if name == "relu":
         # Called with the model configuration that results from the options.
         config = minimind.preset_config("tiny", **options)
-        return minimind.pretrain(config, model_factory=ReLUMiniMind)
+        return minimind.pretrain(config, model_factory=ReLUMiniMind, quiet=False)
     config = minimind.preset_config("tiny", packing=False, **options)
-    return minimind.pretrain(config, model_factory=lambda model_config: RecurrentLM(model_config.vocab_size))
+    return minimind.pretrain(
+        config, model_factory=lambda model_config: RecurrentLM(model_config.vocab_size), quiet=False
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,16 @@ def check_settings(checkpoint: StoredCheckpoint, settings: dict[str, Any]) -> li
     return changed
 
 
+class CallbackStates(Protocol):
+    """States of callbacks, which a checkpoint keeps too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all states as values that JSON can hold."""
+
+    def load_state_dict(self, saved: Mapping[str, Any], note: Callable[[str], object]) -> None:
+        """Load the states of a checkpoint."""
+
+
 def finished_state(folder: RunFolder, total_steps: int, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Return the training state of a finished run, else None; see `finished_run`.
 
@@ -59,6 +70,7 @@ class RunCheckpoints:
         store: the checkpoint store.
         settings: compared with those of a checkpoint; see `compare_settings`.
         progress: shows warnings and notes.
+        callbacks: of the run, whose states are saved and loaded.
         trackers: set before the first save, after `resume` has returned the step to open them at.
         saved_settings: of the checkpoint that `resume` has loaded; None without one.
         best_restarted: whether `resume` has started the best validation loss again.
@@ -70,6 +82,7 @@ class RunCheckpoints:
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]
     progress: Progress
+    callbacks: CallbackStates
     trackers: Trackers = field(init=False)
     saved_settings: dict[str, Any] | None = field(init=False, default=None)
     best_restarted: bool = field(init=False, default=False)
@@ -127,6 +140,7 @@ class RunCheckpoints:
                 "validation data than before, so the best validation loss starts again."
             )
         state = self._load_train_state(trainer, restart_best=restarts_best)
+        self.callbacks.load_state_dict(trainer.get("callbacks", {}), self.progress.note)
         self.progress.note(f"resuming from step {state.step:,} ({checkpoint.path}).")
         charts = {} if branch and not is_own else trainer["trackers"]
         return state, state.step if is_own else -1, charts
@@ -140,6 +154,7 @@ class RunCheckpoints:
             "state": dataclasses.replace(state, stopping=False).to_dict(),
             "settings": self.settings,
             "trackers": self.trackers.state(),
+            "callbacks": self.callbacks.state_dict(),
         }
         snapshot = gather_state_dict(self.accelerator, self.model, self.optimizer, extra)
         if snapshot is not None:

@@ -12,6 +12,7 @@ from ..data.batch_plan import BatchPlan
 from ..data.prepare import PreparedData
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
+from .resume import missing_parts
 
 _SHAPE = "the weights have a different shape; {give}, or start a new run"
 _ORDER = "the data order would change; {give}, or start a new run"
@@ -87,7 +88,9 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
     Returns:
         One line per difference that prevents resuming, and one per difference that needs a warning.
     """
-    refused, changed = [], []
+    refused, changed = _custom_parts(saved, now)
+    if refused:
+        return refused, []
     for key, reason in REFUSED.items():
         if _differ(key, saved, now):
             give = f"give {_spell(key, saved[key])}"
@@ -96,6 +99,23 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
         if _differ(key, saved, now):
             changed.append(f"{_change(key, saved, now)}: {effect}.")
     return refused, changed
+
+
+def _custom_parts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Compare the parts that the callers of `pretrain` replaced; see `compare_settings`."""
+    before, after = saved.get("custom_parts", {}), now.get("custom_parts", {})
+    if (missing := missing_parts(before, after)) is not None:
+        return [missing], []
+    ours = after.get("optimizer")
+    if "custom_parts" in saved and before.get("optimizer") != ours:
+        theirs = before.get("optimizer") or saved.get("optimizer")
+        return [
+            f"optimizer= {theirs} → {ours}: the saved optimizer state is of another optimizer; pass the same "
+            "one, or start a new run with from_weight."
+        ], []
+    if before.get("schedule") != after.get("schedule"):
+        return [], [f"schedule= {after['schedule']}: takes effect from the next step."]
+    return [], []
 
 
 def changed_group_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> frozenset[str]:

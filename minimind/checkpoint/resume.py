@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,45 @@ def check_resumable(folder: RunFolder) -> None:
             f"{folder.path} holds a run of {steps:,} steps or more, but its checkpoints are missing: "
             f"{missing}. Mount or restore them, or start a new run in another --output-dir."
         )
+
+
+def check_parts(source: str, folder: RunFolder, given: Mapping[str, Any]) -> None:
+    """Refuse to resume a run without the parts of the caller that it was trained with; before any work.
+
+    Args:
+        source: `auto`, or the path of a checkpoint or run.
+        folder: of the run.
+        given: parts that the caller passes, by the names of the arguments of `pretrain`.
+
+    Raises:
+        CheckpointError: naming the parts.
+    """
+    path = folder.checkpoints if source == AUTO else Path(source)
+    found = stored_checkpoints(path / "checkpoints") or stored_checkpoints(path)
+    checkpoint = found[-1] if found else StoredCheckpoint(path, 0)
+    saved: Mapping[str, Any] = {}
+    with suppress(CheckpointError, KeyError, TypeError):  # loading it names the damage
+        saved = checkpoint.trainer["settings"].get("custom_parts", {})
+    if (missing := missing_parts(saved, given)) is not None:
+        raise CheckpointError(f"cannot resume from {checkpoint.path}: {missing}")
+
+
+def missing_parts(saved: Mapping[str, str | None], now: Mapping[str, Any]) -> str | None:
+    """Return a sentence if a run lacks parts that it was trained with, else None.
+
+    Args:
+        saved: names of the parts in a checkpoint, None for those of minimind.
+        now: the parts, or their names, that the run has now.
+    """
+    missing = {part: name for part, name in saved.items() if name and not now.get(part)}
+    if not missing:
+        return None
+    listed = ", ".join(f"{part} {name}" for part, name in missing.items())
+    given = ", ".join(f"{part}=..." for part in missing)
+    return (
+        f"the run was trained with parts of a Python program ({listed}); resume it there, by calling "
+        f"minimind.pretrain(config, {given}) with them again."
+    )
 
 
 def all_damaged(stored: list[StoredCheckpoint]) -> CheckpointError:

@@ -31,8 +31,8 @@ class DataConfig:
     data: Annotated[
         tuple[str, ...],
         FieldInfo(
-            "Training data: a .jsonl(.gz), .txt or .parquet file, a folder or a glob. Repeatable; PATH:0.7 "
-            "sets an entry's share of the training tokens.",
+            "Training data: a .jsonl(.gz), .txt, .parquet or .arrow file, a folder, a glob or "
+            "hf://OWNER/NAME. Repeatable; PATH:0.7 sets an entry's share of the training tokens.",
             aliases=("--data-path",),
             metavar="PATH",
             default_text="the documentation built into Python",
@@ -61,7 +61,9 @@ class DataConfig:
             common=True,
         ),
     ] = None
-    text_key: Annotated[str, FieldInfo("JSONL key or Parquet column of the text.")] = "text"
+    text_key: Annotated[str, FieldInfo("JSON key or column of the text, or of conversations (messages).")] = (
+        "text"
+    )
     max_seq_len: Annotated[int, FieldInfo("Sequence length in tokens.", minimum=2, common=True)] = 512
     packing: Annotated[
         bool,
@@ -242,8 +244,8 @@ class RunConfig:
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"],
         FieldInfo(
-            "Precision of matrix multiplications; `auto` uses bf16 where the GPU supports it, and for wide "
-            "models on CPUs that do.",
+            "Precision of matrix multiplications; `auto` uses bf16 (or fp16) on GPUs that support it, and "
+            "bf16 for wide models on CPUs that do.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
             common=True,
@@ -350,7 +352,9 @@ class RunConfig:
     )
     tracker: Annotated[
         tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "csv", "none"], ...],
-        FieldInfo("Metric trackers besides metrics.jsonl. Repeatable.", common=True),
+        FieldInfo(
+            "Metric trackers besides metrics.jsonl. Repeatable.", common=True, plugins="minimind.trackers"
+        ),
     ] = ("tensorboard",)
     project: Annotated[
         str, FieldInfo("Project name in WandB, SwanLab and MLflow.", aliases=("--wandb-project",))

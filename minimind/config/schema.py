@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..io.reading import read_bytes
+from .entry_points import plugin_names
 from .naming import flag_of, options_are_typed
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -52,6 +53,7 @@ class FieldInfo:
         metavar: placeholder of the value in `--help`; by default from the type.
         synonyms: pairs of an alternative spelling and the value it stands for.
         common: shown by `--help`; `--help-all` shows all options.
+        plugins: group of entry points whose names are valid besides the choices.
     """
 
     help: str
@@ -65,6 +67,7 @@ class FieldInfo:
     metavar: str | None = None
     synonyms: tuple[tuple[str, str], ...] = ()
     common: bool = False
+    plugins: str | None = None
 
 
 @dataclass(frozen=True)
@@ -220,19 +223,17 @@ def _problem(field: ConfigField, value: Any) -> str | None:
     if options_are_typed():
         label, given = field.flag, f"{field.flag} {value}"
     if field.choices:
-        if value in field.choices:
-            return None
-        return f"{given} is not known; choose {_either(field.choices)}."
+        plugins = () if value in field.choices else plugin_names(field.info.plugins)
+        known = (*field.choices, *plugins)
+        return None if value in known else f"{given} is not known; choose {_either(known)}."
     has_type = isinstance(value, (int, float) if field.kind is float else field.kind)
     if not has_type or (field.kind is not bool and isinstance(value, bool)):
         return f"{given} is not {_KINDS[field.kind][1]}; write {_example(field)}."
     if isinstance(value, str) and not value.isascii() and _SURROGATES.search(value):
         # Python decodes invalid bytes of a command line to lone surrogates, which no file can hold.
         return f"{label} is not valid UTF-8; write it, or name the file, in UTF-8."
-    if field.is_path:
-        return path_problem(label, given, value)
-    if field.kind not in (int, float):
-        return None
+    if field.is_path or field.kind not in (int, float):
+        return path_problem(label, given, value) if field.is_path else None
     info = field.info
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         return f"{label} is too large; write {_example(field)}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..io.atomic import sync_folder, write_file
+from ..io.lock import hold_lock
 from ..io.reading import read_bytes, read_json
 from .checksums import MANIFEST, corrupt_chunk
 
 try:
     import fcntl
-except ImportError:  # Windows: without the lock two processes may both build; the first to finish wins.
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _BUILDING = ".building-"
@@ -151,9 +155,10 @@ def _crc(file: Path) -> int:
 def _locked(path: Path) -> Iterator[None]:
     """Wait for an exclusive lock on a file and hold it."""
     if fcntl is None:
-        yield
+        with hold_lock(path, timeout=math.inf):
+            yield
         return
-    with path.open("a") as file:
+    with path.open("ab") as file:
         # Some network file systems have no locks; the rename still publishes complete builds only.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -167,20 +172,10 @@ def _remove_stale(cache_dir: Path, key: str) -> None:
         host, _, pid = builder.rpartition("-")
         if not host or not pid.isdecimal():
             continue  # not one of ours
-        here = fcntl is not None and host == socket.gethostname()
-        dead = here and (name == key or not _alive(int(pid)))
+        here = host == socket.gethostname()
+        dead = here and (name == key or not psutil.pid_exists(int(pid)))
         if dead or time.time() - _last_written(draft) > _STALE_SECONDS:
             shutil.rmtree(draft, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # It belongs to another user.
-        return True
-    return True
 
 
 def _last_written(folder: Path) -> float:

@@ -16,9 +16,14 @@ from typing import Any
 from ..errors import DataError
 
 _TEXT = (".jsonl", ".ndjson", ".json", ".txt")
-FORMATS = (*(f"{text}{compressed}" for text in _TEXT for compressed in ("", ".gz", ".zst")), ".parquet")
+FORMATS = (
+    *(f"{text}{compressed}" for text in _TEXT for compressed in ("", ".gz", ".zst")),
+    *(".parquet", ".arrow"),
+)
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 _PROBE_BYTES = 1 << 16
+# Beside the data files of a data set that the package datasets saved.
+_DATASET_FILES = {"state.json", "dataset_info.json"}
 
 
 def find_files(
@@ -87,6 +92,10 @@ def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
+        if "dataset_dict.json" in names:
+            folders[:], names = _training_split(Path(folder), skipped), []
+        elif {"state.json", "dataset_info.json"} <= set(names):
+            names = _files_of_dataset(Path(folder), names, skipped)
         kept = []
         for name in sorted(folders):
             if name.startswith("."):
@@ -102,6 +111,38 @@ def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["file of a training run"] += 1
             else:
                 files.append(Path(folder, name))
+    return files
+
+
+def _training_split(folder: Path, skipped: Counter[str]) -> list[str]:
+    """Return the folder of the split `train` of a saved `datasets.DatasetDict`, or of its only split.
+
+    Raises:
+        DataError: where neither exists.
+    """
+    splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+    if "train" not in splits and len(splits) != 1:
+        raise DataError(f"{folder} has the splits {', '.join(splits) or 'none'}; name one of their folders.")
+    chosen = "train" if "train" in splits else splits[0]
+    skipped.update(f"split of a saved data set: {folder / name}" for name in splits if name != chosen)
+    return [chosen]
+
+
+def _files_of_dataset(folder: Path, names: Sequence[str], skipped: Counter[str]) -> list[str]:
+    """Return the data files of a `datasets.Dataset` saved on the disk, without cached results beside them.
+
+    Raises:
+        DataError: for a damaged list of files.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'state.json'} cannot be read; save the data set again.") from error
+    if missing := [name for name in files if name not in names]:
+        raise DataError(f"{folder / missing[0]} is missing; save or copy the data set again.")
+    if others := len(set(names) - set(files) - _DATASET_FILES):
+        skipped["other file of a saved data set"] += others
     return files
 
 

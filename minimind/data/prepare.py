@@ -7,9 +7,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from typing import Any
 from ..config.options import PretrainConfig
 from ..errors import DataError
 from .cache import find, open_or_build
+from .chat import CHAT_KEYS, ChatRenderer
 from .document_index import read_length_counts
-from .files import find_files, identify, skipped_lines
+from .documents import BuiltinCorpus, CustomDocuments, Documents
+from .files import identify, skipped_lines
+from .hub import HubReader, HubShard
 from .mixture import source_epochs
-from .readers import Reading, TextFile
+from .readers import TextFile
 from .report import (
     Amount,
     DataReport,
@@ -31,8 +35,8 @@ from .report import (
     sequence_costs,
 )
 from .shards import SplitIndex, TokenShards
-from .sources import DataSource, read_sources
-from .tokenization import SPLITS, Assignment, DocumentTokenizer, Encoded, encode
+from .sources import DataSource, find_sources, read_sources
+from .tokenization import SPLITS, Assignment, DocumentSource, DocumentTokenizer, Encoded, encode
 
 # Part of every cache key: increase when the files of a build change.
 _FORMAT = 3
@@ -71,25 +75,11 @@ class PreparedData:
         return mixture_text(self.weights, [part.num_documents for part in self.train.parts])
 
 
-@dataclass(frozen=True)
-class BuiltinCorpus:
-    """The corpus embedded in Python, the default of --data."""
-
-    def documents(self, reading: Reading) -> Iterator[str]:
-        """Yield its documents; see `readers.TextFile.documents`."""
-        from .builtin_corpus import builtin_documents
-
-        for text in builtin_documents():
-            if text and not text.isspace():
-                yield text
-            else:
-                reading.empty += 1
-
-
 def prepare_data(
     config: PretrainConfig,
     tokenizer: DocumentTokenizer,
     progress: Callable[[int, int], None] | None = None,
+    documents: Documents | None = None,
 ) -> PreparedData:
     """Open the tokenized data of a run; tokenize it first if the cache does not have it.
 
@@ -100,43 +90,53 @@ def prepare_data(
         config: the data options.
         tokenizer: its fingerprint is part of the cache key.
         progress: called during a build with bytes read and total bytes (0 if unknown).
+        documents: training documents of the caller, in place of --data.
 
     Raises:
         DataError: for data that is missing, unreadable or too small, and for a cache folder that cannot be
             written.
     """
     skipped: Counter[str] = Counter()
-    sources = read_sources(config.data, skipped=skipped, text_key=config.text_key)
-    named, identities = _sources(config, sources, skipped)
-    settings = _cache_settings(config, identities, tokenizer)
+    cache_dir, chat = cache_folder(config), _chat(config, tokenizer)
+    sources = read_sources(config.data, skipped=skipped, text_key=config.text_key, cache_dir=cache_dir)
+    tick = (lambda: None) if progress is None else (lambda: progress(0, 0))
+    named, identities = _sources(config, sources, skipped, documents, chat, tick)
+    option = "data=" if documents is not None else _data_option(config)
+    settings = _cache_settings(config, identities, tokenizer, chat)
     key = _hash(settings)
-    total = sum(identity.get("size", 0) for identity in identities)
+    shards = [item.source.shard for _, item in named if isinstance(item.source, HubReader)]
+    # The size of a shard of the Hub is unknown.
+    total = 0 if shards else sum(identity.get("size", 0) for identity in identities)
 
     def build(folder: Path) -> dict[str, Any]:
-        report = None if progress is None else lambda done: progress(done, total)
+        report = None if progress is None else lambda done: progress(done if total else 0, total)
         encoded = encode([assignment for _, assignment in named], tokenizer, folder, report)
-        _refuse_unusable(config, encoded)
+        _refuse_unusable(config, encoded, option)
         return {
             "settings": settings,
             "fingerprints": {
-                split: _hash([content, tokenizer.fingerprint])
+                split: _hash([content, tokenizer.fingerprint, *([chat.fingerprint] if chat else [])])
                 for split, content in encoded.fingerprints.items()
             },
             "splits": {split: dataclasses.asdict(index) for split, index in encoded.splits.items()},
-            "report": _report(config, folder, encoded, [name for name, _ in named], tokenizer).to_dict(),
+            "report": _report(
+                config, folder, encoded, [name for name, _ in named], tokenizer, chat
+            ).to_dict(),
         }
 
-    cache_dir = cache_folder(config)
     try:
         opened = open_or_build(cache_dir, key, build)
     except OSError as error:
         raise _unwritable(cache_dir, error) from error
+    for folder in {shard.dataset.folder(cache_dir, config.text_key) for shard in shards}:
+        if opened.built:
+            shutil.rmtree(folder, ignore_errors=True)
     manifest = opened.manifest
     train, validation = (_open(opened.folder, split, manifest) for split in SPLITS)
     assert train is not None
     if train.num_tokens <= config.max_seq_len:
         raise DataError(
-            f"{_data_option(config)} has {train.num_tokens} training tokens, fewer than one sequence of "
+            f"{option} has {train.num_tokens} training tokens, fewer than one sequence of "
             f"--max-seq-len {config.max_seq_len}; add data or lower --max-seq-len."
         )
     weights = tuple(source.weight for source in sources if source.weight is not None)
@@ -181,15 +181,21 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -
     Raises:
         DataError: for data that is missing.
     """
-    _, identities = _sources(config, read_sources(config.data, text_key=config.text_key), Counter())
-    manifest = find(cache_folder(config), _hash(_cache_settings(config, identities, tokenizer)))
+    cache_dir, chat = cache_folder(config), _chat(config, tokenizer)
+    sources = read_sources(config.data, text_key=config.text_key, cache_dir=cache_dir)
+    _, identities = _sources(config, sources, Counter(), chat=chat)
+    manifest = find(cache_dir, _hash(_cache_settings(config, identities, tokenizer, chat)))
     return None if manifest is None else _hash(manifest["fingerprints"])
 
 
 def _cache_settings(
-    config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: DocumentTokenizer
+    config: PretrainConfig,
+    identities: list[dict[str, Any]],
+    tokenizer: DocumentTokenizer,
+    chat: ChatRenderer | None,
 ) -> dict[str, Any]:
     """Return everything that a build depends on."""
+    template = {} if chat is None else {"chat_template": chat.fingerprint}
     return {
         "format": _FORMAT,
         "sources": identities,
@@ -197,7 +203,13 @@ def _cache_settings(
         "text_key": config.text_key,
         "bad_lines": config.bad_lines,
         "val_fraction": 0.0 if config.val_data else config.val_fraction,
+        **template,
     }
+
+
+def _chat(config: PretrainConfig, tokenizer: DocumentTokenizer) -> ChatRenderer | None:
+    """Return what renders conversations, where --text-key names some."""
+    return ChatRenderer(tokenizer) if config.data and config.text_key in CHAT_KEYS else None  # type: ignore[arg-type]
 
 
 def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
@@ -247,14 +259,22 @@ def default_cache_dir() -> Path:
 
 
 def _sources(
-    config: PretrainConfig, sources: Sequence[DataSource], skipped: Counter[str]
+    config: PretrainConfig,
+    sources: Sequence[DataSource],
+    skipped: Counter[str],
+    documents: Documents | None = None,
+    chat: ChatRenderer | None = None,
+    tick: Callable[[], object] = lambda: None,
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named files of a run, and the identity of each, which changes with its content."""
+    if documents is not None:
+        custom = CustomDocuments(documents)
+        assignment = Assignment(custom, "train", config.val_fraction)
+        return [(type(documents).__name__, assignment)], [{"documents": custom.fingerprint}]
     if not config.data:
-        from .builtin_corpus import builtin_fingerprint
-
-        assignment = Assignment(BuiltinCorpus(), "train", config.val_fraction)
-        return [("embedded text", assignment)], [{"embedded": builtin_fingerprint()}]
+        builtin = BuiltinCorpus()
+        assignment = Assignment(builtin, "train", config.val_fraction)
+        return [("embedded text", assignment)], [{"embedded": builtin.fingerprint}]
     held_out = 0.0 if config.val_data else config.val_fraction
     named, identities = [], []
     wanted = [
@@ -264,34 +284,49 @@ def _sources(
     ]
     wanted += [
         (path, "--val-data", "validation", 0.0, 0)
-        for path in find_files(config.val_data, "--val-data", skipped, config.text_key)
+        for path in find_sources(
+            config.val_data, "--val-data", skipped, config.text_key, cache_folder(config)
+        )
     ]
     for path, option, split, share, part in wanted:
-        source = TextFile(path, option, config.text_key, config.bad_lines)
+        source: DocumentSource
+        if isinstance(path, HubShard):
+            source = HubReader(
+                path, cache_folder(config), option, config.text_key, config.bad_lines, chat, tick
+            )
+            identity = path.identity
+        else:
+            source = TextFile(path, option, config.text_key, config.bad_lines, chat)
+            identity = identify(path, option)
         named.append((str(path), Assignment(source, split, share, part)))
         # The cache key contains the source of each document, but not the weights.
-        identities.append({"split": split, "entry": part, **identify(path, option)})
+        identities.append({"split": split, "entry": part, **identity})
     return named, identities
 
 
-def _refuse_unusable(config: PretrainConfig, encoded: Encoded) -> None:
+def _refuse_unusable(config: PretrainConfig, encoded: Encoded, option: str) -> None:
     """Raise DataError when a requested split has no documents."""
     train, validation = encoded.counts[:, :, 0].sum(0).tolist()
     dropped = sum(r.empty + r.bad_lines.total() for r in encoded.readings)
     if not train and validation and not config.val_data:
         raise DataError(
             f"--val-fraction {config.val_fraction:g} holds out all {validation} documents of "
-            f"{_data_option(config)}; lower it, or add data."
+            f"{option}; lower it, or add data."
         )
     if not train or (config.val_data and not validation):
-        name = "--val-data " + " ".join(config.val_data) if train else _data_option(config)
+        name = "--val-data " + " ".join(config.val_data) if train else option
         raise DataError(
             f"{name} has no text ({dropped} documents were empty or invalid); name a file with text."
         )
 
 
 def _report(
-    config: PretrainConfig, folder: Path, encoded: Encoded, names: list[str], tokenizer: DocumentTokenizer
+    config: PretrainConfig,
+    folder: Path,
+    encoded: Encoded,
+    names: list[str],
+    tokenizer: DocumentTokenizer,
+    chat: ChatRenderer | None,
 ) -> DataReport:
     splits: dict[str, SplitReport | None] = {}
     totals = encoded.counts.sum(0).tolist()
@@ -312,6 +347,9 @@ def _report(
             f"--val-fraction {config.val_fraction:g} selected none of {train.amount.documents} documents, "
             "so there is no validation; raise it or pass --val-data."
         )
+    if chat is not None:
+        rendered = sum(reading.conversations for reading in encoded.readings)
+        notes.append(f"{rendered:,} conversations were rendered by {chat.description}.")
     packed, padded = sequence_costs(read_length_counts(folder, "train"), config.max_seq_len)
     sources = tuple(
         SourceReport(name, Amount(*counts[0]), Amount(*counts[1]), reading.empty, dict(reading.bad_lines))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from ..errors import DataError
+from .chat import CHAT_KEYS, ChatRenderer
 from .encodings import DAMAGED, ZstdReader, binary_format, damage, likely_encoding
 from .files import format_of, has_zstd, unreadable
 
@@ -32,11 +33,13 @@ class Reading:
 
     Attributes:
         empty: documents of only white space, which are dropped.
+        conversations: documents rendered by a chat template.
         bad_lines: skipped invalid lines by reason.
         done_bytes: bytes of the file on the disk read so far.
     """
 
     empty: int = 0
+    conversations: int = 0
     bad_lines: Counter[str] = field(default_factory=Counter)
     done_bytes: int = 0
 
@@ -52,14 +55,16 @@ class TextFile:
     Attributes:
         path: the suffix determines the format.
         option: the option that named it, for errors.
-        text_key: field of a JSON object or Parquet row that contains the text.
+        text_key: field of a JSON object, or column of a Parquet or Arrow row, that contains the text.
         bad_lines: raise for an invalid line, or count it.
+        chat: renders lists of messages; None where they are invalid.
     """
 
     path: Path
     option: str
     text_key: str = "text"
     bad_lines: Literal["error", "skip"] = "error"
+    chat: ChatRenderer | None = None
 
     def documents(self, reading: Reading) -> Iterator[str]:
         """Yield the non-empty documents and count dropped ones in `reading`.
@@ -69,8 +74,8 @@ class TextFile:
         """
         suffix = format_of(self.path) or ""
         try:
-            if suffix == ".parquet":
-                yield from self._kept(self._parquet_texts(reading), reading)
+            if suffix in (".parquet", ".arrow"):
+                yield from self._kept(self._columnar_texts(suffix, reading), reading)
                 return
             with self.path.open("rb") as raw:
                 file = self._decompressed(raw, suffix)
@@ -134,7 +139,7 @@ class TextFile:
             if not line.strip():
                 continue
             try:
-                yield _text_of_json(line, self.text_key)
+                yield self._document_of_json(line, reading)
             except (_LineError, UnicodeDecodeError) as bad:
                 self._bad(number, bad, reading, line)
 
@@ -171,7 +176,7 @@ class TextFile:
                 continue
             item, size = item + 1, _READ_BYTES
             try:
-                yield _text_of_record(record, self.text_key)
+                yield self._document(record, reading)
             except _LineError as bad:
                 self._bad(f"item {item}", bad, reading)
 
@@ -219,74 +224,106 @@ class TextFile:
             yield number, line
             number += line.endswith(b"\n")
 
-    def _parquet_texts(self, reading: Reading) -> Iterator[str]:
+    def _columnar_texts(self, suffix: str, reading: Reading) -> Iterator[str]:
         try:
             import pyarrow
-            from pyarrow import parquet
         except ImportError as error:
             raise DataError(
                 f"{self.option}: reading {self.path} needs the package pyarrow, which is not installed; "
                 "pip install pyarrow."
             ) from error
+        kind = "Parquet" if suffix == ".parquet" else "Arrow"
+        batches = _parquet_batches if suffix == ".parquet" else _arrow_batches
+        row = 0
         try:
-            with parquet.ParquetFile(self.path) as file:
-                names = file.schema_arrow.names
-                if self.text_key not in names:
+            for names, values, done in batches(self.path, self.text_key):
+                if values is None:
                     raise DataError(
                         f"{self.path} has no column '{self.text_key}'; "
                         f"set --text-key to one of {', '.join(names)}."
                     )
-                yield from self._parquet_rows(file, reading)
+                for value in values:
+                    row += 1
+                    try:
+                        yield self._checked(value.as_py(), reading)
+                    except (_LineError, UnicodeDecodeError) as bad:
+                        self._bad(row, bad, reading)
+                reading.done_bytes = int(self.path.stat().st_size * done)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
-                f"{self.option}: {self.path} is not a valid Parquet file ({error}); "
+                f"{self.option}: {self.path} is not a valid {kind} file ({error}); "
                 "download or write it again."
             ) from error
 
-    def _parquet_rows(self, file: Any, reading: Reading) -> Iterator[str]:
-        num_rows, size = max(file.metadata.num_rows, 1), self.path.stat().st_size
-        row = 0
-        # Small batches and one thread: otherwise pyarrow decodes whole row groups ahead.
-        for batch in file.iter_batches(batch_size=256, columns=[self.text_key], use_threads=False):
-            for value in batch.column(0):
-                row += 1
-                try:
-                    yield _checked_text(value.as_py())
-                except (_LineError, UnicodeDecodeError) as bad:
-                    self._bad(row, bad, reading)
-            reading.done_bytes = size * row // num_rows
-
-
-def _text_of_json(line: bytes, text_key: str) -> str:
-    text = line.decode()
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _LineError("invalid JSON") from error
-    return _text_of_record(record, text_key)
-
-
-def _text_of_record(record: Any, text_key: str) -> str:
-    if not isinstance(record, dict):
-        raise _LineError("not a JSON object")
-    if text_key not in record:
-        raise _LineError(f"no '{text_key}' field (--text-key names the field)")
-    text = _checked_text(record[text_key])
-    if not text.isascii():
+    def _document_of_json(self, line: bytes, reading: Reading) -> str:
+        text = line.decode()
         try:
-            # In slices, which bound the memory of a long document.
-            for start in range(0, len(text), _READ_BYTES):
-                text[start : start + _READ_BYTES].encode()
-        except UnicodeEncodeError as error:
-            # JSON can escape half of a surrogate pair, which is no character.
-            raise _LineError("half of a surrogate pair in the text") from error
-    return text
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _LineError("invalid JSON") from error
+        return self._document(record, reading)
+
+    def _document(self, record: Any, reading: Reading) -> str:
+        """Return the document of a JSON object."""
+        if not isinstance(record, dict):
+            raise _LineError("not a JSON object")
+        if self.text_key not in record:
+            chats = [key for key in CHAT_KEYS if isinstance(record.get(key), list)]
+            hint = f"; --text-key {chats[0]} renders its conversations" if chats else ""
+            raise _LineError(f"no '{self.text_key}' field (--text-key names the field{hint})")
+        text = self._checked(record[self.text_key], reading)
+        if not text.isascii():
+            try:
+                # In slices, which bound the memory of a long document.
+                for start in range(0, len(text), _READ_BYTES):
+                    text[start : start + _READ_BYTES].encode()
+            except UnicodeEncodeError as error:
+                # JSON can escape half of a surrogate pair, which is no character.
+                raise _LineError("half of a surrogate pair in the text") from error
+        return text
+
+    def _checked(self, value: Any, reading: Reading) -> str:
+        """Return the text of a value: a string, or a conversation."""
+        if isinstance(value, str):
+            return value
+        if self.chat is None:
+            raise _LineError("the text is not a string")
+        try:
+            text = self.chat.render(value)
+        except ValueError as error:
+            raise _LineError(str(error)) from error
+        reading.conversations += 1
+        return text
 
 
-def _checked_text(text: Any) -> str:
-    if not isinstance(text, str):
-        raise _LineError("the text is not a string")
-    return text
+def _parquet_batches(path: Path, column: str) -> Iterator[tuple[list[str], Any, float]]:
+    """Yield column names, the values of a column or None without it, and the share of the file read."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        names, done = file.schema_arrow.names, 0
+        if column not in names:
+            yield names, None, 0.0
+        # Small batches and one thread: otherwise pyarrow decodes whole row groups ahead.
+        for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
+            done += batch.num_rows
+            yield names, batch.column(0), done / max(file.metadata.num_rows, 1)
+
+
+def _arrow_batches(path: Path, column: str) -> Iterator[tuple[list[str], Any, float]]:
+    """Yield what `_parquet_batches` yields; `datasets` writes streams, other programs also files."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        is_file, size = source.read(6) == b"ARROW1", source.size()
+        source.seek(0)
+        opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        names = opened.schema.names
+        if column not in names:
+            yield names, None, 0.0
+        batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
+        for batch in batches:
+            yield names, batch.column(column), source.tell() / size
 
 
 def _whole_characters(data: bytes) -> int:

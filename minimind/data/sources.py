@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .files import find_files
+from .hub import HubShard, hub_shards, is_hub
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,30 @@ class DataSource:
     Attributes:
         pattern: the file, folder or glob, without the weight.
         weight: its share of the training tokens; the shares sum to 1. None without weights.
+        files: the files of the pattern, or the shards of a data set of the Hub.
     """
 
     pattern: str
     weight: float | None
-    files: tuple[Path, ...]
+    files: tuple[Path | HubShard, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, without data sets of the Hub."""
+        return [file for file in self.files if isinstance(file, Path)]
 
 
 def read_sources(
-    values: Sequence[str], option: str = "--data", skipped: Counter[str] | None = None, text_key: str = "text"
+    values: Sequence[str],
+    option: str = "--data",
+    skipped: Counter[str] | None = None,
+    text_key: str = "text",
+    cache_dir: Path | None = None,
 ) -> list[DataSource]:
     """Return the sources of --data; `corpus.jsonl:0.7` is a path and a weight.
 
     Without weights, a file that several sources name belongs to the first of them. See `find_files` for
-    `skipped` and `text_key`.
+    `skipped` and `text_key`, and `find_sources` for `cache_dir`.
 
     Raises:
         DataError: for a path that does not exist, an invalid or missing weight, and a file that two sources
@@ -47,10 +58,11 @@ def read_sources(
             f"as in {plain}:0.5, or none of them."
         )
     total = math.fsum(weight for _, weight in read if weight is not None)
-    owners: dict[Path, str] = {}
+    owners: dict[Path | HubShard, str] = {}
     sources = []
     for value, (pattern, weight) in zip(values, read, strict=True):
-        found = {path.resolve(): path for path in find_files([pattern], option, skipped, text_key)}
+        named = find_sources([pattern], option, skipped, text_key, cache_dir)
+        found = {path.resolve() if isinstance(path, Path) else path: path for path in named}
         files = [path for real, path in found.items() if weighted or real not in owners]
         if weighted and (twice := next((real for real in found if real in owners), None)) is not None:
             raise DataError(
@@ -60,6 +72,38 @@ def read_sources(
         owners.update(dict.fromkeys(found, value))
         sources.append(DataSource(pattern, None if weight is None else weight / total, tuple(files)))
     return sources
+
+
+def find_sources(
+    patterns: Sequence[str],
+    option: str,
+    skipped: Counter[str] | None = None,
+    text_key: str = "text",
+    cache_dir: Path | None = None,
+) -> list[Path | HubShard]:
+    """Return the files of `find_files`, and the shards of data sets of the Hub.
+
+    Args:
+        patterns: see `find_files`; or `hf://owner/name`, see `hub_shards`.
+        option: see `find_files`.
+        skipped: see `find_files`.
+        text_key: see `find_files`.
+        cache_dir: the token cache, needed for data sets of the Hub.
+
+    Raises:
+        DataError: see both; and for a data set of the Hub without `cache_dir`.
+    """
+    found: list[Path | HubShard] = []
+    files = [pattern for pattern in patterns if not is_hub(pattern)]
+    if files:
+        found += find_files(files, option, skipped, text_key)
+    for pattern in filter(is_hub, patterns):
+        if cache_dir is None:
+            raise DataError(
+                f"{option} {pattern} cannot be read by this command or by --budget; pass downloaded files."
+            )
+        found += hub_shards(pattern, option, cache_dir)
+    return found
 
 
 def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from .chat import ChatText
 from .long_documents import PIECE_CHARACTERS, cut_pattern, pieces
 from .readers import Reading
 from .shards import ShardWriter, SplitIndex, token_dtype
@@ -260,6 +261,8 @@ def _tokenized(
 def _encode_batch(
     tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
 ) -> _Ids:
+    if any(isinstance(text, ChatText) for text in texts):
+        return _encode_chats(tokenizer, texts, dtype)
     if cut is not None and any(len(text) > _LONG_CHARACTERS for text in texts):
         return _encode_long(tokenizer, texts, dtype, cut)
     ids = tokenizer.encode_batch(texts)
@@ -268,6 +271,20 @@ def _encode_batch(
     lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(bos) + 1
     parts = chain.from_iterable(chain.from_iterable((bos, document, eos) for document in ids))
     return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
+
+
+def _encode_chats(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
+    """Encode conversations, whose special tokens have the ids of the template."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    parts = [text.parts if isinstance(text, ChatText) else (text,) for text in texts]
+    encoded = iter(tokenizer.encode_batch([part for one in parts for part in one if isinstance(part, str)]))
+    documents = [
+        [*bos, *chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in one),
+         tokenizer.eos_token_id]
+        for one in parts
+    ]  # fmt: skip
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    return _Ids(np.fromiter(chain.from_iterable(documents), dtype, int(lengths.sum())), lengths)
 
 
 def _encode_long(

@@ -16,6 +16,7 @@ from accelerate.utils import (
     DistributedType,
     DynamoBackend,
     InitProcessGroupKwargs,
+    is_bf16_available,
 )
 from torch import distributed as dist
 from torch import nn
@@ -126,8 +127,12 @@ def choose_precision(config: PretrainConfig) -> str:
         # A precision from `accelerate config` or `accelerate launch --mixed_precision` counts as requested.
         requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto").lower()
         requested = "auto" if requested == "no" else requested
-    on_gpu = device_type() == "cuda"
+    device = device_type()
+    on_gpu = device == "cuda"
     if requested == "auto":
+        if device == "mps":
+            # bf16 needs no loss scaling; Macs before macOS 14 have fp16 only.
+            return next((name for name in ("bf16", "fp16") if _trains_in(device, name)), "no")
         if not on_gpu:
             # Not known before the model of --from-weight is read.
             wide = config.hidden_size is not None and config.hidden_size >= SMALLEST_BF16_WIDTH_ON_CPU
@@ -137,11 +142,31 @@ def choose_precision(config: PretrainConfig) -> str:
         raise ConfigError(
             f"mixed precision {requested} of the launcher is not supported; use --mixed-precision bf16."
         )
-    if requested == "fp16" and not on_gpu:
+    if device == "mps" and requested != "no" and not _trains_in(device, requested):
+        raise ConfigError(f"--mixed-precision {requested} is not supported by this GPU; omit the option.")
+    if requested == "fp16" and device == "cpu":
         raise ConfigError("--mixed-precision fp16 needs a GPU; use --mixed-precision no or bf16 here.")
     if requested == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("--mixed-precision bf16 is not native to this GPU; use --mixed-precision fp16.")
     return requested
+
+
+def _trains_in(device: str, precision: str) -> bool:
+    """Whether a forward and backward pass in a precision works on a device: tried with a small matrix."""
+    if precision == "bf16" and not is_bf16_available(True):  # Accelerate would refuse it
+        return False
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    try:
+        with warnings.catch_warnings(), torch.autocast(device, dtype):
+            # Autocast that does not support a dtype warns, and computes in float32.
+            warnings.simplefilter("ignore")
+            weight = torch.ones(8, 8, device=device, requires_grad=True)
+            product = weight @ weight
+            product.float().sum().backward()
+            assert weight.grad is not None
+            return product.dtype == dtype and weight.grad.tolist() == [[16.0] * 8] * 8
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _cpu_multiplies_bf16() -> bool:

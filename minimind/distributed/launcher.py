@@ -64,6 +64,7 @@ def _watch(stop: StopRequest, parent: int, over: threading.Event) -> None:
                 socket.create_connection(address, timeout=STORE_SECONDS).close()
                 answered = time.monotonic()
             checked = time.monotonic()
-        if os.getppid() != parent or checked - answered > STORE_LOST_SECONDS:
+        # On Windows a process keeps the number of a parent that has ended.
+        if os.getppid() != parent or not psutil.pid_exists(parent) or checked - answered > STORE_LOST_SECONDS:
             stop.launcher_lost()
             return

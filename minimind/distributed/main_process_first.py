@@ -52,7 +52,7 @@ def main_process_first(cache_dir: Path, timeout: float, note: Callable[[str], No
                 # A folder that cannot be written is reported by the build, with a better message.
                 with suppress(OSError):
                     cache_dir.mkdir(parents=True, exist_ok=True)
-                    (cache_dir / _MARKER).write_text(token)
+                    (cache_dir / _MARKER).write_text(token, encoding="utf-8")
                 launcher_store(timeout).set(f"{prefix}/token", token)
             else:
                 token = heartbeat.wait_for(f"{prefix}/token", [0], timeout).decode()
@@ -74,5 +74,5 @@ def main_process_first(cache_dir: Path, timeout: float, note: Callable[[str], No
 
 def _read_marker(cache_dir: Path) -> str | None:
     with suppress(OSError):
-        return (cache_dir / _MARKER).read_text()
+        return (cache_dir / _MARKER).read_text(encoding="utf-8")
     return None

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = ("SIGINT", "SIGTERM")
+# SIGBREAK is Ctrl-Break of Windows.
+SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 # A launcher forwards a Ctrl-C that the terminal has already sent to every process: a signal repeated within
 # this time is the same request.

@@ -144,7 +144,7 @@ def evaluate_text(
     if config.mixed_precision == "auto":
         config = dataclasses.replace(config, mixed_precision="no")
     check_launch(config)
-    entries = read_sources(config.data)
+    entries = read_sources(config.data, text_key=config.text_key)
     if any(entry.weight is not None for entry in entries):
         raise ConfigError("--data has a weight, which is for training only; remove it.")
     if config.batch_size == AUTO:
@@ -158,7 +158,7 @@ def evaluate_text(
         )
     if stride is not None and (config.packing or stride > length):
         raise ConfigError(f"--stride {stride} needs --no-packing, and can be at most --max-seq-len {length}.")
-    files = [file for entry in entries for file in entry.files]
+    files = [file for entry in entries for file in entry.paths]
     # One entry per file, and no minimum size.
     corpus = dataclasses.replace(config, data=tuple(map(str, files)), val_fraction=0.0, max_seq_len=2)
     data = prepare_data(corpus, tokenizer)

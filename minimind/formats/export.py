@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.entry_points import plugin_names
 from ..errors import ConfigError, UserError
 from ..io.atomic import new_folder
 from ..io.checksums import write_checksums
@@ -21,6 +22,7 @@ from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
 from . import gguf, huggingface, original_minimind
 from .model_card import CARD, model_card
 from .open_model import ModelSource, open_model
+from .plugins import GROUP, load_format
 
 FORMATS = ("huggingface", "minimind", "gguf")
 
@@ -32,7 +34,7 @@ class Exported:
     Attributes:
         source: kind and path of the model that was read.
         folder: output folder.
-        format: one of `FORMATS`.
+        format: one of `FORMATS`, or that of another package.
         dtype: precision of the matrices.
         config: sizes and special token ids of the model.
         files: size in bytes of each file, by name.
@@ -66,9 +68,9 @@ def export_model(
             original minimind; see `open_model`.
         output: a new folder; it is renamed into place after everything in it has been verified.
         format: `huggingface` (safetensors of a Qwen3 or Qwen3-MoE), `minimind` (the original's `.pth`), or
-            `gguf`.
-        dtype: float32, float16, bfloat16 or (gguf only) q8_0. `auto` keeps the source's precision for
-            huggingface, and is float16 for the other formats.
+            `gguf`; or one that another package registers, see `WeightFormat`.
+        dtype: float32, float16, bfloat16 or (gguf only) q8_0. `auto` keeps the source's precision,
+            but is float16 for minimind and gguf.
         model_config: JSON configuration of a `.pth`, with the original's keys.
         tokenizer: a `tokenizer.json` or its folder, instead of the source's tokenizer.
         max_shard_bytes: size limit of one safetensors file; None writes a single file.
@@ -78,8 +80,10 @@ def export_model(
         UserError: for an unusable source, model configuration, tokenizer or output folder.
     """
     output = Path(output)
-    if format not in FORMATS:
-        raise ConfigError(f"--format {format} is not known; choose {', '.join(FORMATS)}.")
+    known = FORMATS if format in FORMATS else (*FORMATS, *plugin_names(GROUP))
+    if format not in known:
+        raise ConfigError(f"--format {format} is not known; choose {', '.join(known)}.")
+    custom = None if format in FORMATS else load_format(format)
     if dtype not in ("auto", *gguf.DTYPES):
         raise ConfigError(f"--dtype {dtype} is not known; choose auto, {', '.join(gguf.DTYPES)}.")
     if dtype == "q8_0" and format != "gguf":
@@ -90,9 +94,13 @@ def export_model(
     with new_folder(output, "--output", overwrite=overwrite) as folder:
         config, chosen = _with_tokenizer(found, tokenizer)
         weights = found.weights()
-        dtype = dtype if dtype != "auto" else _stored_dtype(weights) if format == "huggingface" else "float16"
+        if dtype == "auto":
+            dtype = "float16" if format in ("minimind", "gguf") else _stored_dtype(weights)
         notes = [*found.notes, *_notes(format, config, chosen)]
-        if format == "gguf":
+        if custom is not None:
+            custom.save(weights, config, chosen, folder, getattr(torch, dtype))
+            _refuse(_differing(weights, custom.load(folder), getattr(torch, dtype)))
+        elif format == "gguf":
             _write_gguf(folder, weights, config, chosen, dtype, output.resolve().name)
         elif format == "minimind":
             _write_original(folder, weights, config, getattr(torch, dtype))

@@ -32,6 +32,7 @@ from .original_minimind import (
     read_upstream_weights,
     settings_name,
 )
+from .plugins import open_by_plugin
 from .sharded_safetensors import weight_files
 from .weight_header import check_layers, read_headers
 
@@ -89,6 +90,8 @@ def open_model(
     if not path.exists():
         raise ConfigError(f"{path} does not exist; {_KINDS}.")
     if path.is_file():
+        if path.suffix != ".pth" and (found := open_by_plugin(path)) is not None:
+            return found
         return _open_upstream(path, None if model_config is None else Path(model_config))
     if model_config is not None:
         raise ConfigError(f"{path} has its own configuration; --model-config is for a .pth only.")
@@ -102,6 +105,8 @@ def open_model(
         return _open_run(RunFolder(path))
     if stored_checkpoints(path):
         return _open_checkpoint(open_checkpoint(path))
+    if (found := open_by_plugin(path)) is not None:
+        return found
     raise ConfigError(f"{path} holds no model; {_KINDS}.")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config.options import LEARNING_RATES, PretrainConfig
+from ..errors import ConfigError
 from .muon import Muon
 
 # Devices whose fused AdamW kernel reads `found_inf`; see skip_if_nonfinite.
@@ -24,6 +27,69 @@ ROUTER_SCALE = LEARNING_RATES["adamw"] / LEARNING_RATES["muon"]
 # NorMuon begins with a lower momentum, which forgets the first gradients sooner.
 FIRST_MOMENTUM = 0.85
 MOMENTUM = 0.95
+
+
+# Builds the optimizer of a run from its model and options; see `pretrain`.
+OptimizerFactory = Callable[[nn.Module, PretrainConfig], torch.optim.Optimizer]
+
+
+def build_custom_optimizer(
+    factory: OptimizerFactory, model: nn.Module, config: PretrainConfig
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a factory, and let its first step check that checkpoints can hold its state.
+
+    Args:
+        factory: of the caller.
+        model: before Accelerate wraps it.
+        config: passed to the factory.
+
+    Raises:
+        ConfigError: for anything but an optimizer over parameters of `model`.
+    """
+    optimizer = factory(model, config)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer= returned a {type(optimizer).__name__}; return a torch.optim.Optimizer over the "
+            "parameters of the model."
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ConfigError(
+            "optimizer= returned an optimizer over tensors that are no parameters of the model; build it "
+            "from the parameters of the model that it is called with."
+        )
+    optimizer.register_step_post_hook(_check_state_once())
+    return optimizer
+
+
+def _check_state_once() -> Callable[..., None]:
+    checked = False
+
+    def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        nonlocal checked
+        if checked:
+            return
+        checked = True
+        wrong = {
+            field
+            for fields in optimizer.state.values()
+            for field, value in fields.items()
+            if not isinstance(value, torch.Tensor)
+        }
+        for group in optimizer.param_groups:
+            for key, value in group.items():
+                try:
+                    json.dumps(value if key != "params" and not isinstance(value, torch.Tensor) else None)
+                except TypeError:
+                    wrong.add(key)
+        if wrong:
+            raise ConfigError(
+                f"checkpoints cannot hold {', '.join(sorted(wrong))} of the optimizer "
+                f"{type(optimizer).__name__}; keep tensors in its state, and numbers, text and tensors in "
+                "its parameter groups."
+            )
+
+    return check
 
 
 def build_optimizer(

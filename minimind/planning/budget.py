@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..checkpoint.resume import containing_run
 from ..config.budget import BUDGET_OPTIONS, Budget, parse_budget
 from ..config.options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, ModelConfig, PretrainConfig
 from ..config.schema import parse_values, read_toml, schema_of
+from ..data.documents import Documents
 from ..data.shards import random_shards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..distributed.collectives import run_on_main_and_broadcast
@@ -31,12 +32,16 @@ from ..launch_env import is_main_process, restarts, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
+from ..optim.build import OptimizerFactory
 from ..run_folder import RunFolder
+from ..schedule import Schedule
 from ..tokenizer import load_tokenizer
 from ..tracking.console import Progress
+from ..tracking.plugins import Tracker
 from ..training.build_model import ModelFactory
+from ..training.callbacks import Callback
+from ..training.result import PretrainResult
 from ..training.setup import RunInputs, build_training
-from ..training.summary import PretrainResult
 from .benchmark import matmul_flops, measure_steps
 from .budget_report import BudgetPlan
 from .candidates import Candidate, Machine, TextSize, chosen_options
@@ -53,19 +58,32 @@ _COMPILE_AFTER = {True: 1200.0, False: 300.0}
 def pretrain(
     config: PretrainConfig,
     *,
-    stop_after: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Tracker] = (),
+    optimizer: OptimizerFactory | None = None,
+    schedule: Schedule | None = None,
+    data: Documents | None = None,
     model_factory: ModelFactory = MiniMindForCausalLM,
+    quiet: bool = True,
+    handle_signals: bool = False,
+    stop_after: int | None = None,
     branch: bool = False,
 ) -> PretrainResult:
     """Train a model as the configuration says, from text files to a model folder.
 
     With `budget` the options that are not set are chosen first. Under `accelerate launch` every rank calls
-    this. SIGTERM and SIGINT end the run after the current step, with a checkpoint; see
-    `PretrainResult.stopped`.
+    this. A checkpoint names the parts that it was trained with: a run with an optimizer, schedule, documents
+    or model of the caller resumes only where they are passed again.
 
     Args:
         config: all options.
-        stop_after: end the run after this step as a signal would, to be resumed later.
+        callbacks: called at the events of the run; see `Callback`.
+        trackers: get the metrics besides those of the option `tracker`; see `Tracker`.
+        optimizer: called with the model, before Accelerate wraps it, and the options; returns the
+            optimizer. Each step sets the learning rate of its groups, times the `lr_scale` of a group if
+            it has one. Its state must be tensors.
+        schedule: learning rate of each step; see `Schedule`.
+        data: training documents in place of the option `data`; see `Documents`.
         model_factory: builds the model in place of `MiniMindForCausalLM`, given the sizes of the options, in
             float32 on the CPU. The model is called with the keywords `input_ids`, `document_ids` and
             `position_ids`, of which the last two are None without packing. With `shift_labels` and
@@ -73,20 +91,37 @@ def pretrain(
             labels that are not -100, divided by the latter; otherwise its `logits` are used. Unless it is
             exactly a `MiniMindForCausalLM`, its weights are saved without a config, nothing is sampled, and
             model FLOPs are not reported.
+        quiet: write nothing to the terminal; warnings and notes go to the logger `minimind`.
+        handle_signals: end the run on SIGINT and SIGTERM after the current step, with a checkpoint; see
+            `PretrainResult.stopped`. Otherwise they do what they did before.
+        stop_after: end the run after this step as a signal would, to be resumed later.
         branch: the checkpoint to resume belongs to another run, which this one branches off: it gets its own
             folder and charts.
 
     Raises:
         UserError: for anything the caller can fix: options, data, checkpoints, a loss that diverges.
+        Exception: what a callback raised, after the run has ended with a checkpoint.
     """
     from ..training.pretrain import pretrain as train
 
     if config.budget_chooses and model_factory is not MiniMindForCausalLM:
         raise ConfigError("--budget chooses the sizes of minimind's own model only; remove it.")
-    return train(follow_budget(config), stop_after=stop_after, model_factory=model_factory, branch=branch)
+    return train(
+        follow_budget(config, quiet=quiet),
+        callbacks=callbacks,
+        trackers=trackers,
+        optimizer=optimizer,
+        schedule=schedule,
+        data=data,
+        model_factory=model_factory,
+        quiet=quiet,
+        handle_signals=handle_signals,
+        stop_after=stop_after,
+        branch=branch,
+    )
 
 
-def follow_budget(config: PretrainConfig) -> PretrainConfig:
+def follow_budget(config: PretrainConfig, *, quiet: bool = True) -> PretrainConfig:
     """Return the configuration with the choice of its budget, which is shown; unchanged without one.
 
     A run that is resumed keeps its choice. Every rank must call this.
@@ -100,7 +135,7 @@ def follow_budget(config: PretrainConfig) -> PretrainConfig:
     if recorded is not None:
         return recorded
     plan = plan_budget(config)
-    progress = Progress(enabled=is_main_process())
+    progress = Progress(enabled=is_main_process(), quiet=quiet)
     progress.banner(plan.rows())
     progress.close()
     return plan.config

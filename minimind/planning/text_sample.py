@@ -74,7 +74,7 @@ def read_sample(config: PretrainConfig) -> TextSample:
         documents = tuple(BuiltinCorpus().documents(Reading()))
         return TextSample(documents, _bytes(documents))
     sources = read_sources(config.data, text_key=config.text_key)
-    files = [path for source in sources for path in source.files]
+    files = [path for source in sources for path in source.paths]
     chosen = files[:: -(-len(files) // SAMPLE_FILES)]
     quota = SAMPLE_BYTES / len(chosen)
     documents_read: list[str] = []

@@ -18,7 +18,7 @@ from ..launch_env import is_main_process, world_size
 from ..run_folder import RunFolder
 from ..schedule import stable_phase, stored_warmup_steps
 from ..training.pretrain import pretrain
-from ..training.summary import PretrainResult
+from ..training.result import PretrainResult
 
 
 @errors_for_caller((*CONFIG_SCHEMA, "from_step"))
@@ -30,6 +30,8 @@ def decay(
     output_dir: Path | None = None,
     shape: Literal["linear", "sqrt"] = "linear",
     min_lr_ratio: float | None = None,
+    quiet: bool = True,
+    handle_signals: bool = False,
 ) -> PretrainResult:
     """Continue from a checkpoint of a run with a decaying learning rate, in a new folder.
 
@@ -43,6 +45,8 @@ def decay(
         output_dir: folder of the decay; by default beside the run, named after it and the step.
         shape: shape of the decay.
         min_lr_ratio: final learning rate relative to the peak; by default that of the run.
+        quiet: see `pretrain`.
+        handle_signals: see `pretrain`.
 
     Raises:
         UserError: for a missing checkpoint or one outside of the stable phase, an output folder with a run,
@@ -65,7 +69,7 @@ def decay(
     if is_main_process() and not started_before() and (problem := checkpoint.problem()) is not None:
         advice = f"give --from-step {_listed(others)}" if others else "it is the only one"
         raise CheckpointError(f"{problem.removesuffix('.')}: the checkpoint cannot be used; {advice}.")
-    return pretrain(config, branch=True)
+    return pretrain(config, branch=True, quiet=quiet, handle_signals=handle_signals)
 
 
 def decay_config(

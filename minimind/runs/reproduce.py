@@ -144,7 +144,7 @@ def _as_tuple(value: Any) -> tuple[str, ...]:
 
 
 def _is_relative(text: str) -> bool:
-    return not os.path.isabs(text) and not text.startswith("~")
+    return not os.path.isabs(text) and not text.startswith(("~", "hf://"))
 
 
 def _new_folder(path: Path) -> Path:

@@ -6,7 +6,6 @@ The launched processes of the resumed part run `python -m minimind.runs.verify_r
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,8 +178,7 @@ def _refuse(config: PretrainConfig, steps: int, processes: int) -> None:
 
 
 def _train(config: PretrainConfig, stop_after: int | None) -> None:
-    with redirect_stdout(io.StringIO()):
-        result = pretrain(config, stop_after=stop_after)
+    result = pretrain(config, stop_after=stop_after, handle_signals=True)
     if result.stopped is not None and result.steps != stop_after:
         raise KeyboardInterrupt
 
@@ -200,7 +197,9 @@ def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> Non
         *("-m", "minimind.runs.verify_resume", str(file)),
     ]
     environment = os.environ if device_type() != "cpu" else {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode and not (Path(config.output_dir) / "model" / "config.json").exists():
         lines = done.stderr.splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines[-20:]
@@ -233,7 +232,7 @@ def _values(metrics: Path) -> dict[tuple[int, str], tuple[float, str | None]]:
 def _train_from_file(file: Path) -> int:
     """Train with the options of a file, as one of the launched processes; return the exit code."""
     try:
-        pretrain(resolve(file=read_toml(file), file_name=str(file)))
+        pretrain(resolve(file=read_toml(file), file_name=str(file)), handle_signals=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -70,6 +70,7 @@ class Tokenizer:
         eos_token_id: end token of a document.
         pad_token_id: padding; the end token if the vocabulary has no padding token.
         unknown_token_id: stands for text outside the vocabulary, or None.
+        special_tokens: ids of the special tokens by name.
         chat_template: Jinja template for later training, passed on unchanged. By default ChatML if start and
             end token are `<|im_start|>` and `<|im_end|>`, else None.
         fingerprint: SHA-256 (hex) of the vocabulary, the rules and the roles.
@@ -115,6 +116,7 @@ class Tokenizer:
         self._byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
         self._added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in self._added.items() if token.special)
+        self.special_tokens = {self._added[id].content: id for id in self._special_ids}
         self._stripped_ids = self._special_ids_in_text(rules["model"])
         self.unknown_token_id = ids.get(_unknown_token(rules["model"]) or "")
 

@@ -30,6 +30,7 @@ from ..io.atomic import write_text
 from ..io.reading import open_regular
 from .environment import hide_secrets
 from .metric_groups import grouped_name
+from .plugins import PluggedTracker
 
 # What TensorBoard shows beside the hyper-parameters of each run, and which of them it shows.
 COMPARED_METRICS = ("val/loss", "val/bits_per_byte", "train/loss")
@@ -284,7 +285,7 @@ class CSV:
         self._file.close()
 
 
-Client = TensorBoard | WandB | SwanLab | MLflow | CSV
+Client = TensorBoard | WandB | SwanLab | MLflow | CSV | PluggedTracker
 
 
 class BackgroundThread:

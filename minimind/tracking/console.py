@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import sys
 import textwrap
 import time
@@ -29,6 +30,8 @@ DROP_WHEN_NARROW = (
 
 Rows = Sequence[tuple[str, str]]
 
+_log = logging.getLogger("minimind")
+
 
 class Progress:
     """Shows a run on a stream: permanent lines and, below them, a bar in a terminal or a notebook.
@@ -41,19 +44,30 @@ class Progress:
         warnings: all warnings shown, oldest first.
     """
 
-    def __init__(self, total_steps: int = 0, enabled: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
         """Write nothing yet.
 
         Args:
             total_steps: steps of the whole run; `start` may set it later.
             enabled: False on all ranks but one: nothing is written.
             stream: output stream, by default standard output.
+            quiet: write nothing; warnings and notes go to the logger `minimind`.
         """
         self.total_steps = total_steps
         self.warnings: list[str] = []
-        display = _notebook_display() if enabled and stream is None else None
+        display = _notebook_display() if enabled and not quiet and stream is None else None
         stream = sys.stdout if stream is None else stream
-        self._stream = _ForgivingStream(stream) if enabled and stream is not None else None
+        shown = enabled and not quiet and stream is not None
+        self._stream = _ForgivingStream(stream) if shown else None
+        self.quiet = quiet
+        self._logs = enabled and quiet
         self._console: Console | None = None
         self._bar: Live | _NotebookBar | None = None
         self._notebook = None if display is None else _NotebookBar(display)
@@ -98,10 +112,14 @@ class Progress:
     def warn(self, text: str) -> None:
         """Show a warning."""
         self.warnings.append(text)
+        if self._logs:
+            _log.warning(text)
         self._line(f"warning: {text}", style="yellow")
 
     def note(self, text: str) -> None:
         """Show a sentence."""
+        if self._logs:
+            _log.info(text)
         self._line(text)
 
     def banner(self, rows: Rows) -> None:

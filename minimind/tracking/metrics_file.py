@@ -123,10 +123,9 @@ def _bounded(digits: str) -> int | None:
     return int(digits) if len(digits) <= 18 else None
 
 
-def last_with(path: Path, name: str) -> tuple[int, Any] | None:
-    """Return the last step whose line has the value `name`, and the value; or None."""
-    found = [(line["step"], line[name]) for line in read_metrics(path) if name in line]
-    return found[-1] if found else None
+def last_with(path: Path, name: str) -> dict[str, Any] | None:
+    """Return the last line that has the value `name`, or None."""
+    return next((line for line in reversed(read_metrics(path)) if name in line), None)
 
 
 def _lines_up_to(lines: Iterable[str], step: int) -> Iterator[str]:

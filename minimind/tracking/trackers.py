@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
 from .backends import CSV, BackgroundThread, Client, HyperParameters, MLflow, SwanLab, TensorBoard, WandB
 from .metrics_file import MetricsFile
+from .plugins import PluggedTracker, Tracker, check_tracker, load_tracker
 
 # Longest wait for slow trackers at the end of a run, in seconds.
 CLOSE_SECONDS = 60.0
@@ -27,26 +28,37 @@ CLOSE_SECONDS = 60.0
 # is active in the thread that started it.
 CLOSED_BY_MAIN_THREAD = {"swanlab", "mlflow"}
 # Trackers that need no package.
-BUILT_IN = ("none", "csv")
+WITHOUT_PACKAGE = ("none", "csv")
 # Ends the key in the state of a checkpoint that marks grouped names, which earlier versions did not use.
 GROUPED = ":grouped"
 
 Values = Mapping[str, Any]
 
+BUILT_IN = ("tensorboard", "wandb", "swanlab", "mlflow", "csv")
+
 _log = logging.getLogger(__name__)
 
 
-def check_trackers(config: PretrainConfig) -> None:
+def check_trackers(config: PretrainConfig, trackers: Sequence[Tracker] = ()) -> None:
     """Refuse trackers whose packages are missing, which Accelerate would silently skip.
 
+    Args:
+        config: names trackers.
+        trackers: of the caller.
+
     Raises:
-        ConfigError: naming each missing package and the command that installs it.
+        ConfigError: naming each missing package and the command that installs it, or what is no tracker.
     """
+    for tracker in trackers:
+        check_tracker(tracker)
     problems = [
         f"--tracker {name} needs the package {name}, which is not installed; pip install {name}."
         for name in config.tracker
-        if name not in BUILT_IN and not _installed(name)
+        if name in BUILT_IN and name not in WITHOUT_PACKAGE and not _installed(name)
     ]
+    for name in config.tracker:
+        if name not in (*BUILT_IN, "none"):
+            check_tracker(load_tracker(name))
     local = "swanlab" in config.tracker and os.environ.get("SWANLAB_MODE") == "local"
     if local and not _installed("swanboard"):
         problems.append(
@@ -74,6 +86,7 @@ class Trackers:
         *,
         start_step: int = 0,
         environment: Mapping[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
         warn: Callable[[str], None] = _log.warning,
     ) -> None:
         """Open the trackers.
@@ -86,6 +99,7 @@ class Trackers:
             start_step: step to resume from; later lines of metrics.jsonl are removed and later TensorBoard
                 events are invalidated, so that no step appears twice.
             environment: description of the machine, shown beside the hyper-parameters.
+            trackers: of the caller.
             warn: shows a sentence to the user.
 
         Raises:
@@ -101,9 +115,13 @@ class Trackers:
             self._file = MetricsFile(run_folder.metrics, keep_to_step=start_step, warn=warn)
         except OSError as error:
             raise cannot_write("--output-dir", run_folder.path, error) from error
-        for name in config.tracker:
-            if name != "none":
-                self._start(name, config, run_folder.path, start_step, environment or {})
+        chosen: dict[str, Tracker | None] = {name: None for name in config.tracker if name != "none"}
+        for tracker in trackers:
+            kind = type(tracker).__name__
+            number = sum(name.partition("#")[0] == kind for name in chosen)
+            chosen[f"{kind}#{number + 1}" if number else kind] = tracker
+        for name, custom in chosen.items():
+            self._start(name, custom, config, run_folder.path, start_step, environment or {})
         self._threads = (
             BackgroundThread("metrics", partial(self._drop, "metrics.jsonl", "failed")),
             BackgroundThread("trackers", partial(self._drop, "trackers", "failed")),
@@ -159,32 +177,45 @@ class Trackers:
             self._finish(set(self._clients) & CLOSED_BY_MAIN_THREAD)
 
     def _start(
-        self, name: str, config: PretrainConfig, folder: Path, start_step: int, environment: Values
+        self,
+        name: str,
+        tracker: Tracker | None,
+        config: PretrainConfig,
+        folder: Path,
+        start_step: int,
+        environment: Values,
     ) -> None:
         try:
-            client = self._make(name, config, folder, start_step)
+            client = self._make(name, tracker, config, folder, start_step)
             client.start()
             client.describe(hyper_parameters(config), environment, start_step)
         except Exception as error:
             self._drop(name, "could not be started", error)
             return
         self._clients[name] = client
-        run_id = getattr(getattr(client, "run", None), "id", None)
+        if isinstance(client, PluggedTracker):
+            run_id = client.run_id
+        else:
+            run_id = getattr(getattr(client, "run", None), "id", None)
         if run_id is not None:
             grouped = name not in self._ids or name + GROUPED in self._ids
             self._ids |= {name: str(run_id), **({name + GROUPED: "yes"} if grouped else {})}
 
-    def _make(self, name: str, config: PretrainConfig, folder: Path, start_step: int) -> Client:
+    def _make(
+        self, name: str, tracker: Tracker | None, config: PretrainConfig, folder: Path, start_step: int
+    ) -> Client:
         if name == "tensorboard":
             return TensorBoard(folder, start_step, partial(self._refused, name))
         if name == "csv":
             return CSV(folder, start_step, partial(self._refused, name))
+        place = config.project, config.run_name or folder.resolve().name, folder, self._ids.get(name)
+        if name not in BUILT_IN:
+            return PluggedTracker(load_tracker(name) if tracker is None else tracker, *place)
         services: dict[str, type[WandB | SwanLab | MLflow]]
         services = {"wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
-        run_name = config.run_name or folder.resolve().name
         # A run of an earlier version goes on with the names that its charts have.
         grouped = name not in self._ids or name + GROUPED in self._ids
-        return services[name](config.project, run_name, folder, self._ids.get(name), grouped=grouped)
+        return services[name](*place, grouped=grouped)
 
     def _log_to_clients(self, values: Values, step: int) -> None:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}

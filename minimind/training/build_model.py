@@ -24,7 +24,7 @@ from ..formats.open_model import open_model
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
-from ..optim.build import build_optimizer
+from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
 from ..tokenizer import Tokenizer, check_vocab
 from .cuda_graph import ForwardBackwardGraph
 from .cuda_graph import unsupported_reason as graph_unsupported_reason
@@ -186,6 +186,7 @@ def compile_and_wrap(
     model: nn.Module | None = None,
     *,
     tokens: int | None = None,
+    optimizer_factory: OptimizerFactory | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
     """Compile the model if that pays, build its optimizer and prepare both with Accelerate.
 
@@ -193,6 +194,7 @@ def compile_and_wrap(
         plan: batches of a step.
         model: not prepared yet; built from `model_config` where None.
         tokens: input tokens of the whole run, which decide whether compiling pays; None for a long run.
+        optimizer_factory: builds the optimizer in place of --optimizer.
 
     Returns:
         Model and optimizer, prepared, and whether the model is compiled.
@@ -208,7 +210,10 @@ def compile_and_wrap(
             model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))
     else:
         compiled = False
-    optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
+    if optimizer_factory is not None:
+        optimizer = build_custom_optimizer(optimizer_factory, model, config)
+    else:
+        optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
     check_same_on_all_ranks(
         accelerator,
         {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},

@@ -94,6 +94,18 @@ class Spike:
         return {keys.get(name, name): value for name, value in vars(self).items()}
 
 
+class SpikeError(Exception):
+    """Leaves the training loop to rewind; the trainer catches it.
+
+    Attributes:
+        spike: the step with the loss spike.
+    """
+
+    def __init__(self, spike: Spike) -> None:
+        super().__init__(spike.what)
+        self.spike = spike
+
+
 def append_loss(recent: list[float], loss: float) -> None:
     """Append the loss of a step (nats per token), and drop those too old for any threshold."""
     # Infinity exceeds no later threshold and is ignored by all, so it stands for NaN too.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..evaluation.cloze import cloze_scores
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
 from ..tracking.live_report import LiveReport
+from ..tracking.plugins import Tracker
 from ..tracking.trackers import Trackers
 from .samples import Samples, gathered_model
 from .setup import RunInputs
@@ -38,11 +39,12 @@ class Outputs:
         model: nn.Module,
         environment: Mapping[str, Any],
         progress: Progress,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Open nothing yet; see `open`."""
         self._inputs, self._folder = inputs, folder
         self._accelerator, self._model = accelerator, model
-        self._environment, self._progress = environment, progress
+        self._environment, self._progress, self._custom = environment, progress, trackers
         self.report: LiveReport | None = None
 
     @property
@@ -60,6 +62,7 @@ class Outputs:
             tracker_ids,
             start_step=step,
             environment=self._environment,
+            trackers=self._custom,
             warn=self._progress.warn,
         )
         if self.report is not None:

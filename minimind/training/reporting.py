@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
 
 from ..checkpoint.train_state import TrainState
 from ..data.loader import StepBatch
+from ..distributed.collectives import run_on_main_and_broadcast
 from ..evaluation.scaling_law import Forecast
 from ..evaluation.validation import Evaluation
 from ..modeling.config import MiniMindConfig
 from ..tracking.console import Progress
+from ..tracking.metrics_file import last_with
+from .callbacks import Callbacks
 from .load_balancing import expert_metrics
 from .loss_spikes import Spike
 from .outputs import Outputs
@@ -98,10 +104,15 @@ class Reports:
     """
 
     def __init__(
-        self, model_config: MiniMindConfig, outputs: Outputs, progress: Progress, meter: Meter
+        self,
+        model_config: MiniMindConfig,
+        outputs: Outputs,
+        progress: Progress,
+        meter: Meter,
+        callbacks: Callbacks,
     ) -> None:
         self._model_config, self._outputs = model_config, outputs
-        self._progress, self._meter = progress, meter
+        self._progress, self._meter, self._callbacks = progress, meter, callbacks
         self.last_loss = math.nan
         self.last_evaluation: Evaluation | None = None
         self.forecast: Forecast | None = None
@@ -138,6 +149,7 @@ class Reports:
         }
         self._outputs.trackers.log(values, record.step)
         self._progress.step(record.step, values | self._forecast_values())
+        self._callbacks.report(record.step, values)
 
     def evaluation(self, step: int, result: Evaluation, forecast: Forecast | None = None) -> None:
         """Report an evaluation after `step`, and what it says of the end of the run."""
@@ -151,6 +163,21 @@ class Reports:
         }
         self._outputs.trackers.log(values, step)
         self._progress.evaluation(step, values)
+        self._callbacks.evaluation(step, values)
+
+    def recorded_evaluation(self, accelerator: Accelerator, step: int) -> dict[str, Any] | None:
+        """Return the evaluation after `step` if it was reported; every rank must call this after a resume.
+
+        The callbacks see it where their states do not include it: a checkpoint is saved before its step is
+        evaluated.
+        """
+        path = self._outputs.metrics_path
+        last = run_on_main_and_broadcast(accelerator, lambda: last_with(path, "val_loss"))
+        if last is None or last["step"] != step:
+            return None
+        values = {name: value for name, value in last.items() if name.startswith("val_")}
+        self._callbacks.evaluation(step, values)
+        return values
 
     def scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Show scores after `step`, where there are any."""

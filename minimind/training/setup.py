@@ -26,8 +26,9 @@ from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
 from .auto_batch_size import resolve_batch_size
-from .build_model import ModelFactory, build_graph, build_model, compile_and_wrap, resolve_model_config
+from .build_model import build_graph, build_model, compile_and_wrap, resolve_model_config
 from .cuda_graph import ForwardBackwardGraph
+from .custom_parts import CustomParts
 
 # Held while `pretrain` runs.
 _RUNNING = threading.Lock()
@@ -161,6 +162,7 @@ class TrainingParts:
         loader: of the training split.
         graph: CUDA graph of forward and backward pass; None without one.
         custom_model: description of a model that is not exactly a MiniMindForCausalLM, else None.
+        custom_names: see `CustomParts.names`.
     """
 
     plan: BatchPlan
@@ -170,6 +172,7 @@ class TrainingParts:
     loader: Loader
     graph: ForwardBackwardGraph | None
     custom_model: str | None
+    custom_names: dict[str, str | None]
 
 
 def build_training(
@@ -179,7 +182,7 @@ def build_training(
     *,
     tokens_per_epoch: int | None = None,
     weights: Sequence[float] = (),
-    model_factory: ModelFactory = MiniMindForCausalLM,
+    custom: CustomParts | None = None,
     note: Callable[[str], None] = lambda sentence: None,
 ) -> TrainingParts:
     """Build model, optimizer and loader of a run; every rank must call this.
@@ -190,20 +193,27 @@ def build_training(
         accelerator: of the run.
         tokens_per_epoch: about how many; decides whether compiling pays. None for a long run.
         weights: of the mixture.
-        model_factory: see `pretrain`.
+        custom: parts of the caller; None for none.
         note: gets sentences for the user.
 
     Raises:
         ConfigError: for batches that the ranks cannot share, and options that the model does not support.
     """
-    config, model_config = inputs.config, inputs.model_config
+    config, model_config, custom = inputs.config, inputs.model_config, custom or CustomParts()
     plan = plan_batches(config, accelerator.num_processes)
-    bare = build_model(config, model_config, model_factory, note)
+    bare = build_model(config, model_config, custom.model_factory, note)
     # A subclass may compute anything.
-    custom = None if type(bare) is MiniMindForCausalLM else _describe(bare)
+    kind = None if type(bare) is MiniMindForCausalLM else type(bare).__qualname__
+    description = None if kind is None else _describe(bare)
     tokens = None if tokens_per_epoch is None else max_training_tokens(config, plan, tokens_per_epoch)
     model, optimizer, compiled = compile_and_wrap(
-        config, model_config, plan, accelerator, bare, tokens=tokens
+        config,
+        model_config,
+        plan,
+        accelerator,
+        bare,
+        tokens=tokens,
+        optimizer_factory=custom.optimizer,
     )
     loader = inputs.loader(
         shards,
@@ -214,17 +224,8 @@ def build_training(
         weights=weights,
     )
     graph = build_graph(config, model_config, model, accelerator, compiled=compiled, note=note)
-    return TrainingParts(plan, model, optimizer, compiled, loader, graph, custom)
-
-
-def check_auto_batch_size(config: PretrainConfig, model_factory: ModelFactory) -> None:
-    """Refuse `--batch-size auto` for a custom model, since its results are cached by the model's sizes.
-
-    Raises:
-        ConfigError: where both are given.
-    """
-    if config.batch_size == AUTO and model_factory is not MiniMindForCausalLM:
-        raise ConfigError("--batch-size auto supports minimind's own model only; give a number.")
+    names = custom.names(kind)
+    return TrainingParts(plan, model, optimizer, compiled, loader, graph, description, names)
 
 
 def _describe(model: nn.Module) -> str:

@@ -169,7 +169,7 @@ class TimeLimits:
                 save_interval=self.config.save_interval,
             )
         unused = not self.accelerator.is_main_process or self.state.decay_window is not None
-        if unused or seconds_left is None or per_step is None:
+        if unused or seconds_left is None or per_step is None or self.schedule.custom is not None:
             return 0
         # A tenth is reserved for slower steps, and twice the time of a last evaluation and save.
         reserved = 2 * (self.meter.seconds_of("evaluation") + self.meter.seconds_of("saving")) + END_SECONDS

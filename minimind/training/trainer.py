@@ -15,21 +15,20 @@ from ..checkpoint.checkpointer import RunCheckpoints
 from ..checkpoint.train_state import TrainState
 from ..config.options import PretrainConfig
 from ..data.loader import Loader, StepBatch
-from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_schedule
 from ..schedule import LearningRateSchedule
 from ..tracking.console import Progress
-from ..tracking.metrics_file import last_with
 from .async_metrics import AsyncScalars
+from .callbacks import Callbacks
 from .cuda_graph import ForwardBackwardGraph
 from .evaluator import Evaluator
 from .forecast import RunForecast
 from .garbage_collection import GarbageCollection
 from .load_balancing import expert_balance
-from .loss_spikes import MAX_REWINDS, Spike, SpikeReporter, append_loss, spike_threshold
+from .loss_spikes import MAX_REWINDS, Spike, SpikeError, SpikeReporter, append_loss, spike_threshold
 from .outputs import Outputs
 from .profiler import ProfileTrace
 from .reporting import Reports, StepRecord
@@ -43,18 +42,6 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 # Steps between two garbage collections: the same on all ranks, so that none waits for another.
 COLLECT_INTERVAL = 100
-
-
-class SpikeError(Exception):
-    """Leaves the loop to rewind; never leaves this module.
-
-    Attributes:
-        spike: the step with the loss spike.
-    """
-
-    def __init__(self, spike: Spike) -> None:
-        super().__init__(spike.what)
-        self.spike = spike
 
 
 @dataclass(kw_only=True)
@@ -78,6 +65,7 @@ class Trainer(TimeLimits):
         state: progress of the run, from its checkpoint on a resume.
         evaluator: None without validation data.
         spikes: writes the documents of loss spikes; None for no reports and no rewinds.
+        callbacks: of the caller.
         graph: CUDA graph of forward and backward pass; None without one.
         profiler: None without --profile.
         budget: clock of a time budget; None without one.
@@ -104,6 +92,7 @@ class Trainer(TimeLimits):
     state: TrainState
     evaluator: Evaluator | None = None
     spikes: SpikeReporter | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
     graph: ForwardBackwardGraph | None = None
     profiler: ProfileTrace | None = None
     budget: BudgetClock | None = None
@@ -115,7 +104,7 @@ class Trainer(TimeLimits):
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reports = Reports(self.model_config, self.outputs, self.progress, self.meter)
+        self.reports = Reports(self.model_config, self.outputs, self.progress, self.meter, self.callbacks)
         self.metrics = AsyncScalars(self.accelerator.device)
 
     def train(self) -> None:
@@ -230,6 +219,7 @@ class Trainer(TimeLimits):
         with self.meter.phase("saving"):
             self.checkpointer.save(self.state)
         self.saved_step = self.state.step
+        self.callbacks.save(self.saved_step)
 
     def validate(self) -> None:
         """Evaluate, report the result and mark the best checkpoint; does nothing without validation data."""
@@ -270,13 +260,11 @@ class Trainer(TimeLimits):
         elif state.step == 0:
             self.reports.evaluation(0, result)
         elif state.step == self.total_steps or state.step % self.config.evaluation_interval == 0:
-            step, loss = run_on_main_and_broadcast(
-                self.accelerator, lambda: last_with(self.outputs.metrics_path, "val_loss") or (-1, None)
-            )
-            if step != state.step or self.checkpointer.best_restarted:
+            last = self.reports.recorded_evaluation(self.accelerator, state.step)
+            if last is None or self.checkpointer.best_restarted:
                 self.validate()
-            elif loss is not None and loss < state.best_val_loss:
-                state.best_val_loss = loss
+            elif last["val_loss"] is not None and last["val_loss"] < state.best_val_loss:
+                state.best_val_loss = last["val_loss"]
                 self.checkpointer.mark_best(state)
 
     def probe(self, *, last: bool) -> None:
@@ -316,6 +304,8 @@ class Trainer(TimeLimits):
         if self.spikes is not None:
             self.spikes.rewind()
         self.reports.rewind(state, spike, MAX_REWINDS)
+        if self.callbacks:
+            self.reports.recorded_evaluation(self.accelerator, state.step)
         # At once, so that a run that is resumed from here excludes the sequences too.
         self.save()
 
@@ -359,6 +349,7 @@ class Trainer(TimeLimits):
                 where = self.spikes.report(spike)
             clauses += [where] if where else []
         self.progress.warn("; ".join(clauses) + ".")
+        self.callbacks.spike(spike)
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"step {spike.step}: {spike.what}, and {MAX_SKIPPED_IN_A_ROW} updates in a row were skipped; "

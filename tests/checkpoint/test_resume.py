@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 import minimind.training.pretrain  # noqa: F401 - for sys.modules below
-from minimind import pretrain
 from minimind.checkpoint.files import stored_checkpoints
 from minimind.checkpoint.resume import containing_run, run_to_resume
 from minimind.errors import CheckpointError, ConfigError
 from minimind.run_folder import RunFolder
 from minimind.training.trainer import Trainer
 from support.tiny_runs import assert_same_end, last_checkpoint, reports, tiny, write_corpus
+from support.tiny_runs import pretrain_as_command as pretrain
 
 MODULE = sys.modules["minimind.training.pretrain"]
 

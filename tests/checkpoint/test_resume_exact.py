@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from minimind import PretrainConfig, pretrain
+from minimind import PretrainConfig
 from minimind.checkpoint.files import best_checkpoint
 from minimind.training.summary import PretrainResult
 from minimind.training.trainer import Trainer
@@ -25,6 +25,7 @@ from support.tiny_runs import (
     tiny,
     write_corpus,
 )
+from support.tiny_runs import pretrain_as_command as pretrain
 
 
 @pytest.fixture(scope="module")

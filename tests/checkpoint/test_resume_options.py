@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from minimind import pretrain
 from minimind.checkpoint.checkpointer import RunCheckpoints
 from minimind.checkpoint.compatibility import changes_evaluation
 from minimind.checkpoint.files import best_checkpoint
 from minimind.checkpoint.store import CheckpointStore
 from minimind.checkpoint.train_state import TrainState
 from minimind.errors import CheckpointError
+from minimind.training.callbacks import Callbacks
 from support import topologies
 from support.tiny_runs import last_checkpoint, tiny, write_corpus
+from support.tiny_runs import pretrain_as_command as pretrain
 
 SETTINGS = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "learning_rate": 1e-2, "seed": 42}
 
@@ -49,7 +50,13 @@ def checkpoints_in(folder: Path, **settings: Any) -> RunCheckpoints:
     accelerator, model, optimizer = topologies.start()
     topologies.train(accelerator, model, optimizer, 0, 1)
     parts = RunCheckpoints(
-        CheckpointStore(folder, 9), accelerator, model, optimizer, SETTINGS | settings, Messages()
+        CheckpointStore(folder, 9),
+        accelerator,
+        model,
+        optimizer,
+        SETTINGS | settings,
+        Messages(),
+        Callbacks(),
     )
     parts.trackers = SimpleNamespace(state=lambda: {"board": "chart 7"}, flush=lambda: None)
     return parts

@@ -59,7 +59,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[PretrainConfig]:
     """Put a recorder in place of the training; the list holds the configurations it was called with."""
     configs: list[PretrainConfig] = []
 
-    def pretrain(config: PretrainConfig) -> SimpleNamespace:
+    def pretrain(config: PretrainConfig, *, quiet: bool, handle_signals: bool) -> SimpleNamespace:
+        assert (quiet, handle_signals) == (False, True)
         configs.append(config)
         return SimpleNamespace(stopped=None)
 

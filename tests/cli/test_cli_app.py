@@ -19,7 +19,7 @@ Command = Callable[..., Any]
 
 
 def fail_with(error: BaseException) -> SimpleNamespace:
-    def pretrain(config: PretrainConfig) -> None:
+    def pretrain(config: PretrainConfig, **options: bool) -> None:
         raise error
 
     return SimpleNamespace(pretrain=pretrain)

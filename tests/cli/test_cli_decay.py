@@ -13,6 +13,8 @@ import pytest
 Command = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+AS_COMMAND = {"quiet": False, "handle_signals": True}
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
@@ -29,14 +31,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 def test_a_run_and_a_number_of_tokens_are_enough(run: Command, calls: list[Call]) -> None:
     done = run("decay out --tokens 1e8")
     assert (done.code, done.err) == (0, "")
-    defaults = {"from_step": None, "output_dir": None, "shape": "linear", "min_lr_ratio": None}
+    defaults = {"from_step": None, "output_dir": None, "shape": "linear", "min_lr_ratio": None} | AS_COMMAND
     assert calls == [((Path("out"), 10**8), defaults)]
 
 
 def test_every_option_is_passed_on(run: Command, calls: list[Call]) -> None:
     done = run("decay out --tokens 5 --from_step 7 --output-dir o --decay-shape sqrt --min-lr-ratio 0")
     assert (done.code, done.err) == (0, "")
-    chosen = {"from_step": 7, "output_dir": Path("o"), "shape": "sqrt", "min_lr_ratio": 0.0}
+    chosen = {"from_step": 7, "output_dir": Path("o"), "shape": "sqrt", "min_lr_ratio": 0.0} | AS_COMMAND
     assert calls == [((Path("out"), 5), chosen)]
 
 

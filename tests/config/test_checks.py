@@ -12,7 +12,7 @@ from minimind.config.checks import run_notes
 from minimind.config.naming import options_were_typed
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import resolve
-from minimind.training.pretrain import pretrain
+from support.tiny_runs import pretrain_as_command as pretrain
 from support.tiny_runs import tiny, write_corpus
 
 

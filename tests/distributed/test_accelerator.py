@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from minimind.config.options import PretrainConfig
+from minimind.distributed import accelerator as module
 from minimind.distributed.accelerator import check_launch, choose_precision, prepare, start_accelerator
 from minimind.distributed.launch_checks import launch_problems
 from minimind.errors import ConfigError
@@ -237,3 +239,49 @@ def test_a_launcher_without_a_precision_leaves_the_choice_to_the_device(
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda bf16=bf16, **_: bf16)
         assert choose_precision(PretrainConfig()) == precision
         assert choose_precision(PretrainConfig(mixed_precision="no")) == "no"
+
+
+@pytest.mark.parametrize(
+    ("works", "precision"), [({"bf16", "fp16"}, "bf16"), ({"fp16"}, "fp16"), (set(), "no")]
+)
+def test_an_apple_gpu_trains_in_the_best_precision_that_it_shows_to_have(
+    works: set[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def trains_in(device: str, name: str) -> bool:
+        asked.append(device)
+        return name in works
+
+    monkeypatch.setattr(module, "device_type", lambda: "mps")
+    monkeypatch.setattr(module, "_trains_in", trains_in)
+    # Narrow models too, unlike on a CPU.
+    assert choose_precision(PretrainConfig(hidden_size=32, num_attention_heads=2)) == precision
+    assert choose_precision(PretrainConfig(mixed_precision="no")) == "no"
+    assert set(asked) == {"mps"}
+    for name in ("bf16", "fp16"):
+        config = PretrainConfig(mixed_precision=name)  # type: ignore[arg-type]
+        if name in works:
+            assert choose_precision(config) == name
+            continue
+        with pytest.raises(ConfigError, match=f"--mixed-precision {name} is not supported by this GPU; omit"):
+            choose_precision(config)
+
+
+def test_a_device_is_asked_by_a_forward_and_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU stands in for the Apple GPU.
+    assert module._trains_in("cpu", "bf16")
+    assert module._trains_in("cpu", "fp16")
+    # macOS 13: Accelerate would refuse bf16, which PyTorch emulates there at best.
+    monkeypatch.setattr(module, "is_bf16_available", lambda ignore_tpu: False)
+    assert not module._trains_in("cpu", "bf16")
+    assert module._trains_in("cpu", "fp16")
+    # Autocast without support for the dtype leaves the matrix product in float32.
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype: nullcontext())
+    assert not module._trains_in("cpu", "fp16")
+
+    def refuses(device: str, dtype: torch.dtype) -> None:
+        raise RuntimeError("no such dtype on this device")
+
+    monkeypatch.setattr(torch, "autocast", refuses)
+    assert not module._trains_in("cpu", "fp16")

@@ -38,7 +38,7 @@ def start(config: PretrainConfig, log: Path) -> int:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        MODULE.pretrain(config)
+        MODULE.pretrain(config, quiet=False, handle_signals=True)
         code = 0
     except UserError as error:
         print("error:", error)

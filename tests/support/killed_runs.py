@@ -98,7 +98,7 @@ def train(config: PretrainConfig) -> None:
     close_sockets()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
-    MODULE.pretrain(config)
+    MODULE.pretrain(config, quiet=False, handle_signals=True)
     if os.getppid() != launcher:  # which forked ranks would wait for, to give it their result
         os._exit(0)
 

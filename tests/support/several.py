@@ -168,7 +168,7 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
         if topology != "ddp":
             precision = run.mixed_precision.replace("auto", "no")
             use_fsdp2_on_cpu(precision, replicas=2 if topology == "hsdp" else 1)
-        result = module.pretrain(run)
+        result = module.pretrain(run, quiet=False, handle_signals=True)
         if dist.get_rank() == 0:
             seen: dict[str, Any] = {
                 "model_dir": str(result.model_dir),

@@ -35,6 +35,13 @@ INTERVALS = {"log_interval": 3, "eval_interval": 5, "save_interval": 4}
 COMPARED = ("step", "kind", "loss", "learning_rate", "grad_norm", "digest", "tokens", "epoch", "val_loss")
 
 
+def pretrain_as_command(config: PretrainConfig, **options: Any) -> Any:
+    """Train as the command line does: with output and signal handlers."""
+    from minimind.training.pretrain import pretrain
+
+    return pretrain(config, quiet=False, handle_signals=True, **options)
+
+
 def write_corpus(path: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for number in range(50):

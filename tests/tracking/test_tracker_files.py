@@ -169,7 +169,7 @@ def test_tensorboard_shows_hyper_parameters_environment_and_samples(
     metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     values = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info.hparams
     assert values["learning_rate"].number_value == 1e-2
-    assert values["optimizer"].string_value == "muon"
+    assert values["optimizer"].string_value == "normuon"
 
     def texts(name: str) -> list[tuple[int, str]]:
         found = events.Tensors(f"{name}/text_summary")

@@ -29,8 +29,8 @@ from minimind.training.auto_batch_size import (
     store_size,
 )
 from minimind.training.build_model import resolve_model_config
-from minimind.training.pretrain import pretrain
 from support import topologies
+from support.tiny_runs import pretrain_as_command as pretrain
 from support.tiny_runs import reports, tiny, write_corpus
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]

@@ -20,12 +20,12 @@ from test_trainer import (
     train_step,
 )
 
-from minimind import pretrain
 from minimind.checkpoint.train_state import TrainState
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.training.load_balancing import expert_metrics
 from minimind.training.reporting import StepRecord
+from support.tiny_runs import pretrain_as_command as pretrain
 from support.tiny_runs import tiny, write_corpus
 
 COEFFICIENT = 0.5

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import make_trainer, record, step_batch, tiny_model, train
 
-from minimind import PretrainConfig, load_tokenizer, pretrain
+from minimind import PretrainConfig, load_tokenizer
 from minimind.checkpoint.checkpointer import RunCheckpoints
 from minimind.checkpoint.files import stored_checkpoints
 from minimind.checkpoint.train_state import TrainState
@@ -36,6 +36,7 @@ from minimind.training import step as step_module
 from minimind.training.async_metrics import DELAY_STEPS
 from minimind.training.loss_spikes import MAX_REWINDS, MIN_STEPS, WINDOW, append_loss, spike_threshold
 from minimind.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from support.tiny_runs import pretrain_as_command as pretrain
 
 pretrain_module = importlib.import_module("minimind.training.pretrain")
 

@@ -23,7 +23,6 @@ from minimind import (
     PretrainConfig,
     load_tokenizer,
     preset_config,
-    pretrain,
 )
 from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.presets import resolve
@@ -35,6 +34,7 @@ from minimind.training.time_limits import END_SECONDS
 from minimind.training.trainer import Trainer
 from support.cycle_corpus import WORDS, write_corpus
 from support.step_clock import StepClock
+from support.tiny_runs import pretrain_as_command as pretrain
 
 
 @pytest.fixture(scope="module")

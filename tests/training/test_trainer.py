@@ -135,7 +135,7 @@ def make_trainer(model: MiniMindForCausalLM, accumulation_steps: int = 1, **opti
     recorder: Any = Recorder()
     loader: Any = SimpleNamespace(sequences_per_epoch=1000)
     checkpointer: Any = SimpleNamespace(save=lambda state: None, mark_best=lambda state: None)
-    schedule: Any = SimpleNamespace(at=lambda step, window: 0.1, warmup_steps=0)
+    schedule: Any = SimpleNamespace(at=lambda step, window: 0.1, warmup_steps=0, custom=None)
     outputs: Any = SimpleNamespace(trackers=recorder, probes_after=lambda *_, **__: False)
     return Trainer(
         config=config,
