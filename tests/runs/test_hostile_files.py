@@ -186,6 +186,9 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_block(model: Path, tm
         with pytest.raises(ConfigError):
             use(model)
     load_tokenizer().save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     os.mkfifo(tmp_path / "chat_template.jinja")
     with pytest.raises(ConfigError, match=r"cannot read .*chat_template\.jinja"):
         load_tokenizer(tmp_path)

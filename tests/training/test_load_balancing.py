@@ -175,5 +175,7 @@ def test_a_whole_run_reports_its_experts_and_another_starts_from_its_folder(
     # As the original does it for a single expert: kept, though a new model would not have it so.
     changed = {**first, "norm_topk_prob": True}
     (result.model_dir / "config.json").write_text(json.dumps(changed))
-    again = pretrain(tiny(corpus, tmp_path / "again", from_weight=str(result.model_dir), max_steps=1))
+    again = pretrain(
+        tiny(corpus, tmp_path / "again", from_weight=str(result.model_dir), use_moe=True, max_steps=1)
+    )
     assert described(again.model_dir) == changed

@@ -366,6 +366,7 @@ def test_a_document_that_spikes_is_named_first_with_its_text(
             tmp_path / "out",
             packing=packing,
             seed=SEED[packing],
+            optimizer="muon",
             max_steps=145,
             save_interval=1000,
             **size,
