@@ -215,6 +215,9 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_untied_embeddings_are_refused(tie: bool) -> None:
+    # The state of an earlier test in this process.
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
     try:
         accelerator = start_accelerator(PretrainConfig())
         model = Tied(tie)

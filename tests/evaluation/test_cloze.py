@@ -117,7 +117,7 @@ def test_a_run_logs_scores_and_trains_as_without(tmp_path: Path, capsys: pytest.
     few = {language: load_items(language)[:10] for language in LANGUAGES}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("minimind.evaluation.cloze.load_items", few.__getitem__)
-        pretrain(tiny_runs.tiny(corpus, tmp_path / "a", max_steps=3, score_interval=2))
+        tiny_runs.pretrain_as_command(tiny_runs.tiny(corpus, tmp_path / "a", max_steps=3, score_interval=2))
     assert "step 2: cloze_en " in capsys.readouterr().out
     pretrain(tiny_runs.tiny(corpus, tmp_path / "b", max_steps=3))
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]

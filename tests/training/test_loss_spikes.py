@@ -261,7 +261,7 @@ def test_skipping_step_after_step_ends_with_advice() -> None:
         sequences_per_epoch=10**6, steps=lambda epoch, row: (step_batch(seed, 8) for seed in range(100))
     )
     run.total_steps = 100
-    with pytest.raises(TrainingError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row.*learning_rate"):
+    with pytest.raises(TrainingError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row.*--learning-rate"):
         train(run, TrainState(recent_losses=[1.0] * (WINDOW + DELAY_STEPS)))
 
 
@@ -388,7 +388,7 @@ def test_a_document_that_spikes_is_named_first_with_its_text(
 
 
 # With these the text comes after step 102, in an order that never changes.
-SEED = {True: 1, False: 7}
+SEED = {True: 12, False: 7}
 
 
 def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
