@@ -42,7 +42,7 @@ pretrain_module = importlib.import_module("minimind.training.pretrain")
 
 # In no other document there is this token.
 MARKER = "猫"
-POISON = f"{MARKER} zyx qpl ## vbn 8841 wkj }} ~~ ghf"
+POISON = f"{MARKER} zyx qpl ## vbn 8841 wkj }} ~~ ghf == mnb 5097 xcv << lkj !!"
 SENTENCE = "the cat sat on a mat while rain fell over quiet hills and nobody asked why it was so"
 WORDS = SENTENCE.split()
 STEPS = 46
@@ -388,7 +388,7 @@ def test_a_document_that_spikes_is_named_first_with_its_text(
 
 
 # With these the text comes after step 102, in an order that never changes.
-SEED = {True: 12, False: 7}
+SEED = {True: 2, False: 7}
 
 
 def test_weights_that_are_not_finite_are_traced_to_the_text_that_uses_them(
