@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--save-interval", type=int, default=50)
     parser.add_argument("extra", nargs="*", help="further options of pretrain, after --")
     options = parser.parse_args()
+    if options.save_interval % 10:
+        parser.error("--save-interval is divided into ten reports: give a multiple of 10.")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}, {datetime.date.today()}")
     with tempfile.TemporaryDirectory() as folder:
