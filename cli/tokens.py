@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minimind.config.options import DataConfig
+from minimind.config.data_options import DataConfig
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
 

@@ -125,7 +125,13 @@ def sweep_all(folder: Path, offsets: int) -> dict[str, Counter[tuple[str, str]]]
         "model folder": (run / "model", read_model),
     }
     found = {
-        name: sweep(config, sorted(path for path in place.iterdir() if path.is_file()), read, offsets)
+        # The model card is text for people, who edit it.
+        name: sweep(
+            config,
+            sorted(path for path in place.iterdir() if path.is_file() and path.name != "README.md"),
+            read,
+            offsets,
+        )
         for name, (place, read) in parts.items()
     }
     loose = [run / name if name != "best.json" else run / "checkpoints" / name for name in UNPROTECTED]

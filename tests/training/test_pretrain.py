@@ -263,7 +263,7 @@ def test_two_weighted_sources_train_and_resume_as_one_run(
     pretrain(dataclasses.replace(weighted, output_dir=str(out), max_steps=result.steps // 2 - 3))
     again = dataclasses.replace(weighted, output_dir=str(out), resume="auto")
     with pytest.raises(
-        CheckpointError, match=r"data mixture 60% of \d+ doc.* → 50% of .* same --data and mixture weights"
+        CheckpointError, match=r"data mixture 60% of \d+ doc.* → 50% of .* same data and mixture weights"
     ):
         pretrain(dataclasses.replace(again, data=(f"{first}:0.5", f"{second}:0.5")))
     with pytest.raises(CheckpointError, match=r"data mixture 60% .* → none"):
