@@ -177,6 +177,7 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
             }
             seen |= {"reductions": sorted(set(reductions)), "dtypes": dtypes}
             values = dataclasses.asdict(result) | seen
+            del values["history"]  # arrays
             (folder / f"{name}.json").write_text(json.dumps(values))
     dist.barrier()
     sys.stdout.flush()
