@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from array import array
@@ -86,7 +87,8 @@ class LiveReport:
             self._thread.join()
         self._state.end, self._state.problem = end, problem
         self._write(REFRESH_SECONDS)
-        return None if self._failed or not self._folder.report.exists() else self._folder.report
+        # Unlike Path.exists, false where the folder cannot be read any more.
+        return None if self._failed or not os.path.exists(self._folder.report) else self._folder.report
 
     def _run(self) -> None:
         interval = FIRST_SECONDS
@@ -97,7 +99,7 @@ class LiveReport:
 
     def _write(self, reload_seconds: float) -> None:
         # Before the first report the folder of a failed run is removed, which a page would prevent.
-        if not self._folder.metrics.exists():
+        if not os.path.exists(self._folder.metrics):
             return
         try:
             with self._lock:

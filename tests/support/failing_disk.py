@@ -48,7 +48,7 @@ def main(folder: Path, kind: str, steps: int) -> None:
         return work(run, batch, limit)
 
     Trainer.train_step = train_step
-    result = pretrain(tiny(folder / "corpus.jsonl", out), stop_after=steps)
+    result = pretrain(tiny(folder / "corpus.jsonl", out), stop_after=steps, quiet=False, handle_signals=True)
     sys.exit(0 if result.steps == steps else 1)
 
 
