@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,10 @@ from minimind.launch_env import is_main_process
 from . import upstream_flags
 from .config_options import ConfigFile, Preset, read_config
 from .options import with_options
+
+if TYPE_CHECKING:  # loads torch
+    from minimind.planning.budget_report import BudgetPlan
+    from minimind.planning.plan_report import RunPlan
 
 # EX_TEMPFAIL of sysexits.h: the run can be resumed with the same command and --resume.
 STOPPED_EARLY = 75
@@ -83,25 +88,23 @@ def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: b
     from minimind.planning.plan import plan_run
 
     run_plan = plan_run(config, price_per_hour=price_per_hour, quiet=as_json)
-    if not is_main_process():
-        return
-    if as_json:
-        typer.echo(json.dumps(run_plan.to_dict(), indent=1))
-        return
-    for key, value in run_plan.rows():
-        typer.echo(f"{key + ':' if key else '':<12} {value}")
-    for problem in run_plan.problems:
-        typer.echo(f"{paint('warning:', '33', sys.stdout)} {problem}")
+    _print_rows(run_plan, as_json, run_plan.problems)
 
 
 def _print_budget(config: PretrainConfig, as_json: bool) -> None:
     from minimind.planning.budget import plan_budget
 
-    chosen = plan_budget(config, quiet=as_json)
+    _print_rows(plan_budget(config, quiet=as_json), as_json)
+
+
+def _print_rows(plan: RunPlan | BudgetPlan, as_json: bool, problems: Sequence[str] = ()) -> None:
+    """Print a plan on the main process, as JSON or as lines with the warnings after them."""
     if not is_main_process():
         return
     if as_json:
-        typer.echo(json.dumps(chosen.to_dict(), indent=1))
+        typer.echo(json.dumps(plan.to_dict(), indent=1))
         return
-    for key, value in chosen.rows():
+    for key, value in plan.rows():
         typer.echo(f"{key + ':' if key else '':<12} {value}")
+    for problem in problems:
+        typer.echo(f"{paint('warning:', '33', sys.stdout)} {problem}")

@@ -202,7 +202,7 @@ def _find(match: re.Match[str], option: str) -> HubDataset:
 def _network_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Each HTTP client has exceptions of its own; those of httpx derive from Exception only.
+    # Each HTTP client raises different exceptions; those of httpx derive from Exception only.
     clients = []
     for client in ("httpx", "requests", "aiohttp"):
         try:
