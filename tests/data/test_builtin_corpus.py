@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +14,15 @@ from minimind.data import builtin_corpus as embedded
 from minimind.data.builtin_corpus import builtin_documents, builtin_fingerprint
 
 
+def stand_in_for_python(monkeypatch, library: Path) -> None:
+    """Make `library` Python's standard library for the corpus alone: coverage asks the real `sysconfig`."""
+    monkeypatch.setattr(embedded, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(library)}))
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A small standard library in place of Python's, and no language reference."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    """A small standard library in place of that of Python, and no language reference."""
+    stand_in_for_python(monkeypatch, tmp_path)
     monkeypatch.setattr(embedded, "_topics", lambda: [])
 
     def write(name: str, source: str | bytes) -> None:
@@ -108,7 +113,7 @@ def test_sources_that_cannot_be_read_are_skipped(library, recwarn):
 
 
 def test_without_a_library_or_a_reference_there_is_what_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python.zip")})
+    stand_in_for_python(monkeypatch, tmp_path / "python.zip")
     topics = list(builtin_documents())
     assert 50 < len(topics) < 200
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
