@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,14 +196,14 @@ def _network_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     # Each HTTP client raises different exceptions; those of httpx derive from Exception only.
-    clients = []
-    for client in ("httpx", "requests", "aiohttp"):
-        try:
-            clients.append(__import__(client))
-        except ImportError:
-            continue
-    names = ("HTTPError", "RequestException", "ClientError")
-    found = [getattr(client, name) for client in clients for name in names if hasattr(client, name)]
+    found = []
+    for client, name in (
+        ("httpx", "HTTPError"),
+        ("requests", "RequestException"),
+        ("aiohttp", "ClientError"),
+    ):
+        with suppress(ImportError):
+            found.append(getattr(importlib.import_module(client), name))
     return (OSError, HfHubHTTPError, *found)
 
 

@@ -69,11 +69,13 @@ class PreparedData:
 
     @property
     def mixture(self) -> str:
-        """The weights and the number of documents of each, or `none`.
+        """The weights and the documents of each, such as `70% of 120 documents`, or `none`.
 
         With `fingerprint` it identifies the order of the sequences.
         """
-        return mixture_text(self.weights, [part.num_documents for part in self.train.parts])
+        shares = zip(self.weights, self.train.parts, strict=False)
+        texts = (f"{weight * 100:.10g}% of {part.num_documents} documents" for weight, part in shares)
+        return ", ".join(texts) or "none"
 
 
 def prepare_data(
@@ -211,15 +213,6 @@ def _cache_settings(
 def _chat(config: PretrainConfig, tokenizer: Tokenizer) -> ChatRenderer | None:
     """Return what renders conversations, where --text-key names some."""
     return ChatRenderer(tokenizer) if config.data and config.text_key in CHAT_KEYS else None
-
-
-def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
-    """Return weights and the number of documents of each, such as `70% of 120 documents`."""
-    parts = (
-        f"{weight * 100:.10g}% of {number} documents"
-        for weight, number in zip(weights, documents, strict=False)
-    )
-    return ", ".join(parts) or "none"
 
 
 def _mixture(

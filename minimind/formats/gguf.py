@@ -22,8 +22,6 @@ from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
 from .gguf_tokenizer import vocabulary
 
-DTYPES = ("float32", "float16", "bfloat16", "q8_0")
-
 # --dtype: the tensor type in `GGMLQuantizationType`, the file type in `LlamaFileType`.
 _TYPES = {
     "float32": ("F32", "ALL_F32"),
@@ -31,6 +29,7 @@ _TYPES = {
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
+DTYPES = tuple(_TYPES)
 _OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
