@@ -28,7 +28,7 @@ from ..tracking.live_report import LiveReport
 from .callbacks import Callbacks, Run
 from .custom_parts import CustomParts
 from .evaluator import Evaluator
-from .forecast import run_forecast
+from .forecast import RunForecast
 from .loss_spikes import SpikeReporter
 from .outputs import Outputs
 from .peak_flops import peak_flops_of
@@ -156,7 +156,7 @@ class TrainerBuilder:
             graph=parts.graph,
             profiler=self._profiler(state),
             budget=budget_clock(config, model_config.num_parameters(), state.budget_seconds),
-            forecast=None if config.budget is None else run_forecast(model_config, self.data),
+            forecast=RunForecast(model_config, self.data) if config.budget and self.data.validation else None,
             saved_step=saved_step,
         )
 

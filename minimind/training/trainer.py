@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .callbacks import Callbacks
 from .cuda_graph import ForwardBackwardGraph
 from .evaluator import Evaluator
 from .forecast import RunForecast
-from .garbage_collection import GarbageCollection
+from .garbage_collection import manual_gc
 from .load_balancing import expert_balance
 from .loss_spikes import MAX_REWINDS, Spike, SpikeError, SpikeReporter, append_loss, spike_threshold
 from .outputs import Outputs
@@ -117,14 +118,14 @@ class Trainer(TimeLimits):
             self.save()  # so that there is a checkpoint to rewind to
         while True:
             try:
-                with GarbageCollection() as garbage:
-                    return self._train(garbage)
+                with manual_gc():
+                    return self._train()
             except SpikeError as error:
                 spike = error.spike
             # Outside of the handler, so that the loop's frame and its prefetch thread are released.
             self.rewind(spike)
 
-    def _train(self, garbage: GarbageCollection) -> None:
+    def _train(self) -> None:
         config, state = self.config, self.state
         self.model.train()
         batches = self._batches()
@@ -152,7 +153,7 @@ class Trainer(TimeLimits):
             if self.profiler is not None:
                 self.profiler.step()
             if state.step % COLLECT_INTERVAL == 0:
-                garbage.collect()
+                gc.collect()
             if last or config.saves_after(state.step):
                 self.save()
             if last or state.step % config.evaluation_interval == 0:
