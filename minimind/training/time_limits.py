@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -131,8 +132,9 @@ def fitted_window(
     return max(end - max(decay, 1), warmup, step), end
 
 
+@dataclass(kw_only=True)
 class TimeLimits:
-    """The part of `Trainer` that ends a run in time."""
+    """The part of `Trainer` that ends a run in time, and the attributes that it needs."""
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -143,8 +145,8 @@ class TimeLimits:
     progress: Progress
     stop: StopRequest
     state: TrainState
-    budget: BudgetClock | None
-    checked_warmup: bool
+    budget: BudgetClock | None = None
+    checked_warmup: bool = False
 
     @property
     def last_step(self) -> int:

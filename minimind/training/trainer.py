@@ -9,19 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from ..checkpoint.checkpointer import RunCheckpoints
-from ..checkpoint.train_state import TrainState
-from ..config.options import PretrainConfig
 from ..data.loader import Loader, StepBatch
-from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_schedule
-from ..schedule import LearningRateSchedule
-from ..tracking.console import Progress
 from .async_metrics import AsyncScalars
 from .callbacks import Callbacks
 from .cuda_graph import ForwardBackwardGraph
@@ -34,8 +27,7 @@ from .outputs import Outputs
 from .profiler import ProfileTrace
 from .reporting import Reports, StepRecord
 from .step import train_step
-from .throughput import Meter
-from .time_limits import BudgetClock, TimeLimits
+from .time_limits import TimeLimits
 
 # Consecutive updates that may be skipped for a loss or gradient that is not finite, or for loss spikes. The
 # fp16 scaler starts at 65536 and halves until nothing overflows, which may take 16 steps.
@@ -77,30 +69,19 @@ class Trainer(TimeLimits):
         reports: sends metrics to trackers and terminal.
     """
 
-    config: PretrainConfig
     model_config: MiniMindConfig
-    accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Loader
-    schedule: LearningRateSchedule
-    total_steps: int
-    checkpointer: RunCheckpoints
     outputs: Outputs
-    meter: Meter
-    progress: Progress
-    stop: StopRequest
-    state: TrainState
     evaluator: Evaluator | None = None
     spikes: SpikeReporter | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     graph: ForwardBackwardGraph | None = None
     profiler: ProfileTrace | None = None
-    budget: BudgetClock | None = None
     forecast: RunForecast | None = None
     stop_after: int | None = None
     saved_step: int = -1
-    checked_warmup: bool = False
     reports: Reports = field(init=False)
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
