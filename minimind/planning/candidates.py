@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import recipe
 from ..config.budget import Budget
@@ -122,16 +122,8 @@ class Candidate:
         return self.shape, self.tokenizer.vocab_size
 
 
-@dataclass(frozen=True)
-class BatchChoice:
-    """Sizes of a step.
-
-    Attributes:
-        batch_tokens: of the global batch.
-        seq_len: T.
-        micro_batch_size: sequences of one process per forward pass.
-        memory: estimated bytes on one device.
-    """
+class BatchChoice(NamedTuple):
+    """Sizes of a step, named as in `Candidate`."""
 
     batch_tokens: int
     seq_len: int
