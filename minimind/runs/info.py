@@ -41,7 +41,7 @@ from .info_text import (
     trained_text,
     versions_text,
 )
-from .record import RunRecord, read_run
+from .record import FINGERPRINTS, RunRecord, read_run
 
 CONFIG = "config.json"
 
@@ -123,7 +123,7 @@ def _run(run: RunRecord) -> Info:
         "device": device_text(environment),
         "launch": environment.get("launch"),
         "data": list(run.config.data),
-        "fingerprints": {what: run.fingerprint(what) for what in ("training text", "tokenizer", "mixture")},
+        "fingerprints": {what: run.fingerprint(what) for what in FINGERPRINTS},
         "bytes": disk,
         "report": str(run.folder.report) if run.folder.report.is_file() else None,
     }
@@ -171,14 +171,11 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
     settings: Mapping[str, Any] = trainer.get("settings", {})
     header = read_headers([checkpoint.path / MODEL])
     best = best_checkpoint(checkpoint.path.parent)
-    marked = best is not None and best[0] == checkpoint.step
+    if best is not None and best[0] != checkpoint.step:
+        best = None
     state: Mapping[str, Any] = trainer.get("state", {})
     shape = {name: settings.get(name) for name in SHAPE}
-    fingerprints = {
-        "training text": settings.get("data_fingerprint"),
-        "tokenizer": settings.get("tokenizer_fingerprint"),
-        "mixture": settings.get("data_mixture"),
-    }
+    fingerprints = {what: settings.get(key) for what, key in FINGERPRINTS.items()}
     values: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -187,7 +184,7 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
         "dtypes": list(header.dtypes),
         "steps": checkpoint.step,
         "tokens": trainer.get("tokens"),
-        "best": {"step": best[0], "val_loss": best[1]} if best is not None and marked else None,
+        "best": {"step": best[0], "val_loss": best[1]} if best is not None else None,
         "digest": state.get("digest"),
         "written": _written(checkpoint.path),
         "packages": trainer.get("versions", {}),
@@ -195,10 +192,10 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
         "bytes": {"all": checkpoint.num_bytes},
     }
     rows = [
-        ("checkpoint", f"{checkpoint.path}, intact" + (", the best of its run" if marked else "")),
+        ("checkpoint", f"{checkpoint.path}, intact" + (", the best of its run" if best else "")),
         *model_rows(shape, values["parameters"]),
         ("trained", trained_text(checkpoint.step, trainer.get("tokens"), None)),
-        *measured("loss", f"validation {best[1]:.4f}" if best is not None and marked else ""),
+        *measured("loss", f"validation {best[1]:.4f}" if best else ""),
         ("written", values["written"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in values["packages"].items())),
         *fingerprint_rows(fingerprints),

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..evaluation.cloze import cloze_scores
 from ..generation.text import continue_texts
-from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
 from ..tracking.live_report import LiveReport
@@ -86,7 +85,14 @@ class Outputs:
         if model is None:
             return {}
         if self._samples_after(step):
-            self._write_samples(model, step)
+            assert self._samples is not None
+            prompts, seed = inputs.config.sample_prompt or ("",), inputs.config.seed
+            samples = continue_texts(
+                model, inputs.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed
+            )
+            for number, sample in enumerate(samples):
+                self._samples.write({"prompt": sample.prompt, "text": sample.text}, step)
+                self.trackers.log_text(f"sample_{number}", sample.prompt + sample.text, step)
         if not self._scores_after(step, last=last):
             return {}
         length = inputs.model_config.max_position_embeddings
@@ -94,17 +100,6 @@ class Outputs:
         scores = {score.name: score.accuracy for score in found}
         self.trackers.log(scores, step)
         return scores
-
-    def _write_samples(self, model: MiniMindForCausalLM, step: int) -> None:
-        """Continue the prompts of --sample-prompt, always with the same seed."""
-        assert self._samples is not None
-        prompts, seed = self._inputs.config.sample_prompt or ("",), self._inputs.config.seed
-        samples = continue_texts(
-            model, self._inputs.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed
-        )
-        for number, sample in enumerate(samples):
-            self._samples.write({"prompt": sample.prompt, "text": sample.text}, step)
-            self.trackers.log_text(f"sample_{number}", sample.prompt + sample.text, step)
 
     def _samples_after(self, step: int) -> bool:
         interval = self._inputs.config.sample_interval
