@@ -198,21 +198,16 @@ def _choose(config: PretrainConfig) -> BudgetPlan:
         width = found.shape.hidden_size if found else 128
         accelerator = start_accelerator(dataclasses.replace(config, **_sizes_for(width)))
         try:
-            measured = (
-                _slowest(measure_candidate(config, found, accelerator), accelerator)
-                if found
-                else measure_machine(accelerator, config)
-            )
+            if found is None:
+                measured: Any = measure_machine(accelerator, config)
+            else:
+                times = gather_object([measure_candidate(config, found, accelerator)])
+                # The slowest rank counts; one that runs out of memory counts for all.
+                measured = None if None in times else max(times)
             found = run_on_main_and_broadcast(accelerator, partial(deciding.send, measured))
         finally:
             close_accelerator(accelerator)
     return _plan(config, budget, kept, found, sample)
-
-
-def _slowest(seconds: float | None, accelerator: Accelerator) -> float | None:
-    """Return the time of the slowest rank; None where one has run out of memory."""
-    times = gather_object([seconds]) if accelerator.num_processes > 1 else [seconds]
-    return None if None in times else max(times)
 
 
 def _decide(
@@ -291,12 +286,7 @@ def _sizes_for(hidden_size: int) -> dict[str, Any]:
 
 
 def measure_machine(accelerator: Accelerator, config: PretrainConfig) -> Machine:
-    """Return what a run trains on; every rank must call this.
-
-    Args:
-        accelerator: of the run.
-        config: of the run.
-    """
+    """Return what a run trains on; every rank must call this."""
     device = accelerator.device
     flops = matmul_flops(device, accelerator.mixed_precision)
     if device.type == "cuda":
@@ -307,7 +297,7 @@ def measure_machine(accelerator: Accelerator, config: PretrainConfig) -> Machine
     else:
         memory = psutil.virtual_memory().available / accelerator.num_processes
         name = device.type.upper()
-    facts = gather_object([(flops, memory)]) if accelerator.num_processes > 1 else [(flops, memory)]
+    facts = gather_object([(flops, memory)])
     fused = device.type == "cuda" and not unsupported_reason(
         accelerator.mixed_precision, head_dim=64, dropout=config.dropout
     )

@@ -160,7 +160,9 @@ def chosen_options(
         "max_seq_len": candidate.seq_len,
         "batch_size": candidate.micro_batch_size,
         # A limit: the clock ends a time budget, also on a machine that turns out faster.
-        "epochs": recipe.MOST_EPOCHS if budget.seconds else math.ceil(candidate.epochs),
+        "epochs": recipe.MOST_EPOCHS
+        if budget.seconds
+        else min(math.ceil(candidate.epochs), recipe.MOST_EPOCHS),
         "learning_rate": rate,
         "lr_schedule": "wsd",
         "warmup_steps": min(max(round(0.02 * steps), 1), 1000),
@@ -176,7 +178,6 @@ def chosen_options(
     }
     if kept.get("accumulation_steps") is None:
         options["global_batch_size"] = candidate.global_batch_size
-    options["epochs"] = min(options["epochs"], recipe.MOST_EPOCHS)
     return {name: value for name, value in options.items() if name not in kept}
 
 

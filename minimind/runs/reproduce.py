@@ -56,9 +56,7 @@ class Reproduction:
 def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     """Return the command that reproduces a run on this machine, and warnings.
 
-    Args:
-        run: the run.
-        check_data: tokenize data that is not in the cache, to compare its fingerprint.
+    With `check_data` data that is not in the cache is tokenized, to compare its fingerprint.
     """
     config, warnings = _absolute(run)
     tokenizer, more = _tokenizer(run, config)
