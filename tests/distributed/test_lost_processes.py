@@ -114,7 +114,7 @@ def test_a_process_that_is_stuck_when_another_dies_ends_and_names_it(corpus: Pat
     """As over NCCL, whose operations neither return nor raise when a process is missing from them."""
     code = """
 import threading, minimind.distributed.heartbeat, minimind.training.trainer
-minimind.distributed.heartbeat.Watchdog.SHUTDOWN_SECONDS = 3.0
+minimind.distributed.heartbeat.SHUTDOWN_SECONDS = 3.0
 forward, calls = minimind.training.step.forward_loss, []
 def stick(*args):
     calls.append(1)
