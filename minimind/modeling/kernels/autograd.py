@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from ..documents import Documents
+from ..rope import Rotary
 
 # Programs of a kernel that sums a gradient over tokens: several on every multiprocessor.
 _PROGRAMS = 1024
@@ -230,23 +231,12 @@ def _attend_backward(
 
 
 class _Attend(torch.autograd.Function):
+    """Attention of `inputs`: the tensors of `_attend` in its order, and the ends of documents."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        query_weight: Tensor,
-        key_weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        heads: int,
-        eps: float,
-    ) -> Tensor:
-        common = qkv, query_weight, key_weight, cos, sin, positions, starts
-        out, log_sums = _attend(*common, heads, eps)
-        ctx.save_for_backward(*common, ends, out, log_sums)
+    def forward(ctx: Any, heads: int, eps: float, *inputs: Tensor) -> Tensor:
+        out, log_sums = _attend(*inputs[:-1], heads, eps)
+        ctx.save_for_backward(*inputs, out, log_sums)
         ctx.heads, ctx.eps = heads, eps
         return out
 
@@ -254,18 +244,15 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_qkv, grad_weights = _attend_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
         _, query_weight, key_weight, *_ = ctx.saved_tensors
-        for_query = grad_weights[:, : ctx.heads].sum((0, 1))
-        for_key = grad_weights[:, ctx.heads :].sum((0, 1))
-        return grad_qkv, for_query.to(query_weight.dtype), for_key.to(key_weight.dtype), *(None,) * 7
+        for_query = grad_weights[:, : ctx.heads].sum((0, 1)).to(query_weight.dtype)
+        for_key = grad_weights[:, ctx.heads :].sum((0, 1)).to(key_weight.dtype)
+        return None, None, grad_qkv, for_query, for_key, *(None,) * 5
 
 
 def attend(
     qkv: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
+    weights: tuple[Tensor, Tensor],
+    rotary: Rotary,
     documents: Documents,
     *,
     heads: int,
@@ -275,19 +262,16 @@ def attend(
 
     Args:
         qkv: (B, T, (H + 2K)·D) bf16, concatenated queries, keys and values of each token.
-        query_weight: (D,) of the norm of queries.
-        key_weight: (D,) of the norm of keys.
-        cos: (P, D/2) float32, of each position.
-        sin: same shape.
-        positions: (B, T) integers below P.
+        weights: (D,) of the norm of queries and of keys.
+        rotary: of `RotaryTable.tables`.
         documents: their boundaries.
         heads: H.
         eps: added to the mean square of a head.
     """
-    out = _Attend.apply(
-        qkv.contiguous(), query_weight, key_weight, cos, sin, positions.contiguous(), *documents, heads, eps
-    )
-    return out.flatten(2)
+    assert rotary.positions is not None
+    positions = rotary.positions.contiguous()
+    tensors = qkv.contiguous(), *weights, rotary.cos, rotary.sin, positions, *documents
+    return _Attend.apply(heads, eps, *tensors).flatten(2)
 
 
 @triton_op("minimind::swiglu", mutates_args={})
