@@ -158,8 +158,16 @@ class Attention(nn.Module):
 
     def _fused(self, x: Tensor, rotary: Rotary, documents: Documents) -> Tensor:
         """Return the input of `o_proj`, by one fused projection and our Triton kernels."""
+        assert rotary.positions is not None
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        norms = self.q_norm.weight, self.k_norm.weight
-        heads = weights[0].shape[0] // self.head_dim
-        qkv = F.linear(x, torch.cat(weights))
-        return fused.attend(qkv, norms, rotary, documents, heads=heads, eps=self.q_norm.eps)
+        return fused.attend(
+            F.linear(x, torch.cat(weights)),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            rotary.cos,
+            rotary.sin,
+            rotary.positions,
+            documents,
+            heads=weights[0].shape[0] // self.head_dim,
+            eps=self.q_norm.eps,
+        )

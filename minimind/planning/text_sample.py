@@ -97,10 +97,7 @@ def read_sample(config: PretrainConfig) -> TextSample:
 def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: bool) -> TextSize:
     """Return the size of the text of a run, and its tokens with each tokenizer to choose from.
 
-    Args:
-        config: of the run.
-        sample: of its training text.
-        choose_tokenizer: compare vocabularies trained on the sample, too.
+    With `choose_tokenizer` these include vocabularies trained on the sample.
     """
     held_out = sample.held_out
     num_bytes = _bytes(held_out)

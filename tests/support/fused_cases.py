@@ -93,11 +93,10 @@ def attention_case(
 ) -> Errors:
     from minimind.modeling.documents import documents as documents_of
     from minimind.modeling.kernels import autograd as fused
-    from minimind.modeling.rope import Rotary
 
     document_ids = None
     if document is not None:
-        # The second sequence has other documents than the first.
+        # The second row has other documents than the first.
         lengths = torch.tensor([[document], [2 * document - 1]], device=device)
         document_ids = (torch.arange(length, device=device) // lengths).int()
     seen = documents_of(document_ids, 2, length, torch.device(device))
@@ -106,7 +105,7 @@ def attention_case(
     frequencies = 1e4 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     # Stretched, as YaRN's are.
-    rotary = Rotary(angles.cos() * 1.3, angles.sin() * 1.3, positions)
+    cos, sin = angles.cos() * 1.3, angles.sin() * 1.3
     # The interpreter cannot multiply matrices of bf16.
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     qkv = torch.randn(2, length, (heads + 2 * kv_heads) * head_dim, device=device, dtype=dtype)
@@ -114,7 +113,7 @@ def attention_case(
 
     def exact(qkv: Tensor, query_weight: Tensor, key_weight: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), 2)
-        turning = [table[positions].unsqueeze(2).double() for table in rotary[:2]]
+        turning = cos[positions].unsqueeze(2).double(), sin[positions].unsqueeze(2).double()
         q, k = turn(norm(q, query_weight), *turning), turn(norm(k, key_weight), *turning)
         mask = (at <= at[:, None]).expand(2, length, length)
         if document_ids is not None:
@@ -125,7 +124,7 @@ def attention_case(
 
     return compare(
         f"attention {heads}/{kv_heads} x {head_dim}, {length} tokens, documents of {document}",
-        lambda qkv, *weights: fused.attend(qkv, weights, rotary, seen, heads=heads, eps=1e-6),
+        lambda qkv, *weights: fused.attend(qkv, *weights, cos, sin, positions, seen, heads=heads, eps=1e-6),
         exact,
         (qkv, *weights),
     )

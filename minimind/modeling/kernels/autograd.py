@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from ..documents import Documents
-from ..rope import Rotary
 
 # Programs of a kernel that sums a gradient over tokens: several on every multiprocessor.
 _PROGRAMS = 1024
@@ -231,12 +230,23 @@ def _attend_backward(
 
 
 class _Attend(torch.autograd.Function):
-    """Attention of `inputs`: the tensors of `_attend` in its order, and the ends of documents."""
-
     @staticmethod
-    def forward(ctx: Any, heads: int, eps: float, *inputs: Tensor) -> Tensor:
-        out, log_sums = _attend(*inputs[:-1], heads, eps)
-        ctx.save_for_backward(*inputs, out, log_sums)
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        heads: int,
+        eps: float,
+    ) -> Tensor:
+        common = qkv, query_weight, key_weight, cos, sin, positions, starts
+        out, log_sums = _attend(*common, heads, eps)
+        ctx.save_for_backward(*common, ends, out, log_sums)
         ctx.heads, ctx.eps = heads, eps
         return out
 
@@ -244,15 +254,18 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_qkv, grad_weights = _attend_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
         _, query_weight, key_weight, *_ = ctx.saved_tensors
-        for_query = grad_weights[:, : ctx.heads].sum((0, 1)).to(query_weight.dtype)
-        for_key = grad_weights[:, ctx.heads :].sum((0, 1)).to(key_weight.dtype)
-        return None, None, grad_qkv, for_query, for_key, *(None,) * 5
+        for_query = grad_weights[:, : ctx.heads].sum((0, 1))
+        for_key = grad_weights[:, ctx.heads :].sum((0, 1))
+        return grad_qkv, for_query.to(query_weight.dtype), for_key.to(key_weight.dtype), *(None,) * 7
 
 
 def attend(
     qkv: Tensor,
-    weights: tuple[Tensor, Tensor],
-    rotary: Rotary,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
     documents: Documents,
     *,
     heads: int,
@@ -262,16 +275,19 @@ def attend(
 
     Args:
         qkv: (B, T, (H + 2K)·D) bf16, concatenated queries, keys and values of each token.
-        weights: (D,) of the norm of queries and of keys.
-        rotary: of `RotaryTable.tables`.
+        query_weight: (D,) of the norm of queries.
+        key_weight: (D,) of the norm of keys.
+        cos: (P, D/2) float32, of each position.
+        sin: same shape.
+        positions: (B, T) integers below P.
         documents: their boundaries.
         heads: H.
         eps: added to the mean square of a head.
     """
-    assert rotary.positions is not None
-    positions = rotary.positions.contiguous()
-    tensors = qkv.contiguous(), *weights, rotary.cos, rotary.sin, positions, *documents
-    return _Attend.apply(heads, eps, *tensors).flatten(2)
+    out = _Attend.apply(
+        qkv.contiguous(), query_weight, key_weight, cos, sin, positions.contiguous(), *documents, heads, eps
+    )
+    return out.flatten(2)
 
 
 @triton_op("minimind::swiglu", mutates_args={})
