@@ -173,11 +173,7 @@ def hub_shards(pattern: str, option: str, cache_dir: Path) -> list[HubShard]:
 
 
 def _find(match: re.Match[str], option: str) -> HubDataset:
-    """Return the data set as it is on the Hub now.
-
-    Raises:
-        ConnectionError: when it cannot be found or reached.
-    """
+    """Return the data set as it is on the Hub now; ConnectionError when it is not reached."""
     datasets = _datasets(option)
     from huggingface_hub import HfApi
 

@@ -218,11 +218,7 @@ def _chat(config: PretrainConfig, tokenizer: Tokenizer) -> ChatRenderer | None:
 def _mixture(
     config: PretrainConfig, sources: Sequence[DataSource], train: TokenShards
 ) -> tuple[MixtureReport, ...]:
-    """Return the effect of the weights.
-
-    Raises:
-        DataError: when a source with a weight has no training documents.
-    """
+    """Return the effect of the weights."""
     mixed = []
     for number, source in enumerate(sources):
         part = train.parts[number] if number < len(train.parts) else None

@@ -221,11 +221,7 @@ def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _encode(gguf: ModuleType, name: str, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
-    """Return the stored bytes of a tensor and their type.
-
-    Raises:
-        UserError: when finite values become infinite.
-    """
+    """Return the stored bytes of a tensor and their type."""
     numbers = tensor.detach().to("cpu", torch.float32).numpy()
     kind = gguf.GGMLQuantizationType[_TYPES[dtype][0]]
     if numbers.ndim == 1 or "ffn_gate_inp" in name:
@@ -254,11 +250,7 @@ def _value_type(gguf: ModuleType, key: str, value: Any) -> tuple[Any, Any]:
 
 
 def _package() -> ModuleType:
-    """Return the package `gguf`.
-
-    Raises:
-        ConfigError: when it is not installed.
-    """
+    """Return the package `gguf`."""
     try:
         import gguf
     except ImportError as error:
