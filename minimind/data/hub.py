@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, needs_package
 from ..io.atomic import write_text
 from .readers import Reading, TextFile
 
@@ -43,12 +43,6 @@ class HubDataset:
     split: str
     commit: str
     num_shards: int
-
-    def rows(self) -> Any:
-        """Return an iterable over the rows that reads them from the network."""
-        return _datasets("--data").load_dataset(
-            self.name, self.config, split=self.split, revision=self.commit, streaming=True
-        )
 
     def folder(self, cache_dir: Path, text_key: str) -> Path:
         """Return the folder of downloaded shards, which exists until they are tokenized."""
@@ -121,7 +115,10 @@ class HubReader:
     def _rows(self, key: str) -> Iterator[dict[str, Any]]:
         dataset = self.shard.dataset
         try:
-            rows = dataset.rows().shard(num_shards=dataset.num_shards, index=self.shard.index)
+            rows = _datasets(self.file.option).load_dataset(
+                dataset.name, dataset.config, split=dataset.split, revision=dataset.commit, streaming=True
+            )
+            rows = rows.shard(num_shards=dataset.num_shards, index=self.shard.index)
             if key in (rows.column_names or ()):
                 rows = rows.select_columns([key])
             yield from rows
@@ -212,7 +209,5 @@ def _datasets(option: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"{option} hf://... needs the package datasets, which is not installed; pip install datasets."
-        ) from error
+        raise DataError(needs_package(f"{option} hf://...", "datasets")) from error
     return datasets

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, needs_package
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
 from .gguf_tokenizer import vocabulary
@@ -254,7 +254,5 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError(
-            "--format gguf needs the package gguf, which is not installed; pip install gguf."
-        ) from error
+        raise ConfigError(needs_package("--format gguf", "gguf")) from error
     return gguf
