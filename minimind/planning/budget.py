@@ -150,11 +150,9 @@ def plan_budget(config: PretrainConfig, *, quiet: bool = False) -> BudgetPlan:
     progress = Progress(enabled=is_main_process() and not quiet)
     try:
         check_launch(config)  # its remark is the run's
-        if config.resume is None and not restarts() and RunFolder(Path(config.output_dir)).holds_a_run():
-            raise ConfigError(
-                f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
-                "another folder."
-            )
+        occupied = RunFolder(Path(config.output_dir)).occupied()
+        if config.resume is None and not restarts() and occupied is not None:
+            raise ConfigError(occupied)
         progress.note(f"--budget {config.budget}: measuring text and machine.")
         return _choose(config)
     finally:

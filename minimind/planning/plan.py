@@ -320,11 +320,8 @@ def _problems(
     place = _existing(Path(config.output_dir))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         yield f"--output-dir {config.output_dir} cannot be written, because {place} cannot; use another one."
-    if config.resume is None and RunFolder(Path(config.output_dir)).holds_a_run():
-        yield (
-            f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
-            "another folder."
-        )
+    if config.resume is None and (occupied := RunFolder(Path(config.output_dir)).occupied()) is not None:
+        yield occupied
     if device_memory is not None and memory.peak > 0.95 * device_memory:
         yield (
             f"the estimate of {size(memory.peak)} is almost all of the GPU's {size(device_memory)}; lower "
