@@ -12,7 +12,8 @@ from typing import Any
 import tokenizers as tokenizers_library
 
 from ..config.options import PretrainConfig
-from ..data.prepare import BuiltinCorpus, cache_folder
+from ..data.builtin_corpus import builtin_documents
+from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
 from ..data.sources import read_sources
 from ..errors import DataError
@@ -71,7 +72,7 @@ def read_sample(config: PretrainConfig) -> TextSample:
         DataError: for data that is missing or unreadable.
     """
     if not config.data:
-        documents = tuple(BuiltinCorpus().documents(Reading()))
+        documents = tuple(builtin_documents())
         return TextSample(documents, _bytes(documents))
     sources = read_sources(config.data, text_key=config.text_key)
     files = [path for source in sources for path in source.paths]

@@ -171,8 +171,9 @@ def _claim_and_tokenize(
             data = prepare_data(config, options.tokenizer, show, documents)
         finally:
             stop.exit_if_signalled()
-        if data.built or (config.verbose and is_main_process()):
-            lines = data.report.lines() if config.verbose else data.report.problems()
+        whole = config.verbose and is_main_process()
+        if whole or data.built:
+            lines = data.report.lines() if whole else data.report.problems()
             builder.banner([("data", line) for line in lines])
     return data
 
