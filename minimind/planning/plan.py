@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -150,13 +151,10 @@ def _total_tokens(loader: Loader, config: PretrainConfig, batches: BatchPlan, to
 
 def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPlan, PreparedData]:
     """Resolve the options and tokenize the data."""
-    progress = Progress(enabled=is_main_process() and not quiet)
-    try:
+    with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         inputs = resolve_batch_size_alone(resolve_run(config, progress.note))
         batches = plan_batches(inputs.config, world_size())
         return inputs, batches, prepare_data(inputs.config, inputs.tokenizer, progress.data_build)
-    finally:
-        progress.close()
 
 
 def _first_step(

@@ -16,7 +16,7 @@ from ..config.options import CONFIG_SECTIONS, PretrainConfig
 from ..config.schema import schema_of
 from ..data.prepare import PreparedData
 from ..formats.model_card import model_card
-from ..formatting import count, duration
+from ..formatting import count, duration, option_text
 from ..launch_env import is_main_process, resume_command
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..run_folder import RunFolder
@@ -95,21 +95,13 @@ def run_facts(
     """Return what report.html shows of a run from its start; `rows` are those of the banner."""
     options = {
         section.__doc__ or section.__name__: [
-            (field.flag, _option_text(getattr(config, name)), getattr(config, name) == field.default)
+            (field.flag, option_text(getattr(config, name)), getattr(config, name) == field.default)
             for name, field in schema_of(section).items()
         ]
         for section in CONFIG_SECTIONS
     }
     name = config.run_name or folder.path.resolve().name
     return RunFacts(name, total_steps, rows, data.report.lines(), options, environment)
-
-
-def _option_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
 
 
 def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) -> PretrainResult:
