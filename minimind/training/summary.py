@@ -43,12 +43,10 @@ def banner(
         kernels = f", no fused attention: {reason}" if reason else ", fused kernels"
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
-    active = f" ({count(model_config.num_active_parameters())} active)" if model_config.use_moe else ""
-    experts = (
-        f", {model_config.num_experts} experts, {model_config.num_experts_per_tok} a token"
-        if model_config.use_moe
-        else ""
-    )
+    active = experts = ""
+    if model_config.use_moe:
+        active = f" ({count(model_config.num_active_parameters())} active)"
+        experts = f", {model_config.num_experts} experts, {model_config.num_experts_per_tok} a token"
     return [
         (
             "model",
