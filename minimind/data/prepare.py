@@ -193,10 +193,7 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: Tokenizer) -> str | 
 
 
 def _cache_settings(
-    config: PretrainConfig,
-    identities: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    chat: ChatRenderer | None,
+    config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: Tokenizer, chat: ChatRenderer | None
 ) -> dict[str, Any]:
     """Return everything that a build depends on."""
     template = {} if chat is None else {"chat_template": chat.fingerprint}

@@ -160,10 +160,7 @@ def _scores(task: str, found: dict[str, Any]) -> list[TaskScore]:
 
 
 def _adapter(
-    model: MiniMindForCausalLM,
-    tokenizer: Tokenizer,
-    max_length: int,
-    progress: Callable[[int, int], None],
+    model: MiniMindForCausalLM, tokenizer: Tokenizer, max_length: int, progress: Callable[[int, int], None]
 ) -> Any:
     """Return the model behind the harness's interface; a class of a package that may be missing."""
     from lm_eval.api.model import LM
