@@ -27,7 +27,7 @@ from accelerate.tracking import MLflowTracker, SwanLabTracker, WandBTracker
 
 from ..io.append import AppendFile
 from ..io.atomic import write_text
-from ..io.reading import open_regular
+from ..io.reading import open_regular, read_bytes
 from .environment import hide_secrets
 from .metric_groups import grouped_name
 from .plugins import PluggedTracker
@@ -257,7 +257,7 @@ class CSV:
 
     def start(self) -> None:
         """Open the file and remove rows of later steps, which the resumed run repeats."""
-        rows = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        rows = read_bytes(self._path).decode(errors="replace").splitlines() if self._path.exists() else []
         steps = [row.partition(",")[0] for row in rows]
         kept = [
             row
