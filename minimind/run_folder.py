@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def find_run(path: Path) -> RunFolder:
 
     A path outside of any run is returned itself.
     """
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     with suppress(OSError):  # a text that is too long for a file name
         for folder in (resolved, resolved.parent, resolved.parent.parent):
             run = RunFolder(folder)

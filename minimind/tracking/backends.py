@@ -26,7 +26,7 @@ from accelerate.tracking import MLflowTracker, SwanLabTracker, WandBTracker
 
 from ..io.append import AppendFile
 from ..io.atomic import write_text
-from ..io.reading import open_regular
+from ..io.reading import open_regular, read_bytes
 from .environment import hide_secrets
 from .plugins import TrackedRun
 
@@ -250,7 +250,7 @@ class CSV(_LocalFile):
         """Open the file and remove rows of later steps, which the resumed run repeats."""
         path = run.folder / "metrics.csv"
         kept = []
-        for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for row in read_bytes(path).decode(errors="replace").splitlines() if path.exists() else ():
             step = row.partition(",")[0]
             if step.isdigit() and 0 < run.start_step >= int(step):
                 kept.append(row)
