@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def initial(self) -> Path:
+        """Configuration and tokenizer of a model of transformers that the run continues."""
+        return self.path / "initial"
+
+    @property
     def profile(self) -> Path:
         """Traces of --profile."""
         return self.path / "profile"
@@ -126,7 +131,7 @@ class RunFolder:
                 yield
             except Exception:
                 if new and not any(path.exists() for path in (self.metrics, self.checkpoints, self.spikes)):
-                    for path in (self.config, self.environment, self.path / "tensorboard"):
+                    for path in (self.config, self.environment, self.initial, self.path / "tensorboard"):
                         remove(path)
                 raise
 

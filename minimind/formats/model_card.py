@@ -12,6 +12,7 @@ from typing import Any
 
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
+from ..modeling.transformers_config import TransformersConfig
 from ..tracking.metrics_file import read_metrics
 from ..version import __version__
 
@@ -113,6 +114,8 @@ def _describe(model: MiniMindConfig | str) -> str:
     if isinstance(model, str):
         return model
     name = "Qwen3-MoE" if model.use_moe else "Qwen3"
+    if isinstance(model, TransformersConfig):
+        name = model.architecture
     sizes = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}"
     return f"{name} with {count(model.num_parameters())} parameters: {sizes}, {model.vocab_size:,} tokens"
 

@@ -22,12 +22,14 @@ from ..data.loader import Loader
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
+from ..formats.transformers_folder import build_network
 from ..formatting import parse_duration, size
 from ..launch_env import device_type, is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
 from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..schedule import warmup_problem, warmup_steps
 from ..tracking.console import Progress
@@ -185,7 +187,11 @@ def _first_step(
 def _count_parts(model_config: MiniMindConfig) -> dict[str, int]:
     """Return the parameters of the model by part."""
     with torch.device("meta"):
-        model = MiniMindForCausalLM(model_config)
+        model = (
+            build_network(model_config)
+            if isinstance(model_config, TransformersConfig)
+            else MiniMindForCausalLM(model_config)
+        )
     return count_parts({name: p.shape for name, p in model.named_parameters()})
 
 
