@@ -161,16 +161,7 @@ class Grid:
         parts = build_training(
             inputs, data.train, accelerator, tokens_per_epoch=data.train.num_tokens, weights=data.weights
         )
-        evaluator = Evaluator(
-            data.validation,
-            parts.model,
-            accelerator,
-            inputs.tokenizer,
-            vocab_size=model_config.vocab_size,
-            seq_len=config.max_seq_len,
-            packing=True,
-            plan=parts.plan,
-        )
+        evaluator = Evaluator(data.validation, inputs, parts, accelerator)
         tokens_per_step = config.batch_size * config.max_seq_len
         sample = max(int(self.options.eval_tokens / tokens_per_step), 1)
         rate = LearningRateSchedule(config, steps).at

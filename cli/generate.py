@@ -7,8 +7,6 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -133,13 +131,15 @@ class _Printer:
         from minimind.generation.text import stream_text
 
         typer.echo(prompt, nl=False)
-        with _final_newline():
+        try:
             for piece in stream_text(
                 self.engine, self.tokenizer, prompt, self.sampling,
                 max_new_tokens=self.options.max_new_tokens, seed=self.options.seed,
             ):  # fmt: skip
                 typer.echo(printable(piece, keep=_LAYOUT), nl=False)
                 sys.stdout.flush()
+        finally:
+            typer.echo()
 
     def print_all(self, prompts: list[str]) -> None:
         """Print the prompts with their completions, separated by empty lines."""
@@ -203,12 +203,3 @@ def _prompt_loop(printer: _Printer, as_json: bool) -> None:
             continue
         except UserError as error:  # such as a prompt that is too long
             typer.echo(f"error: {error}", err=True)
-
-
-@contextmanager
-def _final_newline() -> Iterator[None]:
-    """End the line, also after an error."""
-    try:
-        yield
-    finally:
-        typer.echo()

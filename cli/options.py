@@ -40,23 +40,27 @@ ModelTokenizer = Annotated[
 
 _SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
-_HELP_ALL = inspect.Parameter(
-    "help_all",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[
-        bool,
-        typer.Option(
-            "--help-all",
-            callback=show_all_options,
-            expose_value=False,
-            is_eager=True,
-            help="Show every option and exit.",
-        ),
-    ],
-)
-
 T = TypeVar("T")
+
+
+def _keyword(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
+    """Return a parameter of a command that is an option."""
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_HELP_ALL = _keyword(
+    "help_all",
+    bool,
+    typer.Option(
+        "--help-all",
+        callback=show_all_options,
+        expose_value=False,
+        is_eager=True,
+        help="Show every option and exit.",
+    ),
+    default=False,
+)
 
 
 def with_options(
@@ -110,12 +114,7 @@ def _parameter(field: ConfigField, section: type) -> inspect.Parameter:
         rich_help_panel=section.__doc__,
         autocompletion=completing(*field.choices) if field.choices else None,
     )
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind | None, option],
-    )
+    return _keyword(field.name, kind | None, option, default)
 
 
 def _default_note(field: ConfigField) -> str:
@@ -162,10 +161,7 @@ def completing(*values: str) -> Callable[[str], list[str]]:
 
 def hidden_option(name: str, kind: type) -> inspect.Parameter:
     """Return an option that `--help` does not show; None if not given."""
-    option = typer.Option(flag_of(name), hidden=True)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    return _keyword(name, kind | None, typer.Option(flag_of(name), hidden=True))
 
 
 def typed_values(ctx: typer.Context, cls: type = PretrainConfig) -> dict[str, Any]:

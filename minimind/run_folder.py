@@ -19,61 +19,36 @@ from .io.lock import LockedError, hold_lock
 _PROBE_BYTES = 64 << 10
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """Paths inside one output folder."""
+    """Paths inside one output folder.
+
+    Attributes:
+        config: the resolved configuration, readable by `--config`.
+        environment: versions, hardware and command line.
+        metrics: one JSON object per report.
+        samples: generated during training: one JSON object per sample.
+        report: page with curves, samples, configuration and environment, for a browser.
+        checkpoints: full training states.
+        spikes: one report per loss spike.
+        model: the model in the format of Hugging Face transformers.
+        initial: configuration and tokenizer of a model of transformers that the run continues.
+        profile: traces of --profile.
+    """
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, readable by `--config`."""
-        return self.path / "config.toml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions, hardware and command line."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """Metrics: one JSON object per report."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Samples generated during training: one JSON object per sample."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def report(self) -> Path:
-        """Page with curves, samples, configuration and environment, for a browser."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Full training states."""
-        return self.path / "checkpoints"
-
-    @property
-    def spikes(self) -> Path:
-        """One report per loss spike."""
-        return self.path / "spikes"
-
-    @property
-    def model(self) -> Path:
-        """The model in the format of Hugging Face transformers."""
-        return self.path / "model"
-
-    @property
-    def initial(self) -> Path:
-        """Configuration and tokenizer of a model of transformers that the run continues."""
-        return self.path / "initial"
-
-    @property
-    def profile(self) -> Path:
-        """Traces of --profile."""
-        return self.path / "profile"
+    def __post_init__(self) -> None:
+        self.config = self.path / "config.toml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.report = self.path / "report.html"
+        self.checkpoints = self.path / "checkpoints"
+        self.spikes = self.path / "spikes"
+        self.model = self.path / "model"
+        self.initial = self.path / "initial"
+        self.profile = self.path / "profile"
 
     def holds_a_run(self) -> bool:
         """Whether a run has written here."""

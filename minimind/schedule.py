@@ -345,12 +345,7 @@ def warmup_problem(
 ) -> str | None:
     """Return a sentence where --max-time ends the run inside a warm-up that `fit_to_time` does not shorten.
 
-    Args:
-        config: of the run.
-        warmup: number of warm-up steps.
-        steps_done: optimizer steps of the whole run so far.
-        seconds_left: time for training steps.
-        seconds_per_step: recent speed.
+    See `fit_to_time` for the arguments.
     """
     possible = steps_done + int(max(seconds_left, 0.0) / seconds_per_step)
     if possible >= warmup or (config.lr_schedule == "wsd" and config.warmup_steps is None):

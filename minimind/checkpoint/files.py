@@ -26,7 +26,6 @@ MODEL, OPTIMIZER, TRAINER = "model.safetensors", "optimizer.safetensors", "train
 _FILES = {MODEL, OPTIMIZER, TRAINER}
 MANIFEST, BEST = "manifest.json", "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -192,11 +191,8 @@ def _verify_file(file: Path, recorded: Any, *, contents: bool) -> None:
 
 
 def _sha256(file: Path) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
     with open_regular(file) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the unwrapped model, so one process can load what four sharded processes saved.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from itertools import count
+from itertools import chain, count
 from typing import Any, cast
 
 import torch
@@ -112,11 +112,11 @@ def load_state_dict(
 
     def read() -> tuple[dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]]:
         assert checkpoint is not None
-        trainer = dict(checkpoint.trainer)
         weights.update(checkpoint.weights())
         optimizer_state.update(checkpoint.optimizer_state())
-        _check_compatible(checkpoint, trainer, weights, optimizer_state, local, tied, core, names)
-        return trainer, {key: (tensor.shape, tensor.dtype) for key, tensor in optimizer_state.items()}
+        _check_compatible(checkpoint, weights, optimizer_state, local, tied, core)
+        layout = {key: (tensor.shape, tensor.dtype) for key, tensor in optimizer_state.items()}
+        return dict(checkpoint.trainer), layout
 
     trainer, layout = run_on_main_and_broadcast(accelerator, read)
     with torch.no_grad():
@@ -249,15 +249,14 @@ def _like(value: Any, present: Any) -> Any:
 
 def _check_compatible(
     checkpoint: StoredCheckpoint,
-    trainer: Mapping[str, Any],
     weights: Mapping[str, torch.Tensor],
     optimizer_state: Mapping[str, torch.Tensor],
     local: Mapping[str, torch.Tensor],
     tied: Mapping[str, str],
     optimizer: torch.optim.Optimizer,
-    names: Mapping[int, str],
 ) -> None:
     """Raise CheckpointError unless names and shapes equal those of model and optimizer."""
+    trainer, names = checkpoint.trainer, {id(tensor): name for name, tensor in local.items()}
     problems = [f"it lacks {name}" for name in local.keys() - weights.keys()]
     problems += [f"it has {name}, which the model does not have" for name in weights.keys() - local.keys()]
     problems += [
@@ -270,9 +269,7 @@ def _check_compatible(
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     if not problems and [group["params"] for group in trainer.get("param_groups", ())] != groups:
         problems.append("its optimizer has other groups of parameters")
-    unknown = {key.rpartition("|")[0] for key in optimizer_state} - {
-        name for group in groups for name in group
-    }
+    unknown = {key.rpartition("|")[0] for key in optimizer_state} - {*chain.from_iterable(groups)}
     problems += [f"its optimizer has {name}, which this one does not have" for name in unknown]
     if problems:
         shown = "; ".join(sorted(problems)[:3]) + ("; ..." if len(problems) > 3 else "")

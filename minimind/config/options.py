@@ -29,15 +29,11 @@ DEFAULT_BATCH_SIZE = 32
 class ModelConfig:
     """Model"""
 
-    hidden_size: Annotated[int | None, FieldInfo("Hidden size.", minimum=1, common=True, unset=512)] = None
-    num_hidden_layers: Annotated[
-        int | None, FieldInfo("Transformer layers.", minimum=1, common=True, unset=8)
-    ] = None
-    num_attention_heads: Annotated[int | None, FieldInfo("Query heads.", minimum=1, common=True, unset=8)] = (
-        None
-    )
+    hidden_size: Annotated[int | None, FieldInfo("Hidden size.", common=True, unset=512)] = None
+    num_hidden_layers: Annotated[int | None, FieldInfo("Transformer layers.", common=True, unset=8)] = None
+    num_attention_heads: Annotated[int | None, FieldInfo("Query heads.", common=True, unset=8)] = None
     num_key_value_heads: Annotated[
-        int | None, FieldInfo("Key-value heads (grouped-query attention).", minimum=1, unset=2)
+        int | None, FieldInfo("Key-value heads (grouped-query attention).", unset=2)
     ] = None
     head_dim: Annotated[
         int | None,
@@ -47,7 +43,6 @@ class ModelConfig:
         int | None,
         FieldInfo(
             "Inner dimension of the SwiGLU MLP.",
-            minimum=1,
             default_text="8/3 of the hidden size, rounded up to a multiple of 64",
         ),
     ] = None
@@ -55,19 +50,18 @@ class ModelConfig:
         bool | None,
         FieldInfo("Replace the MLP of every layer by a mixture of experts.", common=True, unset=False),
     ] = None
-    num_experts: Annotated[int | None, FieldInfo("Experts per layer.", minimum=1, unset=4)] = None
-    num_experts_per_tok: Annotated[
-        int | None, FieldInfo("Experts activated per token (top-k).", minimum=1, unset=1)
-    ] = None
+    num_experts: Annotated[int | None, FieldInfo("Experts per layer.", unset=4)] = None
+    num_experts_per_tok: Annotated[int | None, FieldInfo("Experts activated per token (top-k).", unset=1)] = (
+        None
+    )
     moe_intermediate_size: Annotated[
-        int | None,
-        FieldInfo("Inner dimension of an expert.", minimum=1, default_text="the intermediate size"),
+        int | None, FieldInfo("Inner dimension of an expert.", default_text="the intermediate size")
     ] = None
     router_aux_loss_coef: Annotated[
         float, FieldInfo("Coefficient of the router's load-balancing loss.", minimum=0.0)
     ] = 0.01
     vocab_size: Annotated[
-        int | None, FieldInfo("Vocabulary size of the model.", minimum=1, default_text="the tokenizer's")
+        int | None, FieldInfo("Vocabulary size of the model.", default_text="the tokenizer's")
     ] = None
     dropout: Annotated[float, FieldInfo("Dropout probability.", minimum=0.0, below=1.0)] = 0.0
     rope_theta: Annotated[
@@ -95,30 +89,22 @@ class OptimizationConfig:
         int | None,
         FieldInfo(
             "Epochs over the training data; the first limit that is reached ends the run.",
-            minimum=1,
             default_text="1, or no limit if steps or tokens are limited",
             common=True,
         ),
     ] = None
-    max_steps: Annotated[
-        int | None, FieldInfo("Stop after this many optimizer steps.", minimum=1, common=True)
-    ] = None
-    max_tokens: Annotated[
-        int | None, FieldInfo("Stop after this many training tokens.", minimum=1, common=True)
-    ] = None
+    max_steps: Annotated[int | None, FieldInfo("Stop after this many optimizer steps.", common=True)] = None
+    max_tokens: Annotated[int | None, FieldInfo("Stop after this many training tokens.", common=True)] = None
     batch_size: Annotated[
         int | Literal["auto"],
         FieldInfo(
-            "Sequences per device per forward pass; `auto` benchmarks and picks the fastest.",
-            minimum=1,
-            common=True,
+            "Sequences per device per forward pass; `auto` benchmarks and picks the fastest.", common=True
         ),
     ] = DEFAULT_BATCH_SIZE
     accumulation_steps: Annotated[
         int | None,
         FieldInfo(
             "Micro-batches per optimizer step (gradient accumulation).",
-            minimum=1,
             default_text="1, or from --global-batch-size",
         ),
     ] = None
@@ -126,7 +112,6 @@ class OptimizationConfig:
         int | None,
         FieldInfo(
             "Sequences per optimizer step over all processes; sets --accumulation-steps.",
-            minimum=1,
             default_text="batch size x accumulation steps x processes",
             common=True,
         ),
@@ -164,8 +149,7 @@ class OptimizationConfig:
         float, FieldInfo("Fraction of the steps in the decay phase of wsd.", above=0.0, maximum=1.0)
     ] = 0.2
     decay_steps: Annotated[
-        int | None,
-        FieldInfo("Steps in the decay phase of wsd.", minimum=1, default_text="from --decay-ratio"),
+        int | None, FieldInfo("Steps in the decay phase of wsd.", default_text="from --decay-ratio")
     ] = None
     decay_shape: Annotated[
         Literal["sqrt", "linear"], FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear.")
@@ -218,21 +202,18 @@ class RunConfig:
     profile: Annotated[
         bool, FieldInfo("Trace steps 10 to 14 to OUTPUT_DIR/profile, for ui.perfetto.dev.")
     ] = False
-    log_interval: Annotated[int, FieldInfo("Steps between reports.", minimum=1, common=True)] = 100
+    log_interval: Annotated[int, FieldInfo("Steps between reports.", common=True)] = 100
     eval_interval: Annotated[
-        int | None,
-        FieldInfo("Steps between evaluations.", minimum=1, default_text="the save interval", common=True),
+        int | None, FieldInfo("Steps between evaluations.", default_text="the save interval", common=True)
     ] = None
     eval_batches: Annotated[
         int | None,
         FieldInfo(
-            "Evaluate this many global batches, sampled evenly from the validation data.",
-            minimum=1,
-            default_text="all",
+            "Evaluate this many global batches, sampled evenly from the validation data.", default_text="all"
         ),
     ] = None
     sample_interval: Annotated[
-        int | None, FieldInfo("Steps between generated samples.", minimum=1, default_text="no samples")
+        int | None, FieldInfo("Steps between generated samples.", default_text="no samples")
     ] = None
     sample_prompt: Annotated[
         tuple[str, ...],
@@ -246,11 +227,10 @@ class RunConfig:
         int | None,
         FieldInfo(
             "Steps between scores on the built-in cloze items, also after the last step.",
-            minimum=1,
             default_text="no scores",
         ),
     ] = None
-    save_interval: Annotated[int, FieldInfo("Steps between checkpoints.", minimum=1, common=True)] = 1000
+    save_interval: Annotated[int, FieldInfo("Steps between checkpoints.", common=True)] = 1000
     on_spike: Annotated[
         Literal["report", "skip", "rewind"],
         FieldInfo(
@@ -264,12 +244,9 @@ class RunConfig:
             "Spike threshold: robust standard deviations above the median of recent losses.", above=0.0
         ),
     ] = 8.0
-    keep_checkpoints: Annotated[
-        int, FieldInfo("Newest checkpoints to keep, besides the best.", minimum=1)
-    ] = 2
+    keep_checkpoints: Annotated[int, FieldInfo("Newest checkpoints to keep, besides the best.")] = 2
     keep_every: Annotated[
-        int | None,
-        FieldInfo("Also save every N steps, and keep these checkpoints forever.", metavar="N", minimum=1),
+        int | None, FieldInfo("Also save every N steps, and keep these checkpoints forever.", metavar="N")
     ] = None
     output_dir: Annotated[
         str, FieldInfo("Output folder of the run.", aliases=("--save-dir",), metavar="FOLDER", common=True)

@@ -12,73 +12,42 @@ from .naming import flag_of, for_caller, options_were_typed
 from .options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, PretrainConfig
 from .schema import parse_values
 
-# The learning rate is given per optimizer.
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "intermediate_size"),
+)
+
+
+def _shape(*sizes: int) -> dict[str, Any]:
+    """Return the options of the sizes in `_SIZES`, of which the last ones may be missing."""
+    return dict(zip(_SIZES, sizes, strict=False))
+
+
+def _rates(muon: float, adamw: float) -> dict[str, float]:
+    """Return the learning rate of each optimizer."""
+    return {"normuon": muon, "muon": muon, "adamw": adamw}
+
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Trains on the built-in corpus in minutes on two CPU cores.
     "tiny": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_seq_len": 128,
-        "batch_size": 16,
-        "learning_rate": {"normuon": 1e-2, "muon": 1e-2, "adamw": 3e-3},
-        "epochs": 2,
-        "val_fraction": 0.05,
-        "log_interval": 50,
-        "eval_interval": 250,
-        "save_interval": 250,
+        **_shape(128, 4, 4, 2),
+        **{"max_seq_len": 128, "batch_size": 16, "learning_rate": _rates(1e-2, 3e-3), "epochs": 2},
+        **{"val_fraction": 0.05, "log_interval": 50, "eval_interval": 250, "save_interval": 250},
     },
-    "minimind2-small": {
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1408,
-    },
-    "minimind-3": {
-        "hidden_size": 768,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 2432,
-    },
+    "minimind2-small": _shape(512, 8, 8, 2, 1408),
+    "minimind-3": _shape(768, 8, 8, 4, 2432),
     # An expert is as wide as the MLP of minimind-3.
-    "minimind-3-moe": {
-        "hidden_size": 768,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 2432,
-        "use_moe": True,
-    },
-    "minimind2": {
-        "hidden_size": 768,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 2048,
-    },
+    "minimind-3-moe": {**_shape(768, 8, 8, 4, 2432), "use_moe": True},
+    "minimind2": _shape(768, 16, 8, 2, 2048),
     # Hidden size, layers and intermediate size of Qwen3-0.6B, with half its heads.
     "350m": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 3072,
-        "max_seq_len": 2048,
-        "learning_rate": {"normuon": 2e-3, "muon": 2e-3, "adamw": 3e-4},
+        **_shape(1024, 28, 8, 4, 3072),
+        **{"head_dim": 128, "max_seq_len": 2048, "learning_rate": _rates(2e-3, 3e-4)},
     },
     "1b": {
-        "hidden_size": 1792,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 7,
-        "head_dim": 128,
-        "intermediate_size": 4864,
-        "max_seq_len": 2048,
-        "learning_rate": {"normuon": 1.5e-3, "muon": 1.5e-3, "adamw": 2e-4},
+        **_shape(1792, 28, 14, 7, 4864),
+        **{"head_dim": 128, "max_seq_len": 2048, "learning_rate": _rates(1.5e-3, 2e-4)},
     },
 }
 
@@ -94,17 +63,7 @@ PRESET_PARAMETERS: Mapping[str, int] = {
 }
 
 # Options that choose the size of the model.
-SHAPE_OPTIONS = frozenset(
-    {
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-        "from_weight",
-    }
-)
+SHAPE_OPTIONS = frozenset({*_SIZES, "head_dim", "from_weight"})
 
 
 def size_text(name: str) -> str:

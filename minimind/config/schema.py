@@ -44,7 +44,7 @@ class FieldInfo:
     Attributes:
         help: text for `--help` and the documentation.
         aliases: other flags of the field.
-        minimum: smallest valid value.
+        minimum: smallest valid value; by default 1 for whole numbers.
         above: exclusive lower bound.
         maximum: largest valid value.
         below: exclusive upper bound.
@@ -172,6 +172,8 @@ def _config_field(field: dataclasses.Field[Any], hint: Any) -> ConfigField:
         kind, keywords = first, tuple(word for other in others for word in typing.get_args(other))
     if typing.get_origin(kind) is typing.Literal:
         choices, kind = typing.get_args(kind), str
+    if kind is int and info.minimum is None:
+        info = dataclasses.replace(info, minimum=1)
     return ConfigField(field.name, kind, choices, repeatable, optional, keywords, field.default, info)
 
 

@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import ConfigError
+from ..tokenizer import Tokenizer
 
 # Columns and JSON keys whose values are lists of messages.
 CHAT_KEYS = ("messages", "conversations")
@@ -20,26 +21,6 @@ CHATML = (
 _CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 # Roles of the ShareGPT format.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
-
-
-class ChatTokenizer(Protocol):
-    """What rendering needs of a tokenizer; implemented by `minimind.tokenizer.Tokenizer`."""
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Ids of the special tokens by name."""
-
-    @property
-    def chat_template(self) -> Any:
-        """Jinja template, or None."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Start token of a document, or None."""
-
-    @property
-    def eos_token_id(self) -> int:
-        """End token of a document."""
 
 
 class ChatText(str):
@@ -62,7 +43,7 @@ class ChatText(str):
 class ChatRenderer:
     """Renders lists of messages with the template of a tokenizer."""
 
-    def __init__(self, tokenizer: ChatTokenizer, option: str = "--text-key") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Compile the template.
 
         Raises:
@@ -91,7 +72,7 @@ class ChatRenderer:
             template, self.description = CHATML, "ChatML"
         if not isinstance(template, str):
             raise ConfigError(
-                f"{option} names conversations, and the tokenizer has no chat template; add one to its "
+                "--text-key names conversations, and the tokenizer has no chat template; add one to its "
                 "tokenizer_config.json."
             )
         self.fingerprint = hashlib.sha256(template.encode()).hexdigest()[:32]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ConfigError, DataError
+from .builtin_corpus import builtin_documents, builtin_fingerprint
 from .readers import Reading
 
 
@@ -51,29 +52,16 @@ class CustomDocuments:
                 raise DataError(
                     f"data=: document {number} is a {type(text).__name__}; yield the text of each document."
                 )
-            if text and not text.isspace():
+            if reading.keeps(text):
                 yield text
-            else:
-                reading.empty += 1
 
 
-@dataclass(frozen=True)
 class BuiltinCorpus:
     """The corpus embedded in Python, the default of --data."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the Python version's documents."""
-        from .builtin_corpus import builtin_fingerprint
+    def __init__(self) -> None:
+        """Identify the documents of this Python version."""
+        self.fingerprint = builtin_fingerprint()
 
-        return builtin_fingerprint()
-
-    def documents(self, reading: Reading) -> Iterator[str]:
-        """Yield its documents; see `readers.TextFile.documents`."""
-        from .builtin_corpus import builtin_documents
-
-        for text in builtin_documents():
-            if text and not text.isspace():
-                yield text
-            else:
-                reading.empty += 1
+    def __iter__(self) -> Iterator[str]:
+        return builtin_documents()

@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import DataError
 from ..io.atomic import write_text
-from .chat import ChatRenderer
 from .readers import Reading, TextFile
 
 PREFIX = "hf://"
@@ -67,6 +66,10 @@ class HubShard:
         config = f"/{self.dataset.config}" if self.dataset.config else ""
         return f"{PREFIX}{place}{config}:{self.dataset.split} {self.index + 1}/{self.dataset.num_shards}"
 
+    def file(self, cache_dir: Path, text_key: str) -> Path:
+        """Return where the downloaded shard is until it is tokenized."""
+        return self.dataset.folder(cache_dir, text_key) / f"{self.index:05d}.jsonl"
+
     @property
     def identity(self) -> dict[str, Any]:
         """What identifies the content of the shard."""
@@ -79,63 +82,51 @@ class HubReader:
 
     Attributes:
         shard: the shard.
-        cache_dir: the token cache.
-        option: that named it, for errors.
-        text_key: column of the text.
-        bad_lines: see `readers.TextFile`.
-        chat: see `readers.TextFile`.
+        file: reads the downloaded shard, whose path is `HubShard.file`.
         tick: called every few rows of a download; may raise to stop it.
     """
 
     shard: HubShard
-    cache_dir: Path
-    option: str
-    text_key: str
-    bad_lines: Literal["error", "skip"]
-    chat: ChatRenderer | None = None
-    tick: Callable[[], object] = lambda: None
+    file: TextFile
+    tick: Callable[[], object]
 
     def documents(self, reading: Reading) -> Iterator[str]:
         """Yield the documents; see `readers.TextFile.documents`."""
-        folder = self.shard.dataset.folder(self.cache_dir, self.text_key)
-        file = folder / f"{self.shard.index:05d}.jsonl"
-        if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._download(file)
-        yield from TextFile(file, self.option, self.text_key, self.bad_lines, self.chat).documents(reading)
+        if not self.file.path.is_file():
+            self.file.path.parent.mkdir(parents=True, exist_ok=True)
+            self._download(self.file.path, self.file.text_key)
+        yield from self.file.documents(reading)
 
-    def _download(self, file: Path) -> None:
+    def _download(self, file: Path, key: str) -> None:
         draft = file.with_suffix(f".part-{os.getpid()}")
         try:
             with draft.open("wb") as output:
-                for number, row in enumerate(self._rows()):
+                for number, row in enumerate(self._rows(key)):
                     if number % _ROWS == 0:
                         self.tick()
-                    if self.text_key not in row:
+                    if key not in row:
                         raise DataError(
-                            f"{self.option} {self.shard} has no column '{self.text_key}'; set --text-key to "
-                            f"one of {', '.join(row)}."
+                            f"{self.file.option} {self.shard} has no column '{key}'; set --text-key to one "
+                            f"of {', '.join(row)}."
                         )
-                    record = {self.text_key: row[self.text_key]}
                     # A value that is no text becomes null, which the reader reports with its line.
-                    line = json.dumps(record, ensure_ascii=False, default=lambda _: None)
+                    line = json.dumps({key: row[key]}, ensure_ascii=False, default=lambda _: None)
                     output.write(line.encode(errors="backslashreplace") + b"\n")
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self, key: str) -> Iterator[dict[str, Any]]:
         dataset = self.shard.dataset
         try:
             rows = dataset.rows().shard(num_shards=dataset.num_shards, index=self.shard.index)
-            names = rows.column_names
-            if names is not None and self.text_key in names:
-                rows = rows.select_columns([self.text_key])
+            if key in (rows.column_names or ()):
+                rows = rows.select_columns([key])
             yield from rows
         except _network_errors() as error:
             raise DataError(
-                f"{self.option} {self.shard} could not be read ({_reason(error)}); check the network and run "
-                "the same command again: complete shards are kept."
+                f"{self.file.option} {self.shard} could not be read ({_reason(error)}); check the network "
+                "and run the same command again: complete shards are kept."
             ) from error
 
 

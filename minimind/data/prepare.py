@@ -17,6 +17,7 @@ from typing import Any
 
 from ..config.options import PretrainConfig
 from ..errors import DataError
+from ..tokenizer import Tokenizer
 from .cache import find, open_or_build
 from .chat import CHAT_KEYS, ChatRenderer
 from .document_index import read_length_counts
@@ -36,7 +37,7 @@ from .report import (
 )
 from .shards import SplitIndex, TokenShards
 from .sources import DataSource, find_sources, read_sources
-from .tokenization import SPLITS, Assignment, DocumentSource, DocumentTokenizer, Encoded, encode
+from .tokenization import SPLITS, Assignment, DocumentSource, Encoded, encode
 
 # Part of every cache key: increase when the files of a build change.
 _FORMAT = 3
@@ -77,7 +78,7 @@ class PreparedData:
 
 def prepare_data(
     config: PretrainConfig,
-    tokenizer: DocumentTokenizer,
+    tokenizer: Tokenizer,
     progress: Callable[[int, int], None] | None = None,
     documents: Documents | None = None,
 ) -> PreparedData:
@@ -175,7 +176,7 @@ def _warn_of_data(train: TokenShards, num_files: int, skipped: Counter[str]) -> 
         )
 
 
-def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -> str | None:
+def fingerprint_in_cache(config: PretrainConfig, tokenizer: Tokenizer) -> str | None:
     """Return the fingerprint of the data of a run, or None if it is not in the cache.
 
     Raises:
@@ -191,7 +192,7 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: DocumentTokenizer) -
 def _cache_settings(
     config: PretrainConfig,
     identities: list[dict[str, Any]],
-    tokenizer: DocumentTokenizer,
+    tokenizer: Tokenizer,
     chat: ChatRenderer | None,
 ) -> dict[str, Any]:
     """Return everything that a build depends on."""
@@ -207,9 +208,9 @@ def _cache_settings(
     }
 
 
-def _chat(config: PretrainConfig, tokenizer: DocumentTokenizer) -> ChatRenderer | None:
+def _chat(config: PretrainConfig, tokenizer: Tokenizer) -> ChatRenderer | None:
     """Return what renders conversations, where --text-key names some."""
-    return ChatRenderer(tokenizer) if config.data and config.text_key in CHAT_KEYS else None  # type: ignore[arg-type]
+    return ChatRenderer(tokenizer) if config.data and config.text_key in CHAT_KEYS else None
 
 
 def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
@@ -267,36 +268,29 @@ def _sources(
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[list[tuple[str, Assignment]], list[dict[str, Any]]]:
     """Return the named files of a run, and the identity of each, which changes with its content."""
-    if documents is not None:
-        custom = CustomDocuments(documents)
+    if documents is not None or not config.data:
+        custom = CustomDocuments(BuiltinCorpus() if documents is None else documents)
+        name, kind = type(documents).__name__, "documents"
+        if documents is None:
+            name, kind = "embedded text", "embedded"
         assignment = Assignment(custom, "train", config.val_fraction)
-        return [(type(documents).__name__, assignment)], [{"documents": custom.fingerprint}]
-    if not config.data:
-        builtin = BuiltinCorpus()
-        assignment = Assignment(builtin, "train", config.val_fraction)
-        return [("embedded text", assignment)], [{"embedded": builtin.fingerprint}]
-    held_out = 0.0 if config.val_data else config.val_fraction
+        return [(name, assignment)], [{kind: custom.fingerprint}]
+    cache_dir, held_out = cache_folder(config), 0.0 if config.val_data else config.val_fraction
     named, identities = [], []
     wanted = [
         (path, "--data", "train", held_out, part)
         for part, source in enumerate(sources)
         for path in source.files
     ]
-    wanted += [
-        (path, "--val-data", "validation", 0.0, 0)
-        for path in find_sources(
-            config.val_data, "--val-data", skipped, config.text_key, cache_folder(config)
-        )
-    ]
+    held = find_sources(config.val_data, "--val-data", skipped, config.text_key, cache_dir)
+    wanted += [(path, "--val-data", "validation", 0.0, 0) for path in held]
     for path, option, split, share, part in wanted:
-        source: DocumentSource
+        file = path.file(cache_dir, config.text_key) if isinstance(path, HubShard) else path
+        reader = TextFile(file, option, config.text_key, config.bad_lines, chat)
+        source: DocumentSource = reader
         if isinstance(path, HubShard):
-            source = HubReader(
-                path, cache_folder(config), option, config.text_key, config.bad_lines, chat, tick
-            )
-            identity = path.identity
+            source, identity = HubReader(path, reader, tick), path.identity
         else:
-            source = TextFile(path, option, config.text_key, config.bad_lines, chat)
             identity = identify(path, option)
         named.append((str(path), Assignment(source, split, share, part)))
         # The cache key contains the source of each document, but not the weights.
@@ -325,7 +319,7 @@ def _report(
     folder: Path,
     encoded: Encoded,
     names: list[str],
-    tokenizer: DocumentTokenizer,
+    tokenizer: Tokenizer,
     chat: ChatRenderer | None,
 ) -> DataReport:
     splits: dict[str, SplitReport | None] = {}

@@ -43,6 +43,12 @@ class Reading:
     bad_lines: Counter[str] = field(default_factory=Counter)
     done_bytes: int = 0
 
+    def keeps(self, text: str) -> bool:
+        """Return whether a document is more than white space, and count one that is not."""
+        kept = bool(text) and not text.isspace()
+        self.empty += not kept
+        return kept
+
 
 class _LineError(Exception):
     """An invalid line; the argument is the reason."""
@@ -75,14 +81,14 @@ class TextFile:
         suffix = format_of(self.path) or ""
         try:
             if suffix in (".parquet", ".arrow"):
-                yield from self._kept(self._columnar_texts(suffix, reading), reading)
+                yield from filter(reading.keeps, self._columnar_texts(suffix, reading))
                 return
             with self.path.open("rb") as raw:
                 file = self._decompressed(raw, suffix)
                 read = self._plain_texts if suffix.startswith(".txt") else self._json_texts
                 if self._check_text(file) and suffix in (".json", ".json.gz", ".json.zst"):
                     read = self._json_array_texts
-                yield from self._kept(read(file, raw, reading), reading)
+                yield from filter(reading.keeps, read(file, raw, reading))
         except OSError as error:
             raise unreadable(self.path, self.option, error) from error
 
@@ -117,13 +123,6 @@ class TextFile:
             # An object over several lines, unless it is a damaged line.
             return bool(newline) and line.rstrip() == b"{"
         return False
-
-    def _kept(self, texts: Iterator[str], reading: Reading) -> Iterator[str]:
-        for text in texts:
-            if text and not text.isspace():
-                yield text
-            else:
-                reading.empty += 1
 
     def _bad(self, line: int | str, reason: str | Exception, reading: Reading, data: bytes = b"") -> None:
         reason = "broken UTF-8" if isinstance(reason, UnicodeDecodeError) else str(reason)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..tokenizer import Tokenizer
 from .chat import ChatText
 from .long_documents import PIECE_CHARACTERS, cut_pattern, pieces
 from .readers import Reading
@@ -34,29 +35,6 @@ _LONG_CHARACTERS = 1 << 19
 _PIECES_AT_ONCE = 4
 # Text of batches that wait to be written.
 _PENDING_BYTES = 1 << 25
-
-
-class DocumentTokenizer(Protocol):
-    """The interface of a tokenizer; implemented by `minimind.tokenizer.Tokenizer`."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Start token of a document, or None."""
-
-    @property
-    def eos_token_id(self) -> int:
-        """End token of a document."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the tokenizer."""
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, without start and end tokens."""
 
 
 class DocumentSource(Protocol):
@@ -136,7 +114,7 @@ def hash_text(text: str) -> tuple[int, int]:
 
 def encode(
     assignments: Sequence[Assignment],
-    tokenizer: DocumentTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     progress: Callable[[int], None] | None = None,
 ) -> Encoded:
@@ -230,12 +208,11 @@ def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iter
 
 
 def _tokenized(
-    batches: Iterator[_Batch], tokenizer: DocumentTokenizer, dtype: np.dtype[Any]
+    batches: Iterator[_Batch], tokenizer: Tokenizer, dtype: np.dtype[Any]
 ) -> Iterator[tuple[_Batch, _Ids]]:
     """Yield each batch with its ids, in order, while the next ones are tokenized."""
     workers = max(2, min(8, os.cpu_count() or 2))
-    rules = getattr(tokenizer, "rules", None)
-    cut = None if rules is None else cut_pattern(rules())
+    cut = cut_pattern(tokenizer.rules())
     pending: deque[tuple[_Batch, Future[_Ids]]] = deque()
 
     def full() -> bool:
@@ -259,7 +236,7 @@ def _tokenized(
 
 
 def _encode_batch(
-    tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
+    tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
 ) -> _Ids:
     if any(isinstance(text, ChatText) for text in texts):
         return _encode_chats(tokenizer, texts, dtype)
@@ -273,7 +250,7 @@ def _encode_batch(
     return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
 
 
-def _encode_chats(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
+def _encode_chats(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
     """Encode conversations, whose special tokens have the ids of the template."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     parts = [text.parts if isinstance(text, ChatText) else (text,) for text in texts]
@@ -287,9 +264,7 @@ def _encode_chats(tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtyp
     return _Ids(np.fromiter(chain.from_iterable(documents), dtype, int(lengths.sum())), lengths)
 
 
-def _encode_long(
-    tokenizer: DocumentTokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str]
-) -> _Ids:
+def _encode_long(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str]) -> _Ids:
     """Encode documents in pieces: bounded memory, the same ids."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     parts: list[NDArray[Any]] = []
@@ -305,14 +280,14 @@ def _encode_long(
     return _Ids(np.concatenate(parts), np.array(lengths, np.int64))
 
 
-def _unknown(encoded: Encoded, split: int, tokenizer: DocumentTokenizer) -> dict[str, Any]:
+def _unknown(encoded: Encoded, split: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the count of the unknown token in a split, and the mean bytes of text that one stands for."""
-    unknown = getattr(tokenizer, "unknown_token_id", None)
+    unknown = tokenizer.unknown_token_id
     counts = encoded.token_counts[split].copy()
     if unknown is None or not counts[unknown]:
         return {}
     number, counts[unknown] = int(counts[unknown]), 0
-    known = float(counts @ tokenizer.bytes_per_token())  # type: ignore[attr-defined]
+    known = float(counts @ tokenizer.bytes_per_token())
     text_bytes = int(encoded.counts[:, split, 1].sum())
     return {"unknown_tokens": number, "unknown_bytes": max(text_bytes - known, 0.0) / number}
 

@@ -17,13 +17,13 @@ from ..errors import RankError
 from ..launch_env import restarts
 from .heartbeat import (
     Heartbeat,
-    Watchdog,
     describe_failed,
     describe_lost,
     error_key,
     format_error,
     launcher_store,
     post_error,
+    watchdog,
 )
 from .shutdown import StopRequest
 
@@ -89,7 +89,7 @@ def watch_peers(
         return stop.reason is not None and stop.has_launcher
 
     with Heartbeat(prefix, accelerator.process_index, accelerator.num_processes) as heartbeat:
-        with Watchdog(heartbeat, 0.9 * timeout, end, shutting_down=shutting_down):
+        with watchdog(heartbeat, 0.9 * timeout, end, shutting_down=shutting_down):
             yield
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch import distributed as dist
@@ -27,6 +27,11 @@ CONNECT_SECONDS = 3.0
 INTERVAL_SECONDS = 1.0
 # With more processes than this the interval grows, so that the load of the store stays the same.
 _PROCESSES_PER_INTERVAL = 16
+# Before the watchdog ends a process, its main thread has this long to raise: the error of its operation says
+# more.
+GRACE_SECONDS = 5.0
+# The launcher sends SIGKILL 30 s after SIGTERM.
+SHUTDOWN_SECONDS = 15.0
 
 
 def launcher_store(timeout: float = CONNECT_SECONDS) -> dist.TCPStore:
@@ -160,52 +165,35 @@ def describe_lost(ranks: Iterable[int]) -> str:
     return f"rank {names} no longer answers: it was killed, hangs, or its machine cannot be reached"
 
 
-class Watchdog:
-    """Thread that ends this process when another one is lost while the main thread is blocked."""
+@contextmanager
+def watchdog(
+    heartbeat: Heartbeat, timeout: float, end: Callable[[str], None], *, shutting_down: Callable[[], bool]
+) -> Iterator[None]:
+    """End this process when another one is lost while the main thread is blocked inside this context.
 
-    # The main thread has this long to raise first: the error of its operation says more.
-    GRACE_SECONDS = 5.0
-    # The launcher sends SIGKILL 30 s after SIGTERM.
-    SHUTDOWN_SECONDS = 15.0
+    Args:
+        timeout: seconds without a heartbeat after which a process is lost.
+        end: called once, from a thread, with a sentence that names the lost rank.
+        shutting_down: whether this process was asked to stop, which shortens the timeout.
+    """
+    over = threading.Event()
 
-    def __init__(
-        self,
-        heartbeat: Heartbeat,
-        timeout: float,
-        end: Callable[[str], None],
-        *,
-        shutting_down: Callable[[], bool],
-    ) -> None:
-        """Prepare; the thread starts on entering.
-
-        Args:
-            timeout: seconds without a heartbeat after which a process is lost.
-            end: called once, from the thread, with a sentence that names the lost rank.
-            shutting_down: whether this process was asked to stop, which shortens the timeout.
-        """
-        self._heartbeat, self._timeout, self._end = heartbeat, timeout, end
-        self._shutting_down = shutting_down
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-
-    def __enter__(self) -> Watchdog:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(min(INTERVAL_SECONDS, self._timeout / 10)):
-            timeout = min(self.SHUTDOWN_SECONDS, self._timeout) if self._shutting_down() else self._timeout
-            if failed := self._heartbeat.failed(self.GRACE_SECONDS):
+    def watch() -> None:
+        while not over.wait(min(INTERVAL_SECONDS, timeout / 10)):
+            if failed := heartbeat.failed(GRACE_SECONDS):
                 problem = describe_failed(failed)
-            elif lost := self._heartbeat.missed(timeout):
+            elif lost := heartbeat.missed(min(SHUTDOWN_SECONDS, timeout) if shutting_down() else timeout):
                 problem = describe_lost(lost)
             else:
                 continue
-            self._end(f"{problem}; rank {self._heartbeat.rank} stopped.")
+            end(f"{problem}; rank {heartbeat.rank} stopped.")
             return
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def started_before() -> bool:

@@ -20,8 +20,6 @@ from ..modeling.loss import IGNORED
 from ..modeling.transformer import CausalLMOutput
 from ..modeling.transformers_config import TransformersConfig
 
-_PREFIX = "network."
-
 # How documents in a packed sequence are kept apart: by restarting positions, which transformers recognizes,
 # by a mask besides, or not at all.
 Separation = Literal["positions", "mask", "none"]
@@ -30,13 +28,16 @@ Separation = Literal["positions", "mask", "none"]
 class TransformersModel(nn.Module):
     """A model of transformers with the interface of `MiniMindForCausalLM` in training and evaluation.
 
-    It also generates, in place of an `InferenceEngine`. Its state dict has the names of transformers.
+    It also generates, in place of an `InferenceEngine`. Its submodules are those of the network, so that
+    state dicts have the names of transformers.
 
     Attributes:
-        network: the model.
+        network: the model of transformers.
         config: its configuration.
         separation: how documents in a packed sequence are kept apart.
     """
+
+    network: Any
 
     def __init__(self, network: Any, config: TransformersConfig) -> None:
         """Wrap a model and measure how it keeps documents apart.
@@ -45,7 +46,11 @@ class TransformersModel(nn.Module):
             ConfigError: for a model in which tokens attend to later ones.
         """
         super().__init__()
-        self.network, self.config = network, config
+        # Not registered as a submodule, which would add to the names.
+        self.__dict__["network"] = network
+        for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[shared] = getattr(network, shared)
+        self.config = config
         accepted = inspect.signature(network.forward).parameters
         self._accepted = frozenset(accepted)
         self._fixed = {"use_cache": False} if "use_cache" in accepted else {}
@@ -54,9 +59,12 @@ class TransformersModel(nn.Module):
         # Read by Accelerate: FSDP shards each module of these classes as a unit.
         classes = {type(module).__name__ for module in network.modules()}
         self._no_split_modules = sorted(classes.intersection(network._no_split_modules or ()))
-        self.register_state_dict_post_hook(_without_prefix)
-        self.register_load_state_dict_pre_hook(_with_prefix)
         self.separation = self._measure_separation()
+
+    def train(self, mode: bool = True) -> TransformersModel:
+        """Set training or evaluation mode, of the network itself too."""
+        self.network.training = mode
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
@@ -81,7 +89,7 @@ class TransformersModel(nn.Module):
 
         A `Conv1D` of GPT-2 is a linear layer that stores its matrix transposed.
         """
-        for name, module in self.network.named_modules():
+        for name, module in self.named_modules():
             linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
             for parameter in module.parameters(recurse=False):
                 if (linear and parameter.ndim == 2) or (name.endswith(".experts") and parameter.ndim == 3):
@@ -238,16 +246,3 @@ class _DecodeBatch:
 
 def _close(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).abs().max() <= 1e-5 * second.abs().max())
-
-
-def _without_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    _rename(state_dict, prefix + _PREFIX, prefix)
-
-
-def _with_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    _rename(state_dict, prefix, prefix + _PREFIX)
-
-
-def _rename(state_dict: dict[str, Any], before: str, after: str) -> None:
-    for name in [name for name in state_dict if name.startswith(before)]:
-        state_dict[after + name.removeprefix(before)] = state_dict.pop(name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import tempfile
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil  # a dependency of Accelerate
 import torch
@@ -41,6 +41,7 @@ from ..tracking.console import Progress
 from ..tracking.plugins import Tracker
 from ..training.build_model import ModelFactory
 from ..training.callbacks import Callback
+from ..training.custom_parts import CustomParts
 from ..training.result import PretrainResult
 from ..training.setup import RunInputs, build_training
 from .benchmark import matmul_flops, measure_steps
@@ -107,18 +108,10 @@ def pretrain(
 
     if config.budget_chooses and model_factory is not MiniMindForCausalLM:
         raise ConfigError("--budget chooses the sizes of minimind's own model only; remove it.")
+    custom = CustomParts(model_factory, optimizer, schedule, data, tuple(callbacks), tuple(trackers))
+    chosen = follow_budget(config, quiet=quiet)
     return train(
-        follow_budget(config, quiet=quiet),
-        callbacks=callbacks,
-        trackers=trackers,
-        optimizer=optimizer,
-        schedule=schedule,
-        data=data,
-        model_factory=model_factory,
-        quiet=quiet,
-        handle_signals=handle_signals,
-        stop_after=stop_after,
-        branch=branch,
+        chosen, custom, quiet=quiet, handle_signals=handle_signals, stop_after=stop_after, branch=branch
     )
 
 
@@ -164,7 +157,7 @@ def plan_budget(config: PretrainConfig, *, quiet: bool = False) -> BudgetPlan:
                 "another folder."
             )
         progress.note(f"--budget {config.budget}: measuring text and machine.")
-        return _Decision(config).make()
+        return _choose(config)
     finally:
         progress.close()
 
@@ -184,8 +177,7 @@ def _recorded_choice(config: PretrainConfig) -> PretrainConfig | None:
     return dataclasses.replace(config, **{**chosen, **defaults}, budget_keeps=BUDGET_OPTIONS)
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What the main process decided, for all ranks."""
 
     ranked: tuple[Candidate, ...]
@@ -193,105 +185,73 @@ class _Outcome:
     machine: Machine
 
 
-class _Decision:
-    """The main process decides; all ranks measure."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        assert config.budget is not None
-        self._budget: Budget = parse_budget(config.budget)
-        self._config = config
-        self._kept = _kept_options(config)
-        self._sample: TextSample | None = None
-        self._search: Generator[Candidate, float | None, list[Candidate]] | None = None
-        self._text: TextSize | None = None
-        self._machine: Machine | None = None
-
-    def make(self) -> BudgetPlan:
-        """Return the plan, the same on all ranks."""
-        action = self._session(128, self._first_action)
-        while isinstance(action, Candidate):
-            action = self._session(action.shape.hidden_size, partial(self._measured_action, action))
-        return self._plan(action)
-
-    def _session(self, hidden_size: int, work: Any) -> Candidate | _Outcome:
-        """Call `work` with an Accelerator in the precision of a hidden size."""
-        accelerator = start_accelerator(dataclasses.replace(self._config, **_sizes_for(hidden_size)))
+def _choose(config: PretrainConfig) -> BudgetPlan:
+    """Return the plan, the same on all ranks: the main process decides, all ranks measure."""
+    assert config.budget is not None
+    budget, kept = parse_budget(config.budget), _kept_options(config)
+    # Once per rank: it may take seconds.
+    sample = functools.cache(partial(read_sample, config))
+    deciding = _decide(config, budget, kept, sample)
+    next(deciding)
+    found: Candidate | _Outcome | None = None
+    while not isinstance(found, _Outcome):
+        # In the precision of that width.
+        width = found.shape.hidden_size if found else 128
+        accelerator = start_accelerator(dataclasses.replace(config, **_sizes_for(width)))
         try:
-            return work(accelerator)
+            if found is None:
+                measured: Any = measure_machine(accelerator, config)
+            else:
+                times = gather_object([measure_candidate(config, found, accelerator)])
+                # The slowest rank counts; one that runs out of memory counts for all.
+                measured = None if None in times else max(times)
+            found = run_on_main_and_broadcast(accelerator, partial(deciding.send, measured))
         finally:
             close_accelerator(accelerator)
+    return _plan(config, budget, kept, found, sample)
 
-    def _first_action(self, accelerator: Accelerator) -> Candidate | _Outcome:
-        machine = measure_machine(accelerator, self._config)
 
-        def begin() -> Candidate | _Outcome:
-            self._machine = machine
-            sample = self._read()
-            choose = "tokenizer" not in self._kept and self._config.vocab_size is None
-            self._text = text_size(self._config, sample, choose_tokenizer=choose)
-            chooser = Chooser(
-                self._budget,
-                self._text,
-                machine,
-                packaged_law(),
-                self._kept,
-                self._config.optimizer,
-                self._config.activation_checkpointing,
-            )
-            low, high = _SEARCH_SECONDS
-            seconds = min(max(_SEARCH_SHARE * (self._budget.seconds or 3600.0), low), high)
-            end = time.monotonic() + seconds
-            self._search = search(chooser, lambda: end - time.monotonic())
-            return self._advance(None)
+def _decide(
+    config: PretrainConfig, budget: Budget, kept: dict[str, Any], sample: Callable[[], TextSample]
+) -> Generator[Candidate | _Outcome | None, Any, None]:
+    """Yield what to measure, first the machine (None), then candidates, and at last the outcome."""
+    machine = yield None
+    choose_tokenizer = "tokenizer" not in kept and config.vocab_size is None
+    text = text_size(config, sample(), choose_tokenizer=choose_tokenizer)
+    recompute = config.activation_checkpointing
+    chooser = Chooser(budget, text, machine, packaged_law(), kept, config.optimizer, recompute)
+    low, high = _SEARCH_SECONDS
+    end = time.monotonic() + min(max(_SEARCH_SHARE * (budget.seconds or 3600.0), low), high)
+    ranked = yield from search(chooser, lambda: end - time.monotonic())
+    yield _Outcome(_with_alternatives(ranked), text, machine)
 
-        return run_on_main_and_broadcast(accelerator, begin)
 
-    def _measured_action(self, candidate: Candidate, accelerator: Accelerator) -> Candidate | _Outcome:
-        seconds = measure_candidate(self._config, candidate, accelerator)
-        # The slowest rank counts; one that runs out of memory counts for all.
-        times = gather_object([seconds]) if accelerator.num_processes > 1 else [seconds]
-        slowest = None if None in times else max(times)
-        return run_on_main_and_broadcast(accelerator, partial(self._advance, slowest))
-
-    def _advance(self, seconds: float | None) -> Candidate | _Outcome:
-        assert self._search is not None
-        assert self._text is not None
-        assert self._machine is not None
-        try:
-            return self._search.send(seconds)
-        except StopIteration as end:
-            return _Outcome(_with_alternatives(end.value), self._text, self._machine)
-
-    def _read(self) -> TextSample:
-        if self._sample is None:
-            self._sample = read_sample(self._config)
-        return self._sample
-
-    def _plan(self, outcome: _Outcome) -> BudgetPlan:
-        best = outcome.ranked[0]
-        options = chosen_options(
-            best,
-            outcome.text,
-            self._budget,
-            self._kept,
-            optimizer=self._config.optimizer,
-            processes=outcome.machine.processes,
-        )
-        if self._config.from_weight is not None and "learning_rate" in options:
-            options["learning_rate"] *= FROM_WEIGHT_RATE
-        if best.tokenizer.trained:
-            options["tokenizer"] = trained_tokenizer(self._config, self._read(), best.tokenizer.vocab_size)
-        if "compile" not in self._kept and outcome.machine.device == "cuda":
-            alone = outcome.machine.fused and outcome.machine.processes == 1
-            options["compile"] = (self._budget.seconds or best.seconds) > _COMPILE_AFTER[alone]
-        if self._config.val_data:
-            options.pop("val_fraction", None)
-        if self._kept.get("lr_schedule", "wsd") != "wsd":
-            for name in ("decay_ratio", "decay_shape"):
-                options.pop(name, None)
-        config = dataclasses.replace(self._config, **options, budget_keeps=BUDGET_OPTIONS)
-        kept = tuple(name for name in self._config.budget_keeps if name in BUDGET_OPTIONS)
-        return BudgetPlan(config, self._budget, outcome.text, outcome.machine, outcome.ranked, kept)
+def _plan(
+    config: PretrainConfig,
+    budget: Budget,
+    kept: dict[str, Any],
+    outcome: _Outcome,
+    sample: Callable[[], TextSample],
+) -> BudgetPlan:
+    best, machine = outcome.ranked[0], outcome.machine
+    options = chosen_options(
+        best, outcome.text, budget, kept, optimizer=config.optimizer, processes=machine.processes
+    )
+    if config.from_weight is not None and "learning_rate" in options:
+        options["learning_rate"] *= FROM_WEIGHT_RATE
+    if best.tokenizer.trained:
+        options["tokenizer"] = trained_tokenizer(config, sample(), best.tokenizer.vocab_size)
+    if "compile" not in kept and machine.device == "cuda":
+        alone = machine.fused and machine.processes == 1
+        options["compile"] = (budget.seconds or best.seconds) > _COMPILE_AFTER[alone]
+    if config.val_data:
+        options.pop("val_fraction", None)
+    if kept.get("lr_schedule", "wsd") != "wsd":
+        for name in ("decay_ratio", "decay_shape"):
+            options.pop(name, None)
+    kept_names = tuple(name for name in config.budget_keeps if name in BUDGET_OPTIONS)
+    chosen = dataclasses.replace(config, **options, budget_keeps=BUDGET_OPTIONS)
+    return BudgetPlan(chosen, budget, outcome.text, machine, outcome.ranked, kept_names)
 
 
 def _with_alternatives(ranked: list[Candidate]) -> tuple[Candidate, ...]:
@@ -332,12 +292,7 @@ def _sizes_for(hidden_size: int) -> dict[str, Any]:
 
 
 def measure_machine(accelerator: Accelerator, config: PretrainConfig) -> Machine:
-    """Return what a run trains on; every rank must call this.
-
-    Args:
-        accelerator: of the run.
-        config: of the run.
-    """
+    """Return what a run trains on; every rank must call this."""
     device = accelerator.device
     flops = matmul_flops(device, accelerator.mixed_precision)
     if device.type == "cuda":
@@ -348,7 +303,7 @@ def measure_machine(accelerator: Accelerator, config: PretrainConfig) -> Machine
     else:
         memory = psutil.virtual_memory().available / accelerator.num_processes
         name = device.type.upper()
-    facts = gather_object([(flops, memory)]) if accelerator.num_processes > 1 else [(flops, memory)]
+    facts = gather_object([(flops, memory)])
     fused = device.type == "cuda" and not unsupported_reason(
         accelerator.mixed_precision, head_dim=64, dropout=config.dropout
     )

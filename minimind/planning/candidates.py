@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import recipe
 from ..config.budget import Budget
@@ -122,16 +122,8 @@ class Candidate:
         return self.shape, self.tokenizer.vocab_size
 
 
-@dataclass(frozen=True)
-class BatchChoice:
-    """Sizes of a step.
-
-    Attributes:
-        batch_tokens: of the global batch.
-        seq_len: T.
-        micro_batch_size: sequences of one process per forward pass.
-        memory: estimated bytes on one device.
-    """
+class BatchChoice(NamedTuple):
+    """Sizes of a step, named as in `Candidate`."""
 
     batch_tokens: int
     seq_len: int
@@ -168,7 +160,9 @@ def chosen_options(
         "max_seq_len": candidate.seq_len,
         "batch_size": candidate.micro_batch_size,
         # A limit: the clock ends a time budget, also on a machine that turns out faster.
-        "epochs": recipe.MOST_EPOCHS if budget.seconds else math.ceil(candidate.epochs),
+        "epochs": recipe.MOST_EPOCHS
+        if budget.seconds
+        else min(math.ceil(candidate.epochs), recipe.MOST_EPOCHS),
         "learning_rate": rate,
         "lr_schedule": "wsd",
         "warmup_steps": min(max(round(0.02 * steps), 1), 1000),
@@ -184,7 +178,6 @@ def chosen_options(
     }
     if kept.get("accumulation_steps") is None:
         options["global_batch_size"] = candidate.global_batch_size
-    options["epochs"] = min(options["epochs"], recipe.MOST_EPOCHS)
     return {name: value for name, value in options.items() if name not in kept}
 
 

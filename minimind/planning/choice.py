@@ -6,6 +6,7 @@ Plain arithmetic on measured numbers, so that it can be tested for any machine. 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -91,11 +92,6 @@ class Chooser:
             ordered = self._compute_optimal(ordered)
         return self._prefer_packaged(ordered)
 
-    def next_to_measure(self) -> Candidate | None:
-        """Return the best candidate if its speed is only expected, else None."""
-        first = self.ranked()[0]
-        return None if first.measured else first
-
     def learn(self, candidate: Candidate, step_seconds: float) -> None:
         """Note the measured time of a step of a candidate, with the batch that the candidate has."""
         expected = self._expected_step_seconds(candidate.shape, candidate.tokenizer, candidate)
@@ -130,18 +126,13 @@ class Chooser:
 
     def _candidates(self) -> Iterator[Candidate]:
         shapes = self._shapes()
-        for shape in shapes:
-            for tokenizer in self.text.tokenizers:
-                if shape not in shapes[:3] and shape.block_parameters > self._most_parameters(tokenizer):
-                    continue
-                for multiple in self._multiples():
-                    candidate = self._candidate(shape, tokenizer, multiple)
-                    if candidate is not None:
-                        yield candidate
-
-    def _multiples(self) -> tuple[int, ...]:
         given = self.kept.get("global_batch_size") or self.kept.get("accumulation_steps")
-        return (1,) if given else BATCHES
+        for shape, tokenizer in itertools.product(shapes, self.text.tokenizers):
+            most = recipe.MOST_PARAMETERS_PER_TOKEN * self._unique_tokens(tokenizer)
+            if shape in shapes[:3] or shape.block_parameters <= most:
+                for multiple in (1,) if given else BATCHES:
+                    if (candidate := self._candidate(shape, tokenizer, multiple)) is not None:
+                        yield candidate
 
     def _shapes(self) -> list[ModelShape]:
         """Return the shapes of the ladder with the sizes that are set."""
@@ -168,7 +159,6 @@ class Chooser:
         unique = self._unique_tokens(tokenizer)
         limit = unique * (self.kept.get("epochs") or recipe.MOST_EPOCHS)
         tokens = min(unique, 1e6)
-        plan = None
         # The batch follows from the tokens, and with the speed the tokens from the batch.
         for _ in range(4):
             plan = self._batch(shape, tokenizer, tokens, multiple)
@@ -181,19 +171,15 @@ class Chooser:
         if steps < 1:
             return None
         done = steps * plan.batch_tokens
-        forecast = self._forecast(shape, tokenizer, done, plan.batch_tokens)
         return Candidate(
+            **plan._asdict(),
             shape=shape,
             tokenizer=tokenizer,
-            batch_tokens=plan.batch_tokens,
-            seq_len=plan.seq_len,
-            micro_batch_size=plan.micro_batch_size,
             global_batch_size=plan.batch_tokens // plan.seq_len,
             steps=steps,
             epochs=done / unique,
             step_seconds=step_seconds,
-            memory=plan.memory,
-            forecast=forecast,
+            forecast=self._forecast(shape, tokenizer, done, plan.batch_tokens),
             measured=(shape, tokenizer.vocab_size) in self.speeds,
             limited=tokens >= limit,
         )
@@ -219,9 +205,6 @@ class Chooser:
 
     def _flops_per_token(self, candidate: Candidate) -> int:
         return self._model(candidate.shape, candidate.tokenizer).flops_per_token(candidate.seq_len)
-
-    def _most_parameters(self, tokenizer: TokenizerChoice) -> float:
-        return recipe.MOST_PARAMETERS_PER_TOKEN * self._unique_tokens(tokenizer)
 
     def _parameters(self, shape: ModelShape, tokenizer: TokenizerChoice) -> float:
         return recipe.effective_parameters(shape.block_parameters, self._unique_tokens(tokenizer))
@@ -333,7 +316,7 @@ def search(
         time_left: seconds left for measuring. One candidate is measured whatever it takes.
     """
     longest = 0.0
-    while (candidate := chooser.next_to_measure()) is not None:
+    while not (candidate := chooser.ranked()[0]).measured:
         before = time_left()
         if chooser.speeds and before < longest:
             break

@@ -12,7 +12,8 @@ from typing import Any
 import tokenizers as tokenizers_library
 
 from ..config.options import PretrainConfig
-from ..data.prepare import BuiltinCorpus, cache_folder
+from ..data.builtin_corpus import builtin_documents
+from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
 from ..data.sources import read_sources
 from ..errors import DataError
@@ -71,7 +72,7 @@ def read_sample(config: PretrainConfig) -> TextSample:
         DataError: for data that is missing or unreadable.
     """
     if not config.data:
-        documents = tuple(BuiltinCorpus().documents(Reading()))
+        documents = tuple(builtin_documents())
         return TextSample(documents, _bytes(documents))
     sources = read_sources(config.data, text_key=config.text_key)
     files = [path for source in sources for path in source.paths]
@@ -96,10 +97,7 @@ def read_sample(config: PretrainConfig) -> TextSample:
 def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: bool) -> TextSize:
     """Return the size of the text of a run, and its tokens with each tokenizer to choose from.
 
-    Args:
-        config: of the run.
-        sample: of its training text.
-        choose_tokenizer: compare vocabularies trained on the sample, too.
+    With `choose_tokenizer` these include vocabularies trained on the sample.
     """
     held_out = sample.held_out
     num_bytes = _bytes(held_out)

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from .info_text import (
     trained_text,
     versions_text,
 )
-from .record import RunRecord, read_run
+from .record import FINGERPRINTS, RunRecord, read_run
 
 CONFIG = "config.json"
 
@@ -122,7 +123,7 @@ def _run(run: RunRecord) -> Info:
         "device": device_text(environment),
         "launch": environment.get("launch"),
         "data": list(run.config.data),
-        "fingerprints": {what: run.fingerprint(what) for what in ("training text", "tokenizer", "mixture")},
+        "fingerprints": {what: run.fingerprint(what) for what in FINGERPRINTS},
         "bytes": disk,
         "report": str(run.folder.report) if run.folder.report.is_file() else None,
     }
@@ -146,9 +147,7 @@ def _run(run: RunRecord) -> Info:
         *measured("report", values["report"] or ""),
     ]
     folder = shlex.quote(str(run.path))
-    following = [("generate", f"minimind-train generate {folder}")] if run.finished or checkpoints else []
-    if following:
-        following.append(("export", f"minimind-train export {folder} --output FOLDER"))
+    following = _uses(folder) if run.finished or checkpoints else []
     if checkpoints:
         resume = resume_command(run.path, environment.get("launch") or {})
         more = f" {_limit(run)} N" if run.finished else ""
@@ -171,48 +170,40 @@ def _checkpoint(checkpoint: StoredCheckpoint) -> Info:
     trainer = checkpoint.trainer
     settings: Mapping[str, Any] = trainer.get("settings", {})
     header = read_headers([checkpoint.path / MODEL])
-    parts = count_parts(header.shapes)
     best = best_checkpoint(checkpoint.path.parent)
-    marked = best is not None and best[0] == checkpoint.step
+    if best is not None and best[0] != checkpoint.step:
+        best = None
     state: Mapping[str, Any] = trainer.get("state", {})
-    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.path.stat().st_mtime))
     shape = {name: settings.get(name) for name in SHAPE}
-    fingerprints = {
-        "training text": settings.get("data_fingerprint"),
-        "tokenizer": settings.get("tokenizer_fingerprint"),
-        "mixture": settings.get("data_mixture"),
-    }
+    fingerprints = {what: settings.get(key) for what, key in FINGERPRINTS.items()}
     values: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
         "shape": shape,
-        "parameters": {"all": sum(parts.values()), **parts},
+        "parameters": _parameters(header),
         "dtypes": list(header.dtypes),
         "steps": checkpoint.step,
         "tokens": trainer.get("tokens"),
-        "best": {"step": best[0], "val_loss": best[1]} if best is not None and marked else None,
+        "best": {"step": best[0], "val_loss": best[1]} if best is not None else None,
         "digest": state.get("digest"),
-        "written": written,
+        "written": _written(checkpoint.path),
         "packages": trainer.get("versions", {}),
         "fingerprints": fingerprints,
         "bytes": {"all": checkpoint.num_bytes},
     }
     rows = [
-        ("checkpoint", f"{checkpoint.path}, intact" + (", the best of its run" if marked else "")),
+        ("checkpoint", f"{checkpoint.path}, intact" + (", the best of its run" if best else "")),
         *model_rows(shape, values["parameters"]),
         ("trained", trained_text(checkpoint.step, trainer.get("tokens"), None)),
-        *measured("loss", f"validation {best[1]:.4f}" if best is not None and marked else ""),
-        ("written", written),
+        *measured("loss", f"validation {best[1]:.4f}" if best else ""),
+        ("written", values["written"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in values["packages"].items())),
         *fingerprint_rows(fingerprints),
         ("disk", size(checkpoint.num_bytes)),
     ]
     folder = shlex.quote(str(checkpoint.path))
     run = RunFolder(checkpoint.path.parent.parent)
-    following = [
-        ("generate", f"minimind-train generate {folder}"),
-        ("export", f"minimind-train export {folder} --output FOLDER"),
-    ]
+    following = _uses(folder)
     if run.config.is_file():
         resume = f"minimind-train pretrain --resume {folder} --output-dir {shlex.quote(str(run.path))}"
         following.insert(0, ("pretrain", resume))
@@ -246,45 +237,50 @@ def _weights(path: Path) -> Info:
     return _described(path, "weights", read_headers([path]), {}, path.stat().st_size)
 
 
-def _readable(path: Path) -> Path | None:
-    """Return the path that other commands accept: for a .safetensors its folder, if that has a config."""
-    if path.suffix != ".safetensors":
-        return path
-    known = (path.parent / CONFIG).is_file() or (path.parent / TRAINER).is_file()
-    return path.parent if known else None
-
-
 def _described(path: Path, kind: str, header: WeightHeader, shape: dict[str, Any], num_bytes: int) -> Info:
-    parts = count_parts(header.shapes)
-    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
     values: dict[str, Any] = {
         "kind": kind,
         "path": str(path),
         "shape": shape,
-        "parameters": {"all": sum(parts.values()), **parts},
+        "parameters": _parameters(header),
         "dtypes": list(header.dtypes),
         "tensors": len(header.shapes),
-        "written": written,
+        "written": _written(path),
         "tokenizer": (path / "tokenizer.json").is_file(),
         "bytes": {"all": num_bytes},
     }
     rows = [
         (kind, f"{path}, {', '.join(header.dtypes)}, {len(header.shapes)} tensors"),
         *model_rows(shape, values["parameters"]),
-        ("written", written),
+        ("written", values["written"]),
         ("disk", size(num_bytes)),
     ]
-    readable = _readable(path)
-    quoted = shlex.quote(str(readable))
-    following = []
-    if readable is not None:
-        following = [
-            ("generate", f"minimind-train generate {quoted}"),
-            ("export", f"minimind-train export {quoted} --output FOLDER"),
-        ]
+    # Other commands read a .safetensors by its folder, if that has a config.
+    folder = path.parent if path.suffix == ".safetensors" else path
+    readable = folder == path or (folder / CONFIG).is_file() or (folder / TRAINER).is_file()
+    quoted = shlex.quote(str(folder))
+    following = _uses(quoted) if readable else []
     if kind == "model":
         following.append(("pretrain", f"minimind-train pretrain --from-weight {quoted} --data TEXT"))
     return Info(kind, values, rows, following)
+
+
+def _parameters(header: WeightHeader) -> dict[str, int]:
+    """Return the number of parameters, of all and by part."""
+    parts = count_parts(header.shapes)
+    return {"all": sum(parts.values()), **parts}
+
+
+def _written(path: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+
+
+def _uses(quoted: str) -> list[tuple[str, str]]:
+    """Return the commands that use the weights at a path."""
+    return [
+        ("generate", f"minimind-train generate {quoted}"),
+        ("export", f"minimind-train export {quoted} --output FOLDER"),
+    ]
 
 
 SHAPE = (
@@ -300,9 +296,6 @@ def run_parts(run: RunRecord) -> dict[str, int]:
     files += [checkpoint.path / MODEL for checkpoint in reversed(run.checkpoints)]
     for file in files:
         if file.is_file():
-            try:
-                parts = count_parts(read_headers([file]).shapes)
-            except (ConfigError, CheckpointError):
-                continue
-            return {"all": sum(parts.values()), **parts}
+            with suppress(ConfigError, CheckpointError):
+                return _parameters(read_headers([file]))
     return {}

@@ -22,6 +22,12 @@ from ..tracking.metrics_file import read_metrics
 
 # Metrics of training reports and of evaluations.
 LOSS, BITS = "loss", "val_bits_per_byte"
+# The settings of a checkpoint that hold fingerprints, by what they are of.
+FINGERPRINTS = {
+    "training text": "data_fingerprint",
+    "tokenizer": "tokenizer_fingerprint",
+    "mixture": "data_mixture",
+}
 # Types of the keys of environment.json; values of another type are ignored.
 _KINDS = {"packages": dict, "launch": dict, "gpus": list, "working_folder": str}
 _LAUNCH_KINDS = {"processes": int, "machines": int, "kind": str, "precision": str, "variables": dict}
@@ -86,14 +92,11 @@ class RunRecord:
         return (self.folder.model / "model.safetensors").is_file()
 
     def fingerprint(self, what: str) -> str | None:
-        """Return the fingerprint of the `tokenizer`, the `training text` or the `mixture`."""
+        """Return one of `FINGERPRINTS`, None where it was not recorded."""
         found = self.environment.get("fingerprints")
         if isinstance(found, dict) and isinstance(found.get(what), str):
             return str(found[what])
-        key = {"training text": "data_fingerprint", "mixture": "data_mixture"}.get(
-            what, f"{what}_fingerprint"
-        )
-        saved = self.trainer.get("settings", {}).get(key)
+        saved = self.trainer.get("settings", {}).get(FINGERPRINTS[what])
         return None if saved is None else str(saved)
 
     def best(self) -> dict[str, Any] | None:

@@ -56,9 +56,7 @@ class Reproduction:
 def reproduce(run: RunRecord, *, check_data: bool = False) -> Reproduction:
     """Return the command that reproduces a run on this machine, and warnings.
 
-    Args:
-        run: the run.
-        check_data: tokenize data that is not in the cache, to compare its fingerprint.
+    With `check_data` data that is not in the cache is tokenized, to compare its fingerprint.
     """
     config, warnings = _absolute(run)
     tokenizer, more = _tokenizer(run, config)
@@ -119,23 +117,18 @@ def _with_recorded_defaults(config: PretrainConfig, launch: Mapping[str, Any]) -
 
 def _absolute(run: RunRecord) -> tuple[PretrainConfig, list[str]]:
     """Return the options with paths valid from the current folder, and warnings."""
-    config = run.config
-    started_in = run.environment.get("working_folder")
-    if started_in is None or Path(started_in) == Path.cwd():
-        relative = [name for name in _PATHS if any(map(_is_relative, _as_tuple(getattr(config, name))))]
-        if started_in is None and relative:
-            flags = ", ".join(CONFIG_SCHEMA[name].flag for name in relative)
-            return config, [
-                f"{flags} are relative to the working folder of the run, which it did not record."
-            ]
+    config, started_in = run.config, run.environment.get("working_folder")
+    relative = [name for name in _PATHS if any(map(_is_relative, _as_tuple(getattr(config, name))))]
+    if not relative or (started_in is not None and Path(started_in) == Path.cwd()):
         return config, []
+    if started_in is None:
+        flags = ", ".join(CONFIG_SCHEMA[name].flag for name in relative)
+        return config, [f"{flags} are relative to the working folder of the run, which it did not record."]
     changes: dict[str, Any] = {}
-    for name in _PATHS:
+    for name in relative:
         value = getattr(config, name)
-        moved = tuple(
-            os.path.join(started_in, text) if _is_relative(text) else text for text in _as_tuple(value)
-        )
-        changes[name] = moved if isinstance(value, tuple) else (moved[0] if moved else None)
+        moved = [os.path.join(started_in, t) if _is_relative(t) else t for t in _as_tuple(value)]
+        changes[name] = tuple(moved) if isinstance(value, tuple) else moved[0]
     return dataclasses.replace(config, **changes), []
 
 

@@ -1,6 +1,6 @@
-"""TensorBoard, WandB, SwanLab, MLflow and CSV behind one interface, and the thread that feeds them.
+"""TensorBoard, WandB, SwanLab, MLflow and CSV as a `Tracker`, and the thread that feeds them.
 
-WandB, SwanLab and MLflow are Accelerate's tracker classes, extended by run descriptions, text, resuming, and
+WandB, SwanLab and MLflow use Accelerate's tracker classes, extended by run descriptions, text, resuming, and
 settings that collect no secrets. TensorBoard's event files are written here, because its own writer thread
 ends with a traceback when the disk is full.
 """
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from accelerate.tracking import MLflowTracker, SwanLabTracker, WandBTracker
@@ -29,8 +28,7 @@ from ..io.append import AppendFile
 from ..io.atomic import write_text
 from ..io.reading import open_regular
 from .environment import hide_secrets
-from .metric_groups import grouped_name
-from .plugins import PluggedTracker
+from .plugins import TrackedRun
 
 # What TensorBoard shows beside the hyper-parameters of each run, and which of them it shows.
 COMPARED_METRICS = ("val/loss", "val/bits_per_byte", "train/loss")
@@ -61,49 +59,53 @@ CSV_COLUMNS = (
     *("grad_norm", "tokens_per_second", "mfu", "memory_gb", "elapsed"),
 )
 
-HyperParameters = Mapping[str, bool | int | float | str]
+# Groups of metrics, in which trackers show their charts; `train/` has every other metric.
+_PERFORMANCE = ("tokens_per_second", "mfu", "memory_gb", "elapsed", "eta_seconds")
+_EXPERTS = ("expert_load", "balance_loss", "dropped_share")
 
 
 class TensorBoard:
     """Event files in the folder `tensorboard` of a run: one curve, however often the run is resumed."""
 
-    def __init__(self, folder: Path, start_step: int, on_error: Callable[[OSError], None]) -> None:
-        """Store the arguments; the disk is not touched.
+    def __init__(self, on_error: Callable[[OSError], None]) -> None:
+        """Store the argument.
 
         Args:
-            start_step: older events of later steps become invalid; 0 invalidates all.
             on_error: called when the disk refuses events, which then stay in memory; see `AppendFile`.
         """
-        self._folder, self._start_step, self._on_error = folder / "tensorboard", start_step, on_error
+        self._on_error = on_error
 
-    def start(self) -> None:
-        """Begin an event file that invalidates older events of later steps."""
-        files = sorted(self._folder.glob(f"{_EVENTS}*"))
+    def start(self, run: TrackedRun) -> None:
+        """Begin an event file that invalidates older events of later steps, and describe the run in it.
+
+        Hyper-parameters have a tab, and are shown as text like the environment.
+        """
+        folder = run.folder / "tensorboard"
+        files = sorted(folder.glob(f"{_EVENTS}*"))
         old = [path.name.removeprefix(_EVENTS).partition(".")[0] for path in files]
         # TensorBoard reads event files in the order of their names: also after the clock was set back.
         latest = max((int(seconds) for seconds in old if seconds.isdigit()), default=0)
         name = f"{_EVENTS}{max(int(time.time()), latest + 1):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._resumed = self._start_step > 0 and bool(old)
+        resumed = run.start_step > 0 and bool(old)
         # A run of an earlier version goes on with the names that its charts have.
-        self._grouped = not self._resumed or _begins_with_layout(files[0])
-        self._file = AppendFile(self._folder / name, self._on_error)
+        self._grouped = not resumed or _begins_with_layout(files[0])
+        self._file = AppendFile(folder / name, self._on_error)
         from tensorboard.compat.proto.event_pb2 import SessionLog
+        from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-        purge_step = self._start_step + 1 if self._start_step else 0
         self._write(file_version="brain.Event:2")
+        purge_step = run.start_step + 1 if run.start_step else 0
         self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def describe(self, values: HyperParameters, environment: Mapping[str, Any], step: int) -> None:
-        """Show hyper-parameters, in their tab and as text, and the environment as text."""
-        if not self._resumed:
-            from torch.utils.tensorboard.summary import custom_scalars, hparams
-
-            self._write(summary=custom_scalars(LAYOUT))
-            compared = {name: values[name] for name in COMPARED_OPTIONS}
-            for summary in hparams(compared, dict.fromkeys(COMPARED_METRICS, 0.0)):
+        if not resumed:
+            compared = {name: run.options[name] for name in COMPARED_OPTIONS}
+            shown = hparams(compared, dict.fromkeys(COMPARED_METRICS, 0.0))
+            for summary in (custom_scalars(LAYOUT), *shown):
                 self._write(summary=summary)
-        self.log_text("configuration", "\n".join(f"{name} = {value}" for name, value in values.items()), step)
-        self.log_text("environment", json.dumps(environment, indent=2, ensure_ascii=False), step)
+        options = "\n".join(f"{name} = {value}" for name, value in run.options.items())
+        self.log_text("configuration", options, run.start_step)
+        self.log_text(
+            "environment", json.dumps(run.environment, indent=2, ensure_ascii=False), run.start_step
+        )
 
     def log(self, values: Mapping[str, int | float], step: int) -> None:
         """Add a point to each curve."""
@@ -133,142 +135,129 @@ class TensorBoard:
         self._file.append(buffer.getvalue())
 
 
-class WandB(WandBTracker):
-    """A WandB run, with its local files in the folder `wandb` of the run."""
+class _Service:
+    """What WandB, SwanLab and MLflow have in common; `start` of each makes the tracker of Accelerate."""
 
-    def __init__(
-        self, project: str, name: str, folder: Path, run_id: str | None, *, grouped: bool = True
-    ) -> None:
-        """Store the arguments; nothing is sent.
+    _tracker: Any
+
+    def __init__(self, *, grouped: bool = True) -> None:
+        """Send nothing yet.
 
         Args:
-            run_id: id of the WandB run to resume.
             grouped: name metrics by groups, such as `train/loss`; off for runs that have begun without.
         """
         self._grouped = grouped
-        # The URL of a git remote may hold a token; the commit is part of the environment.
-        settings = {"disable_git": True}
-        super().__init__(project, name=name, dir=str(folder), settings=settings, **_resumed(run_id))
 
-    def start(self) -> None:
-        """Open the run."""
-        with secrets_hidden():
-            super().start()
-
-    def describe(self, values: HyperParameters, environment: Mapping[str, Any], step: int) -> None:
-        """Set `wandb.config`; the environment goes under the key `environment`."""
-        self.store_init_configuration({**values, "environment": dict(environment)})
+    @property
+    def run_id(self) -> str:
+        """Id of the run, to resume it."""
+        return self._tracker.run.id
 
     def log(self, values: Mapping[str, int | float], step: int) -> None:
         """Add a point to each curve."""
-        super().log(_named(values, self._grouped), step=step)
+        self._tracker.log(_named(values, self._grouped), step=step)
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._tracker.finish()
+
+
+class WandB(_Service):
+    """A WandB run, with its local files in the folder `wandb` of the run."""
+
+    def start(self, run: TrackedRun) -> None:
+        """Open the run and set `wandb.config`, where the environment has the key `environment`."""
+        # The URL of a git remote may hold a token; the commit is part of the environment.
+        settings = {"disable_git": True}
+        place = {"name": run.name, "dir": str(run.folder), "settings": settings}
+        self._tracker = WandBTracker(run.project, **place, **_resumed(run))
+        with secrets_hidden():
+            self._tracker.start()
+        self._tracker.store_init_configuration({**run.options, "environment": dict(run.environment)})
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Show a text in a panel with one entry per step."""
         import wandb
 
-        self.run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
+        panel = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        self._tracker.run.log({name: panel}, step=step)
 
 
-class SwanLab(SwanLabTracker):
+class SwanLab(_Service):
     """A SwanLab experiment, with its local files in the folder `swanlab` of the run."""
 
-    def __init__(
-        self, project: str, name: str, folder: Path, run_id: str | None, *, grouped: bool = True
-    ) -> None:
-        """Store the arguments, which are those of `WandB`; nothing is sent."""
-        self._grouped = grouped
-        logdir = str(folder / "swanlab")
-        super().__init__(project, experiment_name=name, logdir=logdir, **_resumed(run_id))
-
-    def start(self) -> None:
-        """Open the experiment."""
+    def start(self, run: TrackedRun) -> None:
+        """Open the experiment and set `swanlab.config` like `wandb.config`."""
         import swanlab
 
         # Its probes record the command line and the URL of the git remote with any tokens in them. Their
         # other findings are part of the environment.
-        self.init_kwargs["settings"] = swanlab.Settings(probe={"git": False, "runtime": False})
-        super().start()
-
-    def describe(self, values: HyperParameters, environment: Mapping[str, Any], step: int) -> None:
-        """Set `swanlab.config`; the environment goes under the key `environment`."""
-        import swanlab
-
+        settings = swanlab.Settings(probe={"git": False, "runtime": False})
+        place = {"experiment_name": run.name, "logdir": str(run.folder / "swanlab"), "settings": settings}
+        self._tracker = SwanLabTracker(run.project, **place, **_resumed(run))
+        self._tracker.start()
         # Accelerate's method would add one of its arguments to the hyper-parameters.
-        swanlab.config.update({**values, "environment": dict(environment)})
-
-    def log(self, values: Mapping[str, int | float], step: int) -> None:
-        """Add a point to each curve."""
-        super().log(_named(values, self._grouped), step=step)
+        swanlab.config.update({**run.options, "environment": dict(run.environment)})
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Show a text in a panel with one entry per step."""
         import swanlab
 
-        self.run.log({name: swanlab.Text(text)}, step=step)
+        self._tracker.run.log({name: swanlab.Text(text)}, step=step)
 
 
-class MLflow(MLflowTracker):
+class MLflow(_Service):
     """An MLflow run; without `MLFLOW_TRACKING_URI`, in the file `mlflow.db` of the run folder."""
 
-    def __init__(
-        self, project: str, name: str, folder: Path, run_id: str | None, *, grouped: bool = True
-    ) -> None:
-        """Store the arguments, which are those of `WandB`; nothing is sent."""
-        super().__init__(project, run_id=run_id, run_name=None if run_id else name)
-        self._folder, self._grouped = folder.resolve(), grouped
+    @property
+    def run_id(self) -> str:
+        """Id of the run. Other threads have no active run, so every call names it."""
+        return self._tracker.active_run.info.run_id
 
-    def start(self) -> None:
-        """Open the run."""
+    def start(self, run: TrackedRun) -> None:
+        """Open the run with its parameters, which a resumed one keeps, and the artifact environment.json."""
         import mlflow
 
+        self._tracker = MLflowTracker(
+            run.project, run_id=run.run_id, run_name=None if run.run_id else run.name
+        )
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{self._folder / 'mlflow.db'}")
-            self.logging_dir = (self._folder / "mlflow").as_uri()
-        super().start()
-        # Other threads have no active run: every call names it.
-        self.run = SimpleNamespace(id=self.active_run.info.run_id)
-
-    def describe(self, values: HyperParameters, environment: Mapping[str, Any], step: int) -> None:
-        """Set the parameters, which a resumed run keeps; the environment is the artifact environment.json."""
-        import mlflow
-
-        if self.run_id is None:
-            self.store_init_configuration(dict(values))
-        mlflow.log_dict(dict(environment), "environment.json", run_id=self.run.id)
+            folder = run.folder.resolve()
+            mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+            self._tracker.logging_dir = (folder / "mlflow").as_uri()
+        self._tracker.start()
+        if self._tracker.run_id is None:
+            self._tracker.store_init_configuration(dict(run.options))
+        mlflow.log_dict(dict(run.environment), "environment.json", run_id=self.run_id)
 
     def log(self, values: Mapping[str, int | float], step: int) -> None:
         """Add a point to each curve."""
-        super().log(_named(values, self._grouped), step=step, run_id=self.run.id)
+        self._tracker.log(_named(values, self._grouped), step=step, run_id=self.run_id)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Store a text as an artifact."""
         import mlflow
 
-        mlflow.log_text(text, f"{name}/step-{step:08d}.txt", run_id=self.run.id)
+        mlflow.log_text(text, f"{name}/step-{step:08d}.txt", run_id=self.run_id)
 
 
 class CSV:
     """The file `metrics.csv`: a row for each report, with the columns `CSV_COLUMNS`."""
 
-    def __init__(self, folder: Path, start_step: int, on_error: Callable[[OSError], None]) -> None:
-        """Store the arguments, which are those of `TensorBoard`; the disk is not touched."""
-        self._path, self._start_step, self._on_error = folder / "metrics.csv", start_step, on_error
+    def __init__(self, on_error: Callable[[OSError], None]) -> None:
+        """Store the argument, which is that of `TensorBoard`."""
+        self._on_error = on_error
 
-    def start(self) -> None:
+    def start(self, run: TrackedRun) -> None:
         """Open the file and remove rows of later steps, which the resumed run repeats."""
-        rows = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        steps = [row.partition(",")[0] for row in rows]
-        kept = [
-            row
-            for row, step in zip(rows, steps, strict=True)
-            if step.isdigit() and 0 < self._start_step >= int(step)
-        ]
-        write_text(self._path, "\n".join([",".join(CSV_COLUMNS), *kept, ""]))
-        self._file = AppendFile(self._path, self._on_error)
-
-    def describe(self, values: HyperParameters, environment: Mapping[str, Any], step: int) -> None:
-        """Do nothing: config.toml and environment.json have them."""
+        path = run.folder / "metrics.csv"
+        kept = []
+        for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            step = row.partition(",")[0]
+            if step.isdigit() and 0 < run.start_step >= int(step):
+                kept.append(row)
+        write_text(path, "\n".join([",".join(CSV_COLUMNS), *kept, ""]))
+        self._file = AppendFile(path, self._on_error)
 
     def log(self, values: Mapping[str, int | float], step: int) -> None:
         """Append a row, with empty cells where nothing was measured or a number is not finite."""
@@ -277,15 +266,9 @@ class CSV:
             texts = (str(cell) if cell is not None and math.isfinite(cell) else "" for cell in cells)
             self._file.append((",".join([str(step), *texts]) + "\n").encode())
 
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Do nothing: samples.jsonl has it."""
-
     def finish(self) -> None:
         """Write pending rows and close the file."""
         self._file.close()
-
-
-Client = TensorBoard | WandB | SwanLab | MLflow | CSV | PluggedTracker
 
 
 class BackgroundThread:
@@ -349,6 +332,19 @@ def secrets_hidden() -> Iterator[None]:
         sys.argv = argv
 
 
+def grouped_name(metric: str) -> str:
+    """Return the name of a metric in trackers, such as `val/loss` for `val_loss`."""
+    if "/" in metric:
+        return metric
+    if metric.startswith("val_"):
+        return f"val/{metric.removeprefix('val_')}"
+    if metric.startswith("cloze_"):
+        return f"score/{metric}"
+    if metric in _PERFORMANCE or metric.startswith(("data_wait", "total_")):
+        return f"perf/{metric}"
+    return f"experts/{metric}" if metric in _EXPERTS else f"train/{metric}"
+
+
 def _named(values: Mapping[str, int | float], grouped: bool) -> dict[str, int | float]:
     return {grouped_name(name) if grouped else name: value for name, value in values.items()}
 
@@ -359,5 +355,5 @@ def _begins_with_layout(file: Path) -> bool:
         return _LAYOUT_TAG in stream.read(1 << 16)
 
 
-def _resumed(run_id: str | None) -> dict[str, str]:
-    return {"id": run_id, "resume": "allow"} if run_id is not None else {}
+def _resumed(run: TrackedRun) -> dict[str, str]:
+    return {"id": run.run_id, "resume": "allow"} if run.run_id is not None else {}

@@ -267,34 +267,19 @@ class _NotebookBar:
         if self._handle is not None and now - self._drawn < 1 / REDRAWS_PER_SECOND:
             return
         self._drawn = now
-        shown = _Html(
-            f'<progress value="{fraction:.4f}" style="width:20em;vertical-align:middle"></progress> '
-            f"<code>{html.escape(text)}</code>",
-            text,
-        )
+        bar = f'<progress value="{fraction:.4f}" style="width:20em;vertical-align:middle"></progress>'
+        # For front ends with and without HTML.
+        shown = {"text/html": f"{bar} <code>{html.escape(text)}</code>", "text/plain": text}
         if self._handle is None:
-            self._handle = self._display(shown, display_id=True)
+            self._handle = self._display(shown, raw=True, display_id=True)
         else:
-            self._handle.update(shown)
+            self._handle.update(shown, raw=True)
 
     def stop(self) -> None:
         """Remove the bar."""
         if self._handle is not None:
-            self._handle.update(_Html("", ""))
+            self._handle.update({"text/html": "", "text/plain": ""}, raw=True)
         self._handle = None
-
-
-class _Html:
-    """What IPython displays: HTML, or text where there is none."""
-
-    def __init__(self, markup: str, text: str) -> None:
-        self._markup, self._text = markup, text
-
-    def _repr_html_(self) -> str:
-        return self._markup
-
-    def __repr__(self) -> str:
-        return self._text
 
 
 def _notebook_display() -> Callable[..., Any] | None:

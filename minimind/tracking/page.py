@@ -79,27 +79,25 @@ def html_page(
         "base-uri 'none'; form-action 'none'"
     )
     data = {"charts": [_chart_data(chart, curves) for chart, curves in charts], "reload": reload_seconds}
-    page = "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(title)}</title>",
-            f"<style>{style}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            f'<script type="application/json" id="data">{_json(data)}</script>',
-            f"<script>{script}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    markup = "\n".join(body)
+    page = f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+{markup}
+<script type="application/json" id="data">{_json(data)}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
     # A name may hold unpaired surrogates.
     return page.encode(errors="replace").decode()
 
@@ -178,17 +176,10 @@ def notes(sentences: Sequence[str], label: str = "Notes") -> Iterator[str]:
 
 
 def _chart_data(chart: Chart, curves: Sequence[Curve]) -> dict[str, Any]:
+    named = {name: getattr(chart, name) for name in ("name", "title", "digits", "falls")}
     return {
-        **{name: getattr(chart, name) for name in ("name", "title", "digits", "falls")},
-        "curves": [
-            {
-                "label": curve.label,
-                "style": curve.style,
-                "marks": curve.marks,
-                "points": [_numbers(point) for point in curve.points],
-            }
-            for curve in curves
-        ],
+        **named,
+        "curves": [{**vars(curve), "points": [*map(_numbers, curve.points)]} for curve in curves],
     }
 
 

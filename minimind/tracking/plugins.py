@@ -59,45 +59,6 @@ class Tracker(Protocol):
         """Write what is pending and close the tracker."""
 
 
-class PluggedTracker:
-    """A `Tracker` behind the interface of the built-in ones."""
-
-    def __init__(self, tracker: Any, project: str, name: str, folder: Path, run_id: str | None) -> None:
-        """Store the arguments; see `TrackedRun`."""
-        self._tracker = tracker
-        self._folder, self._project, self._name, self._run_id = folder, project, name, run_id
-
-    def start(self) -> None:
-        """Do nothing: `describe` starts the tracker with the description of the run."""
-
-    def describe(
-        self, values: Mapping[str, bool | int | float | str], environment: Mapping[str, Any], step: int
-    ) -> None:
-        """Start the tracker."""
-        self._tracker.start(
-            TrackedRun(self._folder, self._project, self._name, step, values, environment, self._run_id)
-        )
-
-    @property
-    def run_id(self) -> str | None:
-        """Id of the run in the tracker."""
-        return getattr(self._tracker, "run_id", None)
-
-    def log(self, values: Mapping[str, int | float], step: int) -> None:
-        """Log numbers."""
-        self._tracker.log(values, step)
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Log a text; ignored by a tracker without this method."""
-        if (log_text := getattr(self._tracker, "log_text", None)) is not None:
-            log_text(name, text, step)
-
-    def finish(self) -> None:
-        """Close the tracker."""
-        if (finish := getattr(self._tracker, "finish", None)) is not None:
-            finish()
-
-
 def load_tracker(name: str) -> Any:
     """Return a new tracker of the package that registered `name`.
 

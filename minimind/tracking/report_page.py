@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -233,15 +233,10 @@ def _spikes(spikes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f'<details id="spike-{number}">'
         yield f"<summary>Step {step}: loss {loss}, limit {limit}{skipped}</summary>"
         rows = [
-            (
-                f"Loss {_number(one.get('loss'))}, {_number(one.get('tokens'))} tokens",
-                (_cut(str(one.get("text"))),),
-            )
+            (f"Loss {_number(one.get('loss'))}, {_number(one.get('tokens'))} tokens", str(one.get("text")))
             for one in spike.get("documents", ())
         ]
-        yield from table(
-            f"documents-{number}", "Documents of the step with the highest loss", (), rows, "long"
-        )
+        yield from _listing(f"documents-{number}", "Documents of the step with the highest loss", rows)
         yield "</details>"
     yield "</section>"
 
@@ -260,16 +255,15 @@ def _samples(samples: Mapping[str, Sequence[tuple[int, str]]]) -> Iterator[str]:
 
 def _configuration(facts: RunFacts) -> Iterator[str]:
     yield '<section aria-labelledby="configuration"><h2 id="configuration">Configuration</h2>'
-    rows = [(key, (_cut(value),)) for key, value in facts.rows]
-    yield from table("run", "The run", (), rows, "long")
-    changed = [option for options in facts.options.values() for option in options if not option[2]]
+    yield from _listing("run", "The run", facts.rows)
+    changed = [
+        (flag, value) for options in facts.options.values() for flag, value, unset in options if not unset
+    ]
     if changed:
-        rows = [(flag, (_cut(value),)) for flag, value, _ in changed]
-        yield from table("changed", "Options that differ from the defaults", (), rows, "long")
+        yield from _listing("changed", "Options that differ from the defaults", changed)
     yield '<details id="all-options"><summary>All options</summary>'
     for number, (section, options) in enumerate(facts.options.items()):
-        rows = [(flag, (_cut(value),)) for flag, value, _ in options]
-        yield from table(f"options-{number}", section, (), rows, "long")
+        yield from _listing(f"options-{number}", section, [(flag, value) for flag, value, _ in options])
     yield "</details></section>"
 
 
@@ -278,21 +272,22 @@ def _data(lines: Sequence[str]) -> Iterator[str]:
         return
     yield '<section aria-labelledby="data-report"><h2 id="data-report">Data</h2>'
     parts = (line.partition(" ") for line in lines[:MOST_LINES])
-    rows = [(_cut(key, 40), (_cut(value.strip()),)) for key, _, value in parts]
-    yield from table("data-lines", "Report on the training data", (), rows, "long")
+    rows = [(_cut(key, 40), value.strip()) for key, _, value in parts]
+    yield from _listing("data-lines", "Report on the training data", rows)
     yield "</section>"
 
 
 def _environment(environment: Mapping[str, Any]) -> Iterator[str]:
-    rows = [
-        (name.replace("_", " "), (_cut(text),))
-        for name, value in list(environment.items())[:MOST_LINES]
-        if (text := _plain(name, value))
-    ]
-    if rows:
+    named = [(name.replace("_", " "), _plain(name, value)) for name, value in environment.items()]
+    if rows := [row for row in named[:MOST_LINES] if row[1]]:
         yield '<section aria-labelledby="environment"><h2 id="environment">Environment</h2>'
-        yield from table("environment-rows", "Code, packages and hardware", (), rows, "long")
+        yield from _listing("environment-rows", "Code, packages and hardware", rows)
         yield "</section>"
+
+
+def _listing(key: str, caption: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a table of names and texts, which are cut."""
+    return table(key, caption, (), [(name, (_cut(text),)) for name, text in rows], "long")
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,9 +17,9 @@ from ..config.options import PretrainConfig
 from ..errors import ConfigError
 from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
-from .backends import CSV, BackgroundThread, Client, HyperParameters, MLflow, SwanLab, TensorBoard, WandB
+from .backends import CSV, BackgroundThread, MLflow, SwanLab, TensorBoard, WandB
 from .metrics_file import MetricsFile
-from .plugins import PluggedTracker, Tracker, check_tracker, load_tracker
+from .plugins import TrackedRun, Tracker, check_tracker, load_tracker
 
 # Longest wait for slow trackers at the end of a run, in seconds.
 CLOSE_SECONDS = 60.0
@@ -107,7 +106,7 @@ class Trackers:
         """
         self._warn = warn
         self._ids: dict[str, str] = dict(resume_state or {})
-        self._clients: dict[str, Client] = {}
+        self._clients: dict[str, Any] = {}
         self._threads: tuple[BackgroundThread, ...] = ()
         if not accelerator.is_main_process:
             return
@@ -121,7 +120,16 @@ class Trackers:
             number = sum(name.partition("#")[0] == kind for name in chosen)
             chosen[f"{kind}#{number + 1}" if number else kind] = tracker
         for name, custom in chosen.items():
-            self._start(name, custom, config, run_folder.path, start_step, environment or {})
+            run = TrackedRun(
+                folder=run_folder.path,
+                project=config.project,
+                name=config.run_name or run_folder.path.resolve().name,
+                start_step=start_step,
+                options=hyper_parameters(config),
+                environment=environment or {},
+                run_id=self._ids.get(name),
+            )
+            self._start(name, custom, run)
         self._threads = (
             BackgroundThread("metrics", partial(self._drop, "metrics.jsonl", "failed")),
             BackgroundThread("trackers", partial(self._drop, "trackers", "failed")),
@@ -176,63 +184,37 @@ class Trackers:
         if closed[1]:
             self._finish(set(self._clients) & CLOSED_BY_MAIN_THREAD)
 
-    def _start(
-        self,
-        name: str,
-        tracker: Tracker | None,
-        config: PretrainConfig,
-        folder: Path,
-        start_step: int,
-        environment: Values,
-    ) -> None:
+    def _start(self, name: str, custom: Tracker | None, run: TrackedRun) -> None:
+        # A run of an earlier version goes on with the names that its charts have.
+        grouped = name not in self._ids or name + GROUPED in self._ids
         try:
-            client = self._make(name, tracker, config, folder, start_step)
-            client.start()
-            client.describe(hyper_parameters(config), environment, start_step)
+            client = self._make(name, grouped) if custom is None else custom
+            client.start(run)
         except Exception as error:
             self._drop(name, "could not be started", error)
             return
         self._clients[name] = client
-        if isinstance(client, PluggedTracker):
-            run_id = client.run_id
-        else:
-            run_id = getattr(getattr(client, "run", None), "id", None)
-        if run_id is not None:
-            grouped = name not in self._ids or name + GROUPED in self._ids
+        if (run_id := getattr(client, "run_id", None)) is not None:
             self._ids |= {name: str(run_id), **({name + GROUPED: "yes"} if grouped else {})}
 
-    def _make(
-        self, name: str, tracker: Tracker | None, config: PretrainConfig, folder: Path, start_step: int
-    ) -> Client:
-        if name == "tensorboard":
-            return TensorBoard(folder, start_step, partial(self._refused, name))
-        if name == "csv":
-            return CSV(folder, start_step, partial(self._refused, name))
-        place = config.project, config.run_name or folder.resolve().name, folder, self._ids.get(name)
-        if name not in BUILT_IN:
-            return PluggedTracker(load_tracker(name) if tracker is None else tracker, *place)
-        services: dict[str, type[WandB | SwanLab | MLflow]]
+    def _make(self, name: str, grouped: bool) -> Any:
+        """Return the tracker of a value of --tracker."""
+        files = {"tensorboard": TensorBoard, "csv": CSV}
         services = {"wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
-        # A run of an earlier version goes on with the names that its charts have.
-        grouped = name not in self._ids or name + GROUPED in self._ids
-        return services[name](*place, grouped=grouped)
+        if name in files:
+            return files[name](partial(self._refused, name))
+        return services[name](grouped=grouped) if name in services else load_tracker(name)
 
     def _log_to_clients(self, values: Values, step: int) -> None:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         texts = {name: value for name, value in values.items() if isinstance(value, _Text)}
 
-        def log(client: Client) -> None:
-            if numbers:
-                client.log(numbers, step)
-            for title, text in texts.items():
-                client.log_text(title, text, step)
-
-        self._call_clients(log)
-
-    def _call_clients(self, function: Callable[[Client], None]) -> None:
         for name, client in list(self._clients.items()):
             try:
-                function(client)
+                if numbers:
+                    client.log(numbers, step)
+                for title, text in texts.items() if hasattr(client, "log_text") else ():
+                    client.log_text(title, text, step)
             except Exception as error:
                 del self._clients[name]
                 self._drop(name, "failed and gets no more values", error)
@@ -240,7 +222,8 @@ class Trackers:
     def _finish(self, names: Iterable[str]) -> None:
         for name in names:
             try:
-                self._clients[name].finish()
+                if hasattr(client := self._clients[name], "finish"):
+                    client.finish()
             except Exception as error:
                 self._drop(name, "could not be closed", error)
 
@@ -261,7 +244,7 @@ class _Text(str):
     """A text that trackers show too; other strings go to metrics.jsonl only."""
 
 
-def hyper_parameters(config: PretrainConfig) -> HyperParameters:
+def hyper_parameters(config: PretrainConfig) -> dict[str, bool | int | float | str]:
     """Return the options as types that every tracker accepts; TensorBoard refuses None and lists."""
     values = dataclasses.asdict(config)
     for name, value in values.items():

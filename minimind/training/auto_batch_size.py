@@ -173,9 +173,8 @@ def _cache_key(
         name = f"{torch.cuda.get_device_name(device)}, {memory} GiB"
     else:
         name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    names = gather_object([name]) if accelerator.num_processes > 1 else [name]
     return {
-        "devices": sorted(set(names)),
+        "devices": sorted(set(gather_object([name]))),
         "processes": accelerator.num_processes,
         "rows": sequences,
         "model": dataclasses.asdict(model_config),
@@ -218,9 +217,8 @@ def _measure(
         seconds = trial.seconds(size) / size
         took[size] = time.perf_counter() - start
         # The slowest rank counts, and all must continue with the same numbers.
-        everyone = gather_object([(seconds, took[size])]) if accelerator.num_processes > 1 else []
-        for other, spent in everyone:
-            seconds, took[size] = max(seconds, other), max(took[size], spent)
+        everyone = zip(*gather_object([(seconds, took[size])]), strict=True)
+        seconds, took[size] = map(max, everyone)
         return seconds
 
     def time_for(size: int) -> bool:

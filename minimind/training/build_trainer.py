@@ -28,7 +28,7 @@ from ..tracking.live_report import LiveReport
 from .callbacks import Callbacks, Run
 from .custom_parts import CustomParts
 from .evaluator import Evaluator
-from .forecast import run_forecast
+from .forecast import RunForecast
 from .loss_spikes import SpikeReporter
 from .outputs import Outputs
 from .peak_flops import peak_flops_of
@@ -90,7 +90,7 @@ class TrainerBuilder:
         """
         session, inputs, parts, total_steps = self.session, self.inputs, self.parts, self.total_steps
         accelerator, model_config, config = self.accelerator, inputs.model_config, inputs.config
-        progress, closing = session.progress, session.closing
+        progress, closing, validation = session.progress, session.closing, self.data.validation
         store = CheckpointStore(
             session.folder.checkpoints,
             config.keep_checkpoints,
@@ -148,7 +148,7 @@ class TrainerBuilder:
             progress=progress,
             stop=session.stop,
             state=state,
-            evaluator=self._evaluator(),
+            evaluator=Evaluator(validation, inputs, parts, accelerator) if validation else None,
             spikes=SpikeReporter(
                 accelerator, parts.model, parts.loader, inputs.tokenizer, session.folder.spikes
             ),
@@ -156,7 +156,7 @@ class TrainerBuilder:
             graph=parts.graph,
             profiler=self._profiler(state),
             budget=budget_clock(config, model_config.num_parameters(), state.budget_seconds),
-            forecast=None if config.budget is None else run_forecast(model_config, self.data),
+            forecast=RunForecast(model_config, self.data) if config.budget and validation else None,
             saved_step=saved_step,
         )
 
@@ -198,21 +198,6 @@ class TrainerBuilder:
             device=accelerator.device,
         )
 
-    def _evaluator(self) -> Evaluator | None:
-        inputs, parts, validation = self.inputs, self.parts, self.data.validation
-        if validation is None:
-            return None
-        return Evaluator(
-            validation,
-            parts.model,
-            self.accelerator,
-            inputs.tokenizer,
-            vocab_size=inputs.model_config.vocab_size,
-            seq_len=inputs.config.max_seq_len,
-            packing=inputs.config.packing,
-            plan=parts.plan,
-        )
-
     def _profiler(self, state: TrainState) -> ProfileTrace | None:
         session, accelerator = self.session, self.accelerator
         if not self.inputs.config.profile:
@@ -233,10 +218,10 @@ def view_of(trainer: Trainer) -> Run:
         trainer.config,
         trainer.model,
         trainer.accelerator,
-        state=lambda: trainer.state,
-        last_step=lambda: trainer.last_step,
-        stop=trainer.stop,
-        store=trainer.checkpointer.store,
+        lambda: trainer.state,
+        lambda: trainer.last_step,
+        trainer.stop,
+        trainer.checkpointer.store,
     )
 
 

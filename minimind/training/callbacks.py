@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,32 +25,28 @@ from .result import PretrainResult
 HOOKS = ("on_start", "on_report", "on_evaluation", "on_save", "on_spike", "on_end")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """What a callback sees of its run. Reading it changes nothing.
 
     Attributes:
         config: options of the run, with every size and the learning rate filled in.
-        folder: its output folder.
         model: prepared by Accelerate; changing its weights changes the run.
         accelerator: of the run, for collective operations of all ranks.
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        model: nn.Module,
-        accelerator: Accelerator,
-        *,
-        state: Callable[[], TrainState],
-        last_step: Callable[[], int],
-        stop: StopRequest,
-        store: CheckpointStore,
-    ) -> None:
-        """Read the progress of the run through `state` and `last_step`."""
-        self.config, self.folder = config, Path(config.output_dir)
-        self.model, self.accelerator = model, accelerator
-        self._state, self._last_step = state, last_step
-        self._stop, self._store = stop, store
+    config: PretrainConfig
+    model: nn.Module
+    accelerator: Accelerator
+    _state: Callable[[], TrainState]
+    _last_step: Callable[[], int]
+    _stop: StopRequest
+    _store: CheckpointStore
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.config.output_dir)
 
     @property
     def is_main_process(self) -> bool:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-class GarbageCollection:
-    """Disables automatic garbage collection inside a `with` block; `collect` runs it at a good moment.
+@contextmanager
+def manual_gc() -> Iterator[None]:
+    """Disable automatic garbage collection inside; call `gc.collect` at a good moment.
 
     Automatic collections start at different times on each rank, and all other ranks wait for that one.
     Objects from before the block are frozen, which keeps the collections short. The end restores everything.
     """
-
-    def __enter__(self) -> GarbageCollection:
-        self._was_enabled = gc.isenabled()
-        # Objects that others froze could not be told apart afterwards.
-        self._freezes = gc.get_freeze_count() == 0
-        gc.collect()
-        gc.disable()
-        if self._freezes:
-            gc.freeze()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._freezes:
+    was_enabled = gc.isenabled()
+    # Objects that others froze could not be told apart afterwards.
+    freezes = gc.get_freeze_count() == 0
+    gc.collect()
+    gc.disable()
+    if freezes:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freezes:
             gc.unfreeze()
-        if self._was_enabled:
+        if was_enabled:
             gc.enable()
-
-    def collect(self) -> None:
-        """Collect the cyclic garbage made inside the block."""
-        gc.collect()

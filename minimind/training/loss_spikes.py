@@ -173,9 +173,11 @@ class SpikeReporter:
         if self._accelerator.is_main_process:
             documents.sort(key=lambda one: (math.isfinite(one["loss"]), -one["loss"]))
             report = {**spike.to_dict(), "documents": documents}
+            # JSON has no NaN and no infinity.
+            finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(_finite_or_null(report), ensure_ascii=False, indent=1) + "\n")
+                write_text(file, json.dumps(finite, ensure_ascii=False, indent=1) + "\n")
             except OSError as error:
                 return f"its documents could not be written to {file} ({error.strerror})"
         return f"its documents are in {file}"
@@ -234,12 +236,3 @@ def document_losses(
     finally:
         model.train(was_training)
     return found
-
-
-def _finite_or_null(value: Any) -> Any:
-    """Return the value with null for numbers that JSON cannot represent."""
-    if isinstance(value, dict):
-        return {key: _finite_or_null(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_null(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

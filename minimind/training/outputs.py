@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..evaluation.cloze import cloze_scores
+from ..generation.text import continue_texts
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
 from ..tracking.live_report import LiveReport
+from ..tracking.metrics_file import MetricsFile
 from ..tracking.plugins import Tracker
 from ..tracking.trackers import Trackers
-from .samples import Samples, gathered_model
+from .samples import SAMPLE_TOKENS, gathered_model
 from .setup import RunInputs
 
 
@@ -24,12 +26,10 @@ class Outputs:
 
     Attributes:
         trackers: metrics.jsonl and the trackers of --tracker.
-        samples: None without --sample-interval.
         report: of the main process; set when training begins.
     """
 
     trackers: Trackers
-    samples: Samples | None
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class Outputs:
         self._inputs, self._folder = inputs, folder
         self._accelerator, self._model = accelerator, model
         self._environment, self._progress, self._custom = environment, progress, trackers
+        self._samples: MetricsFile | None = None
         self.report: LiveReport | None = None
 
     @property
@@ -67,19 +68,8 @@ class Outputs:
         )
         if self.report is not None:
             self.report.reread()
-        self.samples = None
-        if config.sample_interval is not None:
-            self.samples = Samples(
-                config.sample_prompt or ("",),
-                config.seed,
-                self._inputs.model_config,
-                self._model,
-                self._inputs.tokenizer,
-                self._accelerator,
-                self._folder,
-                start_step=step,
-                trackers=self.trackers,
-            )
+        if config.sample_interval is not None and self._accelerator.is_main_process:
+            self._samples = MetricsFile(self._folder.samples, keep_to_step=step)
 
     def probes_after(self, step: int, *, last: bool) -> bool:
         """Return whether samples or scores are due after `step`; scores are also after the last one."""
@@ -90,22 +80,30 @@ class Outputs:
 
         Returns the scores, on the main process only.
         """
+        inputs = self._inputs
+        model = gathered_model(self._accelerator, inputs.model_config, self._model)
+        if model is None:
+            return {}
         if self._samples_after(step):
-            assert self.samples is not None
-            self.samples.write(step)
-        scores: dict[str, float] = {}
-        if self._scores_after(step, last=last):
-            inputs = self._inputs
-            model = gathered_model(self._accelerator, inputs.model_config, self._model)
-            if model is not None:
-                length = inputs.model_config.max_position_embeddings
-                found = cloze_scores(model, inputs.tokenizer, max_length=length)
-                scores = {score.name: score.accuracy for score in found}
-                self.trackers.log(scores, step)
+            assert self._samples is not None
+            prompts, seed = inputs.config.sample_prompt or ("",), inputs.config.seed
+            samples = continue_texts(
+                model, inputs.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed
+            )
+            for number, sample in enumerate(samples):
+                self._samples.write({"prompt": sample.prompt, "text": sample.text}, step)
+                self.trackers.log_text(f"sample_{number}", sample.prompt + sample.text, step)
+        if not self._scores_after(step, last=last):
+            return {}
+        length = inputs.model_config.max_position_embeddings
+        found = cloze_scores(model, inputs.tokenizer, max_length=length)
+        scores = {score.name: score.accuracy for score in found}
+        self.trackers.log(scores, step)
         return scores
 
     def _samples_after(self, step: int) -> bool:
-        return self.samples is not None and step % (self._inputs.config.sample_interval or 1) == 0
+        interval = self._inputs.config.sample_interval
+        return interval is not None and step % interval == 0
 
     def _scores_after(self, step: int, *, last: bool) -> bool:
         interval = self._inputs.config.score_interval
@@ -113,6 +111,6 @@ class Outputs:
 
     def close(self) -> None:
         """Write what is queued and close everything; safe to repeat."""
-        if self.samples is not None:
-            self.samples.close()
+        if self._samples is not None:
+            self._samples.close()
         self.trackers.close()

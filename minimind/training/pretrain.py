@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,17 +25,12 @@ from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
-from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
-from ..optim.build import OptimizerFactory
 from ..run_folder import RunFolder
-from ..schedule import Schedule
 from ..tracking.console import Progress
-from ..tracking.plugins import Tracker
 from ..tracking.trackers import check_trackers
-from .build_model import ModelFactory
 from .build_trainer import Session, TrainerBuilder, view_of
-from .callbacks import Callback, Callbacks
+from .callbacks import Callbacks
 from .custom_parts import CustomParts
 from .final_model import keep_initial, save_final_model, save_final_weights, write_sample
 from .result import PretrainResult
@@ -51,53 +45,15 @@ from .trainer import Trainer
 @errors_for_caller(CONFIG_SCHEMA)
 def pretrain(
     config: PretrainConfig,
+    custom: CustomParts | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
-    trackers: Sequence[Tracker] = (),
-    optimizer: OptimizerFactory | None = None,
-    schedule: Schedule | None = None,
-    data: Documents | None = None,
-    model_factory: ModelFactory = MiniMindForCausalLM,
     quiet: bool = True,
     handle_signals: bool = False,
     stop_after: int | None = None,
     branch: bool = False,
 ) -> PretrainResult:
-    """Train a model with options that are all chosen; the steps behind `minimind.pretrain`.
-
-    Args:
-        config: all options.
-        callbacks: see `minimind.planning.budget.pretrain`, as of the others.
-        trackers: get the metrics.
-        optimizer: builds the optimizer.
-        schedule: learning rate of each step.
-        data: training documents.
-        model_factory: builds the model.
-        quiet: write nothing to the terminal.
-        handle_signals: end the run in order on SIGINT and SIGTERM.
-        stop_after: end the run after this step.
-        branch: the checkpoint to resume belongs to another run.
-
-    Raises:
-        UserError: for anything the caller can fix: options, data, checkpoints, a loss that diverges.
-        Exception: what a callback raised, after the run has ended with a checkpoint.
-    """
-    custom = CustomParts(model_factory, optimizer, schedule, data, tuple(callbacks), tuple(trackers))
-    return _run(
-        config, custom, quiet=quiet, handle_signals=handle_signals, stop_after=stop_after, branch=branch
-    )
-
-
-def _run(
-    config: PretrainConfig,
-    custom: CustomParts,
-    *,
-    quiet: bool,
-    handle_signals: bool,
-    stop_after: int | None,
-    branch: bool,
-) -> PretrainResult:
-    started = time.monotonic()
+    """Train a model with options that are all chosen; see `minimind.planning.budget.pretrain`."""
+    started, custom = time.monotonic(), custom or CustomParts()
     check_trackers(config, custom.trackers)
     custom.check(config)
     callbacks = Callbacks(custom.callbacks)
@@ -218,8 +174,9 @@ def _claim_and_tokenize(
             data = prepare_data(config, options.tokenizer, show, documents)
         finally:
             stop.exit_if_signalled()
-        if data.built or (config.verbose and is_main_process()):
-            lines = data.report.lines() if config.verbose else data.report.problems()
+        whole = config.verbose and is_main_process()
+        if whole or data.built:
+            lines = data.report.lines() if whole else data.report.problems()
             builder.banner([("data", line) for line in lines])
     return data
 

@@ -43,30 +43,23 @@ class History:
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> History:
         """Return the history in the lines of a metrics.jsonl."""
-        reports: list[Mapping[str, Any]] = []
-        evaluations: list[Mapping[str, Any]] = []
-        for line in lines:
-            if "loss" in line:
-                reports.append(line)
-            if "val_loss" in line:
-                evaluations.append(line)
+        lines = list(lines)
 
-        def floats(chosen: list[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-            values = (line.get(name) for line in chosen)
-            return np.array([math.nan if value is None else value for value in values], np.float64)
-
-        def integers(chosen: list[Mapping[str, Any]], name: str) -> NDArray[np.int64]:
-            return np.array([line.get(name) or 0 for line in chosen], np.int64)
+        def column(event: str, name: str, kind: type = np.float64) -> NDArray[Any]:
+            """Return a metric of all lines of reports (`loss`) or of evaluations (`val_loss`)."""
+            missing = math.nan if kind is np.float64 else 0
+            values = (line.get(name) for line in lines if event in line)
+            return np.array([missing if value is None else value for value in values], kind)
 
         return cls(
-            steps=integers(reports, "step"),
-            losses=floats(reports, "loss"),
-            learning_rates=floats(reports, "learning_rate"),
-            grad_norms=floats(reports, "grad_norm"),
-            tokens=integers(reports, "tokens"),
-            val_steps=integers(evaluations, "step"),
-            val_losses=floats(evaluations, "val_loss"),
-            val_bits_per_byte=floats(evaluations, "val_bits_per_byte"),
+            steps=column("loss", "step", np.int64),
+            losses=column("loss", "loss"),
+            learning_rates=column("loss", "learning_rate"),
+            grad_norms=column("loss", "grad_norm"),
+            tokens=column("loss", "tokens", np.int64),
+            val_steps=column("val_loss", "step", np.int64),
+            val_losses=column("val_loss", "val_loss"),
+            val_bits_per_byte=column("val_loss", "val_bits_per_byte"),
         )
 
 

@@ -13,13 +13,10 @@ from ..errors import ConfigError
 from ..formats.huggingface import model_from_weights
 from ..formats.open_model import CausalLM
 from ..formats.transformers_folder import load_model
-from ..generation.text import continue_texts, encode_prompt
+from ..generation.text import encode_prompt
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformers_config import TransformersConfig
-from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
-from ..tracking.metrics_file import MetricsFile
-from ..tracking.trackers import Trackers
 
 SAMPLE_TOKENS = 64
 
@@ -57,54 +54,3 @@ def gathered_model(
     else:
         copied = model_from_weights(model_config, weights, "the model in training")
     return copied.to(accelerator.device, torch.bfloat16 if half else torch.float32).eval()
-
-
-class Samples:
-    """Continues the prompts of --sample-prompt, always with the same seed; every rank must call it.
-
-    See `gathered_model`; the other ranks continue with training.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        seed: int,
-        model_config: MiniMindConfig,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        *,
-        start_step: int,
-        trackers: Trackers,
-    ) -> None:
-        """Open `samples.jsonl`, without the samples of later steps than `start_step`.
-
-        Args:
-            prompts: to continue.
-            start_step: steps done before.
-            trackers: get each sample as text.
-        """
-        self._prompts, self._seed = prompts, seed
-        self._model_config, self._model, self._tokenizer = model_config, model, tokenizer
-        self._accelerator, self._trackers = accelerator, trackers
-        self._file: MetricsFile | None = None
-        if accelerator.is_main_process:
-            self._file = MetricsFile(folder.samples, keep_to_step=start_step)
-
-    def write(self, step: int) -> None:
-        """Write samples of the model as it is after `step`."""
-        model = gathered_model(self._accelerator, self._model_config, self._model)
-        if model is None or self._file is None:
-            return
-        samples = continue_texts(
-            model, self._tokenizer, self._prompts, max_new_tokens=SAMPLE_TOKENS, seed=self._seed
-        )
-        for number, sample in enumerate(samples):
-            self._file.write({"prompt": sample.prompt, "text": sample.text}, step)
-            self._trackers.log_text(f"sample_{number}", sample.prompt + sample.text, step)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -63,39 +64,21 @@ class BudgetClock:
         """Return the seconds used so far, those of earlier attempts included."""
         return self._before + self._clock() - self._began
 
-    def steps_left(
-        self,
-        *,
-        seconds_per_step: float,
-        evaluation_seconds: float,
-        evaluation_interval: int,
-        saving_seconds: float,
-        save_interval: int,
-    ) -> int:
+    def steps_left(self, seconds_per_step: float, *besides: tuple[float, int]) -> int:
         """Return how many steps still fit, with their evaluations and checkpoints and what ends the run.
 
         Args:
             seconds_per_step: recent speed.
-            evaluation_seconds: of one evaluation; one follows the last step.
-            evaluation_interval: steps between two.
-            saving_seconds: of one checkpoint; one follows the last step.
-            save_interval: steps between two.
+            besides: seconds of an evaluation, and of a checkpoint, each with the steps between two; one
+                follows the last step.
         """
-        left = self.seconds - self.spent() - self.end_seconds - evaluation_seconds - saving_seconds
-        per_step = (
-            seconds_per_step + evaluation_seconds / evaluation_interval + saving_seconds / save_interval
-        )
+        left = self.seconds - self.spent() - self.end_seconds - sum(seconds for seconds, _ in besides)
+        per_step = seconds_per_step + sum(seconds / interval for seconds, interval in besides)
         return max(int(left / max(per_step, 1e-9)), 0)
 
 
 def budget_clock(config: PretrainConfig, parameters: int, spent: float) -> BudgetClock | None:
-    """Return the clock of --budget; None without one, and for tokens or FLOPs.
-
-    Args:
-        config: of the run.
-        parameters: of the model.
-        spent: seconds of earlier attempts.
-    """
+    """Return the clock of --budget, see `BudgetClock`; None without one, and for tokens or FLOPs."""
     seconds = None if config.budget is None else parse_budget(config.budget).seconds
     return None if seconds is None else BudgetClock(seconds, parameters=parameters, spent=spent)
 
@@ -131,8 +114,9 @@ def fitted_window(
     return max(end - max(decay, 1), warmup, step), end
 
 
+@dataclass(kw_only=True)
 class TimeLimits:
-    """The part of `Trainer` that ends a run in time."""
+    """The part of `Trainer` that ends a run in time, and the attributes that it needs."""
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -143,8 +127,8 @@ class TimeLimits:
     progress: Progress
     stop: StopRequest
     state: TrainState
-    budget: BudgetClock | None
-    checked_warmup: bool
+    budget: BudgetClock | None = None
+    checked_warmup: bool = False
 
     @property
     def last_step(self) -> int:
@@ -161,13 +145,9 @@ class TimeLimits:
         if self.budget is not None:
             if per_step is None or not self.accelerator.is_main_process:
                 return 0
-            return 1 + self.budget.steps_left(
-                seconds_per_step=per_step,
-                evaluation_seconds=self.meter.seconds_of("evaluation"),
-                evaluation_interval=self.config.evaluation_interval,
-                saving_seconds=self.meter.seconds_of("saving"),
-                save_interval=self.config.save_interval,
-            )
+            evaluation = self.meter.seconds_of("evaluation"), self.config.evaluation_interval
+            saving = self.meter.seconds_of("saving"), self.config.save_interval
+            return 1 + self.budget.steps_left(per_step, evaluation, saving)
         unused = not self.accelerator.is_main_process or self.state.decay_window is not None
         if unused or seconds_left is None or per_step is None or self.schedule.custom is not None:
             return 0

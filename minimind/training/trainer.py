@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from ..checkpoint.checkpointer import RunCheckpoints
-from ..checkpoint.train_state import TrainState
-from ..config.options import PretrainConfig
 from ..data.loader import Loader, StepBatch
-from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError, TrainingError
 from ..modeling.config import MiniMindConfig
 from ..optim.build import set_schedule
-from ..schedule import LearningRateSchedule
-from ..tracking.console import Progress
 from .async_metrics import AsyncScalars
 from .callbacks import Callbacks
 from .cuda_graph import ForwardBackwardGraph
 from .evaluator import Evaluator
 from .forecast import RunForecast
-from .garbage_collection import GarbageCollection
+from .garbage_collection import manual_gc
 from .load_balancing import expert_balance
 from .loss_spikes import MAX_REWINDS, Spike, SpikeError, SpikeReporter, append_loss, spike_threshold
 from .outputs import Outputs
 from .profiler import ProfileTrace
 from .reporting import Reports, StepRecord
 from .step import train_step
-from .throughput import Meter
-from .time_limits import BudgetClock, TimeLimits
+from .time_limits import TimeLimits
 
 # Consecutive updates that may be skipped for a loss or gradient that is not finite, or for loss spikes. The
 # fp16 scaler starts at 65536 and halves until nothing overflows, which may take 16 steps.
@@ -76,30 +69,19 @@ class Trainer(TimeLimits):
         reports: sends metrics to trackers and terminal.
     """
 
-    config: PretrainConfig
     model_config: MiniMindConfig
-    accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Loader
-    schedule: LearningRateSchedule
-    total_steps: int
-    checkpointer: RunCheckpoints
     outputs: Outputs
-    meter: Meter
-    progress: Progress
-    stop: StopRequest
-    state: TrainState
     evaluator: Evaluator | None = None
     spikes: SpikeReporter | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     graph: ForwardBackwardGraph | None = None
     profiler: ProfileTrace | None = None
-    budget: BudgetClock | None = None
     forecast: RunForecast | None = None
     stop_after: int | None = None
     saved_step: int = -1
-    checked_warmup: bool = False
     reports: Reports = field(init=False)
     metrics: AsyncScalars[StepRecord] = field(init=False)
 
@@ -117,14 +99,14 @@ class Trainer(TimeLimits):
             self.save()  # so that there is a checkpoint to rewind to
         while True:
             try:
-                with GarbageCollection() as garbage:
-                    return self._train(garbage)
+                with manual_gc():
+                    return self._train()
             except SpikeError as error:
                 spike = error.spike
             # Outside of the handler, so that the loop's frame and its prefetch thread are released.
             self.rewind(spike)
 
-    def _train(self, garbage: GarbageCollection) -> None:
+    def _train(self) -> None:
         config, state = self.config, self.state
         self.model.train()
         batches = self._batches()
@@ -152,7 +134,7 @@ class Trainer(TimeLimits):
             if self.profiler is not None:
                 self.profiler.step()
             if state.step % COLLECT_INTERVAL == 0:
-                garbage.collect()
+                gc.collect()
             if last or config.saves_after(state.step):
                 self.save()
             if last or state.step % config.evaluation_interval == 0:

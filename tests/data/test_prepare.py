@@ -7,16 +7,14 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minimind.config.options import PretrainConfig
-from minimind.data import cache, prepare
+from minimind.data import cache, documents, prepare
 from minimind.data.prepare import default_cache_dir, prepare_data
 from minimind.data.report import DataReport, sequence_costs
 from minimind.data.tokenization import hash_text
@@ -279,15 +277,14 @@ def test_a_cache_that_is_no_folder_names_the_cache_option(tmp_path, corpus, toke
 
 
 def test_without_data_the_embedded_text_is_used(tmp_path, tokenizer, monkeypatch):
-    embedded = types.ModuleType("minimind.data.builtin_corpus")
-    embedded.builtin_documents = lambda: iter(["some embedded text", " ", "and more of it, for a row"])
-    embedded.builtin_fingerprint = lambda: "first"
-    monkeypatch.setitem(sys.modules, embedded.__name__, embedded)
+    embedded = ["some embedded text", " ", "and more of it, for a sequence"]
+    monkeypatch.setattr(documents, "builtin_documents", lambda: iter(embedded))
+    monkeypatch.setattr(documents, "builtin_fingerprint", lambda: "first")
     data = prepare_data(config_for(tmp_path), tokenizer)
-    assert texts_of(data.train, tokenizer) == ["some embedded text", "and more of it, for a row"]
+    assert texts_of(data.train, tokenizer) == [embedded[0], embedded[2]]
     assert data.report.sources[0].empty == 1
     assert not prepare_data(config_for(tmp_path), tokenizer).built
-    embedded.builtin_fingerprint = lambda: "second"
+    monkeypatch.setattr(documents, "builtin_fingerprint", lambda: "second")
     assert prepare_data(config_for(tmp_path), tokenizer).built
 
 

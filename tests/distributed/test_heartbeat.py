@@ -16,13 +16,13 @@ import minimind.distributed.heartbeat as module
 from minimind.distributed.failures import watch_peers
 from minimind.distributed.heartbeat import (
     Heartbeat,
-    Watchdog,
     first_choice,
     format_error,
     launcher_store,
     post_error,
     record_start,
     started_before,
+    watchdog,
 )
 from minimind.distributed.main_process_first import main_process_first
 from minimind.distributed.shutdown import StopRequest
@@ -98,10 +98,12 @@ def test_waiting_ends_when_the_awaited_process_is_lost() -> None:
 def watched(heartbeat: Heartbeat, timeout: float, *, shutting_down: bool = False, grace: float = 0.2) -> str:
     """Return what a watchdog reports within a second, empty for nothing."""
     said: list[str] = []
-    watchdog = Watchdog(heartbeat, timeout, said.append, shutting_down=lambda: shutting_down)
-    watchdog.GRACE_SECONDS, watchdog.SHUTDOWN_SECONDS = grace, 0.3
-    with watchdog:
-        time.sleep(1.0)
+    module = "minimind.distributed.heartbeat"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{module}.GRACE_SECONDS", grace)
+        patch.setattr(f"{module}.SHUTDOWN_SECONDS", 0.3)
+        with watchdog(heartbeat, timeout, said.append, shutting_down=lambda: shutting_down):
+            time.sleep(1.0)
     return "".join(said)
 
 
@@ -134,7 +136,7 @@ def test_without_a_launcher_missing_heartbeats_do_not_end_a_process_that_saves(
 ) -> None:
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
-    monkeypatch.setattr(Watchdog, "SHUTDOWN_SECONDS", 0.3)
+    monkeypatch.setattr("minimind.distributed.heartbeat.SHUTDOWN_SECONDS", 0.3)
     accelerator: Any = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
     stop = StopRequest()
     with watch_peers(accelerator, PREFIX, 60.0, stop, lambda: None):

@@ -114,7 +114,7 @@ def test_a_process_that_is_stuck_when_another_dies_ends_and_names_it(corpus: Pat
     """As over NCCL, whose operations neither return nor raise when a process is missing from them."""
     code = """
 import threading, minimind.distributed.heartbeat, minimind.training.trainer
-minimind.distributed.heartbeat.Watchdog.SHUTDOWN_SECONDS = 3.0
+minimind.distributed.heartbeat.SHUTDOWN_SECONDS = 3.0
 forward, calls = minimind.training.step.forward_loss, []
 def stick(*args):
     calls.append(1)
@@ -193,13 +193,13 @@ def slow(*args):
 module.encode = slow
 sys.argv += ["--cache-dir", f"{tmp_path / cache}"]
 {machines}"""
-    words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "6s", *FEW_STEPS)
+    words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "6s", "--verbose", *FEW_STEPS)
     done, text = launch(words, tmp_path)
     assert done == 0, text
     built = [rank for rank in "01" if f"rank {rank} builds" in text]
     assert " and ".join(built) == builders
-    # Who builds tells of it.
-    assert text.count("data: training ") == len(built)
+    # The main process shows the report, whoever built the cache.
+    assert text.count("data: training ") == 1
 
 
 def test_a_run_whose_process_is_killed_twice_restarts_by_itself(corpus: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ class ByteTokenizer:
     """One id a byte, after the three special ids."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    unknown_token_id = None
 
     def __init__(self, vocab_size: int = 300, bos: bool = True) -> None:
         self.vocab_size = vocab_size
@@ -26,6 +27,9 @@ class ByteTokenizer:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.vocab_size} {self.bos_token_id}".encode()).hexdigest()
+
+    def rules(self) -> dict:
+        return {}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         self.calls += 1

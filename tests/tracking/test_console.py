@@ -228,17 +228,18 @@ class Handle:
     def __init__(self) -> None:
         self.shown: list[str] = []
 
-    def update(self, shown) -> None:
-        self.shown.append(shown._repr_html_())
+    def update(self, shown, raw) -> None:
+        assert raw is True
+        self.shown.append(shown["text/html"])
 
 
 def test_a_notebook_has_a_bar_that_is_updated_in_place_and_lines_as_text(monkeypatch, capsys):
     handles: list[Handle] = []
 
-    def display(shown, display_id):
+    def display(shown, raw, display_id):
         assert display_id is True
         handles.append(Handle())
-        handles[-1].update(shown)
+        handles[-1].update(shown, raw)
         return handles[-1]
 
     ipython = ModuleType("IPython")

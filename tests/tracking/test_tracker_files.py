@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minimind.tracking.metric_groups import grouped_name
+from minimind.tracking.backends import grouped_name
 from support.tiny_runs import write_corpus
 
 # The key of WandB must have 40 characters.

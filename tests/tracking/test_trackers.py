@@ -25,7 +25,7 @@ from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.io import append, atomic
 from minimind.run_folder import RunFolder
-from minimind.tracking.metric_groups import grouped_name
+from minimind.tracking.backends import grouped_name
 from minimind.tracking.trackers import Trackers, check_trackers, hyper_parameters
 
 

@@ -206,7 +206,9 @@ def test_what_is_known_of_miniminds_models_only_is_refused(
     with pytest.raises(ConfigError, match="budget knows the speed of minimind's own models"):
         pretrain_within_budget(budget)
     with pytest.raises(ConfigError, match="which transformers builds; omit the option, or the model factory"):
-        pretrain(dataclasses.replace(config, max_steps=1), model_factory=lambda _: torch.nn.Linear(1, 1))
+        pretrain_within_budget(
+            dataclasses.replace(config, max_steps=1), model_factory=lambda _: torch.nn.Linear(1, 1)
+        )
 
 
 def test_activations_are_recomputed_to_the_same_steps(corpus: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import minimind.training.trainer as module
-from minimind.training.garbage_collection import GarbageCollection
+from minimind.training.garbage_collection import manual_gc
 from minimind.training.pretrain import pretrain
 from support.tiny_runs import tiny, write_corpus
 
@@ -35,26 +35,26 @@ def _collector_on() -> Iterator[None]:
 
 
 def test_garbage_stays_until_it_is_asked_for() -> None:
-    with GarbageCollection() as garbage:
+    with manual_gc():
         cycle = a_cycle()
         # Many times what makes the collector run by itself.
         objects = [[number] for number in range(100_000)]
         assert cycle() is not None
-        garbage.collect()
+        gc.collect()
         assert cycle() is None
     assert len(objects) == 100_000
 
 
 def test_what_was_there_before_is_not_looked_at() -> None:
     before = Cycle()
-    with GarbageCollection():
+    with manual_gc():
         assert not any(one is before for one in gc.get_objects())
     assert any(one is before for one in gc.get_objects())
 
 
 def test_the_collector_is_put_back_after_an_error() -> None:
     def fail() -> None:
-        with GarbageCollection():
+        with manual_gc():
             assert not gc.isenabled()
             raise ValueError("stop")
 
@@ -66,14 +66,14 @@ def test_the_collector_is_put_back_after_an_error() -> None:
 
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
-    with GarbageCollection():
+    with manual_gc():
         pass
     assert not gc.isenabled()
 
 
 def test_objects_that_others_froze_stay_frozen() -> None:
     gc.freeze()
-    with GarbageCollection():
+    with manual_gc():
         pass
     assert gc.get_freeze_count() > 0
 

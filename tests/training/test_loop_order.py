@@ -226,7 +226,6 @@ def test_a_rewind_resumes_with_the_counts_of_the_checkpoint_and_saves_at_once() 
     run.meter.rewind = lambda step: done.append(("meter", step))
     run.outputs = SimpleNamespace(
         trackers=trackers,
-        samples=None,
         close=lambda: done.append(("closed",)),
         open=lambda step, ids: done.append(("opened", step, ids)),
     )

@@ -21,13 +21,7 @@ class Clock:
 
 
 def left(clock: BudgetClock, per_step: float = 1.0, evaluation: float = 0.0, saving: float = 0.0) -> int:
-    return clock.steps_left(
-        seconds_per_step=per_step,
-        evaluation_seconds=evaluation,
-        evaluation_interval=10,
-        saving_seconds=saving,
-        save_interval=20,
-    )
+    return clock.steps_left(per_step, (evaluation, 10), (saving, 20))
 
 
 def test_the_clock_goes_on_from_the_time_of_earlier_attempts() -> None:
