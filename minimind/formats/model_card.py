@@ -130,7 +130,8 @@ def _facts(settings: Mapping[str, Any], numbers: Mapping[str, float]) -> Iterato
         names = [_cell(Path(str(entry)).name) for entry in settings.get("data") or ()]
         yield "data", ", ".join(names) or "the documentation built into Python (English)"
         if (initial := settings.get("from_weight")) is not None:
-            yield "initialized from", _cell(Path(str(initial)).name)
+            hub = str(initial).startswith("hf://")
+            yield "initialized from", _cell(str(initial) if hub else Path(str(initial)).name)
     if "tokens" in numbers:
         yield "tokens", f"{numbers['tokens']:,.0f}"
     if "step" in numbers:

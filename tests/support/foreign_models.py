@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from minimind.config.options import PretrainConfig
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
 from .tiny_runs import WORDS
@@ -36,6 +37,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
     },
 }
+
+
+def continuing(folder: str | Path, **options: Any) -> PretrainConfig:
+    """Return options of a run that continues the weights there, whose sizes are not given."""
+    return PretrainConfig(from_weight=str(folder), max_seq_len=32, **options)
 
 
 @cache
