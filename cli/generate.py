@@ -165,11 +165,7 @@ class _Printer:
 
 
 def _standard_input() -> str:
-    """Return the text of standard input, without a byte order mark.
-
-    Raises:
-        ConfigError: there is no standard input, or it is not UTF-8.
-    """
+    """Return the text of standard input, without a byte order mark; refuse what is not UTF-8."""
     if sys.stdin is None:
         raise ConfigError("there is no standard input; give the prompt after the model.")
     try:

@@ -54,6 +54,15 @@ class RunFolder:
         """Whether a run has written here."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
 
+    def occupied(self) -> str | None:
+        """Return a sentence where the folder holds a run, so that no other can begin in it."""
+        if not self.holds_a_run():
+            return None
+        return (
+            f"--output-dir {self.path} already holds a run; continue it with --resume, or name another "
+            "folder."
+        )
+
     @contextmanager
     def claim(
         self,
@@ -88,11 +97,8 @@ class RunFolder:
                         self.path / ".lock", wait_seconds, lambda holder: note(f"{waiting} ({holder}).")
                     )
                 )
-                if not resume and self.holds_a_run():
-                    raise ConfigError(
-                        f"--output-dir {self.path} already holds a run; continue it with --resume, "
-                        "or name another folder."
-                    )
+                if not resume and (occupied := self.occupied()) is not None:
+                    raise ConfigError(occupied)
                 self._probe()
             except LockedError as error:
                 raise ConfigError(

@@ -213,8 +213,8 @@ def test_any_module_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--num_processes", "2", "--main_process_port", "0"]
-    for name, words in (("one", []), ("two", launch)):
-        command = [sys.executable, *words, "driver.py", str(EXAMPLES / "custom_model.py"), str(corpus), name]
+    for name, args in (("one", []), ("two", launch)):
+        command = [sys.executable, *args, "driver.py", str(EXAMPLES / "custom_model.py"), str(corpus), name]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert (tmp_path / name / "model" / "model.safetensors").is_file(), done.stderr

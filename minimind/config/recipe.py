@@ -114,17 +114,6 @@ def _ladder() -> tuple[ModelShape, ...]:
 LADDER = _ladder()
 
 
-def choose_shape(parameters: float, vocab_size: int) -> ModelShape:
-    """Return the shape of the ladder whose number of parameters is nearest, as a ratio.
-
-    Args:
-        parameters: wanted, with the embedding.
-        vocab_size: V.
-    """
-    wanted = math.log(max(parameters, 1.0))
-    return min(LADDER, key=lambda shape: abs(math.log(shape.parameters(vocab_size)) - wanted))
-
-
 def global_batch_tokens(tokens: float) -> int:
     """Return the tokens of a global batch for a run of so many tokens: B ∝ D^0.383, through the anchor.
 

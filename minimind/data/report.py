@@ -186,7 +186,8 @@ class DataReport:
         if self.validation is not None:
             lines.append(f"validation  {self.validation.amount}")
         lines += [f"mixture     {entry}" for entry in self.mixture]
-        lines.append(f"lengths     {_quantile_text(self.train.lengths)} tokens per document")
+        quantiles = ", ".join(f"{name} {value:,}" for name, value in self.train.lengths.items())
+        lines.append(f"lengths     {quantiles} tokens per document")
         lines.append(
             f"packing     sequences of {self.seq_len}: {self.packed.padding:.1%} padding, nothing truncated; "
             f"without packing {self.padded.padding:.1%} padding, {self.padded.truncated:.1%} truncated"
@@ -250,10 +251,6 @@ def _source_text(source: SourceReport) -> str:
         if amount.documents
     ]
     return "; ".join(parts) or "no documents"
-
-
-def _quantile_text(lengths: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {value:,}" for name, value in lengths.items())
 
 
 def _bytes(count: int) -> str:

@@ -177,33 +177,29 @@ def encode(
 
 def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iterator[_Batch]:
     """Yield the documents of all sources in batches of about half a megabyte, each of one part."""
-    texts: list[str] = []
-    columns: tuple[list[int], list[int], list[int]] = ([], [], [])
-    size = 0
+    items: list[tuple[str, int, int, int]] = []
+    part = size = 0
 
     def batch() -> _Batch:
-        types = (np.int32, np.uint64, np.int64)
-        source, hashes, text_bytes = map(np.array, columns, types)
+        texts, *columns = zip(*items, strict=True)
+        source, hashes, text_bytes = map(np.array, columns, (np.int32, np.uint64, np.int64))
         done = sum(reading.done_bytes for reading in readings)
-        return _Batch(texts, source, hashes, text_bytes, done, part)
+        return _Batch(list(texts), source, hashes, text_bytes, done, part)
 
-    part = 0
     for number, assignment in enumerate(assignments):
-        if texts and assignment.part != part:
+        if items and assignment.part != part:
             yield batch()
-            texts, columns, size = [], ([], [], []), 0
+            items, size = [], 0
         part = assignment.part
         for text in assignment.source.documents(readings[number]):
             hashed, text_bytes = hash_text(text)
-            texts.append(text)
-            for column, value in zip(columns, (number, hashed, text_bytes), strict=True):
-                column.append(value)
+            items.append((text, number, hashed, text_bytes))
             size += text_bytes
             del text  # the batch has it, and may be done before the next document is read
-            if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
+            if size >= _BATCH_BYTES or len(items) >= _BATCH_DOCUMENTS:
                 yield batch()
-                texts, columns, size = [], ([], [], []), 0
-    if texts:
+                items, size = [], 0
+    if items:
         yield batch()
 
 
@@ -238,11 +234,10 @@ def _tokenized(
 def _encode_batch(
     tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
 ) -> _Ids:
-    if any(isinstance(text, ChatText) for text in texts):
-        return _encode_chats(tokenizer, texts, dtype)
-    if cut is not None and any(len(text) > _LONG_CHARACTERS for text in texts):
+    chats = any(isinstance(text, ChatText) for text in texts)
+    if cut is not None and not chats and any(len(text) > _LONG_CHARACTERS for text in texts):
         return _encode_long(tokenizer, texts, dtype, cut)
-    ids = tokenizer.encode_batch(texts)
+    ids = _encode_chats(tokenizer, texts) if chats else tokenizer.encode_batch(texts)
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     eos = (tokenizer.eos_token_id,)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(bos) + 1
@@ -250,18 +245,14 @@ def _encode_batch(
     return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
 
 
-def _encode_chats(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
-    """Encode conversations, whose special tokens have the ids of the template."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def _encode_chats(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Return the ids of conversations, whose special tokens have the ids of the template."""
     parts = [text.parts if isinstance(text, ChatText) else (text,) for text in texts]
     encoded = iter(tokenizer.encode_batch([part for one in parts for part in one if isinstance(part, str)]))
-    documents = [
-        [*bos, *chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in one),
-         tokenizer.eos_token_id]
+    return [
+        [*chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in one)]
         for one in parts
-    ]  # fmt: skip
-    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-    return _Ids(np.fromiter(chain.from_iterable(documents), dtype, int(lengths.sum())), lengths)
+    ]
 
 
 def _encode_long(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str]) -> _Ids:

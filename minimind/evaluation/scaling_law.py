@@ -130,17 +130,14 @@ class ScalingLaw:
 
     def _on_curve(self, share: float) -> tuple[float, float]:
         """Return how far log L lies above the law at a share of a run, and the deviation from there."""
-        before = self.curve[0]
-        for point in self.curve:
-            if point[0] >= share:
-                width = point[0] - before[0]
-                weight = (share - before[0]) / width if width > 0 else 0.0
-                return (
-                    before[1] + weight * (point[1] - before[1]),
-                    before[2] + weight * (point[2] - before[2]),
-                )
-            before = point
-        return before[1], before[2]
+        start, *values = self.curve[0]
+        for end, *following in self.curve:
+            if end >= share:
+                weight = (share - start) / (end - start) if end > start else 0.0
+                values = [a + weight * (b - a) for a, b in zip(values, following, strict=True)]
+                break
+            start, values = end, following
+        return values[0], values[1]
 
 
 @cache

@@ -127,11 +127,7 @@ def export_model(
 
 
 def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniMindConfig, Tokenizer | None]:
-    """Return the tokenizer to export, and the config with its special token ids.
-
-    Raises:
-        ConfigError: when the tokenizer has more entries than the embedding.
-    """
+    """Return the tokenizer to export, and the config with its special token ids."""
     tokenizer = found.tokenizer() if named is None else load_tokenizer(named)
     config = found.config
     if tokenizer is None:

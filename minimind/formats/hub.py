@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, needs_package
 
 PREFIX = "hf://"
 _MODEL = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -136,10 +136,7 @@ class HubRepository:
         try:
             from huggingface_hub import HfApi
         except ImportError as error:
-            raise ConfigError(
-                "--push-to-hub needs the package huggingface_hub, which is not installed; pip install "
-                "huggingface_hub."
-            ) from error
+            raise ConfigError(needs_package("--push-to-hub", "huggingface_hub")) from error
         self._api: Any = HfApi()
         try:
             user = self._api.whoami()["name"]

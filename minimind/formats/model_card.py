@@ -44,6 +44,13 @@ _RECIPE = {
     "mixed_precision": "mixed precision",
     "seed": "seed",
 }
+_NUMBERS = (
+    ("tokens", "tokens", ",.0f"),
+    ("step", "steps", ",.0f"),
+    ("loss", "training loss, nats per token", ".4f"),
+    ("val_loss", "validation loss, nats per token", ".4f"),
+    ("val_bits_per_byte", "validation bits per byte", ".4f"),
+)
 _USAGE = """
 ## Use
 
@@ -132,16 +139,9 @@ def _facts(settings: Mapping[str, Any], numbers: Mapping[str, float]) -> Iterato
         if (initial := settings.get("from_weight")) is not None:
             hub = str(initial).startswith("hf://")
             yield "initialized from", _cell(str(initial) if hub else Path(str(initial)).name)
-    if "tokens" in numbers:
-        yield "tokens", f"{numbers['tokens']:,.0f}"
-    if "step" in numbers:
-        yield "steps", f"{numbers['step']:,.0f}"
-    if "loss" in numbers:
-        yield "training loss, nats per token", f"{numbers['loss']:.4f}"
-    if "val_loss" in numbers:
-        yield "validation loss, nats per token", f"{numbers['val_loss']:.4f}"
-    if "val_bits_per_byte" in numbers:
-        yield "validation bits per byte", f"{numbers['val_bits_per_byte']:.4f}"
+    for key, name, form in _NUMBERS:
+        if key in numbers:
+            yield name, format(numbers[key], form)
     if not settings and not numbers:
         yield "data", "not recorded: fill in"
 

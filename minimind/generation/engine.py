@@ -173,11 +173,8 @@ class InferenceEngine:
             visible = visible & (slots >= padding[:, None])
             positions = self._positions(slot, padding)
         rotary = self.model.model.rotary(positions, 0, 1)
-
-        def update(layer: int) -> _UpdateCache:
-            return lambda keys, values: cache.layers[layer].put(slot, keys, values)
-
-        return self._run(tokens, rotary, visible[:, None, None], list(map(update, range(len(cache.layers)))))
+        updates = [partial(layer.put, slot) for layer in cache.layers]
+        return self._run(tokens, rotary, visible[:, None, None], updates)
 
     def _positions(self, slots: Tensor, padding: Tensor) -> Tensor:
         """Return (B, T) positions; those of padding, and beyond the last position, are arbitrary."""

@@ -44,14 +44,9 @@ def generate(
     Raises:
         ConfigError: when a prompt is empty or as long as the model's positions.
     """
-    written: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(
-        model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed
-    ):
-        for text, token in zip(written, tokens, strict=True):
-            if token is not None:
-                text.append(token)
-    return written
+    steps = [*stream(model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed)]
+    columns = ([tokens[number] for tokens in steps] for number in range(len(prompts)))
+    return [[token for token in column if token is not None] for column in columns]
 
 
 @torch.inference_mode()

@@ -157,14 +157,9 @@ def stream_text(
     """Yield the continuation of a prompt piece by piece; see `continue_texts`."""
     encoded = encode_prompt(tokenizer, prompt)
     text = TextStream(tokenizer.decode, encoded)
-    for (token,) in stream(
-        model,
-        [encoded],
-        sampling,
-        max_new_tokens=max_new_tokens,
-        stop_ids=(tokenizer.eos_token_id,),
-        seed=seed,
-    ):
+    stop_ids = (tokenizer.eos_token_id,)
+    steps = stream(model, [encoded], sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed)
+    for (token,) in steps:
         if token is not None and (piece := text.push(token)):
             yield piece
     if rest := text.end():

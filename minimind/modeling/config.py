@@ -313,22 +313,14 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _table(key: str, value: Any) -> Mapping[str, Any]:
-    """Return a nested object of a file, empty if missing.
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """Return a nested object of a file, empty if missing."""
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{key} {value!r} is not a table of keys and values; correct it.")
     return value or {}
 
 
 def _normalized_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return YaRN settings in normalized form, None for no scaling.
-
-    Raises:
-        ConfigError: for another type of scaling, or a missing or invalid number.
-    """
+    """Return YaRN settings in normalized form, None for no scaling."""
     scaling = _table("rope_scaling", scaling)
     rope_type = scaling.get("rope_type", scaling.get("type"))
     if rope_type in (None, "default"):

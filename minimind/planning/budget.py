@@ -8,6 +8,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,9 +130,8 @@ def follow_budget(config: PretrainConfig, *, quiet: bool = True) -> PretrainConf
     if recorded is not None:
         return recorded
     plan = plan_budget(config)
-    progress = Progress(enabled=is_main_process(), quiet=quiet)
-    progress.banner(plan.rows())
-    progress.close()
+    with closing(Progress(enabled=is_main_process(), quiet=quiet)) as progress:
+        progress.banner(plan.rows())
     return plan.config
 
 
@@ -148,18 +148,13 @@ def plan_budget(config: PretrainConfig, *, quiet: bool = False) -> BudgetPlan:
     Raises:
         UserError: for data, a launch or options that a run cannot use.
     """
-    progress = Progress(enabled=is_main_process() and not quiet)
-    try:
+    with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         check_launch(config)  # its remark is the run's
-        if config.resume is None and not restarts() and RunFolder(Path(config.output_dir)).holds_a_run():
-            raise ConfigError(
-                f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
-                "another folder."
-            )
+        occupied = RunFolder(Path(config.output_dir)).occupied()
+        if config.resume is None and not restarts() and occupied is not None:
+            raise ConfigError(occupied)
         progress.note(f"--budget {config.budget}: measuring text and machine.")
         return _choose(config)
-    finally:
-        progress.close()
 
 
 def _recorded_choice(config: PretrainConfig) -> PretrainConfig | None:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -157,13 +158,10 @@ def _total_tokens(loader: Loader, config: PretrainConfig, batches: BatchPlan, to
 
 def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPlan, PreparedData]:
     """Resolve the options and tokenize the data."""
-    progress = Progress(enabled=is_main_process() and not quiet)
-    try:
+    with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         inputs = resolve_batch_size_alone(resolve_run(config, progress.note))
         batches = plan_batches(inputs.config, world_size())
         return inputs, batches, prepare_data(inputs.config, inputs.tokenizer, progress.data_build)
-    finally:
-        progress.close()
 
 
 def _first_step(
@@ -352,11 +350,8 @@ def _problems(
     place = _existing(Path(config.output_dir))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         yield f"--output-dir {config.output_dir} cannot be written, because {place} cannot; use another one."
-    if config.resume is None and RunFolder(Path(config.output_dir)).holds_a_run():
-        yield (
-            f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
-            "another folder."
-        )
+    if config.resume is None and (occupied := RunFolder(Path(config.output_dir)).occupied()) is not None:
+        yield occupied
     if device_memory is not None and memory.peak > 0.95 * device_memory:
         yield (
             f"the estimate of {size(memory.peak)} is almost all of the GPU's {size(device_memory)}; lower "

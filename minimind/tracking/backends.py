@@ -284,8 +284,8 @@ class BackgroundThread:
         """Run a function after all earlier ones; return at once."""
         self._queue.put(function)
 
-    def call(self, function: Callable[[], object], timeout: float) -> bool:
-        """Run a function after all earlier ones; return whether it finished within `timeout` seconds.
+    def call(self, function: Callable[[], object], timeout: float) -> None:
+        """Run a function after all earlier ones, and wait for it at most `timeout` seconds.
 
         Raises:
             OSError: raised by the function.
@@ -302,10 +302,9 @@ class BackgroundThread:
                 done.set()
 
         self._queue.put(run)
-        finished = done.wait(timeout)
+        done.wait(timeout)
         if errors:
             raise errors[0]
-        return finished
 
     def close(self, timeout: float) -> bool:
         """End the thread after all earlier functions; return whether it ended within `timeout` seconds."""

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, needs_package
 from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
 from .backends import CSV, BackgroundThread, MLflow, SwanLab, TensorBoard, WandB
@@ -51,7 +51,7 @@ def check_trackers(config: PretrainConfig, trackers: Sequence[Tracker] = ()) -> 
     for tracker in trackers:
         check_tracker(tracker)
     problems = [
-        f"--tracker {name} needs the package {name}, which is not installed; pip install {name}."
+        needs_package(f"--tracker {name}", name)
         for name in config.tracker
         if name in BUILT_IN and name not in WITHOUT_PACKAGE and not _installed(name)
     ]

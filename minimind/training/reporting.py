@@ -196,15 +196,15 @@ class Reports:
 
     def rewind(self, state: TrainState, spike: Spike, max_rewinds: int) -> None:
         """Report that the run continues from `state`, without the sequences of `spike`."""
-        # Keys that readers of metrics.jsonl know.
-        named = {
+        values = {
+            "rewound_from": spike.step,
+            # Keys that readers of metrics.jsonl know.
             "left_out_epoch": spike.epoch,
             "left_out_row": spike.sequence,
             "left_out_rows": spike.num_sequences,
+            "rewinds": state.rewinds,
         }
-        self._outputs.trackers.log(
-            {"rewound_from": spike.step, **named, "rewinds": state.rewinds}, state.step
-        )
+        self._outputs.trackers.log(values, state.step)
         self._progress.warn(
             f"rewound from step {spike.step} to step {state.step}; sequences {spike.sequence} to "
             f"{spike.sequence + spike.num_sequences - 1} of epoch {spike.epoch} are excluded (rewind "

@@ -87,8 +87,8 @@ def test_compare_prints_tables_and_takes_names_for_text(run: Command, tmp_path: 
     assert done.code == 0, done.err
     assert "[red]a" in done.out
     assert done.out.count("--learning-rate") == 1
-    for words in ("training loss", "bits/byte at equal tokens", "options that differ"):
-        assert words in done.out
+    for phrase in ("training loss", "bits/byte at equal tokens", "options that differ"):
+        assert phrase in done.out
     assert "code, packages" not in done.out, "nothing of these differs"
     assert "wrote" not in done.out
 
@@ -147,12 +147,12 @@ def test_what_a_run_recorded_reaches_the_terminal_escaped(run: Command, tmp_path
         make_run(tmp_path / "a", environment={"device": HOSTILE, "python": HOSTILE}, data=(HOSTILE,))
     )
     make_run(tmp_path / "b")
-    for words in (["info", folder], ["compare", folder, str(tmp_path / "b")], ["reproduce", folder]):
-        done = run(*words)
+    for args in (["info", folder], ["compare", folder, str(tmp_path / "b")], ["reproduce", folder]):
+        done = run(*args)
         assert done.code == 0, done.err
         shown = done.out + done.err
         assert "x1b]0;PWNED" in shown
-        assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), words
+        assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), args
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": HOSTILE}))

@@ -77,7 +77,7 @@ def test_a_change_of_source_tokenizer_or_setting_builds_again(tmp_path, corpus, 
     elif change == "tokenizer":
         tokenizer = ByteTokenizer(vocab_size=301)
     elif change == "key":
-        corpus.write_text('{"body": "other words, and enough of them for a row"}\n')
+        corpus.write_text('{"body": "other words, and enough of them for a sequence"}\n')
         values["text_key"] = "body"
     elif change == "fraction":
         values["val_fraction"] = 0.5

@@ -120,14 +120,14 @@ def test_any_sequence_of_100_billion_tokens_is_found_at_once_and_in_little_memor
             device="cpu",
             weights=weights,
         )
-        row = int(loader.sequences_per_epoch * share) // 8 * 8
-        steps = loader.steps(epoch, row)
+        first_sequence = int(loader.sequences_per_epoch * share) // 8 * 8
+        steps = loader.steps(epoch, first_sequence)
         step = next(steps)
         steps.close()
         seconds.append(time.process_time() - start)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert (step.epoch, step.step_in_epoch, step.num_sequences) == (epoch, row // 8, 8)
+        assert (step.epoch, step.step_in_epoch, step.num_sequences) == (epoch, first_sequence // 8, 8)
         assert peak < 200e6
     # About 0.3 s; a machine that is busy with other work takes longer.
     assert min(seconds) < 3

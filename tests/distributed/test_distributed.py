@@ -197,8 +197,8 @@ def configure(home: Path) -> None:
     answers = {"Which type of machine": "4\r", "How many GPU": "2\r"}
     pid, terminal = pty.fork()
     if pid == 0:
-        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "config"]
-        os.execve(sys.executable, words, os.environ | {"HF_HOME": str(home)})
+        args = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "config"]
+        os.execve(sys.executable, args, os.environ | {"HF_HOME": str(home)})
     question = ""
     with suppress(OSError):  # as reading ends when the program does
         while True:
@@ -227,8 +227,8 @@ def test_processes_that_are_launched_train_together_on_cpus(corpus: Path, tmp_pa
     else:
         program = [installed_script(tmp_path)]
         launcher += ["--multi_gpu", "--num_processes", 2]
-    words = command(corpus, tmp_path / "out", *FEW_STEPS)
-    code, text = launch([*launcher, *program, *words], tmp_path)
+    args = command(corpus, tmp_path / "out", *FEW_STEPS)
+    code, text = launch([*launcher, *program, *args], tmp_path)
     assert code == 0, text
     assert banner_line(text) == "device: CPU x 2, float32, not compiled"
     assert "no GPU here: 2 processes train together on CPUs." in text
@@ -271,9 +271,9 @@ def test_a_launch_that_would_go_wrong_is_recognized_by_its_variables(
 
 def test_a_launch_that_would_go_wrong_is_refused_before_any_work(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "FSDP2").write_text(CONFIGURATIONS["FSDP2"])
-    words = command(corpus, tmp_path / "out", *FEW_STEPS, "--cache-dir", tmp_path / "unused")
+    args = command(corpus, tmp_path / "out", *FEW_STEPS, "--cache-dir", tmp_path / "unused")
     options = ["--config_file", "FSDP2", "--main_process_port", 0, "-m", "minimind_cli"]
-    code, text = launch([*ACCELERATE, *options, *words], tmp_path)
+    code, text = launch([*ACCELERATE, *options, *args], tmp_path)
     assert code != 0
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert any("train with DDP instead: accelerate launch" in line for line in errors), text

@@ -29,8 +29,8 @@ def build(seed: int = 0, **changes) -> MiniMindForCausalLM:
     return MiniMindForCausalLM(dataclasses.replace(TINY, **changes))
 
 
-def tokens(rows: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
-    return torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(seed))
+def tokens(sequences: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(96, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model: MiniMindForCausalLM) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_embedding_and_output_are_one_parameter_where_tied():
 
 @pytest.mark.parametrize("with_positions", [True, False])
 def test_packed_documents_do_not_affect_each_other(with_positions):
-    model, ids = build(seed=3), tokens(rows=1, length=40)
+    model, ids = build(seed=3), tokens(sequences=1, length=40)
     # Weights as large as a trained model's, so that attention is not nearly uniform.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -30,7 +30,7 @@ SHAPE = MiniMindConfig(
     head_dim=24,
     intermediate_size=160,
 )
-ROWS, LENGTH = 2, 64
+SEQUENCES, LENGTH = 2, 64
 # The trace of a compiled run without its kernels, which takes no compiler: what it stores is the same.
 TRACED = "aot_eager_decomp_partition"
 
@@ -64,8 +64,8 @@ def stored_bytes(
             stored[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.randint(0, SHAPE.vocab_size, (ROWS, LENGTH))
-    positions = torch.arange(LENGTH, dtype=torch.int32).repeat(ROWS, 1)
+    ids = torch.randint(0, SHAPE.vocab_size, (SEQUENCES, LENGTH))
+    positions = torch.arange(LENGTH, dtype=torch.int32).repeat(SEQUENCES, 1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             model(ids, positions)
@@ -89,7 +89,7 @@ def test_a_block_stores_what_the_formula_says(compiled: Compiled, half: bool) ->
         # A GPU's masked kernel, which there is none of here, also keeps wider keys and values and the mask.
         low = 2 if half else 4
         expected -= low * (2 * 2 * SHAPE.head_dim + LENGTH)
-    assert one_more == expected * ROWS * LENGTH
+    assert one_more == expected * SEQUENCES * LENGTH
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -99,14 +99,14 @@ def test_a_block_with_experts_stores_about_what_the_formula_says(k: int, half: b
     two, one = (stored_bytes(layers, "no", half=half, shape=shape) for layers in (2, 1))
     expected = activation_bytes_per_token_layer(shape, half=half, compiled="no", seq_len=LENGTH)
     expected -= (2 if half else 4) * (2 * 2 * SHAPE.head_dim + LENGTH)  # as above
-    assert two - one == pytest.approx(expected * ROWS * LENGTH, rel=0.02)
+    assert two - one == pytest.approx(expected * SEQUENCES * LENGTH, rel=0.02)
 
 
 def test_with_recomputation_a_block_stores_its_input_alone() -> None:
     two, one = (stored_bytes(layers, "no", half=True, recompute=True) for layers in (2, 1))
     one_more = two - one
     kept, plain = (estimate(recompute=r, compiled="no") for r in (True, False))
-    assert one_more == 4 * SHAPE.hidden_size * ROWS * LENGTH
+    assert one_more == 4 * SHAPE.hidden_size * SEQUENCES * LENGTH
     assert kept.activations < plain.activations / 5
     deeper = estimate(dataclasses.replace(SHAPE, num_hidden_layers=9), recompute=True, compiled="no")
     assert deeper.activations - kept.activations == one_more
@@ -114,7 +114,7 @@ def test_with_recomputation_a_block_stores_its_input_alone() -> None:
 
 def estimate(shape: MiniMindConfig = SHAPE, **changes: Any) -> MemoryEstimate:
     options = {
-        "sequences": ROWS,
+        "sequences": SEQUENCES,
         "seq_len": LENGTH,
         "precision": "bf16",
         "compiled": "whole",
@@ -143,7 +143,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "rows", "fused", "measured"),
+    ("hidden_size", "sequences", "fused", "measured"),
     [
         (768, 128, True, 11.53e9),
         (768, 256, True, 22.07e9),
@@ -154,12 +154,12 @@ def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
     ],
 )
 def test_what_was_measured_on_an_h100_is_estimated_within_a_few_percent(
-    hidden_size: int, rows: int, fused: bool, measured: float
+    hidden_size: int, sequences: int, fused: bool, measured: float
 ) -> None:
     """minimind-3 and minimind2-small in sequences of 512; docs/performance.md."""
     kv_heads, inner = {768: (4, 2432), 512: (2, 1408)}[hidden_size]
     shape = MiniMindConfig(hidden_size=hidden_size, num_key_value_heads=kv_heads, intermediate_size=inner)
-    found = estimate(shape, sequences=rows, seq_len=512, fused=fused).peak
+    found = estimate(shape, sequences=sequences, seq_len=512, fused=fused).peak
     assert found == pytest.approx(measured, rel=0.05)
 
 

@@ -210,10 +210,10 @@ def test_what_would_go_wrong_is_reported(
     (tmp_path / "out" / "metrics.jsonl").touch()
     short = dataclasses.replace(config, max_time="9s", warmup_steps=15, save_interval=999, decay_steps=3)
     text = " ".join(plan_run(short, quiet=True).problems)
-    for words in ("--keep-checkpoints", "already holds a run", "of the GPU's", "max_time 9s ends the run",
+    for phrase in ("--keep-checkpoints", "already holds a run", "of the GPU's", "max_time 9s ends the run",
                   "max_time 9s allows about 2 steps, fewer than the 15 of the warm-up",
                   "save_interval 999 is beyond the run", "decay_steps 3 has no effect"):  # fmt: skip
-        assert words in text
+        assert phrase in text
 
 
 @dataclasses.dataclass

@@ -90,7 +90,7 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "message"),
     [
         ({"compile": True}, "--compile is implemented in MiniMindForCausalLM"),
         ({"activation_checkpointing": True}, "--activation-checkpointing is implemented in"),
@@ -98,8 +98,8 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
         ({"sample_interval": 5}, "--sample-interval generates with MiniMindForCausalLM"),
     ],
 )
-def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         build_model(PretrainConfig(**option), SHAPE, lambda shape: Bigram(shape.vocab_size))
     assert isinstance(build_model(PretrainConfig(**option), SHAPE), MiniMindForCausalLM)
 
