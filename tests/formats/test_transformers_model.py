@@ -136,6 +136,9 @@ def test_dropout_is_that_of_the_run(tmp_path: Path) -> None:
 
 def test_generation_continues_as_transformers_does(folder: Path) -> None:
     model = opened(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that positions matter
     prompts = [[5, 9, 11, 2, 8], [7, 3]]
     greedy = Sampling(temperature=0.0)
     found = generate(model, prompts, greedy, max_new_tokens=8)

@@ -26,7 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA, "tie_word_embeddings": True},
     "qwen2": _LLAMA,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "mistral": {**_LLAMA, "sliding_window": 4},
+    # Wider than the documents by which the separation is measured.
+    "mistral": {**_LLAMA, "sliding_window": 8},
     "opt": {
         **{name: _LLAMA[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
         **{"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
