@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from minimind.config.budget import BUDGET_OPTIONS, Budget
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError
 from minimind.evaluation.scaling_law import Forecast, packaged_law
+from minimind.formats.huggingface import save_model
+from minimind.modeling.config import MiniMindConfig
+from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.planning import budget as budget_module
 from minimind.planning.budget_report import BudgetPlan
 from minimind.planning.candidates import Candidate, Machine, TextSize, TokenizerChoice, chosen_options
 from minimind.planning.choice import USABLE, Chooser, search
@@ -353,3 +358,108 @@ def test_the_plan_says_why_the_choice_is_neither_larger_nor_smaller() -> None:
         "time": "2m30s of training (328k tokens/s estimated), plus preparing the data; the text is too small "
         "for more: further epochs would add nothing",
     }
+
+
+def test_an_alternative_of_another_shape_is_shown_if_there_is_one() -> None:
+    small, large = recipe.ModelShape.of(256, 4), recipe.ModelShape.of(768, 12)
+    a1, a2, a3, b, c = (candidate(shape=shape, steps=n) for n, shape in enumerate(
+        [small, small, small, large, recipe.ModelShape.of(64, 4)], start=1
+    ))  # fmt: skip
+    for ranked, shown in (
+        ([a1, a2, a3, b, c], (a1, a2, b)),
+        ([a1, a2, b, a3], (a1, a2, b)),
+        ([a1, b, c, a2], (a1, b, c)),
+        ([a1, a2, a3], (a1, a2, a3)),
+        ([a1, b], (a1, b)),
+        ([a1], (a1,)),
+    ):
+        assert budget_module._with_alternatives(ranked) == shown
+
+
+def planned(config: PretrainConfig, seconds: float, machine: Machine = GPU, **kept: Any) -> PretrainConfig:
+    """Return the options of a budget of time, with what is kept besides those of the configuration."""
+    outcome = budget_module._Outcome((candidate(),), TEXT, machine)
+    sample: Any = None
+    kept = {name: getattr(config, name) for name in config.budget_keeps} | kept
+    return budget_module._plan(config, Budget(seconds=seconds), kept, outcome, sample).config
+
+
+UNFUSED = dataclasses.replace(GPU, fused=False)
+
+
+@pytest.mark.parametrize(
+    ("machine", "seconds", "compiled"),
+    [
+        (GPU, 1200, False),
+        (GPU, 1201, True),
+        # Without CUDA graphs compiling gains more.
+        *((machine, seconds, seconds > 300) for seconds in (300, 301)
+          for machine in (UNFUSED, dataclasses.replace(GPU, processes=2))),
+        (CPU, 10**6, None),
+    ],
+)  # fmt: skip
+def test_only_a_long_run_on_a_gpu_compiles(machine: Machine, seconds: float, compiled: bool | None) -> None:
+    assert planned(PretrainConfig(budget="1h"), seconds, machine).compile is compiled
+    # Unless the user has decided.
+    assert planned(PretrainConfig(budget="1h", compile=True), seconds, machine, compile=True).compile is True
+
+
+def test_what_the_user_has_set_changes_what_goes_with_it() -> None:
+    plain = planned(PretrainConfig(budget="1h"), 600)
+    assert (plain.lr_schedule, plain.decay_ratio, plain.val_fraction) == ("wsd", 0.6, 0.0031)
+    tuned = planned(PretrainConfig(budget="1h", from_weight="model"), 600)
+    assert tuned.learning_rate == pytest.approx(0.3 * plain.learning_rate)
+    given = planned(PretrainConfig(budget="1h", data=("a",), val_data=("v",)), 600)
+    assert given.val_fraction == PretrainConfig().val_fraction
+    cosine = planned(PretrainConfig(budget="1h", lr_schedule="cosine"), 600)
+    assert (cosine.lr_schedule, cosine.decay_ratio) == ("cosine", PretrainConfig().decay_ratio)
+    assert cosine.learning_rate == plain.learning_rate
+
+
+def test_the_sizes_of_given_weights_are_kept(tmp_path: Path) -> None:
+    sizes = {
+        **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        **{"head_dim": 6, "intermediate_size": 24, "vocab_size": 40},
+    }
+    save_model(MiniMindForCausalLM(MiniMindConfig(**sizes)), tmp_path)
+    # What the budget never chooses.
+    free = {"dropout": 0.0, "router_aux_loss_coef": 0.01}
+    kept = budget_module._kept_options(PretrainConfig(budget="1h", from_weight=str(tmp_path)))
+    assert kept == {**sizes, **free, "from_weight": str(tmp_path), "tokenizer": None}
+    given = {"head_dim": 32, "accumulation_steps": 4, "epochs": 2}
+    found = budget_module._kept_options(PretrainConfig(budget="1h", **given))
+    assert {name: found[name] for name in given} == given
+    assert not found.keys() & {"hidden_size", "batch_size", "learning_rate", "tokenizer", "vocab_size"}
+
+
+def test_depths_are_compared_where_the_width_is_set_and_widths_where_the_depth_is() -> None:
+    def shapes(**kept: Any) -> set[tuple[int, int]]:
+        found = chooser(
+            Budget(seconds=86400), dataclasses.replace(GPU, memory=1e12), ENDLESS, **kept
+        ).ranked()
+        return {(c.shape.hidden_size, c.shape.num_hidden_layers) for c in found}
+
+    widths = {shape.hidden_size for shape in recipe.LADDER}
+    assert shapes(hidden_size=512) == {(512, layers) for layers in (2, 4, 6, 8, 12, 16, 24, 32)}
+    assert shapes(num_hidden_layers=6) == {(width, 6) for width in widths}
+    assert shapes(hidden_size=512, num_hidden_layers=6) == {(512, 6)}
+    # Heads that divide the width.
+    assert shapes(num_attention_heads=5, num_key_value_heads=1) == {(w, w // 64) for w in (640, 1280, 2560)}
+
+
+def test_a_step_has_the_micro_batches_that_are_set() -> None:
+    two = dataclasses.replace(GPU, processes=2)
+
+    def sizes(**kept: Any) -> set[tuple[int, int]]:
+        found = chooser(Budget(seconds=600), two, ENDLESS, **kept).ranked()
+        return {(c.global_batch_size, c.micro_batch_size) for c in found}
+
+    assert sizes(batch_size=4, accumulation_steps=3) == {(4 * 3 * 2, 4)}
+    assert all(whole % (3 * 2) == 0 for whole, _ in sizes(accumulation_steps=3))
+    assert all((whole % 10, micro) == (0, 5) for whole, micro in sizes(batch_size=5))
+    assert {whole for whole, _ in sizes(global_batch_size=64)} == {64}
+    # On CPUs micro-batches are small.
+    assert all(
+        c.micro_batch_size * c.seq_len <= 8192
+        for c in chooser(Budget(seconds=1e6), dataclasses.replace(CPU, memory=1e12), ENDLESS).ranked()
+    )
