@@ -25,6 +25,19 @@ from ..modeling.transformers_config import TransformersConfig
 Separation = Literal["positions", "mask", "none"]
 
 
+def matrices_of(network: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the matrices of linear layers and the stacked ones of experts, except the output layer.
+
+    A `Conv1D` of GPT-2 is a linear layer that stores its matrix transposed.
+    """
+    output = network.get_output_embeddings()  # type: ignore[operator]
+    for name, module in network.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        for parameter in module.parameters(recurse=False) if module is not output else ():
+            if (linear and parameter.ndim == 2) or (name.endswith(".experts") and parameter.ndim == 3):
+                yield parameter
+
+
 class TransformersModel(nn.Module):
     """A model of transformers with the interface of `MiniMindForCausalLM` in training and evaluation.
 
@@ -85,15 +98,8 @@ class TransformersModel(nn.Module):
         self.network.tie_weights()
 
     def matrices(self) -> Iterator[nn.Parameter]:
-        """Yield the matrices that Muon may update: those of linear layers, and stacked ones of experts.
-
-        A `Conv1D` of GPT-2 is a linear layer that stores its matrix transposed.
-        """
-        for name, module in self.named_modules():
-            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            for parameter in module.parameters(recurse=False):
-                if (linear and parameter.ndim == 2) or (name.endswith(".experts") and parameter.ndim == 3):
-                    yield parameter
+        """Yield the matrices that Muon may update; see `matrices_of`."""
+        return matrices_of(self.network)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
@@ -24,6 +25,7 @@ from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
 from ..formats.transformers_folder import build_network, stored_dtype
+from ..formats.transformers_model import matrices_of
 from ..formatting import parse_duration, size
 from ..launch_env import device_type, is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
@@ -84,8 +86,7 @@ def plan_run(
     device_memory = _device_memory()
     step_seconds, micro_batch_seconds = _times(inputs.config, model_config, batches, measured)
     evaluation_batches = _evaluation_batches(inputs.config, data, batches, first_step, total_steps)
-    sizes = _estimated_sizes(model_config)
-    checkpoint = 4 * model_config.num_parameters() + optimizer_bytes(sizes, inputs.config.optimizer)
+    checkpoint = 4 * model_config.num_parameters() + _optimizer_bytes(model_config, inputs.config.optimizer)
     weight_bytes = _FINAL_MODEL_BYTES
     if isinstance(model_config, TransformersConfig):
         weight_bytes = stored_dtype(model_config).itemsize
@@ -187,14 +188,26 @@ def _first_step(
     return min(checkpoint.step, total_steps)
 
 
+def _optimizer_bytes(model_config: MiniMindConfig, optimizer: str) -> int:
+    """Return the bytes of optimizer state in a checkpoint."""
+    if not isinstance(model_config, TransformersConfig):
+        return optimizer_bytes(model_config, optimizer)
+    both = 2 * 4 * model_config.num_parameters()
+    matrices = sum(matrix.numel() for matrix in matrices_of(_empty_model(model_config)))
+    return both if optimizer == "adamw" else both - 4 * matrices
+
+
+def _empty_model(model_config: MiniMindConfig) -> nn.Module:
+    """Return the model without memory for its weights."""
+    with torch.device("meta"):
+        if isinstance(model_config, TransformersConfig):
+            return build_network(model_config)
+        return MiniMindForCausalLM(model_config)
+
+
 def _count_parts(model_config: MiniMindConfig) -> dict[str, int]:
     """Return the parameters of the model by part."""
-    with torch.device("meta"):
-        model = (
-            build_network(model_config)
-            if isinstance(model_config, TransformersConfig)
-            else MiniMindForCausalLM(model_config)
-        )
+    model = _empty_model(model_config)
     return count_parts({name: p.shape for name, p in model.named_parameters()})
 
 

@@ -15,9 +15,11 @@ from minimind.checkpoint.files import latest_checkpoint
 from minimind.config.options import ModelConfig, PretrainConfig
 from minimind.config.schema import schema_of
 from minimind.errors import ConfigError
+from minimind.evaluation.corpus import evaluate_text
 from minimind.formats.export import export_model
 from minimind.formats.open_model import load_with_tokenizer, open_model
 from minimind.planning.budget import pretrain as pretrain_within_budget
+from minimind.planning.plan import plan_run
 from minimind.runs.decay import decay
 from minimind.runs.info import read_info
 from minimind.runs.record import read_run
@@ -57,21 +59,22 @@ def continued(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen2"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_a_resumed_run_takes_the_same_steps_without_the_original_folder(
-    corpus: Path, tmp_path: Path, shape: str
+    corpus: Path, continued: Path, tmp_path: Path, shape: str
 ) -> None:
     folder = save_shape(shape, tmp_path / "original")
-    config = options(corpus, tmp_path / "straight", folder)
-    pretrain(config)
+    straight = continued / "run" if shape == "gpt2" else tmp_path / "straight"
+    config = options(corpus, straight, folder)
+    if shape != "gpt2":
+        pretrain(config)
     resumed = dataclasses.replace(config, output_dir=str(tmp_path / "resumed"))
     pretrain(resumed, stop_after=4)
     folder.rename(tmp_path / "moved")
     result = pretrain(dataclasses.replace(resumed, resume="auto"))
-    tiny_runs.assert_same_end(tmp_path / "resumed", tmp_path / "straight")
+    tiny_runs.assert_same_end(tmp_path / "resumed", straight)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        written = (result.model_dir / name).read_bytes()
-        assert written == (tmp_path / "straight" / "model" / name).read_bytes()
+        assert (result.model_dir / name).read_bytes() == (straight / "model" / name).read_bytes()
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_with_the_weights_again(
@@ -161,6 +164,29 @@ def test_the_command_that_reproduces_the_run_names_the_weights(continued: Path) 
     again = reproduce(read_run(continued / "run"))
     assert again.args[again.args.index("--from-weight") + 1] == str(continued / "gpt2")
     assert not any(arg.startswith(("--hidden-size", "--rope-theta", "--vocab-size")) for arg in again.args)
+
+
+def test_an_evaluation_is_the_loss_of_transformers(corpus: Path, continued: Path) -> None:
+    config = dataclasses.replace(
+        options(corpus, continued / "unused", continued / "gpt2"),
+        **{"max_seq_len": 128, "from_weight": None, "packing": False, **NO_SIZES},
+    )
+    found = evaluate_text(str(continued / "run"), config, per_document=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(continued / "run" / "model")
+    _, _, tokenizer = load_with_tokenizer(continued / "run")
+    text = json.loads(corpus.read_text().splitlines()[0])["text"]
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]])
+    assert found.documents[0].evaluation.loss == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_a_plan_knows_the_sizes_of_the_model(corpus: Path, continued: Path, tmp_path: Path) -> None:
+    plan = plan_run(options(corpus, tmp_path / "planned", continued / "gpt2"), seconds=0.05, quiet=True)
+    assert sum(plan.parts.values()) == 39168
+    assert plan.flops_per_token == 6 * 39168 + 6 * 2 * 32 * 32
+    # Weights in float32, and one number more for those of NorMuon, two for the others.
+    matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128)
+    assert plan.checkpoint_bytes == 4 * (3 * 39168 - matrices)
+    assert not (tmp_path / "planned").exists()
 
 
 @pytest.mark.parametrize("path", ["gpt2", "run"])
