@@ -33,6 +33,7 @@ class RunFolder:
         checkpoints: full training states.
         spikes: one report per loss spike.
         model: the model in the format of Hugging Face transformers.
+        initial: configuration and tokenizer of a model of transformers that the run continues.
         profile: traces of --profile.
     """
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.spikes = self.path / "spikes"
         self.model = self.path / "model"
+        self.initial = self.path / "initial"
         self.profile = self.path / "profile"
 
     def holds_a_run(self) -> bool:
@@ -106,7 +108,7 @@ class RunFolder:
                 yield
             except Exception:
                 if new and not any(path.exists() for path in (self.metrics, self.checkpoints, self.spikes)):
-                    for path in (self.config, self.environment, self.path / "tensorboard"):
+                    for path in (self.config, self.environment, self.initial, self.path / "tensorboard"):
                         remove(path)
                 raise
 

@@ -160,4 +160,4 @@ class StepBuilder:
         """Return (A*B,) the positions in a step that this process takes."""
         plan = self.plan
         shape = (plan.accumulation_steps, plan.num_processes, plan.micro_batch_size)
-        return np.arange(plan.global_batch_size).reshape(shape)[:, self.process_index].reshape(-1)
+        return np.arange(plan.global_batch_size).reshape(shape)[:, self.process_index].ravel()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formatting import size
 from .files import skipped_lines
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -41,7 +42,7 @@ class Amount:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents:,} documents, {_bytes(self.text_bytes)}, {self.tokens:,} tokens "
+            f"{self.documents:,} documents, {size(self.text_bytes)}, {self.tokens:,} tokens "
             f"({self.bytes_per_token:.2f} bytes per token)"
         )
 
@@ -244,10 +245,3 @@ def _source_text(source: SourceReport) -> str:
         if amount.documents
     ]
     return "; ".join(parts) or "no documents"
-
-
-def _bytes(count: int) -> str:
-    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
-        if count >= 1000**power:
-            return f"{count / 1000**power:.1f} {unit}"
-    return f"{count} bytes"

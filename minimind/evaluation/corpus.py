@@ -30,8 +30,7 @@ from ..distributed.collectives import sum_over_processes
 from ..distributed.consistency import check_same_on_all_ranks, run_signature, weights_fingerprint
 from ..distributed.failures import report_peer_failures
 from ..errors import ConfigError
-from ..formats.open_model import load_with_tokenizer
-from ..modeling.transformer import MiniMindForCausalLM
+from ..formats.open_model import CausalLM, load_with_tokenizer
 from ..tokenizer import Tokenizer
 from .validation import Evaluation
 
@@ -184,12 +183,13 @@ def evaluate_text(
             flat = sum_over_processes(torch.from_numpy(by_document.reshape(-1)), accelerator)
             documents = _documents(files, data.train, tokenizer, np.array(flat).reshape(by_document.shape))
     found = _report(str(source.path), length, entries, np.array(summed).reshape(shape))
-    return dataclasses.replace(found, notes=source.notes, documents=documents)
+    notes = source.notes + (getattr(loaded, "notes", ()) if config.packing else ())
+    return dataclasses.replace(found, notes=notes, documents=documents)
 
 
 @torch.inference_mode()
 def _sums(
-    model: MiniMindForCausalLM,
+    model: CausalLM,
     shards: TokenShards,
     tokenizer: Tokenizer,
     config: PretrainConfig,
@@ -228,7 +228,7 @@ def _sums(
     return sums.T.reshape(num_files, ranges, 3), by_document.T
 
 
-def _losses(model: MiniMindForCausalLM, batch: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
+def _losses(model: CausalLM, batch: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
     """Return the (B, T) cross-entropy of each target."""
     device = accelerator.device
     documents = batch.document_ids

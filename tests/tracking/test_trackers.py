@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -104,7 +105,7 @@ def test_metrics_file_has_a_json_object_for_each_report(desk):
     trackers.log({"val_loss": 3.25}, 10)
     trackers.close()
     train, evaluation = desk.lines()
-    assert train.pop("time").endswith("+00:00")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", train.pop("time"))
     assert train == {
         "step": 10, "kind": "train", "loss": 3.5, "tokens": 100, "grad_norm": None, "mfu": None,
     }  # fmt: skip
