@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -85,18 +86,13 @@ class RunFolder:
             ConfigError: when another run uses the folder, or it holds a run and `resume` is off.
             UserError: when the folder cannot be written.
         """
+        lock = self.path / ".lock"
+        waiting = f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
         with ExitStack() as held:
             try:
                 if not self.path.exists():
                     held.callback(self._remove_if_empty)
-                waiting = (
-                    f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
-                )
-                held.enter_context(
-                    hold_lock(
-                        self.path / ".lock", wait_seconds, lambda holder: note(f"{waiting} ({holder}).")
-                    )
-                )
+                held.enter_context(hold_lock(lock, wait_seconds, lambda other: note(f"{waiting} ({other}).")))
                 if not resume and (occupied := self.occupied()) is not None:
                     raise ConfigError(occupied)
                 self._probe()
@@ -163,7 +159,7 @@ def find_run(path: Path) -> RunFolder:
 
     A path outside of any run is returned itself.
     """
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     with suppress(OSError):  # a text that is too long for a file name
         for folder in (resolved, resolved.parent, resolved.parent.parent):
             run = RunFolder(folder)

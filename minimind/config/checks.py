@@ -109,7 +109,7 @@ def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterato
             "steps each; --epochs limits them."
         )
     if config.epochs is None or (config.max_steps is None and config.max_tokens is None):
-        if config.max_tokens is not None and (config.max_steps or 0) > total_steps:
+        if None not in (config.max_tokens, config.max_steps) and config.max_steps > total_steps:
             yield (
                 f"--max-tokens {config.max_tokens} ends the run after {total_steps:,} steps, before "
                 f"--max-steps {config.max_steps}."

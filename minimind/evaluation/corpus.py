@@ -266,23 +266,19 @@ def _documents(
 def _report(
     model: str, length: int, entries: Sequence[DataSource], sums: NDArray[np.float64]
 ) -> CorpusEvaluation:
+
+    def part(name: str, numbers: NDArray[np.float64], files: tuple[Breakdown, ...] = ()) -> Breakdown:
+        return Breakdown(name, Evaluation.of_sums(*numbers.tolist()), files)
+
     by_file = sums.sum(1)
     sources, first = [], 0
     for entry in entries:
-        last = first + len(entry.files)
-        files = tuple(
-            Breakdown(str(file), Evaluation.of_sums(*numbers))
-            for file, numbers in zip(entry.files, by_file[first:last].tolist(), strict=True)
-        )
-        sources.append(
-            Breakdown(entry.pattern, Evaluation.of_sums(*by_file[first:last].sum(0).tolist()), files)
-        )
-        first = last
-    contexts = tuple(
-        Breakdown(_range(number, length), Evaluation.of_sums(*numbers))
-        for number, numbers in enumerate(sums.sum(0).tolist())
-        if numbers[1]
-    )
+        own = by_file[first : first + len(entry.files)]
+        first += len(entry.files)
+        files = tuple(part(str(file), numbers) for file, numbers in zip(entry.files, own, strict=True))
+        sources.append(part(entry.pattern, own.sum(0), files))
+    by_context = enumerate(sums.sum(0))
+    contexts = tuple(part(_range(number, length), numbers) for number, numbers in by_context if numbers[1])
     total = Evaluation.of_sums(*by_file.sum(0).tolist())
     return CorpusEvaluation(model, length, total, tuple(sources), contexts)
 

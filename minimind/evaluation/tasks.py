@@ -159,10 +159,7 @@ def _scores(task: str, found: dict[str, Any]) -> list[TaskScore]:
 
 
 def _adapter(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    max_length: int,
-    progress: Callable[[int, int], None],
+    model: CausalLM, tokenizer: Tokenizer, max_length: int, progress: Callable[[int, int], None]
 ) -> Any:
     """Return the model behind the harness's interface; a class of a package that may be missing."""
     from lm_eval.api.model import LM
@@ -216,14 +213,8 @@ def _until(model: CausalLM, tokenizer: Tokenizer, prompt: str, options: dict[str
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else until
     temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
-    new_tokens = int(options.get("max_gen_toks") or _NEW_TOKENS)
+    sampling = Sampling(temperature=temperature)
     room = model.config.max_position_embeddings - len(tokenizer.encode(prompt)) - 1
-    (done,) = continue_texts(
-        model,
-        tokenizer,
-        [prompt],
-        Sampling(temperature=temperature),
-        max_new_tokens=max(1, min(new_tokens, room)),
-        seed=0,
-    )
+    limit = max(1, min(int(options.get("max_gen_toks") or _NEW_TOKENS), room))
+    (done,) = continue_texts(model, tokenizer, [prompt], sampling, max_new_tokens=limit, seed=0)
     return min((done.text.split(stop)[0] for stop in until if stop), key=len, default=done.text)

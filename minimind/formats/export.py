@@ -134,13 +134,9 @@ def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniM
         return config, None
     check_vocab(tokenizer, config.vocab_size, str(found.path))
     if named is not None:
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config = dataclasses.replace(
-            config,
-            bos_token_id=eos if bos is None else bos,
-            eos_token_id=eos,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        bos = eos if bos is None else bos
+        config = dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     return config, tokenizer
 
 

@@ -271,19 +271,16 @@ def torch_for_training() -> Iterator[None]:
         raise ConfigError(
             "pretrain() is already running in this process; wait for it to end, or use another process."
         )
-    dtype = torch.get_default_dtype()
-    try:
+    with ExitStack() as settings:
+        settings.callback(_RUNNING.release)
+        settings.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        with ExitStack() as settings:
-            settings.enter_context(torch.inference_mode(False))
-            settings.enter_context(torch.enable_grad())
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    settings.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type != "cpu":
-                # Slows every operation down, so only where it is needed.
-                settings.enter_context(torch.device("cpu"))
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        _RUNNING.release()
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                settings.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            # Slows every operation down, so only where it is needed.
+            settings.enter_context(torch.device("cpu"))
+        yield

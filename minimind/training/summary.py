@@ -98,9 +98,10 @@ def run_facts(
     total_steps: int,
 ) -> RunFacts:
     """Return what report.html shows of a run from its start; `rows` are those of the banner."""
+    defaults = PretrainConfig()  # sizes filled in
     options = {
         section.__doc__ or section.__name__: [
-            (field.flag, option_text(getattr(config, name)), getattr(config, name) == field.default)
+            (field.flag, option_text(getattr(config, name)), getattr(config, name) == getattr(defaults, name))
             for name, field in schema_of(section).items()
         ]
         for section in CONFIG_SECTIONS

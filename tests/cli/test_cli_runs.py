@@ -60,6 +60,7 @@ def test_info_plots_the_losses_of_a_run(run: Command, tmp_path: Path) -> None:
     drawn = picture.read_text(encoding="utf-8")
     for text in ("training", "validation", "training tokens", "loss (nats per token)"):
         assert f"<!-- {text} -->" in drawn, text
+    assert 'width="396pt" height="259.2pt"' in drawn  # 5.5 x 3.6 inches, for a page
     refused = run("info", folder, "--plot", str(tmp_path / "loss.bmp"))
     assert (refused.code, "must end in .png, .pdf or .svg" in refused.err) == (2, True)
     refused = run("info", folder, "--plot", str(tmp_path / "nowhere" / "loss.png"))

@@ -128,6 +128,14 @@ def test_the_summed_loss_over_its_items_is_the_mean_loss_of_the_labels():
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-4)
 
 
+def test_the_loss_of_a_single_target_is_its_cross_entropy():
+    model, ids = build().eval(), tokens(1, 8)
+    targets = torch.full_like(ids, -100)
+    targets[0, 5] = 7
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[0, 5], targets[0, 5])
+    torch.testing.assert_close(model(ids, shift_labels=targets).loss, expected)
+
+
 def test_sequences_without_targets_have_zero_loss_and_gradient():
     model, ids = build(), tokens()
     loss = model(ids, shift_labels=torch.full_like(ids, -100)).loss

@@ -92,6 +92,35 @@ def test_a_block_stores_what_the_formula_says(compiled: Compiled, half: bool) ->
     assert one_more == expected * SEQUENCES * LENGTH
 
 
+@pytest.mark.parametrize(
+    ("compiled", "half", "expected"),
+    [
+        # The stream twice and 1 / rms in float32; results of both norms, queries and keys before and after
+        # their norms, values, the result of attention, gate, up and SwiGLU's output.
+        ("whole", True, 4 * 2 * 64 + 4 * (2 + 4 + 2) + 4 * 4 + 2 * (2 * 64 + 3 * 96 + 3 * 48 + 3 * 160)),
+        ("whole", False, 4 * 2 * 64 + 4 * (2 + 4 + 2) + 4 * 4 + 4 * (2 * 64 + 3 * 96 + 3 * 48 + 3 * 160)),
+        # The stream once and what attention added.
+        ("blocks", True, 4 * 64 + 4 * (2 + 4 + 2) + 4 * 4 + 2 * (3 * 64 + 3 * 96 + 3 * 48 + 3 * 160)),
+    ],
+)
+def test_a_compiled_block_stores_no_cheap_values(compiled: Compiled, half: bool, expected: int) -> None:
+    """By hand; the slow tests above compare with a trace."""
+    assert activation_bytes_per_token_layer(SHAPE, half=half, compiled=compiled, seq_len=LENGTH) == expected
+
+
+def test_fused_kernels_store_their_inputs_and_outputs() -> None:
+    fused: dict[str, Any] = {"half": True, "compiled": "whole", "seq_len": LENGTH, "fused": True}
+    # Both norms, q and attention, k and v, gate and up; 1 / rms twice and the log of each softmax sum.
+    dense = 2 * (2 * 64 + 2 * 96 + 2 * 48 + 2 * 160) + 4 * (2 + 4)
+    assert activation_bytes_per_token_layer(SHAPE, **fused) == dense
+    experts = dataclasses.replace(SHAPE, **EXPERTS, num_experts_per_tok=2)
+    inner = 2 * 88
+    stored = dense + 2 * 2 * (inner - 160)
+    # Inputs and outputs of both experts and SwiGLU's output; probabilities, weights and three indices.
+    stored += 2 * (2 * 2 * 64 + inner) + 4 * (5 + 2) + 3 * 8 * 2
+    assert activation_bytes_per_token_layer(experts, **fused) == stored
+
+
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_block_with_experts_stores_about_what_the_formula_says(k: int, half: bool) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,6 +240,21 @@ def test_disk_is_counted_for_all_checkpoints_that_lie_there_at_one_time(
 ) -> None:
     plan = plan_run(tiny_runs.tiny(corpus, tmp_path / "out", **changes), quiet=True)
     assert plan.disk_bytes == checkpoints * plan.checkpoint_bytes + 2 * plan.parameters
+
+
+def test_a_resumed_run_needs_no_disk_for_the_checkpoints_it_has(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig]
+) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out", keep_checkpoints=2)
+    present = tmp_path / "out" / "checkpoints" / "step-00000002"
+    present.mkdir(parents=True)
+    (present / "optimizer.safetensors").write_bytes(bytes(1000))
+    data = SimpleNamespace(validation=None)
+    new, resumed = (
+        module._disk(dataclasses.replace(config, resume=resume), data, 10_000, 500, 40)[0]
+        for resume in (None, "auto")
+    )
+    assert (new, resumed) == (3 * 10_000 + 2 * 500, 3 * 10_000 + 2 * 500 - 1000)
 
 
 def test_the_launcher_decides_how_many_share_the_work(

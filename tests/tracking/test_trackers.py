@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -104,7 +105,7 @@ def test_metrics_file_has_a_json_object_for_each_report(desk):
     trackers.log({"val_loss": 3.25}, 10)
     trackers.close()
     train, evaluation = desk.lines()
-    assert train.pop("time").endswith("+00:00")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", train.pop("time"))
     assert train == {
         "step": 10, "kind": "train", "loss": 3.5, "tokens": 100, "grad_norm": None, "mfu": None,
     }  # fmt: skip
@@ -582,3 +583,12 @@ def test_a_logged_text_is_shown_by_tensorboard(desk):
     (event,) = events.Tensors("sample/text_summary")
     assert event.step == 10
     assert b"once upon" in event.tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.mkfifo(path), lambda path: path.write_bytes(b"\xff,1")])
+def test_a_csv_that_cannot_be_read_does_not_block_a_run(desk, damage):
+    desk.folder.path.mkdir(exist_ok=True)
+    damage(desk.folder.path / "metrics.csv")
+    trackers = desk.open("csv", start_step=20)
+    trackers.log({"loss": 2.0}, 30)
+    trackers.close()
