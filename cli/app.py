@@ -120,11 +120,8 @@ def main(args: Sequence[str] | None = None) -> None:
             message = f"{message.rstrip('.')}. Put a prompt that begins with a dash after --."
         code = _report([printable(message)])
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            # Most likely text in place of a path.
-            code = _report(
-                [f"{printable(str(error.filename)[:40])}... is too long for a file name; give a path."]
-            )
+        if isinstance(error, OSError) and error.filename:
+            code = _report([_path_error(error)])
         elif world_size() == 1:
             raise
         else:
@@ -133,6 +130,15 @@ def main(args: Sequence[str] | None = None) -> None:
     if code == 130 and is_main_process():
         _report(["interrupted."])
     _exit(code)
+
+
+def _path_error(error: OSError) -> str:
+    """Return a sentence about a path that the system refuses, such as one without permission."""
+    path = str(error.filename)
+    if error.errno == errno.ENAMETOOLONG:
+        # Most likely text in place of a path.
+        return f"{printable(path[:40])}... is too long for a file name; give a path."
+    return f"{printable(path)} cannot be used ({error.strerror}); check the path and its permissions."
 
 
 def _exit(code: int) -> NoReturn:

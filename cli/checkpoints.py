@@ -10,6 +10,7 @@ import typer
 
 from minimind.checkpoint.files import StoredCheckpoint, best_checkpoint, stored_checkpoints
 from minimind.errors import CheckpointError
+from minimind.formatting import printable
 
 from .options import expand_path
 
@@ -28,6 +29,7 @@ def checkpoints(
         raise CheckpointError(f"there is no checkpoint in {folder}; name the --output-dir of a run.")
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     best = best_checkpoint(folder)
     table = Table(box=None, pad_edge=False)
@@ -36,7 +38,9 @@ def checkpoints(
     table.add_column("state", overflow="fold")
     for checkpoint in found:
         is_best = best is not None and best[0] == checkpoint.step
-        table.add_row(*_cells(checkpoint, best[1] if best is not None and is_best else None, verify))
+        cells = _cells(checkpoint, best[1] if best is not None and is_best else None, verify)
+        # As Text, because rich would interpret markup in paths.
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     Console().print(table)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minimind.errors import ConfigError
 from minimind.formatting import printable
+from minimind.io.atomic import write_output
 
 from .options import expand_path
 
@@ -56,13 +56,8 @@ def compare(
     if html is not None:
         from minimind.runs.compare_html import comparison_html
 
-        try:
-            html.write_text(comparison_html(found), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--html {html} cannot be written ({error.strerror}); choose another file."
-            ) from error
-        console.print(Text(f"wrote {html}"), soft_wrap=True)
+        write_output("--html", html, comparison_html(found))
+        console.print(Text(printable(f"wrote {html}")), soft_wrap=True)
 
 
 def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:

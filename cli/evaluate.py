@@ -18,6 +18,7 @@ from minimind.config.options import PretrainConfig
 from minimind.config.schema import FieldInfo, parse_values, read_toml
 from minimind.errors import ConfigError
 from minimind.formatting import printable
+from minimind.io.atomic import write_output
 from minimind.launch_env import is_main_process
 from minimind.run_folder import find_run
 
@@ -156,13 +157,7 @@ def _evaluate_text(model: str, options: EvaluationOptions, length: int) -> Corpu
             typer.echo(f"note: {printable(note)}", err=True)
         if path is not None:
             lines = (json.dumps(document.to_dict(), ensure_ascii=False) for document in result.documents)
-            try:
-                Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(
-                    f"--per-document: cannot write {path} ({error.strerror}); name a file in a folder that "
-                    "exists."
-                ) from error
+            write_output("--per-document", Path(path), "".join(f"{line}\n" for line in lines))
     return result
 
 

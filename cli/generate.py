@@ -19,7 +19,7 @@ from minimind.formatting import json_line, printable
 from .options import ModelArgument, ModelTokenizer, parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.generation.engine import InferenceEngine
+    from minimind.generation.engine import Decoder
     from minimind.generation.sampling import Sampling
     from minimind.tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ def generate(
 class _Printer:
     """Generate and print completions."""
 
-    engine: InferenceEngine
+    engine: Decoder
     tokenizer: Tokenizer
     sampling: Sampling
     options: GenerateOptions

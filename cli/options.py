@@ -144,9 +144,7 @@ def expand_path(param: typer.CallbackParam, value: Any) -> Any:
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
-    ),
+    typer.Argument(help="A run, a checkpoint, a Hugging Face folder, or a .pth file.", callback=expand_path),
 ]
 
 

@@ -12,7 +12,7 @@ import typer
 from minimind.config.options import CONFIG_SECTIONS, PretrainConfig
 from minimind.config.schema import write_toml
 from minimind.errors import ConfigError
-from minimind.formatting import paint
+from minimind.formatting import paint, printable
 from minimind.launch_env import is_main_process
 
 from . import upstream_flags
@@ -99,6 +99,6 @@ def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: b
         typer.echo(json.dumps(plan.to_dict(), indent=1))
         return
     for key, value in plan.rows():
-        typer.echo(f"{key + ':' if key else '':<12} {value}")
+        typer.echo(f"{key + ':' if key else '':<12} {printable(value)}")
     for problem in problems:
-        typer.echo(f"{paint('warning:', '33', sys.stdout)} {problem}")
+        typer.echo(f"{paint('warning:', '33', sys.stdout)} {printable(problem)}")

@@ -14,6 +14,7 @@ import typer
 from minimind.config.data_options import DataConfig
 from minimind.config.schema import FieldInfo
 from minimind.errors import ConfigError
+from minimind.formatting import printable
 
 from .examples import examples
 from .help import HelpCommand, HelpGroup
@@ -41,7 +42,7 @@ def tokenize(
         prepared = prepare_data(resolved, tokenizer, progress=progress.data_build)
     typer.echo("tokenized" if prepared.built else "found in the cache")
     for line in prepared.report.lines():
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def train(ctx: typer.Context, **_: Any) -> None:
     with bar:
         tokenizer = train_tokenizer(documents(), options.vocab_size)
     tokenizer.save(folder)
-    typer.echo(f"{tokenizer.vocab_size} tokens in {folder}; use it with --tokenizer {folder}")
+    typer.echo(printable(f"{tokenizer.vocab_size} tokens in {folder}; use it with --tokenizer {folder}"))
 
 
 @app.command(cls=HelpCommand, epilog=examples("tokenizer inspect"))
@@ -111,7 +112,8 @@ def inspect(
     typer.echo(f"vocabulary   {tokenizer.vocab_size}")
     for role in ("bos", "eos", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
-        typer.echo(f"{role}          {token} {tokenizer.decode([token], skip_special_tokens=False)}")
+        text_of_token = printable(tokenizer.decode([token], skip_special_tokens=False))
+        typer.echo(f"{role}          {token} {text_of_token}")
     typer.echo(f"fingerprint  {tokenizer.fingerprint}")
     if text:
         ids = tokenizer.encode(text)

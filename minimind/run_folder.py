@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class RunFolder:
         checkpoints: full training states.
         spikes: one report per loss spike.
         model: the model in the format of Hugging Face transformers.
+        initial: configuration and tokenizer of a model of transformers that the run continues.
         profile: traces of --profile.
     """
 
@@ -46,6 +48,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.spikes = self.path / "spikes"
         self.model = self.path / "model"
+        self.initial = self.path / "initial"
         self.profile = self.path / "profile"
 
     def holds_a_run(self) -> bool:
@@ -83,18 +86,13 @@ class RunFolder:
             ConfigError: when another run uses the folder, or it holds a run and `resume` is off.
             UserError: when the folder cannot be written.
         """
+        lock = self.path / ".lock"
+        waiting = f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
         with ExitStack() as held:
             try:
                 if not self.path.exists():
                     held.callback(self._remove_if_empty)
-                waiting = (
-                    f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
-                )
-                held.enter_context(
-                    hold_lock(
-                        self.path / ".lock", wait_seconds, lambda holder: note(f"{waiting} ({holder}).")
-                    )
-                )
+                held.enter_context(hold_lock(lock, wait_seconds, lambda other: note(f"{waiting} ({other}).")))
                 if not resume and (occupied := self.occupied()) is not None:
                     raise ConfigError(occupied)
                 self._probe()
@@ -110,7 +108,7 @@ class RunFolder:
                 yield
             except Exception:
                 if new and not any(path.exists() for path in (self.metrics, self.checkpoints, self.spikes)):
-                    for path in (self.config, self.environment, self.path / "tensorboard"):
+                    for path in (self.config, self.environment, self.initial, self.path / "tensorboard"):
                         remove(path)
                 raise
 
@@ -161,7 +159,7 @@ def find_run(path: Path) -> RunFolder:
 
     A path outside of any run is returned itself.
     """
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     with suppress(OSError):  # a text that is too long for a file name
         for folder in (resolved, resolved.parent, resolved.parent.parent):
             run = RunFolder(folder)

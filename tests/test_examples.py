@@ -22,6 +22,7 @@ from safetensors.torch import load_model
 
 import minimind
 from minimind.optim.build import build_optimizer
+from support.foreign_models import save_shape
 from support.tiny_runs import write_corpus
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -80,7 +81,10 @@ def test_a_custom_loop_resumes_where_it_was(tmp_path: Path) -> None:
 
 
 # Users write these from the documentation.
-SHORT = ("short_loop", "callback", "custom_optimizer", "custom_schedule", "custom_tracker", "data_source")
+SHORT = (
+    *("short_loop", "callback", "custom_optimizer", "custom_schedule", "custom_tracker", "data_source"),
+    "continue_llama",
+)
 TINIER = {**TINY, "hidden_size": 32, "num_hidden_layers": 1, "log_interval": 1, "save_interval": 100}
 
 
@@ -151,6 +155,16 @@ def test_a_database_is_a_data_source(tmp_path: Path) -> None:
     result = example("data_source")["train"](Path("notes.db"), **TINIER)
     assert (result.steps, len(result.history.losses)) == (4, 4)
     assert result.history.losses[-1] < result.history.losses[0]
+
+
+def test_a_llama_is_continued_and_used_as_before(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    module = example("continue_llama")
+    folder = save_shape("llama", tmp_path / "llama")
+    result = module["train"](str(folder), data=(corpus,), **TINY, log_interval=1)
+    assert result.history.losses[-1] < result.history.losses[0]
+    assert module["complete"](result.model_dir, "the cat")
 
 
 def test_a_part_exchanged_trains_and_resumes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
@@ -26,6 +27,12 @@ MODEL, OPTIMIZER, TRAINER = "model.safetensors", "optimizer.safetensors", "train
 _FILES = {MODEL, OPTIMIZER, TRAINER}
 MANIFEST, BEST = "manifest.json", "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
+# Types of the values of `trainer.json` that are read one by one.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("state", "settings", "versions", "trackers", "callbacks"), dict),
+    **dict.fromkeys(("step", "tokens"), (int, NoneType)),
+    "param_groups": list,
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,13 @@ class StoredCheckpoint:
         """Contents of `trainer.json`: everything that is not a tensor.
 
         Raises:
-            CheckpointError: when `trainer.json` cannot be read.
+            CheckpointError: when `trainer.json` cannot be read, or has values of the wrong type.
         """
-        return _read_json(self.path / TRAINER)
+        found = _read_json(self.path / TRAINER)
+        for name, kind in _KINDS.items():
+            if name in found and not isinstance(found[name], kind):
+                raise CheckpointError(f"{self.path / TRAINER} is damaged: {name} has the wrong type.")
+        return found
 
     @property
     def num_bytes(self) -> int:

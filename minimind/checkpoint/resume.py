@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from ..config.options import AUTO, CONFIG_SCHEMA
 from ..config.schema import read_toml
 from ..errors import CheckpointError, ConfigError, UserError
+from ..io.atomic import resolved
 from ..run_folder import RunFolder
 from ..tracking.metrics_file import read_metrics
 from .files import StoredCheckpoint, stored_checkpoints
@@ -43,7 +45,7 @@ def run_to_resume(resume: str, output_dir: str | None, *, complete: bool) -> Run
         ConfigError: when there is no run to resume.
     """
     if resume == AUTO:
-        folder = RunFolder(Path(output_dir or CONFIG_SCHEMA["output_dir"].default).expanduser())
+        folder = RunFolder(_expanded(output_dir or CONFIG_SCHEMA["output_dir"].default))
         if folder.config.is_file():
             return RunToResume(
                 folder.config, note=f"Continuing with the options of {folder.config}; flags override them."
@@ -54,17 +56,22 @@ def run_to_resume(resume: str, output_dir: str | None, *, complete: bool) -> Run
                 "to start one there."
             )
         return RunToResume()
-    found = containing_run(Path(resume).expanduser())
+    found = containing_run(_expanded(resume))
     if found is None:
         return RunToResume()
     options = f"the options of {found.config}; flags override them"
     if output_dir is None:
         return RunToResume(found.config, str(found.path), f"Continuing in {found.path} with {options}.")
-    if Path(output_dir).expanduser().resolve() == found.path.resolve():
+    if resolved(_expanded(output_dir)) == resolved(found.path):
         return RunToResume(found.config, note=f"Continuing with {options}.")
     return RunToResume(
         found.config, note=f"Starting from the checkpoint {resume} in {output_dir} with {options}."
     )
+
+
+def _expanded(path: str) -> Path:
+    # Unlike Path.expanduser, never raise for an unknown user: the option is checked later.
+    return Path(os.path.expanduser(path))
 
 
 def containing_run(path: Path) -> RunFolder | None:
@@ -80,8 +87,8 @@ def containing_run(path: Path) -> RunFolder | None:
 
 def resume_source(resume: str | None, folder: RunFolder) -> str | None:
     """Return `resume`, with `auto` in place of the path of the run's own folder."""
-    if resume not in (None, AUTO) and Path(resume).resolve() in (
-        folder.path.resolve(), folder.checkpoints.resolve()
+    if resume not in (None, AUTO) and resolved(Path(resume)) in (
+        resolved(folder.path), resolved(folder.checkpoints)
     ):  # fmt: skip
         return AUTO
     return resume

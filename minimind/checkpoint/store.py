@@ -268,8 +268,8 @@ class CheckpointStore:
         self._valid[final.name] = True
 
     def _rotate(self) -> None:
-        current = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
-        current = [entry for entry in current if self._verified(entry)]
+        stored = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
+        current = list(filter(self._verified, stored))
         best = self.best()
         kept = {entry.path.name for entry in current[-self.keep :]}
         if best is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.loader import StepBatch
+from ..errors import CheckpointError
 
 # Keys in checkpoints that differ from the attribute's name.
 _STORED_KEYS = {
@@ -70,12 +71,23 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> TrainState:
-        """Return the state of a checkpoint."""
+        """Return the state of a checkpoint.
+
+        Raises:
+            CheckpointError: for an unknown key, or a value of the wrong type.
+        """
         names = {key: name for name, key in _STORED_KEYS.items()}
-        state = cls(**{names.get(key, key): value for key, value in stored.items()})
-        if state.decay_window is not None:
-            state.decay_window = (state.decay_window[0], state.decay_window[1])
-        return state
+        defaults = dataclasses.asdict(cls())
+        values: dict[str, Any] = {}
+        for key, value in stored.items():
+            name = names.get(key, key)
+            default = defaults.get(name, ...)
+            if name == "decay_window" and isinstance(value, list) and len(value) == 2:
+                value = default = tuple(value)
+            if not isinstance(value, int | float if isinstance(default, float) else type(default)):
+                raise CheckpointError(f"trainer.json of the checkpoint is damaged: {key} is {value!r:.40}.")
+            values[name] = value
+        return cls(**values)
 
     def advance(self, batch: StepBatch, sequences_per_epoch: int) -> None:
         """Count one optimizer step."""

@@ -81,9 +81,7 @@ class StepBuilder:
                 window = next(windows)
                 opened.append((window, self._cut(window)))
             opened = [pair for pair in opened if pair[0].end_sequence > start]
-            arrays = SequenceArrays.blank(
-                len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
-            )
+            arrays = self._blank(len(own))
             num_targets = num_tokens = 0
             # Positions identify the tokens only together with the content of the split.
             digest = hashlib.blake2b(
@@ -120,9 +118,7 @@ class StepBuilder:
         window, sequences = None, None
         for start in range(0, count, self.plan.global_batch_size):
             in_step = chosen[start : start + self.plan.global_batch_size]
-            arrays = SequenceArrays.blank(
-                len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
-            )
+            arrays = self._blank(len(own))
             positions = np.full(len(own), -1, np.int64)
             positions[own < len(in_step)] = in_step[own[own < len(in_step)]]
             while (positions >= 0).any():
@@ -152,6 +148,9 @@ class StepBuilder:
             for position in positions[(positions >= first) & (positions < end)].tolist():
                 found[position] = sequences.pieces(int(window.order[position - first]))
         return [(position, found.get(position, [])) for position in positions.tolist()]
+
+    def _blank(self, count: int) -> SequenceArrays:
+        return SequenceArrays.blank(count, self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id)
 
     def _cut(self, window: Window) -> WindowSequences:
         kind = PackedSequences if self.packing else PaddedSequences

@@ -21,7 +21,7 @@ import psutil
 
 from ..io.atomic import sync_folder, write_file
 from ..io.lock import hold_lock
-from ..io.reading import read_bytes, read_json
+from ..io.reading import open_handle, read_bytes, read_json
 from .checksums import MANIFEST, corrupt_chunk
 
 try:
@@ -158,7 +158,8 @@ def _locked(path: Path) -> Iterator[None]:
         with hold_lock(path, timeout=math.inf):
             yield
         return
-    with path.open("ab") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with os.fdopen(open_handle(path, flags), "wb") as file:
         # Some network file systems have no locks; the rename still publishes complete builds only.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

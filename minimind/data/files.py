@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..io.reading import read_json
 
 _TEXT = (".jsonl", ".ndjson", ".json", ".txt")
 FORMATS = (
@@ -46,8 +48,11 @@ def find_files(
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        for path in _matches(pattern, option, Counter() if skipped is None else skipped, text_key):
-            found.setdefault(path.resolve(), path)
+        try:
+            for path in _matches(pattern, option, Counter() if skipped is None else skipped, text_key):
+                found.setdefault(path.resolve(), path)
+        except OSError as error:
+            raise unreadable(Path(pattern), option, error) from error
     return list(found.values())
 
 
@@ -66,8 +71,7 @@ def _matches(pattern: str, option: str, skipped: Counter[str], text_key: str) ->
             "file and pass the file."
         )
     elif glob.has_magic(pattern):
-        names = glob.glob(str(path), recursive=True, include_hidden=False)
-        candidates = [Path(name) for name in names if os.path.isfile(name)]
+        candidates = _glob(path, skipped)
     else:
         raise DataError(f"{option} {pattern} does not exist; pass a file, a folder or a glob.")
     files = sorted(candidate for candidate in candidates if not _is_skipped(candidate, skipped, text_key))
@@ -76,6 +80,29 @@ def _matches(pattern: str, option: str, skipped: Counter[str], text_key: str) ->
         reasons = f" ({'; '.join(skipped_lines(skipped))} skipped)" if skipped else ""
         raise DataError(f"{option} {pattern} {where} no data file{reasons}; use one of {readable}.")
     return files
+
+
+def _glob(pattern: Path, skipped: Counter[str]) -> list[Path]:
+    """Return the files of a glob; below `**`, each folder once, as in `_walk`."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return [Path(name) for name in glob.glob(str(pattern)) if not os.path.isdir(name)]
+    start = parts.index("**")
+    return [
+        file
+        for root in glob.glob(str(Path(*parts[:start])))
+        for file in _walk(Path(root), skipped)
+        if _fits(file.relative_to(root).parts, parts[start:])
+    ]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether the parts of a path match those of a glob, where `**` matches any number."""
+    if not parts or not pattern:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
@@ -102,6 +129,8 @@ def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["hidden folder"] += 1
             elif _is_run(Path(folder, name)):
                 skipped[f"folder of a training run: {Path(folder, name)}"] += 1
+            elif _is_token_cache(Path(folder, name)):
+                skipped["folder of a token cache"] += 1
             else:
                 kept.append(name)
         folders[:] = kept
@@ -127,7 +156,7 @@ def _training_split(folder: Path, skipped: Counter[str]) -> list[str]:
 def _files_of_dataset(folder: Path, names: Sequence[str], skipped: Counter[str]) -> list[str]:
     """Return the data files of a `datasets.Dataset` saved on the disk, without cached results beside them."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / "state.json")
         files = [str(entry["filename"]) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'state.json'} cannot be read; save the data set again.") from error
@@ -139,8 +168,13 @@ def _files_of_dataset(folder: Path, names: Sequence[str], skipped: Counter[str])
 
 
 def _is_run(folder: Path) -> bool:
+    # Unlike Path.is_file, os.path.isfile is False where permission is missing.
     others = ("metrics.jsonl", "checkpoints", "environment.json")
-    return (folder / "config.toml").is_file() and any((folder / name).exists() for name in others)
+    return os.path.isfile(folder / "config.toml") and any(os.path.exists(folder / name) for name in others)
+
+
+def _is_token_cache(folder: Path) -> bool:
+    return all(os.path.isfile(folder / name) for name in ("manifest.json", "train.offsets"))
 
 
 def _is_skipped(path: Path, skipped: Counter[str], text_key: str) -> bool:
@@ -151,10 +185,9 @@ def _is_skipped(path: Path, skipped: Counter[str], text_key: str) -> bool:
     elif suffix is None:
         suffixes = path.suffixes[-2:] if path.suffix in _COMPRESSED else path.suffixes[-1:]
         reason = f"file with the unknown suffix {''.join(suffixes)}" if suffixes else "file without a suffix"
-    elif not path.exists():
-        reason = f"broken link: {path}"
-    elif not path.is_file():
-        reason = "pipe or device"
+    elif not os.path.isfile(path):
+        missing = "broken link" if os.path.islink(path) else "file that cannot be read"
+        reason = "pipe or device" if os.path.exists(path) else f"{missing}: {path}"
     elif suffix.endswith(".zst") and not has_zstd():
         reason = f"{suffix} file, which needs pip install zstandard"
     elif suffix in (".json", ".json.gz") and not _holds_documents(path, suffix, text_key):

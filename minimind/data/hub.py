@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import DataError, needs_package
 from ..io.atomic import write_text
+from ..io.reading import read_json
 from .readers import Reading, TextFile
 
 PREFIX = "hf://"
@@ -155,7 +156,7 @@ def hub_shards(pattern: str, option: str, cache_dir: Path) -> list[HubShard]:
         write_text(known, json.dumps(asdict(dataset)))
     except ConnectionError as error:
         try:
-            dataset = HubDataset(**json.loads(known.read_text(encoding="utf-8")))
+            dataset = HubDataset(**read_json(known))
         except (OSError, ValueError, TypeError):
             raise DataError(
                 f"{option} {pattern} cannot be found ({_reason(error)}); check the name and the network, or "

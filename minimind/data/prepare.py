@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config.options import PretrainConfig
 from ..errors import DataError
+from ..io.atomic import refusal
 from ..tokenizer import Tokenizer
 from .cache import find, open_or_build
 from .chat import CHAT_KEYS, ChatRenderer
@@ -193,10 +194,7 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: Tokenizer) -> str | 
 
 
 def _cache_settings(
-    config: PretrainConfig,
-    identities: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    chat: ChatRenderer | None,
+    config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: Tokenizer, chat: ChatRenderer | None
 ) -> dict[str, Any]:
     """Return everything that a build depends on."""
     template = {} if chat is None else {"chat_template": chat.fingerprint}
@@ -365,6 +363,6 @@ def _unwritable(cache_dir: Path, error: OSError) -> DataError:
             "another disk."
         )
     return DataError(
-        f"the token cache {cache_dir} cannot be written ({error.strerror or error}); "
+        f"the token cache {cache_dir} cannot be written ({refusal(cache_dir, error)}); "
         "set --cache-dir to a writable folder."
     )

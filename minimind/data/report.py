@@ -155,25 +155,18 @@ class DataReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataReport:
         """Return the report of `to_dict`, also after JSON serialization."""
-        sources = tuple(
-            SourceReport(
-                **{**source, "train": Amount(**source["train"]), "validation": Amount(**source["validation"])}
-            )
-            for source in values["sources"]
-        )
-        validation = values["validation"]
-        return cls(
-            **{
-                **values,
-                "sources": sources,
-                "train": _split(values["train"]),
-                "validation": None if validation is None else _split(validation),
-                "packed": SequenceCost(**values["packed"]),
-                "padded": SequenceCost(**values["padded"]),
-                "notes": tuple(values["notes"]),
-                "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
-            }
-        )
+        sources = (_with_amounts(source, "train", "validation") for source in values["sources"])
+        train, validation = values["train"], values["validation"]
+        parts = {
+            "sources": tuple(SourceReport(**source) for source in sources),
+            "train": SplitReport(**_with_amounts(train, "amount")),
+            "validation": validation and SplitReport(**_with_amounts(validation, "amount")),
+            "packed": SequenceCost(**values["packed"]),
+            "padded": SequenceCost(**values["padded"]),
+            "notes": tuple(values["notes"]),
+            "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
+        }
+        return cls(**{**values, **parts})
 
     def problems(self) -> list[str]:
         """Return the lines about data that is lost or questionable, at most a few."""
@@ -241,8 +234,8 @@ def sequence_costs(length_counts: NDArray[np.int64], seq_len: int) -> tuple[Sequ
     return packed, padded
 
 
-def _split(values: Mapping[str, Any]) -> SplitReport:
-    return SplitReport(Amount(**values["amount"]), dict(values["lengths"]), values["duplicates"])
+def _with_amounts(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**values, **{name: Amount(**values[name]) for name in names}}
 
 
 def _source_text(source: SourceReport) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,12 +110,12 @@ def split_weight(value: str) -> tuple[str, float | None]:
         DataError: for a weight that is not a number above 0 and below 1e100.
     """
     pattern, colon, tail = value.rpartition(":")
-    if not colon or not pattern or "/" in tail or "\\" in tail or Path(value).expanduser().exists():
+    if not colon or not pattern or "/" in tail or "\\" in tail or _exists(value):
         return value, None
     try:
         weight = float(tail)
     except ValueError:
-        if Path(pattern).expanduser().exists():
+        if _exists(pattern):
             raise DataError(
                 f"--data {value}: '{tail}' is not a weight; write a number, as in {pattern}:0.5."
             ) from None
@@ -126,3 +127,8 @@ def split_weight(value: str) -> tuple[str, float | None]:
             "do not want to train on it."
         )
     return pattern, weight
+
+
+def _exists(path: str) -> bool:
+    # Unlike Path.exists, False where permission is missing.
+    return os.path.exists(os.path.expanduser(path))

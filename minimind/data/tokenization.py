@@ -95,10 +95,8 @@ class _Batch:
     part: int
 
 
-@dataclass(frozen=True)
-class _Ids:
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int64]
+# The tokens of documents end to end, and the number of each.
+_Ids = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 def hash_text(text: str) -> tuple[int, int]:
@@ -147,13 +145,13 @@ def encode(
             stack.callback(writer.abandon)
         hashes = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
         contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-        for batch, ids in _tokenized(_batches(assignments, readings), tokenizer, dtype):
+        for batch, (tokens, lengths) in _tokenized(_batches(assignments, readings), tokenizer, dtype):
             validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
-            sizes = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
+            sizes = np.stack((np.ones_like(lengths), batch.text_bytes, lengths), axis=1)
             np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), sizes)
             for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
-                kept = ids.tokens if chosen.all() else ids.tokens[np.repeat(chosen, ids.lengths)]
-                writers[split].append(kept, ids.lengths[chosen], batch.part)
+                kept = tokens if chosen.all() else tokens[np.repeat(chosen, lengths)]
+                writers[split].append(kept, lengths[chosen], batch.part)
                 hashes[split].write(batch.hashes[chosen].data)
                 contents[split].update(batch.hashes[chosen].data)
                 if len(kept) and (largest := int(kept.max())) >= tokenizer.vocab_size:
@@ -242,7 +240,7 @@ def _encode_batch(
     eos = (tokenizer.eos_token_id,)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(bos) + 1
     parts = chain.from_iterable(chain.from_iterable((bos, document, eos) for document in ids))
-    return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
+    return np.fromiter(parts, dtype, int(lengths.sum())), lengths
 
 
 def _encode_chats(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -268,7 +266,7 @@ def _encode_long(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], c
             parts += [np.array(ids, dtype) for ids in tokenizer.encode_batch(some)]
         parts.append(np.array([tokenizer.eos_token_id], dtype))
         lengths.append(sum(map(len, parts[first:])))
-    return _Ids(np.concatenate(parts), np.array(lengths, np.int64))
+    return np.concatenate(parts), np.array(lengths, np.int64)
 
 
 def _unknown(encoded: Encoded, split: int, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import RankError
+from ..io.atomic import write_text
+from ..io.reading import read_bytes
 from ..launch_env import is_main_process, launcher_has_store, num_machines, rank, restarts, world_size
 from .heartbeat import Heartbeat, format_error, launcher_store, post_error
 
@@ -52,7 +54,7 @@ def main_process_first(cache_dir: Path, timeout: float, note: Callable[[str], No
                 # A folder that cannot be written is reported by the build, with a better message.
                 with suppress(OSError):
                     cache_dir.mkdir(parents=True, exist_ok=True)
-                    (cache_dir / _MARKER).write_text(token, encoding="utf-8")
+                    write_text(cache_dir / _MARKER, token)
                 launcher_store(timeout).set(f"{prefix}/token", token)
             else:
                 token = heartbeat.wait_for(f"{prefix}/token", [0], timeout).decode()
@@ -74,5 +76,5 @@ def main_process_first(cache_dir: Path, timeout: float, note: Callable[[str], No
 
 def _read_marker(cache_dir: Path) -> str | None:
     with suppress(OSError):
-        return (cache_dir / _MARKER).read_text(encoding="utf-8")
+        return read_bytes(cache_dir / _MARKER).decode(errors="replace")
     return None

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LAW = Path(__file__).parents[1] / "assets" / "scaling_law" / "law.json"
-# Share of forecasts that the interval contains, if residuals are normally distributed: 1.645 deviations.
-COVERAGE = 0.9
+# Of the interval that contains 90% of the forecasts, if residuals are normally distributed.
 _DEVIATIONS = 1.645
 # Entries of the tokenizer in the package.
 REFERENCE_VOCABULARY = 6400

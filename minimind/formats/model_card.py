@@ -12,6 +12,7 @@ from typing import Any
 
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
+from ..modeling.transformers_config import TransformersConfig
 from ..tracking.metrics_file import read_metrics
 from ..version import __version__
 
@@ -120,6 +121,8 @@ def _describe(model: MiniMindConfig | str) -> str:
     if isinstance(model, str):
         return model
     name = "Qwen3-MoE" if model.use_moe else "Qwen3"
+    if isinstance(model, TransformersConfig):
+        name = model.architecture
     sizes = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}"
     return f"{name} with {count(model.num_parameters())} parameters: {sizes}, {model.vocab_size:,} tokens"
 
@@ -134,7 +137,8 @@ def _facts(settings: Mapping[str, Any], numbers: Mapping[str, float]) -> Iterato
         names = [_cell(Path(str(entry)).name) for entry in settings.get("data") or ()]
         yield "data", ", ".join(names) or "the documentation built into Python (English)"
         if (initial := settings.get("from_weight")) is not None:
-            yield "initialized from", _cell(Path(str(initial)).name)
+            hub = str(initial).startswith("hf://")
+            yield "initialized from", _cell(str(initial) if hub else Path(str(initial)).name)
     for key, name, form in _NUMBERS:
         if key in numbers:
             yield name, format(numbers[key], form)

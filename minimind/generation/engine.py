@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,24 @@ class DecodeBatch:
     length: int
     padding: Tensor | None
     visible: Tensor | None
+
+
+class Decoder(Protocol):
+    """What generation needs of a model: an `InferenceEngine`, or a model of transformers."""
+
+    @property
+    def config(self) -> MiniMindConfig:
+        """Configuration of the model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Tensor]:
+        """Return a batch, and (B, V) logits of the next tokens; see `InferenceEngine.begin`."""
+
+    def step(self, batch: Any, tokens: Tensor) -> Tensor:
+        """Append a token to each sequence of the batch; see `InferenceEngine.step`."""
 
 
 class InferenceEngine:

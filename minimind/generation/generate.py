@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..modeling.transformer import MiniMindForCausalLM
-from .engine import InferenceEngine
+from .engine import Decoder, InferenceEngine
 from .sampling import Sampling, choose
 
 # Default of `generate`.
@@ -20,7 +20,7 @@ SAMPLING = Sampling()
 
 
 def generate(
-    model: MiniMindForCausalLM | InferenceEngine,
+    model: MiniMindForCausalLM | Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = SAMPLING,
     *,
@@ -51,7 +51,7 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    model: MiniMindForCausalLM | InferenceEngine,
+    model: MiniMindForCausalLM | Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = SAMPLING,
     *,
@@ -60,7 +60,7 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, None for one that has ended; see `generate`."""
-    engine = model if isinstance(model, InferenceEngine) else InferenceEngine(model)
+    engine = InferenceEngine(model) if isinstance(model, MiniMindForCausalLM) else model
     left = _new_tokens(prompts, engine.config.max_position_embeddings, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return

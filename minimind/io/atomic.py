@@ -28,7 +28,39 @@ def cannot_write(option: str, path: Path, error: OSError) -> UserError:
     fix = "name another folder"
     if error.errno in DISK_FULL:
         fix = f"the disk of {option} is full: free space there, or name another folder"
-    return UserError(f"{option} {path} cannot be written ({error.strerror or error}); {fix}.")
+    return UserError(f"{option} {path} cannot be written ({refusal(path, error)}); {fix}.")
+
+
+def refusal(path: Path, error: OSError) -> str:
+    """Return why the system refused to create a folder or something in it."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                return f"{place} links to {os.readlink(place)}, which does not exist"
+            if place.exists():
+                return f"{place} is not a folder"
+    return error.strerror or str(error)
+
+
+def write_output(option: str, path: Path, text: str) -> None:
+    """Replace the file that an option names; write into a pipe or device without replacing it.
+
+    Raises:
+        ConfigError: it cannot be written. A pipe without a reader is refused, where `open` would block.
+    """
+    path = resolved(path)
+    try:
+        if path.is_file() or not path.exists():
+            write_text(path, text)
+        else:
+            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+            with os.fdopen(handle, "wb") as stream:
+                os.set_blocking(handle, True)
+                stream.write(text.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be written ({error.strerror}); choose another file."
+        ) from error
 
 
 def create_file(path: Path) -> BinaryIO:
@@ -90,6 +122,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def resolved(path: Path) -> Path:
+    """Return the path without links; unlike `Path.resolve`, never raise for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
     temporary = temporary_path(path)
@@ -112,7 +149,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: `folder` is unchanged, and temporary files are removed.
     """
-    folder = folder.resolve()
+    folder = resolved(folder)
     exists = folder.is_dir()
     # Inside an existing folder, which may be a mount point; beside a new one.
     written = folder / ".tmp" if exists else temporary_path(folder)
@@ -145,7 +182,7 @@ def new_folder(path: Path, option: str, *, overwrite: bool = False) -> Iterator[
         ConfigError: `path` holds something that must not be replaced.
         UserError: `path` cannot be written.
     """
-    path = path.resolve()
+    path = resolved(path)
     if not path.name:
         raise ConfigError(f"{option} {path} is no place for a new folder; name one below it.")
     written, replaced = temporary_path(path), path.with_name(f".{path.name}.replaced")

@@ -30,7 +30,7 @@ _MOE_DEFAULTS: Mapping[str, Any] = {
 
 # The largest value of each size: far beyond any model of this kind, so that what a damaged or hostile file
 # asks for is refused before anything is allocated.
-_SIZES = {
+SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
     "num_hidden_layers": 10_000,
@@ -153,7 +153,7 @@ class MiniMindConfig:
 
     def _invalid_fields(self) -> Iterator[str]:
         """Yield a sentence for each field of a wrong type or out of range."""
-        for name, largest in (_SIZES | (_MOE_SIZES if self.use_moe else {})).items():
+        for name, largest in (SIZES | (_MOE_SIZES if self.use_moe else {})).items():
             value = getattr(self, name)
             if value is None and name in _DERIVED:
                 continue

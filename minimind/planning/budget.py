@@ -33,6 +33,7 @@ from ..launch_env import is_main_process, restarts, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory
 from ..run_folder import RunFolder
 from ..schedule import Schedule
@@ -269,6 +270,11 @@ def _kept_options(config: PretrainConfig) -> dict[str, Any]:
     if config.from_weight is not None:
         # The sizes are those of the weights.
         model_config = open_model(config.from_weight).config
+        if isinstance(model_config, TransformersConfig):
+            raise ConfigError(
+                f"--budget knows the speed of minimind's own models, not of a {model_config.architecture} of "
+                "transformers; give --max-steps or --max-time."
+            )
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
         kept |= {name: getattr(model_config, name) for name in (*sizes, "intermediate_size", "vocab_size")}
         kept["tokenizer"] = config.tokenizer

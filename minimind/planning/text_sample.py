@@ -19,6 +19,7 @@ from ..data.sources import read_sources
 from ..errors import DataError
 from ..evaluation.scaling_law import unigram_bits
 from ..io.lock import LockedError, hold_lock
+from ..io.reading import parse_json
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 from .candidates import TextSize, TokenizerChoice
 
@@ -185,7 +186,9 @@ def _spread(path: Path, text_key: str, num_bytes: float) -> tuple[list[str], int
                 done += len(line)
                 # The run itself reports invalid lines.
                 with suppress(ValueError, KeyError, TypeError):
-                    found.append(str(json.loads(line)[text_key]))
+                    text = str(parse_json(line)[text_key])
+                    text.encode()  # a lone surrogate is invalid, too
+                    found.append(text)
     return found, done
 
 

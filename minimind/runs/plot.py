@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -47,6 +48,8 @@ def plot_losses(run: RunRecord, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise OSError(errno.EINVAL, "not a regular file")
         figure.savefig(path, dpi=200)
     except OSError as error:
         raise ConfigError(

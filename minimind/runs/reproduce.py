@@ -144,6 +144,7 @@ def _new_folder(path: Path) -> Path:
     """Return an unused path beside the run."""
     if path.name in ("", ".."):  # named from within the run
         path = path.resolve()
+    path = path if path.name else path / "run"  # the root folder has no name
     number, target = 2, path.with_name(f"{path.name}-again")
     while target.exists():
         number, target = number + 1, path.with_name(f"{path.name}-again-{number}")

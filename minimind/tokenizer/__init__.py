@@ -275,7 +275,10 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
     named = config.get(role)
     if isinstance(named, dict):
         named = named.get("content")
-    if named is not None and (not isinstance(named, str) or backend.token_to_id(named) is None):
+    # The library takes no lone surrogates, which JSON can escape.
+    if named is not None and (
+        not isinstance(named, str) or not _is_unicode(named) or backend.token_to_id(named) is None
+    ):
         raise ConfigError(
             f"--tokenizer {file}: the vocabulary has no {named!r}, the {role} that {file.stem}_config.json "
             "beside it names. Correct the name there."
@@ -284,6 +287,10 @@ def _find_role(role: str, backend: tokenizers.Tokenizer, config: Mapping[str, An
     if named is None and (role not in config or role == "eos_token"):
         named = next((name for name in _KNOWN_NAMES[role] if backend.token_to_id(name) is not None), None)
     return named
+
+
+def _is_unicode(text: str) -> bool:
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, model: str | None = None) -> None:

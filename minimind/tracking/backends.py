@@ -26,7 +26,7 @@ from accelerate.tracking import MLflowTracker, SwanLabTracker, WandBTracker
 
 from ..io.append import AppendFile
 from ..io.atomic import write_text
-from ..io.reading import open_regular
+from ..io.reading import open_regular, read_bytes
 from .environment import hide_secrets
 from .plugins import TrackedRun
 
@@ -64,16 +64,22 @@ _PERFORMANCE = ("tokens_per_second", "mfu", "memory_gb", "elapsed", "eta_seconds
 _EXPERTS = ("expert_load", "balance_loss", "dropped_share")
 
 
-class TensorBoard:
-    """Event files in the folder `tensorboard` of a run: one curve, however often the run is resumed."""
+class _LocalFile:
+    """A tracker that appends to a file; `start` opens it."""
+
+    _file: AppendFile
 
     def __init__(self, on_error: Callable[[OSError], None]) -> None:
-        """Store the argument.
-
-        Args:
-            on_error: called when the disk refuses events, which then stay in memory; see `AppendFile`.
-        """
+        """Store `on_error`, which is called when the disk refuses records, as `AppendFile` does."""
         self._on_error = on_error
+
+    def finish(self) -> None:
+        """Write pending records and close the file."""
+        self._file.close()
+
+
+class TensorBoard(_LocalFile):
+    """Event files in the folder `tensorboard` of a run: one curve, however often the run is resumed."""
 
     def start(self, run: TrackedRun) -> None:
         """Begin an event file that invalidates older events of later steps, and describe the run in it.
@@ -121,10 +127,6 @@ class TensorBoard:
         # The tab renders Markdown, where indented lines are verbatim.
         verbatim = "\n".join("    " + line for line in text.splitlines())
         self._write(summary=text_summary(name, verbatim), step=step)
-
-    def finish(self) -> None:
-        """Write pending events and close the file."""
-        self._file.close()
 
     def _write(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -241,18 +243,14 @@ class MLflow(_Service):
         mlflow.log_text(text, f"{name}/step-{step:08d}.txt", run_id=self.run_id)
 
 
-class CSV:
+class CSV(_LocalFile):
     """The file `metrics.csv`: a row for each report, with the columns `CSV_COLUMNS`."""
-
-    def __init__(self, on_error: Callable[[OSError], None]) -> None:
-        """Store the argument, which is that of `TensorBoard`."""
-        self._on_error = on_error
 
     def start(self, run: TrackedRun) -> None:
         """Open the file and remove rows of later steps, which the resumed run repeats."""
         path = run.folder / "metrics.csv"
         kept = []
-        for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for row in read_bytes(path).decode(errors="replace").splitlines() if path.exists() else ():
             step = row.partition(",")[0]
             if step.isdigit() and 0 < run.start_step >= int(step):
                 kept.append(row)
@@ -265,10 +263,6 @@ class CSV:
         if any(cell is not None for cell in cells):
             texts = (str(cell) if cell is not None and math.isfinite(cell) else "" for cell in cells)
             self._file.append((",".join([str(step), *texts]) + "\n").encode())
-
-    def finish(self) -> None:
-        """Write pending rows and close the file."""
-        self._file.close()
 
 
 class BackgroundThread:

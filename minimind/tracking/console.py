@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..formatting import count, format_evaluation_metrics, format_train_metrics
+from ..formatting import count, format_evaluation_metrics, format_train_metrics, printable
 
 # Shortest interval between lines about data preparation, in a pipe.
 SECONDS_BETWEEN_LINES = 10.0
@@ -45,12 +45,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        total_steps: int = 0,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-        *,
-        quiet: bool = False,
+        self, total_steps: int = 0, enabled: bool = True, stream: TextIO | None = None, *, quiet: bool = False
     ) -> None:
         """Write nothing yet.
 
@@ -126,7 +121,7 @@ class Progress:
         """Show a table with one row per key and value."""
         width = max((len(key) for key, _ in rows), default=0) + 2
         for key, value in rows:
-            line = f"{key + ':':<{width}}{value}"
+            line = f"{key + ':':<{width}}{printable(value)}"
             if self._console is not None and len(line) > self._console.width > 2 * width:
                 line = textwrap.fill(
                     line,
@@ -225,6 +220,7 @@ class Progress:
         self._line(_fitting(f"step {step}/{self.total_steps}", form, values, room))
 
     def _line(self, text: str, style: str | None = None) -> None:
+        text = printable(text, keep="\n")
         if self._console is not None:
             self._console.print(Text(text, style=style or ""), soft_wrap=True)
         elif self._stream is not None:

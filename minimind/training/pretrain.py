@@ -23,13 +23,14 @@ from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
+from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
 from .build_trainer import Session, TrainerBuilder
 from .callbacks import Callbacks, Run
 from .custom_parts import CustomParts
-from .final_model import save_final_model, save_final_weights, write_sample
+from .final_model import keep_initial, save_final_model, save_final_weights, write_sample
 from .result import PretrainResult
 from .samples import check_prompts
 from .setup import RunInputs, TrainingParts, build_training, resolve_run, torch_for_training
@@ -159,6 +160,8 @@ def _claim_and_tokenize(
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
+            if isinstance(options.model_config, TransformersConfig):
+                keep_initial(options.model_config, session.folder)
             record_start()
         # The rank that comes first builds the cache, and shows it.
         builder = progress if is_main_process() else Progress(quiet=progress.quiet)

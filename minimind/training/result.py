@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config.schema import LARGEST_INTEGER
+
 
 def _none() -> NDArray[Any]:
     return np.zeros(0)
@@ -49,7 +51,7 @@ class History:
             """Return a metric of all lines of reports (`loss`) or of evaluations (`val_loss`)."""
             missing = math.nan if kind is np.float64 else 0
             values = (line.get(name) for line in lines if event in line)
-            return np.array([missing if value is None else value for value in values], kind)
+            return np.array([value if _is_number(value, kind) else missing for value in values], kind)
 
         return cls(
             steps=column("loss", "step", np.int64),
@@ -61,6 +63,13 @@ class History:
             val_losses=column("val_loss", "val_loss"),
             val_bits_per_byte=column("val_loss", "val_bits_per_byte"),
         )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Return whether a value of a file fits an array; integers of JSON have any length."""
+    if kind is np.float64 and isinstance(value, float):
+        return True
+    return isinstance(value, int) and abs(value) <= LARGEST_INTEGER
 
 
 @dataclass(frozen=True)

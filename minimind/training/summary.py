@@ -19,6 +19,7 @@ from ..formats.model_card import model_card
 from ..formatting import count, duration, option_text
 from ..launch_env import is_main_process, resume_command
 from ..modeling.kernels.dispatch import unsupported_reason
+from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..tracking.environment import describe_launch
 from ..tracking.metrics_file import read_metrics
@@ -38,23 +39,29 @@ def banner(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     kernels = ""
-    if device.type == "cuda" and parts.custom_model is None:
+    own = parts.custom_model is None and not isinstance(model_config, TransformersConfig)
+    if device.type == "cuda" and own:
         reason = unsupported_reason(accelerator.mixed_precision, model_config.head_dim, config.dropout)
         kernels = f", no fused attention: {reason}" if reason else ", fused kernels"
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
-    active = experts = ""
+    architecture = active = experts = heads = ""
     if model_config.use_moe:
         active = f" ({count(model_config.num_active_parameters())} active)"
         experts = f", {model_config.num_experts} experts, {model_config.num_experts_per_tok} a token"
+    if isinstance(model_config, TransformersConfig):
+        architecture = f"{model_config.architecture} of transformers, "
+    if model_config.num_attention_heads is not None:
+        heads = (
+            f", {model_config.num_attention_heads} heads, {model_config.num_key_value_heads} key/value heads"
+        )
     return [
         (
             "model",
             parts.custom_model
-            or f"{count(model_config.num_parameters())} parameters{active}: "
-            f"{model_config.num_hidden_layers} layers, hidden size {model_config.hidden_size}, "
-            f"{model_config.num_attention_heads} heads, "
-            f"{model_config.num_key_value_heads} key/value heads{experts}",
+            or f"{count(model_config.num_parameters())} parameters{active}: {architecture}"
+            f"{model_config.num_hidden_layers} layers, hidden size {model_config.hidden_size}"
+            f"{heads}{experts}",
         ),
         (
             "data",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ import minimind
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, TrainingError
 from minimind_cli.app import DISTRIBUTED, app
+from support.made_runs import make_run
 
 Command = Callable[..., Any]
 
@@ -170,3 +174,68 @@ def test_every_path_of_a_command_line_may_begin_with_the_home_folder(
     assert "/nowhere/me/x" in done.err
     assert "~" not in done.err
     assert "~someone" in run(*[arg.replace("~", "~someone") for arg in args]).err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["info", "secret/model"],
+        ["generate", "secret", "x"],
+        ["eval", "secret", "--data", "a.jsonl"],
+        ["export", "secret", "--output", "y"],
+        ["reproduce", "secret"],
+        ["tokenizer", "inspect", "secret/x"],
+        ["pretrain", "--resume", "secret"],
+        ["pretrain", "--resume", "--output-dir", "secret"],
+        ["pretrain", "--preset", "tiny", "--from-weight", "secret"],
+    ],
+)
+def test_a_path_without_permission_is_an_error_of_the_user(
+    run: Command, monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    """As root, every folder can be read, so the system is asked in another way."""
+    stat = os.stat
+
+    def refuse(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if "secret" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    done = run(*args)
+    assert (done.code, done.err.count("error:")) == (2, 1)
+    assert "secret" in done.err
+
+
+@pytest.mark.parametrize("path", ["loop", "loop/x"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["pretrain", "--preset", "tiny", "--resume"],
+        ["pretrain", "--resume", "--output-dir"],
+        ["eval", "--data", "a.jsonl", "--"],
+        ["info"],
+        ["decay", "--tokens", "5"],
+    ],
+)
+def test_a_link_to_itself_is_an_error_of_the_user(run: Command, args: list[str], path: str) -> None:
+    os.symlink("loop", "loop")
+    done = run(*args, path)
+    assert (done.code, done.err.count("error:")) == (2, 1)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--output-dir"])
+def test_the_home_folder_of_nobody_is_no_run_to_resume(run: Command, option: str) -> None:
+    done = run("pretrain", "--resume", "--preset", "tiny", option, "~nobody_there/x")
+    assert done.code == 2
+    assert f"error: {option} ~nobody_there/x is not the home folder of a user" in done.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_an_output_file_that_is_a_pipe_does_not_block(run: Command, tmp_path: Path) -> None:
+    os.mkfifo("pipe")
+    make_run(tmp_path / "run")
+    done = run("compare", "run", "--html", "pipe")
+    assert done.code == 2
+    assert "pipe cannot be written (No such device or address); choose another file." in done.err
+    assert run("compare", "run", "--html", "/dev/null").code == 0

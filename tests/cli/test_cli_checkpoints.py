@@ -63,3 +63,12 @@ def test_a_folder_without_checkpoints_is_a_mistake_of_the_user(tmp_path: Path) -
 def test_listing_needs_no_torch() -> None:
     code = "import sys, minimind_cli.checkpoints; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_path_in_the_table_is_no_markup(run: Path) -> None:
+    folder = run / "a[/b]\x1b"
+    folder.mkdir(parents=True)
+    (run / "checkpoints").rename(folder / "checkpoints")
+    weights = folder / "checkpoints" / "step-00000010" / "model.safetensors"
+    weights.unlink()
+    assert "[/b]\\x1b/checkpoints" in "".join(lines(folder))

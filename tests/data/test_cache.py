@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import warnings
 from pathlib import Path
@@ -176,3 +177,12 @@ def test_equal_digests_mean_equal_tokens(tmp_path, tokenizer):
     assert len(first) == len(second) > 5
     assert not set(first) & set(second)
     assert first == third
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: os.symlink(f"{path}.other", path)])
+def test_a_pipe_or_link_in_place_of_a_lock_file_is_refused(tmp_path, plant):
+    plant(tmp_path / "key.lock")
+    with pytest.raises(OSError, match=r"not a regular file|symbolic links|No such device"):
+        cache.open_or_build(tmp_path, "key", lambda folder: {})
+    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]

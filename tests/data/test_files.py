@@ -17,6 +17,7 @@ from minimind.data.prepare import prepare_data
 from minimind.data.readers import Reading, TextFile
 from minimind.data.sources import read_sources
 from minimind.errors import DataError
+from minimind.tokenizer import load_tokenizer
 from support.made_text import write_jsonl
 
 LINES = [json.dumps({"text": f"document {i}"}) for i in range(5)]
@@ -247,3 +248,68 @@ def test_text_is_not_called_binary():
 
 def test_chinese_text_with_a_few_other_letters_is_still_gb18030():
     assert encodings.likely_encoding(("中文" * 10 + "é").encode("gb18030")) == "GB18030 (GBK) text"
+
+
+def test_a_recursive_glob_enters_each_linked_folder_once(tmp_path):
+    corpus = tmp_path / "corpus"
+    (corpus / "more" / "deep").mkdir(parents=True)
+    top = write_jsonl(corpus / "a.jsonl", TEXTS)
+    deep = write_jsonl(corpus / "more" / "deep" / "b.jsonl", [text + "!" for text in TEXTS])
+    for name in "xyz":  # three links that lead back would make 3 ** 40 paths
+        (corpus / "more" / name).symlink_to(corpus)
+    assert found(corpus / "**" / "*.jsonl")[0] == [top, deep]
+    assert found(corpus / "**")[0] == [top, deep]
+    assert found(corpus / "*" / "**" / "deep" / "*.jsonl")[0] == [deep]
+    assert found(corpus / "**" / "more" / "**" / "?.jsonl")[0] == [deep]
+
+
+@pytest.mark.parametrize("pattern", ["*", "**/*"])
+def test_a_glob_counts_what_it_does_not_read(tmp_path, pattern):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    files_, skipped = found(tmp_path / pattern)
+    assert files_ == [path]
+    assert skipped == {f"broken link: {tmp_path / 'gone.jsonl'}": 1, "pipe or device": 1}
+
+
+def test_files_below_a_folder_without_permission_are_not_looked_at(tmp_path, monkeypatch):
+    """As root, no folder is unreadable, so the system is asked in another way."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    stat, scandir = os.stat, os.scandir
+
+    def refuse(path, call, *args, **options):
+        if str(secret) + "/" in str(path) or (call is scandir and str(path) == str(secret)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return call(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", lambda path, *a, **o: refuse(path, stat, *a, **o))
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, scandir))
+    assert found(tmp_path) == (
+        [tmp_path / "a.jsonl"],
+        {f"folder that cannot be read: {secret} (Permission denied)": 1},
+    )
+    with pytest.raises(DataError, match="--data"):
+        read_sources([str(secret / "b.jsonl")])
+
+
+def test_a_token_cache_among_the_data_is_skipped(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    path = write_jsonl(corpus / "a.jsonl", TEXTS * 4)
+    config = PretrainConfig(data=(str(corpus),), cache_dir=str(corpus / "cache"), max_seq_len=8)
+    prepare_data(config, load_tokenizer())
+    assert found(corpus) == ([path], {"folder of a token cache": 1, "file with the unknown suffix .lock": 1})
+
+
+def test_a_saved_data_set_with_a_deep_or_blocking_list_of_files_is_refused(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="cannot be read; save the data set again"):
+        found(tmp_path)
+    (tmp_path / "state.json").unlink()
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(DataError, match="cannot be read; save the data set again"):
+        found(tmp_path)

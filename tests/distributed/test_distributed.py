@@ -37,6 +37,8 @@ from support.launching import (
     rows,
 )
 
+FOREIGN = ["llama", "gpt2"]
+
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
@@ -67,14 +69,17 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ddp",
             2,
             "DistributedDataParallel",
-            ["packed", "padded", "adamw", "accumulated", "untied", "bf16", "sampled", "experts"],
+            ["packed", "padded", "adamw", "accumulated", "untied", "bf16", "sampled", "experts", *FOREIGN],
         ),
         ("ddp", 4, "DistributedDataParallel", ["packed", "padded", "accumulated"]),
         (
             "fsdp2",
             2,
             "FSDPMiniMindForCausalLM",
-            ["packed", "padded", "adamw", "accumulated", "untied", "bf16", "sampled", "compiled", "experts"],
+            [
+                *("packed", "padded", "adamw", "accumulated", "untied", "bf16", "sampled", "compiled"),
+                *("experts", *FOREIGN),
+            ],
         ),
         ("fsdp2", 4, "FSDPMiniMindForCausalLM", ["packed", "padded", "accumulated"]),
         ("hsdp", 4, "FSDPMiniMindForCausalLM", ["packed"]),
@@ -95,7 +100,8 @@ def test_several_processes_train_what_one_does(
     exchanges = {}
     for name in names:
         recorded = json.loads((tmp_path / f"{name}.json").read_text())
-        assert recorded["wrapped"] == wrapper
+        of_transformers = wrapper.replace("MiniMindForCausalLM", "TransformersModel")
+        assert recorded["wrapped"] == (of_transformers if name in FOREIGN else wrapper)
         exchanges[name] = recorded["exchanges"] / recorded["steps"]
         # Besides the gradients one small reduction per step, for any number of micro-batches.
         if topology != "hsdp":  # whose replicas also sum the gradients of each unit

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind.errors import ConfigError, UserError
 from minimind.io import atomic
-from minimind.io.atomic import replace_files, write_file, write_text
+from minimind.io.atomic import replace_files, write_file, write_output, write_text
 from minimind.io.reading import open_regular, parse_json
 from minimind.io.safetensors import write_tensors
+from minimind.run_folder import RunFolder
 
 
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
@@ -100,3 +102,22 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 def test_every_defect_of_json_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"deeply|decode|Expecting"):
         parse_json(text)
+
+
+def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for name, reason in (("file", "is not a folder"), ("gone", "links to .*nowhere, which does not exist")):
+        for path in (tmp_path / name, tmp_path / name / "run"):
+            with pytest.raises(UserError, match=f"{path} cannot be written .{tmp_path / name} {reason}"):
+                with RunFolder(path).claim(resume=False):
+                    pass
+
+
+def test_an_output_file_is_replaced_as_a_whole_and_a_link_to_it_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_output("--html", tmp_path / "link", "new")
+    assert ((tmp_path / "link").is_symlink(), (tmp_path / "real").read_text()) == (True, "new")
+    with pytest.raises(ConfigError, match=r"--html .*nowhere/x cannot be written"):
+        write_output("--html", tmp_path / "nowhere" / "x", "new")

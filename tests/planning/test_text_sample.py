@@ -10,7 +10,7 @@ import pytest
 
 from minimind import PretrainConfig, load_tokenizer
 from minimind.planning import text_sample
-from minimind.planning.text_sample import TextSample, read_sample, text_size, trained_tokenizer
+from minimind.planning.text_sample import TextSample, _spread, read_sample, text_size, trained_tokenizer
 
 WORDS = [chr(97 + k) + "eiou"[k % 4] + chr(110 + k % 9) for k in range(17)]
 
@@ -112,3 +112,10 @@ def test_a_text_that_is_too_uniform_for_a_tokenizer_uses_that_of_the_package(
     size = text_size(config(tmp_path / "a"), sample, choose_tokenizer=True)
     assert sample.vocabularies()
     assert [choice.trained for choice in size.tokenizers] == [False]
+
+
+def test_invalid_lines_are_left_to_the_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ["[" * 100_000, '{"text": "\\ud800"}', "5", "", '{"text": "good"}']
+    path.write_text("\n".join(lines))
+    assert set(_spread(path, "text", 1e9)[0]) == {"good"}

@@ -8,11 +8,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from minimind.checkpoint.files import StoredCheckpoint
+from minimind.checkpoint.train_state import TrainState
 from minimind.config.schema import read_toml
-from minimind.errors import ConfigError, UserError
+from minimind.errors import CheckpointError, ConfigError, UserError
 from minimind.formats.huggingface import check_weights, load_config, save_model
 from minimind.formats.open_model import load_with_tokenizer, open_model
 from minimind.formats.sharded_safetensors import read_weights
@@ -24,6 +27,7 @@ from minimind.runs.info import read_info
 from minimind.runs.record import read_run
 from minimind.runs.reproduce import reproduce
 from minimind.tokenizer import load_tokenizer
+from minimind.training.result import History
 from support.made_runs import make_run
 
 DEEP = "[" * 200_000
@@ -192,4 +196,39 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_block(model: Path, tm
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     os.mkfifo(tmp_path / "chat_template.jinja")
     with pytest.raises(ConfigError, match=r"cannot read .*chat_template\.jinja"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state", "settings", "versions", "trackers", "param_groups", "tokens"])
+def test_a_checkpoint_with_values_of_the_wrong_type_is_damaged(tmp_path: Path, name: str) -> None:
+    step = tmp_path / "step-00000001"
+    step.mkdir()
+    (step / "trainer.json").write_text(json.dumps({"step": 1, name: "evil"}))
+    with pytest.raises(CheckpointError, match=f"trainer.json is damaged: {name} has the wrong type"):
+        _ = StoredCheckpoint(step, 1).trainer
+
+
+@pytest.mark.parametrize(
+    "values", [{"step": "1"}, {"row": None}, {"recent_losses": {}}, {"ending": 5}, {"ending": [1]}, {"x": 1}]
+)
+def test_a_state_with_values_of_the_wrong_type_is_damaged(values: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=f"is damaged: {next(iter(values))} is "):
+        TrainState.from_dict(values)
+    state = TrainState(step=3, decay_window=(1, 2), best_val_loss=0.5)
+    assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+def test_metrics_of_the_wrong_type_are_missing_in_the_history() -> None:
+    wrong = ["x", {}, [], None, 10**400]
+    lines = [{"step": 1, "loss": value, "tokens": value, "grad_norm": value} for value in wrong]
+    history = History.of([*lines, {"step": 2, "loss": 2, "tokens": 5, "grad_norm": 0.5}])
+    assert [*np.isnan(history.losses)] == [True] * 5 + [False]
+    assert [*history.tokens] == [0] * 5 + [5]
+
+
+def test_a_role_that_is_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    load_tokenizer().save(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "\\ud800"}')
+    with pytest.raises(ConfigError, match=r"the vocabulary has no '.*', the pad_token"):
         load_tokenizer(tmp_path)

@@ -459,3 +459,16 @@ def test_counts_read_well(number, text):
 )  # fmt: skip
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
+
+
+def test_control_characters_are_escaped():
+    """A sample, a path and a warning may contain what others wrote."""
+    stream = io.StringIO()
+    progress = Progress(stream=stream)
+    progress.note("a\x1b[2J")
+    progress.warn("b\x9b")
+    progress.banner([("data", "c\u202e\nerror: forged")])
+    progress.summary([("sample", "d\x0f")])
+    assert stream.getvalue() == (
+        "a\\x1b[2J\nwarning: b\\x9b\ndata: c\\u202e\\x0aerror: forged\n\nsample: d\\x0f\n"
+    )

@@ -592,3 +592,12 @@ def test_a_logged_text_is_shown_by_tensorboard(desk):
     (event,) = events.Tensors("sample/text_summary")
     assert event.step == 10
     assert b"once upon" in event.tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.mkfifo(path), lambda path: path.write_bytes(b"\xff,1")])
+def test_a_csv_that_cannot_be_read_does_not_block_a_run(desk, damage):
+    desk.folder.path.mkdir(exist_ok=True)
+    damage(desk.folder.path / "metrics.csv")
+    trackers = desk.open("csv", start_step=20)
+    trackers.log({"loss": 2.0}, 30)
+    trackers.close()
