@@ -250,6 +250,8 @@ def compile_and_wrap(
             model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))
     else:
         compiled = False
+        if isinstance(model, TransformersModel):  # whose modules may all be in half precision
+            cast_weights_only(accelerator)
     if optimizer_factory is not None:
         optimizer = build_custom_optimizer(optimizer_factory, model, config)
     else:

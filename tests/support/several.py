@@ -44,9 +44,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "router_aux_loss_coef": 0.1,
     },
-    # Models of transformers; the second run is resumed halfway.
+    # Models of transformers; the run of GPT-2 is resumed halfway.
     "llama": {"from_weight": "llama", "max_steps": 6},
     "gpt2": {"from_weight": "gpt2", "max_steps": 6},
+    "opt": {"from_weight": "opt", "max_steps": 4, "mixed_precision": "bf16"},
 }
 
 
