@@ -131,6 +131,12 @@ def build_model(
         for sentence in source.notes:
             note(f"--from-weight: {sentence}")
         stored = model_from_weights(model_config, source.weights(), config.from_weight).state_dict()
+        damaged = next((name for name, tensor in stored.items() if not tensor.isfinite().all()), None)
+        if damaged is not None:
+            raise ConfigError(
+                f"--from-weight {config.from_weight}: {damaged} contains NaN or infinity, and nothing can be "
+                "trained from it; use an earlier checkpoint or another copy."
+            )
         if factory is not MiniMindForCausalLM:
             _check_same_tensors(config, model, stored)
         model.load_state_dict(stored)
@@ -165,10 +171,10 @@ def _check_same_tensors(config: PretrainConfig, model: nn.Module, stored: dict[s
 def _check_same_sizes(config: PretrainConfig, model_config: MiniMindConfig) -> None:
     settings = schema_of(ModelConfig)
     problems = [
-        f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
-        f"where it is {getattr(model_config, name)}; omit the option, or the preset that sets it."
+        f"{' '.join(settings[name].spell(given))} contradicts --from-weight {config.from_weight}, where "
+        f"it is {getattr(model_config, name)}; omit the option, or the preset that sets it."
         for name in _MODEL_OPTIONS
-        if getattr(config, name) not in (None, getattr(model_config, name))
+        if (given := getattr(config, name)) not in (None, getattr(model_config, name))
     ]
     if problems:
         raise ConfigError(problems)
