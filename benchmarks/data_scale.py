@@ -43,7 +43,7 @@ def main() -> None:
             f"{index.num_tokens:,} tokens in {index.num_documents:,} documents, {len(index.shard_tokens)} "
             f"files; index written in {time.perf_counter() - start:.0f} s"
         )
-        print(f"{'order':>9}  {'from row':>8}  {'open':>8}  {'first step':>10}  {'memory':>8}  {'after':>8}")
+        print(f"{'order':>9}  {'start':>8}  {'open':>8}  {'first step':>10}  {'memory':>8}  {'after':>8}")
         for order in ("plain", "weighted"):
             for share in (0.0, 0.9):
                 _forget(Path(scratch))

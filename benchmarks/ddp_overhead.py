@@ -80,8 +80,8 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.rounds):
-        for way, (words, processes) in ways.items():
-            seconds[way] += measured(words, way, processes)
+        for way, (args, processes) in ways.items():
+            seconds[way] += measured(args, way, processes)
     tokens = options.batch_size * options.max_seq_len
     first, *_ = ways
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
@@ -108,19 +108,19 @@ def compare_commands(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = write_corpus(Path(folder) / "corpus.jsonl")
         for number in range(options.rounds):
-            for way, words in ways.items():
+            for way, args in ways.items():
                 out = Path(folder) / f"{way}-{number}"
-                speeds[way].append(speed_of(words, options, data, out))
+                speeds[way].append(speed_of(args, options, data, out))
                 print(f"{way:<10}{speeds[way][-1]:>12,.0f} tokens/s", flush=True)
     ratio = mean(speeds["launched"]) / mean(speeds["plain"])
     print(f"launched / plain: {ratio:.4f} in the mean of {options.rounds} runs each")
 
 
-def speed_of(words: list[str], options: argparse.Namespace, data: str, out: Path) -> float:
+def speed_of(args: list[str], options: argparse.Namespace, data: str, out: Path) -> float:
     """Return the tokens/s by the clock of a run that is stopped when its time is over."""
     on_gpu = torch.cuda.is_available()
     command = [
-        *(sys.executable, *words, "--preset", options.preset, "--data", data, "--output-dir", out),
+        *(sys.executable, *args, "--preset", options.preset, "--data", data, "--output-dir", out),
         *("--cache-dir", out.parent / "cache", "--val-fraction", 0, "--tracker", "none"),
         *("--batch-size", options.batch_size, "--epochs", 1_000_000, "--save-interval", 1_000_000_000),
         *("--log-interval", 10 if on_gpu else 1),
@@ -158,11 +158,11 @@ def trainer_of(pid: int) -> psutil.Process:
     return next(one for one in family if one.cmdline()[1:3] == ["-m", "minimind_cli"])
 
 
-def measured(words: list[str], way: str, processes: int) -> list[float]:
+def measured(args: list[str], way: str, processes: int) -> list[float]:
     """Return the seconds of each measured step of one way."""
     threads = max(torch.get_num_threads() // processes, 1)
     done = subprocess.run(
-        [*words, *sys.argv[1:], "--way", way],
+        [*args, *sys.argv[1:], "--way", way],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
@@ -179,9 +179,9 @@ def train(options: argparse.Namespace) -> None:
     step, rank, close = (bare_step if options.way == "bare" else our_step)(options, config)
     seconds = []
     for number in range(WARM_UP + options.steps):
-        rows = batch(options, number, rank)
+        sequences = batch(options, number, rank)
         started = time.perf_counter()
-        step(rows)
+        step(sequences)
         seconds.append(time.perf_counter() - started)
     if rank == 0:
         print(json.dumps(seconds[WARM_UP:]), flush=True)
@@ -194,9 +194,9 @@ def batch(options: argparse.Namespace, number: int, rank: int) -> StepBatch:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     generator = torch.Generator().manual_seed(number)
     shape = (options.batch_size, options.max_seq_len + 1)
-    rows = torch.randint(0, 6400, shape, generator=generator).chunk(world)[rank]
+    sequences = torch.randint(0, 6400, shape, generator=generator).chunk(world)[rank]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs, labels = rows[:, :-1].to(device), rows[:, 1:].contiguous().to(device)
+    inputs, labels = sequences[:, :-1].to(device), sequences[:, 1:].contiguous().to(device)
     targets = options.batch_size * options.max_seq_len
     return StepBatch(
         micro_batches=(MicroBatch(inputs, labels, None, None),),
@@ -236,12 +236,12 @@ def bare_step(options: argparse.Namespace, config: PretrainConfig):  # type: ign
     model = DistributedDataParallel(bare, forward_sync_buffers=False, gradient_as_bucket_view=True)
     scale = dist.get_world_size()
 
-    def step(rows: StepBatch) -> None:
-        (micro,) = rows.micro_batches
+    def step(batch: StepBatch) -> None:
+        (micro,) = batch.micro_batches
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
         with autocast:
             loss = model(micro.input_ids, shift_labels=micro.shift_labels, num_items_in_batch=1).loss
-        (loss * (scale / rows.num_targets)).backward()
+        (loss * (scale / batch.num_targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

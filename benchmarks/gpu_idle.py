@@ -36,18 +36,18 @@ def main() -> None:
         sys.exit("no CUDA GPU here")
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, {datetime.date.today()}; {options.preset}")
-    print(f"{'rows':>6}{'recorded':>12}{'idle':>8}", flush=True)
-    for rows in options.batch_size:
+    print(f"{'size':>6}{'recorded':>12}{'idle':>8}", flush=True)
+    for size in options.batch_size:
         with tempfile.TemporaryDirectory() as folder:
-            span, idle = measure(options, rows, Path(folder))
-        print(f"{rows:>6}{span * 1e3:>9.1f} ms{idle:>8.1%}", flush=True)
+            span, idle = measure(options, size, Path(folder))
+        print(f"{size:>6}{span * 1e3:>9.1f} ms{idle:>8.1%}", flush=True)
 
 
-def measure(options: argparse.Namespace, rows: int, folder: Path) -> tuple[float, float]:
+def measure(options: argparse.Namespace, size: int, folder: Path) -> tuple[float, float]:
     """Return the seconds that were recorded, and the share of them in which the device did nothing."""
     command = [
         *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset, "--profile"),
-        *("--batch-size", rows, "--max-seq-len", options.max_seq_len, "--epochs", 1000, "--max-steps", STEPS),
+        *("--batch-size", size, "--max-seq-len", options.max_seq_len, "--epochs", 1000, "--max-steps", STEPS),
         *("--val-fraction", 0, "--tracker", "none", "--save-interval", 1_000_000, "--log-interval", 10),
         # What is measured stands for a long run, which compiles.
         *("--compile", "--output-dir", folder / "run", *options.extra),

@@ -34,7 +34,9 @@ def main() -> None:
         shards = _random_shards(Path(folder), int(args.tokens), args.document_length, max(len(weights), 1))
         plan = BatchPlan(args.batch_size, 2, 1)
         print(f"{shards.num_tokens:,} tokens in {shards.num_documents:,} documents, to {args.device}")
-        print(f"{'rows':>7}  {'length':>6}  {'real tokens/s':>14}  {'row places/s':>13}  {'first step':>10}")
+        print(
+            f"{'packing':>7}  {'length':>6}  {'real tokens/s':>14}  {'positions/s':>13}  {'first step':>10}"
+        )
         for packing in (True, False):
             for seq_len in args.seq_len or (512, 2048):
                 loader = Loader(

@@ -62,17 +62,17 @@ def main() -> None:
         show(case, "default", options.extra)
     if options.variants:
         case = next((case for case in cases if case.startswith("minimind-3")), cases[0])
-        for name, words in list(VARIANTS.items())[1:]:
-            show(case, name, [*words, *options.extra])
+        for name, args in list(VARIANTS.items())[1:]:
+            show(case, name, [*args, *options.extra])
 
 
 def show(case: str, variant: str, extra: list[str]) -> None:
     """Print one line."""
-    preset, rows, length = case.split(":")
+    preset, size, length = case.split(":")
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "minimind_cli", "pretrain", "--plan", "--json", "--preset", preset),
-            *("--batch-size", rows, "--max-seq-len", length, "--output-dir", os.path.join(folder, "out")),
+            *("--batch-size", size, "--max-seq-len", length, "--output-dir", os.path.join(folder, "out")),
             *("--tracker", "none", *extra),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -65,7 +65,7 @@ def speed(options: argparse.Namespace) -> None:
     )
     eager = dataclasses.replace(experts, compile=False)
     print(
-        f"{'contender':<22}{'params':>8}{'rows':>6}{'T':>6}{'tokens/s':>12}{'of dense':>10}{'of loop':>9}",
+        f"{'contender':<22}{'params':>8}{'batch':>6}{'T':>6}{'tokens/s':>12}{'of dense':>10}{'of loop':>9}",
         end="",
     )
     print(f"{'memory':>10}")

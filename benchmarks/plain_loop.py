@@ -240,18 +240,18 @@ class Documents(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "labels": torch.tensor(ids + [IGNORED] * blank)}
 
 
-class FullRows(torch.utils.data.Dataset):
+class FullSequences(torch.utils.data.Dataset):
     """Rows of one length cut from documents that were tokenized ahead and joined."""
 
     def __init__(self, documents: Documents, seq_len: int) -> None:
         ids = torch.cat([documents.whole(index) for index in range(len(documents))])
-        self._rows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+        self._sequences = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._rows[index], "labels": self._rows[index]}
+        return {"input_ids": self._sequences[index], "labels": self._sequences[index]}
 
 
 def hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
@@ -264,9 +264,9 @@ def hugging_face_model(config: PretrainConfig) -> torch.nn.Module:
     return Qwen3ForCausalLM(Qwen3Config.from_dict(shape.to_dict()))
 
 
-def endless(rows: torch.utils.data.Dataset) -> torch.utils.data.Sampler:
+def endless(sequences: torch.utils.data.Dataset) -> torch.utils.data.Sampler:
     """Return an endless order, so that workers do not restart after each epoch of a small file."""
-    return torch.utils.data.RandomSampler(rows, replacement=True, num_samples=10**8)
+    return torch.utils.data.RandomSampler(sequences, replacement=True, num_samples=10**8)
 
 
 def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -317,7 +317,7 @@ def run_trainer(options: argparse.Namespace, folder: Path, *, packing: bool) -> 
 
     class Counting(Trainer):
         def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
-            return endless(rows)
+            return endless(sequences)
 
         def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
             loss = super().training_step(model, inputs, *rest, **more)
@@ -347,12 +347,12 @@ def run_trainer(options: argparse.Namespace, folder: Path, *, packing: bool) -> 
         report_to="none",
         disable_tqdm=True,
     )
-    rows: Any
+    sequences: Any
     if packing:
-        rows = FullRows(documents, options.max_seq_len)
+        sequences = FullSequences(documents, options.max_seq_len)
     else:
-        rows = [documents[index] for index in range(len(documents))]
-    trainer = Counting(hugging_face_model(config), arguments, train_dataset=rows, callbacks=[Stop()])
+        sequences = [documents[index] for index in range(len(documents))]
+    trainer = Counting(hugging_face_model(config), arguments, train_dataset=sequences, callbacks=[Stop()])
     trainer.train()
     return watch.result()
 

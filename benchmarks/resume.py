@@ -45,12 +45,12 @@ def main() -> None:
         first_step(folder, options, "early", "--max-steps", "2", "--save-interval", "1")
         early = latest_checkpoint(folder / "early" / "checkpoints")
         assert early is not None
-        rows = sequences_per_epoch(folder / "early")
-        late_sequence = rows - rows % options.batch_size - 10 * options.batch_size
+        sequences = sequences_per_epoch(folder / "early")
+        late_sequence = sequences - sequences % options.batch_size - 10 * options.batch_size
         move(early.path, folder / "late", late_sequence, options.batch_size)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(
-            f"{device}, torch {torch.__version__}, {datetime.date.today()}; an epoch has {rows:,} sequences"
+            f"{device}, torch {torch.__version__}, {datetime.date.today()}; {sequences:,} sequences per epoch"
         )
         cases = {
             "from nothing": ("none", []),
@@ -60,11 +60,11 @@ def main() -> None:
         # Alternate, so that other load on the machine affects all alike.
         seconds: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
         for number in range(options.repeat):
-            for case, (start, words) in cases.items():
+            for case, (start, args) in cases.items():
                 run = f"{start}-{number}"
                 if start != "none":
                     subprocess.run(["cp", "-r", folder / start, folder / run], check=True)
-                seconds[case].append(first_step(folder, options, run, *words))
+                seconds[case].append(first_step(folder, options, run, *args))
     # What else the machine does only ever makes a start longer.
     shortest = {
         case: [min(column) for column in zip(*values, strict=True)] for case, values in seconds.items()
@@ -81,14 +81,14 @@ def main() -> None:
         sys.exit(f"a resumed run took more than {LIMIT} times as long")
 
 
-def first_step(folder: Path, options: argparse.Namespace, run: str, *words: str) -> tuple[float, float]:
+def first_step(folder: Path, options: argparse.Namespace, run: str, *args: str) -> tuple[float, float]:
     """Return the seconds from a launch to the first new step, by the clock and of processor time."""
     out = folder / run
     command = [
         *(sys.executable, "-m", "minimind_cli", "pretrain", "--preset", options.preset),
         *("--data", folder / "corpus.jsonl", "--cache-dir", folder / "cache", "--output-dir", out),
         *("--batch-size", options.batch_size, "--max-seq-len", options.max_seq_len, "--log-interval", 1),
-        *("--max-steps", 10**6, "--save-interval", 10**6, "--tracker", "none", *words),
+        *("--max-steps", 10**6, "--save-interval", 10**6, "--tracker", "none", *args),
     ]
     seen = reports(out)
     began = time.perf_counter()
@@ -99,7 +99,7 @@ def first_step(folder: Path, options: argparse.Namespace, run: str, *words: str)
         time.sleep(0.005)
     seconds = time.perf_counter() - began
     used = psutil.Process(process.pid).cpu_times() if process.poll() is None else None
-    if "--max-steps" not in words:
+    if "--max-steps" not in args:
         process.kill()
     _, errors = process.communicate()
     if reports(out) <= seen:
@@ -122,12 +122,13 @@ def sequences_per_epoch(out: Path) -> int:
     return round(checkpoint.trainer["state"]["row"] / epoch)
 
 
-def move(checkpoint: Path, out: Path, row: int, batch_size: int) -> None:
+def move(checkpoint: Path, out: Path, sequence: int, batch_size: int) -> None:
     """Copy a run's checkpoint to another run, as that of a step late in the epoch."""
     stored = latest_checkpoint(checkpoint.parent)
     assert stored is not None
-    step = row // batch_size
-    trainer = {**stored.trainer, "step": step, "state": {**stored.trainer["state"], "step": step, "row": row}}
+    step = sequence // batch_size
+    state = {**stored.trainer["state"], "step": step, "row": sequence}
+    trainer = {**stored.trainer, "step": step, "state": state}
     store = CheckpointStore(out / "checkpoints", 1)
     store.save(Snapshot(step, stored.weights(), stored.optimizer_state(), trainer))
     store.wait()

@@ -46,19 +46,19 @@ def main() -> None:
     print(title, flush=True)
     cells: dict[tuple[int, int], dict[str, Any]] = {}
     longest = 0.0
-    for rows, length in order(options.batch_sizes, options.lengths):
+    for size, length in order(options.batch_sizes, options.lengths):
         began = time.perf_counter()
         if began + longest > deadline:
-            print(f"no time for {rows} x {length}", file=sys.stderr, flush=True)
+            print(f"no time for {size} x {length}", file=sys.stderr, flush=True)
             continue
-        if (expected := expected_memory(cells, rows * length)) is not None:
-            print(f"{rows} x {length}: would need some {expected:.0f} GB", file=sys.stderr, flush=True)
+        if (expected := expected_memory(cells, size * length)) is not None:
+            print(f"{size} x {length}: would need some {expected:.0f} GB", file=sys.stderr, flush=True)
             continue
         changes = {} if options.optimizer is None else {"optimizer": options.optimizer}
-        cell = measure(options.preset, rows, length, options.seconds, changes)
+        cell = measure(options.preset, size, length, options.seconds, changes)
         longest = max(longest, time.perf_counter() - began)
         if cell is not None:
-            cells[rows, length] = cell
+            cells[size, length] = cell
     print(table(cells))
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": title, "cells": list(cells.values())}, indent=1))
@@ -67,7 +67,7 @@ def main() -> None:
 def order(batch_sizes: list[int], lengths: list[int]) -> list[tuple[int, int]]:
     """Return the cells: the row and the column of the middle first, should time run out."""
     middle = sorted(batch_sizes)[len(batch_sizes) // 2]
-    cells = [(rows, length) for rows in sorted(batch_sizes) for length in sorted(lengths)]
+    cells = [(size, length) for size in sorted(batch_sizes) for length in sorted(lengths)]
     return sorted(cells, key=lambda cell: (cell[0] != middle and cell[1] != 512, cell[0] != middle, cell))
 
 
@@ -85,15 +85,15 @@ def expected_memory(cells: dict[tuple[int, int], dict[str, Any]], tokens: int) -
 
 
 def measure(
-    preset: str, rows: int, length: int, seconds: float, changes: dict[str, Any]
+    preset: str, size: int, length: int, seconds: float, changes: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Return the measurement of one cell, None where it does not fit or would take too long."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        result = benchmark(preset_config(preset, batch_size=rows, max_seq_len=length, **changes), seconds)
+        result = benchmark(preset_config(preset, batch_size=size, max_seq_len=length, **changes), seconds)
     except ConfigError as error:
-        print(f"{rows} x {length}: {error}", file=sys.stderr, flush=True)
+        print(f"{size} x {length}: {error}", file=sys.stderr, flush=True)
         return None
     finally:
         torch._dynamo.reset()
@@ -101,10 +101,10 @@ def measure(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if result.reduced:
-        print(f"{rows} x {length}: a step would take long here", file=sys.stderr, flush=True)
+        print(f"{size} x {length}: a step would take long here", file=sys.stderr, flush=True)
         return None
     print(
-        f"{rows} x {length}: {result.tokens_per_second:,.0f} tokens/s, start {result.start_seconds:.0f} s",
+        f"{size} x {length}: {result.tokens_per_second:,.0f} tokens/s, start {result.start_seconds:.0f} s",
         file=sys.stderr,
         flush=True,
     )
@@ -113,15 +113,15 @@ def measure(
 
 def table(cells: dict[tuple[int, int], dict[str, Any]]) -> str:
     """Return the cells, and how the cost of a token grows with the length, as a markdown table."""
-    head = ("rows", "length", "tokens/s", "memory", "MFU", "of matmul", "cost", "FLOP", "grows")
+    head = ("batch size", "length", "tokens/s", "memory", "MFU", "of matmul", "cost", "FLOP", "grows")
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    for (rows, length), cell in sorted(cells.items()):
-        base = cells[rows, min(other for of, other in cells if of == rows)]
+    for (size, length), cell in sorted(cells.items()):
+        base = cells[size, min(other for of, other in cells if of == size)]
         cost = base["tokens_per_second"] / cell["tokens_per_second"]
         flops = cell["flops_per_token"] / base["flops_per_token"]
         mfu = "-" if cell["mfu"] is None else f"{cell['mfu']:.1%}"
         lines.append(
-            f"| {rows} | {length} | {cell['tokens_per_second']:,.0f} | {cell['memory_gb']:.1f} GB | {mfu} | "
+            f"| {size} | {length} | {cell['tokens_per_second']:,.0f} | {cell['memory_gb']:.1f} GB | {mfu} | "
             f"{cell['matmul_share']:.1%} | {cost:.2f} | {flops:.2f} | {cost / flops:.2f} |"
         )
     return "\n".join(lines)

@@ -61,7 +61,7 @@ TIMEOUT = 300.0
 DIST_TIMEOUT = 60
 AS_FSDP2 = "as-fsdp2-on-cpu"
 
-Words = tuple[object, ...]
+Args = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ class Bench:
 
     # --- runs ---------------------------------------------------------------------------------------------
 
-    def command(self, way: str, words: Words, restarts: int = 0) -> list[str]:
+    def command(self, way: str, args: Args, restarts: int = 0) -> list[str]:
         """Return a launch of `pretrain`: way is `1 GPU`, `DDP` or `FSDP2`."""
-        program: Words = ("-m", "minimind_cli", "pretrain")
-        launch: Words = ()
+        program: Args = ("-m", "minimind_cli", "pretrain")
+        launch: Args = ()
         if way != "1 GPU":
             launch = ("-m", "accelerate.commands.launch", "--num_machines", 1, "--num_processes", 2)
             launch += ("--main_process_port", 0, "--max_restarts", restarts)
@@ -158,7 +158,7 @@ class Bench:
                 launch += ("--multi_gpu",)
                 if way == "FSDP2":
                     program = (Path(__file__).resolve(), AS_FSDP2, "pretrain")
-        return list(map(str, (sys.executable, *launch, *program, *words)))
+        return list(map(str, (sys.executable, *launch, *program, *args)))
 
     def environment(self) -> dict[str, str]:
         """Return the variables of a run, without what a configured Accelerate would add."""
@@ -168,7 +168,7 @@ class Bench:
             kept |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         return kept
 
-    def run(self, name: str, way: str, words: Words) -> list[dict[str, Any]]:
+    def run(self, name: str, way: str, args: Args) -> list[dict[str, Any]]:
         """Run to the end in a folder of that name; return the reports of steps.
 
         Raises:
@@ -176,7 +176,7 @@ class Bench:
         """
         out = self.folder / name
         done = subprocess.run(
-            self.command(way, (*words, "--output-dir", out)),
+            self.command(way, (*args, "--output-dir", out)),
             env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -187,23 +187,23 @@ class Bench:
             raise RunError(last_words(done.stdout))
         return reports(out)
 
-    def words(self, data: Path, *more: object) -> Words:
+    def args(self, data: Path, *more: object) -> Args:
         """Return the options that all runs share, and some more."""
         places = ("--data", data, "--cache-dir", self.folder / "cache", "--val-fraction", 0)
         quiet = ("--tracker", "none", "--epochs", 1_000_000, "--dist-timeout", f"{DIST_TIMEOUT}s")
         return (*places, *quiet, *more)
 
-    def small(self, precision: str, last_step: int, *more: object) -> Words:
+    def small(self, precision: str, last_step: int, *more: object) -> Args:
         """Return the options of a run whose losses are compared, up to a step."""
-        rows = self.sizes.small_batch
+        sequences = self.sizes.small_batch
         shape = (*self.sizes.small.split(), "--max-seq-len", self.sizes.small_len)
         # The schedule is constant, so that where a part ends has no effect on it.
         rate = ("--lr-schedule", "constant", "--warmup-steps", 5, *OPTIMIZERS[precision].split())
-        size = ("--batch-size", rows, "--global-batch-size", 4 * rows, "--max-steps", last_step)
+        size = ("--batch-size", sequences, "--global-batch-size", 4 * sequences, "--max-steps", last_step)
         # In float32 nothing but the processes shall differ; bf16 is compiled on GPUs, as it would be trained.
         how = ("--mixed-precision", precision, *(("--no-compile",) if precision == "no" else ()))
         often = ("--log-interval", 1, "--save-interval", NEVER)
-        return self.words(self.short, *shape, *rate, *size, *how, *often, *more)
+        return self.args(self.short, *shape, *rate, *size, *how, *often, *more)
 
     def begin(self) -> None:
         """Submit all that is not timed, most urgent first; runs share the devices, as many as may at once."""
@@ -211,8 +211,8 @@ class Bench:
         equality = self.options.precision if "equality" in only else []
         for precision in dict.fromkeys([*equality, *(["no"] if "resume" in only else [])]):
             for way in ("1 GPU", *(WAYS if precision in equality else ())):
-                name, words = f"{way}-{precision}".replace(" ", ""), self.small(precision, steps)
-                self.submit((way, precision), lambda n=name, w=way, o=words: self.run(n, w, o))
+                name, args = f"{way}-{precision}".replace(" ", ""), self.small(precision, steps)
+                self.submit((way, precision), lambda n=name, w=way, o=args: self.run(n, w, o))
         for chain in CHAINS if "resume" in only else ():
             self.submit(chain, lambda c=chain: self.chain(c))
         if "killed" in only:
@@ -238,9 +238,9 @@ class Bench:
     def timed(self, way: str, steps_of: str, model: str, save_interval: int) -> float:
         """Return the tokens/s of a run by the clock, after its first fifth."""
         steps = self.sizes.steps[steps_of]
-        words = self.words(self.long, *model.split(), "--max-steps", steps, "--save-interval", save_interval)
+        args = self.args(self.long, *model.split(), "--max-steps", steps, "--save-interval", save_interval)
         name = f"speed-{way.replace(' ', '')}-{steps_of}-{save_interval}"
-        rows = self.run(name, way, (*words, "--log-interval", max(steps // 40, 1)))
+        rows = self.run(name, way, (*args, "--log-interval", max(steps // 40, 1)))
         shutil.rmtree(self.folder / name / "checkpoints")
         steady = [row for row in rows if steps // 5 <= row["step"] < steps]
         first, last = steady[0], steady[-1]
@@ -282,8 +282,8 @@ class Bench:
     def kill_twice(self) -> Iterator[Row]:
         """Kill rank 1 twice: the launcher restarts all once, and gives up the second time."""
         out = self.folder / "killed"
-        words = self.small("no", NEVER, "--save-interval", 10, "--output-dir", out)
-        with launched(self.command("DDP", words, restarts=1), self.environment()) as (process, text):
+        args = self.small("no", NEVER, "--save-interval", 10, "--output-dir", out)
+        with launched(self.command("DDP", args, restarts=1), self.environment()) as (process, text):
             seconds, saved = [], 0
             for attempt in (1, 2):
                 began = max((row["step"] for row in reports(out)), default=0)
@@ -319,8 +319,8 @@ class Bench:
     def speed(self) -> Iterator[Row]:
         """Tokens/s of two GPUs against twice those of one."""
         for way, model, wanted in (("DDP", self.sizes.ddp, 0.95), ("FSDP2", self.sizes.fsdp2, 0.90)):
-            _, preset, _, rows, *_ = model.split()
-            what = f"{way}, {preset}, {rows} sequences per process"
+            _, preset, _, sequences, *_ = model.split()
+            what = f"{way}, {preset}, {sequences} sequences per process"
             try:
                 one = self.timed("1 GPU", way, model, NEVER)
                 two = self.ddp_speed if way == "DDP" else self.timed(way, way, model, NEVER)
@@ -434,7 +434,7 @@ def wait_for(find: Callable[[], Any], process: subprocess.Popen[bytes] | None) -
     return found
 
 
-def train_as_fsdp2_on_cpu(words: list[str]) -> None:
+def train_as_fsdp2_on_cpu(args: list[str]) -> None:
     """Run a command with Accelerate's FSDP2 over gloo, which it offers on accelerators only."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -444,14 +444,14 @@ def train_as_fsdp2_on_cpu(words: list[str]) -> None:
 
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.distributed.init_process_group("gloo")
-    precision = words[words.index("--mixed-precision") + 1] if "--mixed-precision" in words else "no"
+    precision = args[args.index("--mixed-precision") + 1] if "--mixed-precision" in args else "no"
     Accelerator(mixed_precision=precision)
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_ram_efficient_loading=True
     )
-    command(words)
+    command(args)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from minimind.formatting import json_line, printable
 from .options import ModelArgument, ModelTokenizer, parse_settings, with_options
 
 if TYPE_CHECKING:
-    from minimind.generation.engine import InferenceEngine
+    from minimind.generation.engine import Decoder
     from minimind.generation.sampling import Sampling
     from minimind.tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ def generate(
 class _Printer:
     """Generate and print completions."""
 
-    engine: InferenceEngine
+    engine: Decoder
     tokenizer: Tokenizer
     sampling: Sampling
     options: GenerateOptions
@@ -165,11 +165,7 @@ class _Printer:
 
 
 def _standard_input() -> str:
-    """Return the text of standard input, without a byte order mark.
-
-    Raises:
-        ConfigError: there is no standard input, or it is not UTF-8.
-    """
+    """Return the text of standard input, without a byte order mark; refuse what is not UTF-8."""
     if sys.stdin is None:
         raise ConfigError("there is no standard input; give the prompt after the model.")
     try:

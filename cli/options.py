@@ -144,19 +144,13 @@ def expand_path(param: typer.CallbackParam, value: Any) -> Any:
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        help="A run, a checkpoint, a Hugging Face Qwen3 folder, or a .pth file.", callback=expand_path
-    ),
+    typer.Argument(help="A run, a checkpoint, a Hugging Face folder, or a .pth file.", callback=expand_path),
 ]
 
 
 def completing(*values: str) -> Callable[[str], list[str]]:
     """Return the shell completion of an option with fixed values."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [value for value in values if value.startswith(incomplete)]
-
-    return complete
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def hidden_option(name: str, kind: type) -> inspect.Parameter:
@@ -166,16 +160,13 @@ def hidden_option(name: str, kind: type) -> inspect.Parameter:
 
 def typed_values(ctx: typer.Context, cls: type = PretrainConfig) -> dict[str, Any]:
     """Return the values of `cls` given on the command line, as strings; None for the value `none`."""
-    typed = {name: ctx.params[name] for name in schema_of(cls) if name in ctx.params and _is_typed(ctx, name)}
+    typed = {}
     for name, field in schema_of(cls).items():
-        if field.optional and typed.get(name) == "none":
-            typed[name] = None
+        source = ctx.get_parameter_source(name)
+        if name in ctx.params and source is not None and source.name == "COMMANDLINE":
+            value = ctx.params[name]
+            typed[name] = None if field.optional and value == "none" else value
     return typed
-
-
-def _is_typed(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def unknown_args(ctx: typer.Context) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,11 +64,6 @@ def pretrain(
         if is_main_process():
             typer.echo(write_toml(resolved, CONFIG_SECTIONS), nl=False)
         return
-    if plan and resolved.budget_chooses:
-        if price_per_hour is not None:
-            raise ConfigError('--price-per-hour does not go with --budget; write it as in "$3 at $2.50/h".')
-        _print_budget(resolved, as_json)
-        return
     if plan:
         _print_plan(resolved, price_per_hour, as_json)
         return
@@ -85,20 +79,20 @@ def pretrain(
 
 
 def _print_plan(config: PretrainConfig, price_per_hour: float | None, as_json: bool) -> None:
-    from minimind.planning.plan import plan_run
-
-    run_plan = plan_run(config, price_per_hour=price_per_hour, quiet=as_json)
-    _print_rows(run_plan, as_json, run_plan.problems)
-
-
-def _print_budget(config: PretrainConfig, as_json: bool) -> None:
-    from minimind.planning.budget import plan_budget
-
-    _print_rows(plan_budget(config, quiet=as_json), as_json)
-
-
-def _print_rows(plan: RunPlan | BudgetPlan, as_json: bool, problems: Sequence[str] = ()) -> None:
     """Print a plan on the main process, as JSON or as lines with the warnings after them."""
+    plan: RunPlan | BudgetPlan
+    problems: tuple[str, ...] = ()
+    if config.budget_chooses:
+        if price_per_hour is not None:
+            raise ConfigError('--price-per-hour does not go with --budget; write it as in "$3 at $2.50/h".')
+        from minimind.planning.budget import plan_budget
+
+        plan = plan_budget(config, quiet=as_json)
+    else:
+        from minimind.planning.plan import plan_run
+
+        plan = plan_run(config, price_per_hour=price_per_hour, quiet=as_json)
+        problems = plan.problems
     if not is_main_process():
         return
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,12 +37,9 @@ def tokenize(
     from minimind.tokenizer import load_tokenizer
     from minimind.tracking.console import Progress
 
-    progress = Progress(0, enabled=True, stream=sys.stderr)
-    try:
+    with closing(Progress(0, enabled=True, stream=sys.stderr)) as progress:
         tokenizer = load_tokenizer(resolved.tokenizer)
         prepared = prepare_data(resolved, tokenizer, progress=progress.data_build)
-    finally:
-        progress.close()
     typer.echo("tokenized" if prepared.built else "found in the cache")
     for line in prepared.report.lines():
         typer.echo(printable(line))

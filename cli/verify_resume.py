@@ -15,7 +15,7 @@ from .options import with_options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minimind.runs.verify_resume import ComparedStep, ResumeCheck
+    from minimind.runs.verify_resume import ResumeCheck
 
 # Steps shown at either end and on either side of the stop and of the first difference.
 STEPS_SHOWN = 3
@@ -66,19 +66,15 @@ def _table(check: ResumeCheck) -> Table:
         if one.step > last_shown + 1:
             table.add_row("...")
         last_shown = one.step
-        table.add_row(*_cells(one))
+        table.add_row(
+            str(one.step),
+            "validation" if one.what == "val_loss" else "loss",
+            f"{one.straight:.6f}",
+            f"{one.resumed:.6f}",
+            "none" if one.difference == 0 else f"{one.difference:.1e}",
+            "same" if one.same_data else "different",
+        )
     return table
-
-
-def _cells(one: ComparedStep) -> list[str]:
-    return [
-        str(one.step),
-        "validation" if one.what == "val_loss" else "loss",
-        f"{one.straight:.6f}",
-        f"{one.resumed:.6f}",
-        "none" if one.difference == 0 else f"{one.difference:.1e}",
-        "same" if one.same_data else "different",
-    ]
 
 
 def _verdict(check: ResumeCheck) -> str:

@@ -21,23 +21,17 @@ if TYPE_CHECKING:
     from .tracking.plugins import Tracker
     from .training.callbacks import Callback
 
-_PUBLIC = {
-    "Callback": "training.callbacks",
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "MiniMindConfig": "modeling.config",
-    "MiniMindForCausalLM": "modeling.transformer",
-    "PRESETS": "config",
-    "PretrainConfig": "config",
-    "Tokenizer": "tokenizer",
-    "Tracker": "tracking.plugins",
-    "UserError": "errors",
-    "load_tokenizer": "tokenizer",
-    "preset_config": "config",
-    "pretrain": "planning.budget",
-    "train_tokenizer": "tokenizer",
+_NAMES = {
+    "config": ("PRESETS", "PretrainConfig", "preset_config"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
+    "modeling.config": ("MiniMindConfig",),
+    "modeling.transformer": ("MiniMindForCausalLM",),
+    "planning.budget": ("pretrain",),
+    "tokenizer": ("Tokenizer", "load_tokenizer", "train_tokenizer"),
+    "tracking.plugins": ("Tracker",),
+    "training.callbacks": ("Callback",),
 }
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "PRESETS",

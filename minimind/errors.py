@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def needs_package(what: str, package: str) -> str:
+    """Return the sentence for a package that is not installed; `what` needs it."""
+    return f"{what} needs the package {package}, which is not installed; pip install {package}."
+
+
 class UserError(Exception):
     """An error the user can fix; the message says what is wrong, where, and how to fix it."""
 

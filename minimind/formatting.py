@@ -44,6 +44,15 @@ def json_line(value: Any) -> str:
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
+def option_text(value: Any) -> str:
+    """Return the value of an option as tables show it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
 def count(number: float) -> str:
     """Return a count with three digits, such as `950`, `12.3k` or `1.25G`."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -33,6 +33,7 @@ class RunFolder:
         checkpoints: full training states.
         spikes: one report per loss spike.
         model: the model in the format of Hugging Face transformers.
+        initial: configuration and tokenizer of a model of transformers that the run continues.
         profile: traces of --profile.
     """
 
@@ -47,11 +48,21 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.spikes = self.path / "spikes"
         self.model = self.path / "model"
+        self.initial = self.path / "initial"
         self.profile = self.path / "profile"
 
     def holds_a_run(self) -> bool:
         """Whether a run has written here."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+
+    def occupied(self) -> str | None:
+        """Return a sentence where the folder holds a run, so that no other can begin in it."""
+        if not self.holds_a_run():
+            return None
+        return (
+            f"--output-dir {self.path} already holds a run; continue it with --resume, or name another "
+            "folder."
+        )
 
     @contextmanager
     def claim(
@@ -75,23 +86,15 @@ class RunFolder:
             ConfigError: when another run uses the folder, or it holds a run and `resume` is off.
             UserError: when the folder cannot be written.
         """
+        lock = self.path / ".lock"
+        waiting = f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
         with ExitStack() as held:
             try:
                 if not self.path.exists():
                     held.callback(self._remove_if_empty)
-                waiting = (
-                    f"{self.path} is in use; waiting up to {wait_seconds:.0f} s for the other run to end"
-                )
-                held.enter_context(
-                    hold_lock(
-                        self.path / ".lock", wait_seconds, lambda holder: note(f"{waiting} ({holder}).")
-                    )
-                )
-                if not resume and self.holds_a_run():
-                    raise ConfigError(
-                        f"--output-dir {self.path} already holds a run; continue it with --resume, "
-                        "or name another folder."
-                    )
+                held.enter_context(hold_lock(lock, wait_seconds, lambda other: note(f"{waiting} ({other}).")))
+                if not resume and (occupied := self.occupied()) is not None:
+                    raise ConfigError(occupied)
                 self._probe()
             except LockedError as error:
                 raise ConfigError(
@@ -105,7 +108,7 @@ class RunFolder:
                 yield
             except Exception:
                 if new and not any(path.exists() for path in (self.metrics, self.checkpoints, self.spikes)):
-                    for path in (self.config, self.environment, self.path / "tensorboard"):
+                    for path in (self.config, self.environment, self.initial, self.path / "tensorboard"):
                         remove(path)
                 raise
 

@@ -253,13 +253,10 @@ def resume_schedule(
         warmup = stored_warmup_steps(saved)
     schedule = LearningRateSchedule(config, total_steps, warmup)
     notes = []
-    window = decay_window
-    if window is not None and _allows_more(config, saved):
-        window = None
+    window = None if decay_window is None or _allows_more(config, saved) else decay_window
     if window is not None and step >= window[1]:
-        limit, value = ("--max-time", config.max_time)
-        if config.budget is not None:
-            limit, value = ("--budget", config.budget)
+        timed = config.budget is None
+        limit, value = ("--max-time", config.max_time) if timed else ("--budget", config.budget)
         notes.append(
             f"finished at step {step:,} within {limit} {value}; a longer {limit}, or {limit} none, trains on."
         )

@@ -65,25 +65,25 @@ def inline_code(page: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the words after the program's name in each command of a shell text."""
+    """Return the arguments after the program's name in each command of a shell text."""
     found: list[list[str]] = []
     text = text.replace("\\\n", " ").replace("$(which minimind-train)", "minimind-train")
     for line in filter(PROGRAM.search, text.splitlines()):
         # Words in brackets stand for options.
         lexer = shlex.shlex(re.sub(r"\[[^]]*\]", "", line), posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
-        words: list[str] | None = None
+        args: list[str] | None = None
         for word in lexer:
             if PROGRAM.search(word) and " " in word:
                 found += commands(word)  # a command line in quotes, for another shell
-            elif words is None and PROGRAM.fullmatch(word):
-                words = []
-                found.append(words)
+            elif args is None and PROGRAM.fullmatch(word):
+                args = []
+                found.append(args)
             elif set(word) <= set(";&|()<>"):
-                words = None
-            elif words is not None and word not in ("...", "…"):
-                words.append(word)
-    return [words for words in found if words]
+                args = None
+            elif args is not None and word not in ("...", "…"):
+                args.append(word)
+    return [args for args in found if args]
 
 
 def commands_of(page: str) -> list[list[str]]:
@@ -91,25 +91,25 @@ def commands_of(page: str) -> list[list[str]]:
     return [command for text in (*shown, *inline_code(page)) for command in commands(text)]
 
 
-ALL_COMMANDS = sorted({(page, shlex.join(words)) for page in NAMES for words in commands_of(page)})
+ALL_COMMANDS = sorted({(page, shlex.join(args)) for page in NAMES for args in commands_of(page)})
 
 
-def parse(words: list[str]) -> list[str]:
+def parse(args: list[str]) -> list[str]:
     """Return what the program would say against a command line; nothing is run."""
-    words = normalize(words)
+    args = normalize(args)
     command = get_command(app)
-    while hasattr(command, "commands") and not words[0].startswith("-"):
-        if words[0] not in command.commands:
-            return [f"no command {words[0]}"]
-        command = command.commands[words.pop(0)]
+    while hasattr(command, "commands") and not args[0].startswith("-"):
+        if args[0] not in command.commands:
+            return [f"no command {args[0]}"]
+        command = command.commands[args.pop(0)]
     if hasattr(command, "commands"):
         # Options of the program itself end it.
         known = {"--help", *(flag for param in command.params for flag in param.opts)}
-        return [] if words[0] in known else [f"no option {words[0]}"]
-    if {"--help", "--help-all"} & set(words):
+        return [] if args[0] in known else [f"no option {args[0]}"]
+    if {"--help", "--help-all"} & set(args):
         return []
     try:
-        context = command.make_context(command.name, list(words))
+        context = command.make_context(command.name, list(args))
     except Exception as error:
         return [str(error)]
     if command.context_settings != LENIENT:
@@ -120,8 +120,8 @@ def parse(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize(("page", "line"), ALL_COMMANDS)
 def test_a_command_in_the_docs_parses(page: str, line: str) -> None:
-    words = shlex.split(line)
-    assert parse(words) == []
+    args = shlex.split(line)
+    assert parse(args) == []
 
 
 def test_commands_are_found_in_every_form() -> None:

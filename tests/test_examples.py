@@ -22,6 +22,7 @@ from safetensors.torch import load_model
 
 import minimind
 from minimind.optim.build import build_optimizer
+from support.foreign_models import save_shape
 from support.tiny_runs import write_corpus
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -80,7 +81,10 @@ def test_a_custom_loop_resumes_where_it_was(tmp_path: Path) -> None:
 
 
 # Users write these from the documentation.
-SHORT = ("short_loop", "callback", "custom_optimizer", "custom_schedule", "custom_tracker", "data_source")
+SHORT = (
+    *("short_loop", "callback", "custom_optimizer", "custom_schedule", "custom_tracker", "data_source"),
+    "continue_llama",
+)
 TINIER = {**TINY, "hidden_size": 32, "num_hidden_layers": 1, "log_interval": 1, "save_interval": 100}
 
 
@@ -153,6 +157,16 @@ def test_a_database_is_a_data_source(tmp_path: Path) -> None:
     assert result.history.losses[-1] < result.history.losses[0]
 
 
+def test_a_llama_is_continued_and_used_as_before(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    module = example("continue_llama")
+    folder = save_shape("llama", tmp_path / "llama")
+    result = module["train"](str(folder), data=(corpus,), **TINY, log_interval=1)
+    assert result.history.losses[-1] < result.history.losses[0]
+    assert module["complete"](result.model_dir, "the cat")
+
+
 def test_a_part_exchanged_trains_and_resumes(tmp_path: Path) -> None:
     corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
     train, model_class = (example("custom_model")[name] for name in ("train", "ReLUMiniMind"))
@@ -199,8 +213,8 @@ def test_any_module_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--num_processes", "2", "--main_process_port", "0"]
-    for name, words in (("one", []), ("two", launch)):
-        command = [sys.executable, *words, "driver.py", str(EXAMPLES / "custom_model.py"), str(corpus), name]
+    for name, args in (("one", []), ("two", launch)):
+        command = [sys.executable, *args, "driver.py", str(EXAMPLES / "custom_model.py"), str(corpus), name]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert (tmp_path / name / "model" / "model.safetensors").is_file(), done.stderr

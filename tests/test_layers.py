@@ -36,7 +36,8 @@ TORCH_FREE = (
     "minimind.tokenizer minimind.tokenizer.* minimind.run_folder minimind.schedule "
     "minimind.distributed.launch_checks "
     "minimind.checkpoint.files minimind.formats.weight_header minimind.tracking.metrics_file "
-    "minimind.modeling.config minimind.modeling.parameter_count minimind.planning.memory "
+    "minimind.modeling.config minimind.modeling.transformers_config minimind.modeling.parameter_count "
+    "minimind.planning.memory "
     "minimind.runs.record minimind.runs.info minimind.runs.info_text minimind.runs.compare "
     "minimind.runs.compare_html minimind_cli.*"
 )

@@ -17,13 +17,13 @@ assert not {"torch", "numpy", "typer"} & sys.modules.keys(), "import minimind"
 from minimind import PRESETS, ConfigError, PretrainConfig, preset_config
 preset_config("tiny")
 from minimind_cli.app import main
-for words in (["--help"], ["pretrain", "--help"], ["pretrain", "--print-config", "--preset", "tiny"]):
+for args in (["--help"], ["pretrain", "--help"], ["pretrain", "--print-config", "--preset", "tiny"]):
     try:
-        main(words)
+        main(args)
     except SystemExit as stop:
-        assert not stop.code, words
+        assert not stop.code, args
     loaded = {"torch", "numpy", "accelerate", "tokenizers", "click"} & sys.modules.keys()
-    assert not loaded, (words, loaded)
+    assert not loaded, (args, loaded)
 print(time.process_time())
 """
 

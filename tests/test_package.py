@@ -19,8 +19,8 @@ SOURCES = ("minimind", "cli", "pyproject.toml", "README.md", "LICENSE")
 pytestmark = pytest.mark.slow
 
 
-def ran(*words: object) -> str:
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+def ran(*args: object) -> str:
+    done = subprocess.run(list(map(str, args)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

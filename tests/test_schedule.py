@@ -303,6 +303,8 @@ def test_a_warm_up_that_the_time_does_not_allow_is_warned_of() -> None:
         assert problem is not None
         assert "allows about 50 steps, fewer than the 200 of the warm-up" in problem
         assert "only reaches 25.0% of its peak" in problem
+        late = warmup_problem(given, seconds_left=-5.0, **{**run, "seconds_per_step": 0.1})
+        assert "allows about 10 steps" in str(late)  # those done
     # A default warm-up of wsd is shortened instead.
     default = PretrainConfig(lr_schedule="wsd", max_time="1m")
     assert warmup_problem(default, seconds_left=40.0, **run) is None

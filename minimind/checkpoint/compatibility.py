@@ -176,12 +176,6 @@ def settings_of_run(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": data.fingerprint,
         "data_mixture": data.mixture,
-        "evaluated_sequences": _evaluated_sequences(config, plan),
+        # The sample of --eval-batches; None for all validation data.
+        "evaluated_sequences": config.eval_batches and config.eval_batches * plan.global_batch_size,
     }
-
-
-def _evaluated_sequences(config: PretrainConfig, plan: BatchPlan) -> int | None:
-    """Return the size of the sample of --eval-batches; None for all validation data."""
-    if config.eval_batches is None:
-        return None
-    return config.eval_batches * plan.global_batch_size

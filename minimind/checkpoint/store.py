@@ -71,19 +71,16 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """Size of all tensors."""
-        return sum(
-            tensor.nbytes for tensors in (self.weights, self.optimizer_state) for tensor in tensors.values()
-        )
+        return sum(tensor.nbytes for tensor in (*self.weights.values(), *self.optimizer_state.values()))
 
     def first_not_finite(self) -> str | None:
         """Return the name of the first tensor with a NaN or infinity, or None."""
-        for tensors in (self.weights, self.optimizer_state):
-            for name, tensor in tensors.items():
-                if tensor.is_floating_point() and tensor.numel():
-                    # One scan without a temporary; a NaN appears as both extremes.
-                    low, high = torch.aminmax(tensor)
-                    if not (math.isfinite(low) and math.isfinite(high)):
-                        return name
+        for name, tensor in (*self.weights.items(), *self.optimizer_state.items()):
+            if tensor.is_floating_point() and tensor.numel():
+                # One scan without a temporary; a NaN appears as both extremes.
+                low, high = torch.aminmax(tensor)
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    return name
         return None
 
 
@@ -271,8 +268,8 @@ class CheckpointStore:
         self._valid[final.name] = True
 
     def _rotate(self) -> None:
-        current = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
-        current = [entry for entry in current if self._verified(entry)]
+        stored = [entry for entry in self.entries() if entry.path.name not in self._abandoned]
+        current = list(filter(self._verified, stored))
         best = self.best()
         kept = {entry.path.name for entry in current[-self.keep :]}
         if best is not None:

@@ -106,11 +106,10 @@ def _limit_notes(config: Any, total_steps: int, steps_per_epoch: int) -> Iterato
     if config.epochs is None and total_steps > steps_per_epoch and config.max_epochs > 1:
         yield (
             f"{_limits(config)} takes {total_steps / steps_per_epoch:.3g} epochs of {steps_per_epoch:,} "
-            f"steps "
-            "each; --epochs limits them."
+            "steps each; --epochs limits them."
         )
     if config.epochs is None or (config.max_steps is None and config.max_tokens is None):
-        if config.max_tokens is not None and (config.max_steps or 0) > total_steps:
+        if None not in (config.max_tokens, config.max_steps) and config.max_steps > total_steps:
             yield (
                 f"--max-tokens {config.max_tokens} ends the run after {total_steps:,} steps, before "
                 f"--max-steps {config.max_steps}."
@@ -185,18 +184,12 @@ def _interval_notes(config: Any, total_steps: int) -> Iterator[str]:
 def _unused_options(config: Any) -> Iterator[str]:
     """Yield which options have no effect beside the others."""
     schema = schema_of(config.__class__)
+    schedule, validated = config.lr_schedule, bool(config.val_data or config.val_fraction)
+    no_validation = "there is no validation data; set --val-fraction or --val-data"
     cases = (
-        (
-            config.lr_schedule != "wsd",
-            ("decay_ratio", "decay_steps", "decay_shape"),
-            "needs --lr-schedule wsd",
-        ),
-        (config.lr_schedule == "constant", ("min_lr_ratio",), "--lr-schedule constant does not decay"),
-        (
-            not config.val_data and not config.val_fraction,
-            ("eval_interval", "eval_batches"),
-            "there is no validation data; set --val-fraction or --val-data",
-        ),
+        (schedule != "wsd", ("decay_ratio", "decay_steps", "decay_shape"), "needs --lr-schedule wsd"),
+        (schedule == "constant", ("min_lr_ratio",), "--lr-schedule constant does not decay"),
+        (not validated, ("eval_interval", "eval_batches"), no_validation),
         (bool(config.val_data), ("val_fraction",), "--val-data is the validation data"),
         (config.sample_interval is None, ("sample_prompt",), "needs --sample-interval"),
     )

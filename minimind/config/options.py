@@ -73,7 +73,8 @@ class ModelConfig:
     from_weight: Annotated[
         str | None,
         FieldInfo(
-            "Initialize from a model folder, run, checkpoint or upstream .pth file.",
+            "Initialize from a model folder of any architecture, a model on the Hub (owner/name), a run, "
+            "a checkpoint or an upstream .pth file.",
             metavar="PATH",
             default_text="random initialization",
             common=True,

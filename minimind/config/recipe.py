@@ -103,26 +103,11 @@ class ModelShape:
         return dict(vars(self))
 
 
-def _ladder() -> tuple[ModelShape, ...]:
-    # Depth grows with width (nanochat: C = 64 L; Kaplan et al. 2020, arXiv:2001.08361, find the aspect ratio
-    # flat between 30 and 200), and not below 4 layers.
-    widths = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560)
-    return tuple(ModelShape.of(width, max(4, width // 64)) for width in widths)
-
-
-# The shapes that `--budget` chooses from, from 0.2M to 3G parameters inside the blocks.
-LADDER = _ladder()
-
-
-def choose_shape(parameters: float, vocab_size: int) -> ModelShape:
-    """Return the shape of the ladder whose number of parameters is nearest, as a ratio.
-
-    Args:
-        parameters: wanted, with the embedding.
-        vocab_size: V.
-    """
-    wanted = math.log(max(parameters, 1.0))
-    return min(LADDER, key=lambda shape: abs(math.log(shape.parameters(vocab_size)) - wanted))
+# The shapes that `--budget` chooses from, from 0.2M to 3G parameters inside the blocks. Depth grows with the
+# width (nanochat: C = 64 L; Kaplan et al. 2020, arXiv:2001.08361, find the aspect ratio flat between 30 and
+# 200), and not below 4 layers.
+_WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560)
+LADDER = tuple(ModelShape.of(width, max(4, width // 64)) for width in _WIDTHS)
 
 
 def global_batch_tokens(tokens: float) -> int:

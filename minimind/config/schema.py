@@ -227,7 +227,11 @@ def _problem(field: ConfigField, value: Any) -> str | None:
     if field.choices:
         plugins = () if value in field.choices else plugin_names(field.info.plugins)
         known = (*field.choices, *plugins)
-        return None if value in known else f"{given} is not known; choose {_either(known)}."
+        return (
+            None
+            if value in known
+            else f"{given} is not known; choose {', '.join(known[:-1])} or {known[-1]}."
+        )
     has_type = isinstance(value, (int, float) if field.kind is float else field.kind)
     if not has_type or (field.kind is not bool and isinstance(value, bool)):
         return f"{given} is not {_KINDS[field.kind][1]}; write {_example(field)}."
@@ -377,10 +381,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: the closest known name, or a full stop."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else "."
-
-
-def _either(choices: Sequence[str]) -> str:
-    return ", ".join(choices[:-1]) + f" or {choices[-1]}"
 
 
 def _example(field: ConfigField) -> str:

@@ -27,7 +27,7 @@ class BatchPlan:
 
     @property
     def global_batch_size(self) -> int:
-        """Rows in one optimizer step over all processes."""
+        """Sequences in one optimizer step over all processes."""
         return self.micro_batch_size * self.accumulation_steps * self.num_processes
 
 

@@ -81,9 +81,7 @@ class StepBuilder:
                 window = next(windows)
                 opened.append((window, self._cut(window)))
             opened = [pair for pair in opened if pair[0].end_sequence > start]
-            arrays = SequenceArrays.blank(
-                len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
-            )
+            arrays = self._blank(len(own))
             num_targets = num_tokens = 0
             # Positions identify the tokens only together with the content of the split.
             digest = hashlib.blake2b(
@@ -120,9 +118,7 @@ class StepBuilder:
         window, sequences = None, None
         for start in range(0, count, self.plan.global_batch_size):
             in_step = chosen[start : start + self.plan.global_batch_size]
-            arrays = SequenceArrays.blank(
-                len(own), self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id
-            )
+            arrays = self._blank(len(own))
             positions = np.full(len(own), -1, np.int64)
             positions[own < len(in_step)] = in_step[own[own < len(in_step)]]
             while (positions >= 0).any():
@@ -153,6 +149,9 @@ class StepBuilder:
                 found[position] = sequences.pieces(int(window.order[position - first]))
         return [(position, found.get(position, [])) for position in positions.tolist()]
 
+    def _blank(self, count: int) -> SequenceArrays:
+        return SequenceArrays.blank(count, self.seq_len, packing=self.packing, pad_token_id=self.pad_token_id)
+
     def _cut(self, window: Window) -> WindowSequences:
         kind = PackedSequences if self.packing else PaddedSequences
         return kind(self.shards, window, self.seq_len, self.pad_token_id)
@@ -161,4 +160,4 @@ class StepBuilder:
         """Return (A*B,) the positions in a step that this process takes."""
         plan = self.plan
         shape = (plan.accumulation_steps, plan.num_processes, plan.micro_batch_size)
-        return np.arange(plan.global_batch_size).reshape(shape)[:, self.process_index].reshape(-1)
+        return np.arange(plan.global_batch_size).reshape(shape)[:, self.process_index].ravel()

@@ -92,9 +92,6 @@ class CheckedArray:
                 self._check(np.asarray(where) * size // CHUNK_BYTES)
         return self.array[where]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self[:], dtype, copy=copy)
-
     def check_spans(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         """Check the chunks of spans of elements."""
         if not self.unchecked.any():

@@ -144,11 +144,7 @@ def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
 
 
 def _training_split(folder: Path, skipped: Counter[str]) -> list[str]:
-    """Return the folder of the split `train` of a saved `datasets.DatasetDict`, or of its only split.
-
-    Raises:
-        DataError: where neither exists.
-    """
+    """Return the folder of the split `train` of a saved `datasets.DatasetDict`, or of its only split."""
     splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
     if "train" not in splits and len(splits) != 1:
         raise DataError(f"{folder} has the splits {', '.join(splits) or 'none'}; name one of their folders.")
@@ -158,11 +154,7 @@ def _training_split(folder: Path, skipped: Counter[str]) -> list[str]:
 
 
 def _files_of_dataset(folder: Path, names: Sequence[str], skipped: Counter[str]) -> list[str]:
-    """Return the data files of a `datasets.Dataset` saved on the disk, without cached results beside them.
-
-    Raises:
-        DataError: for a damaged list of files.
-    """
+    """Return the data files of a `datasets.Dataset` saved on the disk, without cached results beside them."""
     try:
         state = read_json(folder / "state.json")
         files = [str(entry["filename"]) for entry in state["_data_files"]]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, needs_package
 from ..io.atomic import write_text
 from ..io.reading import read_json
 from .readers import Reading, TextFile
@@ -42,12 +44,6 @@ class HubDataset:
     split: str
     commit: str
     num_shards: int
-
-    def rows(self) -> Any:
-        """Return an iterable over the rows that reads them from the network."""
-        return _datasets("--data").load_dataset(
-            self.name, self.config, split=self.split, revision=self.commit, streaming=True
-        )
 
     def folder(self, cache_dir: Path, text_key: str) -> Path:
         """Return the folder of downloaded shards, which exists until they are tokenized."""
@@ -120,7 +116,10 @@ class HubReader:
     def _rows(self, key: str) -> Iterator[dict[str, Any]]:
         dataset = self.shard.dataset
         try:
-            rows = dataset.rows().shard(num_shards=dataset.num_shards, index=self.shard.index)
+            rows = _datasets(self.file.option).load_dataset(
+                dataset.name, dataset.config, split=dataset.split, revision=dataset.commit, streaming=True
+            )
+            rows = rows.shard(num_shards=dataset.num_shards, index=self.shard.index)
             if key in (rows.column_names or ()):
                 rows = rows.select_columns([key])
             yield from rows
@@ -172,11 +171,7 @@ def hub_shards(pattern: str, option: str, cache_dir: Path) -> list[HubShard]:
 
 
 def _find(match: re.Match[str], option: str) -> HubDataset:
-    """Return the data set as it is on the Hub now.
-
-    Raises:
-        ConnectionError: when it cannot be found or reached.
-    """
+    """Return the data set as it is on the Hub now; ConnectionError when it is not reached."""
     datasets = _datasets(option)
     from huggingface_hub import HfApi
 
@@ -195,14 +190,14 @@ def _network_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     # Each HTTP client raises different exceptions; those of httpx derive from Exception only.
-    clients = []
-    for client in ("httpx", "requests", "aiohttp"):
-        try:
-            clients.append(__import__(client))
-        except ImportError:
-            continue
-    names = ("HTTPError", "RequestException", "ClientError")
-    found = [getattr(client, name) for client in clients for name in names if hasattr(client, name)]
+    found = []
+    for client, name in (
+        ("httpx", "HTTPError"),
+        ("requests", "RequestException"),
+        ("aiohttp", "ClientError"),
+    ):
+        with suppress(ImportError):
+            found.append(getattr(importlib.import_module(client), name))
     return (OSError, HfHubHTTPError, *found)
 
 
@@ -215,7 +210,5 @@ def _datasets(option: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"{option} hf://... needs the package datasets, which is not installed; pip install datasets."
-        ) from error
+        raise DataError(needs_package(f"{option} hf://...", "datasets")) from error
     return datasets

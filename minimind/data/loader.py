@@ -35,7 +35,7 @@ _Tensors = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that one process runs at once; every one has the same shapes, unless padding is trimmed.
+    """Sequences that one process runs at once; all have the same shapes, unless padding is trimmed.
 
     Attributes:
         input_ids: (B, T) int64.

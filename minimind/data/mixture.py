@@ -45,7 +45,9 @@ class MixedOrder:
             weights: share of each source; they sum to 1.
         """
         self._offsets = shards.offsets
-        self._seq_len, self._packing, self._seed = seq_len, packing, seed % 2**64
+        self._packing, self._seed = packing, seed % 2**64
+        # A packed sequence reads one token ahead; the last one of a window may end in the next window.
+        self._per_sequence, self._ahead = (seq_len, 1) if packing else (1, 0)
         self._streams = [
             _Stream(shards, part, number, packing=packing, seed=self._seed)
             for number, part in enumerate(shards.parts)
@@ -82,16 +84,14 @@ class MixedOrder:
 
     def _first_sequence(self, window: int) -> int:
         """Return the first sequence that begins in the window, counted over all epochs."""
-        per_sequence = self._seq_len if self._packing else 1
-        return -(-self._begin(window) // per_sequence)
+        return -(-self._begin(window) // self._per_sequence)
 
     def _window(
         self, epoch: int, window: int, first_sequence: int, end_sequence: int, epoch_start: int
     ) -> Window:
-        # A packed sequence reads one token ahead; the last one of a window may end in the next window.
-        per_sequence, ahead = (self._seq_len, 1) if self._packing else (1, 0)
         begin = self._begin(window)
-        start, stop = first_sequence * per_sequence - begin, end_sequence * per_sequence + ahead - begin
+        start = first_sequence * self._per_sequence - begin
+        stop = end_sequence * self._per_sequence + self._ahead - begin
         pieces: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         reached = 0
         while reached < stop:

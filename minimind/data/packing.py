@@ -119,11 +119,10 @@ class PackedSequences:
         end = begin + int(self.inputs[sequence])
         first = int(np.searchsorted(self._stops, begin, side="right"))
         stop = int(np.searchsorted(self._starts, end, side="left"))
+        columns = (a[first:stop].tolist() for a in (self._documents, self._starts, self._stops))
         return [
             Piece(document, max(begin - start, 0), min(end, last) - max(begin, start))
-            for document, start, last in zip(
-                *(a[first:stop].tolist() for a in (self._documents, self._starts, self._stops)), strict=True
-            )
+            for document, start, last in zip(*columns, strict=True)
         ]
 
     @cached_property

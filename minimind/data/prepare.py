@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ class PreparedData:
 
     @property
     def mixture(self) -> str:
-        """The weights and the number of documents of each, or `none`.
+        """The weights and the documents of each, such as `70% of 120 documents`, or `none`.
 
         With `fingerprint` it identifies the order of the sequences.
         """
-        return mixture_text(self.weights, [part.num_documents for part in self.train.parts])
+        shares = zip(self.weights, self.train.parts, strict=False)
+        texts = (f"{weight * 100:.10g}% of {part.num_documents} documents" for weight, part in shares)
+        return ", ".join(texts) or "none"
 
 
 def prepare_data(
@@ -103,7 +106,8 @@ def prepare_data(
     sources = read_sources(config.data, skipped=skipped, text_key=config.text_key, cache_dir=cache_dir)
     tick = (lambda: None) if progress is None else (lambda: progress(0, 0))
     named, identities = _sources(config, sources, skipped, documents, chat, tick)
-    option = "data=" if documents is not None else _data_option(config)
+    option = "--data " + " ".join(config.data) if config.data else "the embedded corpus"
+    option = option if documents is None else "data="
     settings = _cache_settings(config, identities, tokenizer, chat)
     key = _hash(settings)
     shards = [item.source.shard for _, item in named if isinstance(item.source, HubReader)]
@@ -112,7 +116,8 @@ def prepare_data(
 
     def build(folder: Path) -> dict[str, Any]:
         report = None if progress is None else lambda done: progress(done if total else 0, total)
-        encoded = encode([assignment for _, assignment in named], tokenizer, folder, report)
+        names, assignments = zip(*named, strict=True)
+        encoded = encode(assignments, tokenizer, folder, report)
         _refuse_unusable(config, encoded, option)
         return {
             "settings": settings,
@@ -121,9 +126,7 @@ def prepare_data(
                 for split, content in encoded.fingerprints.items()
             },
             "splits": {split: dataclasses.asdict(index) for split, index in encoded.splits.items()},
-            "report": _report(
-                config, folder, encoded, [name for name, _ in named], tokenizer, chat
-            ).to_dict(),
+            "report": _report(config, folder, encoded, names, tokenizer, chat).to_dict(),
         }
 
     try:
@@ -191,10 +194,7 @@ def fingerprint_in_cache(config: PretrainConfig, tokenizer: Tokenizer) -> str | 
 
 
 def _cache_settings(
-    config: PretrainConfig,
-    identities: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    chat: ChatRenderer | None,
+    config: PretrainConfig, identities: list[dict[str, Any]], tokenizer: Tokenizer, chat: ChatRenderer | None
 ) -> dict[str, Any]:
     """Return everything that a build depends on."""
     template = {} if chat is None else {"chat_template": chat.fingerprint}
@@ -214,38 +214,21 @@ def _chat(config: PretrainConfig, tokenizer: Tokenizer) -> ChatRenderer | None:
     return ChatRenderer(tokenizer) if config.data and config.text_key in CHAT_KEYS else None
 
 
-def mixture_text(weights: Sequence[float], documents: Sequence[int]) -> str:
-    """Return weights and the number of documents of each, such as `70% of 120 documents`."""
-    parts = (
-        f"{weight * 100:.10g}% of {number} documents"
-        for weight, number in zip(weights, documents, strict=False)
-    )
-    return ", ".join(parts) or "none"
-
-
 def _mixture(
     config: PretrainConfig, sources: Sequence[DataSource], train: TokenShards
 ) -> tuple[MixtureReport, ...]:
-    """Return the effect of the weights.
-
-    Raises:
-        DataError: when a source with a weight has no training documents.
-    """
-    mixed = []
-    for number, source in enumerate(sources):
-        part = train.parts[number] if number < len(train.parts) else None
+    """Return the effect of the weights."""
+    for source, part in zip_longest(sources, train.parts):
         if part is None or not part.num_documents:
             raise DataError(
                 f"--data {source.pattern} has a weight but no training documents; remove it, add data or "
                 "lower --val-fraction."
             )
-        mixed.append(part)
-    assert len(mixed) == len(train.parts)
     weights = [source.weight or 0.0 for source in sources]
-    epochs = source_epochs(mixed, weights, seq_len=config.max_seq_len, packing=config.packing)
+    epochs = source_epochs(train.parts, weights, seq_len=config.max_seq_len, packing=config.packing)
     return tuple(
         MixtureReport(source.pattern, weight, part.num_tokens, number)
-        for source, weight, part, number in zip(sources, weights, mixed, epochs, strict=True)
+        for source, weight, part, number in zip(sources, weights, train.parts, epochs, strict=True)
     )
 
 
@@ -319,22 +302,19 @@ def _report(
     config: PretrainConfig,
     folder: Path,
     encoded: Encoded,
-    names: list[str],
+    names: Sequence[str],
     tokenizer: Tokenizer,
     chat: ChatRenderer | None,
 ) -> DataReport:
-    splits: dict[str, SplitReport | None] = {}
-    totals = encoded.counts.sum(0).tolist()
-    for split, total in zip(SPLITS, totals, strict=True):
-        amount = Amount(*total)
-        splits[split] = (
-            SplitReport(
-                amount, length_quantiles(read_length_counts(folder, split)), encoded.duplicates[split]
-            )
-            if amount.documents
-            else None
-        )
-    train, validation = splits["train"], splits["validation"]
+
+    def split_report(split: str, amount: Amount) -> SplitReport | None:
+        if not amount.documents:
+            return None
+        lengths = length_quantiles(read_length_counts(folder, split))
+        return SplitReport(amount, lengths, encoded.duplicates[split])
+
+    amounts = (Amount(*total) for total in encoded.counts.sum(0).tolist())
+    train, validation = map(split_report, SPLITS, amounts)
     assert train is not None
     notes = []
     if validation is None and config.val_fraction > 0:
@@ -374,10 +354,6 @@ def _open(folder: Path, split: str, manifest: dict[str, Any]) -> TokenShards | N
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _data_option(config: PretrainConfig) -> str:
-    return "--data " + " ".join(config.data) if config.data else "the embedded corpus"
 
 
 def _unwritable(cache_dir: Path, error: OSError) -> DataError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ..errors import DataError
+from ..errors import DataError, needs_package
 from .chat import CHAT_KEYS, ChatRenderer
 from .encodings import DAMAGED, ZstdReader, binary_format, damage, likely_encoding
 from .files import format_of, has_zstd, unreadable
@@ -227,10 +227,7 @@ class TextFile:
         try:
             import pyarrow
         except ImportError as error:
-            raise DataError(
-                f"{self.option}: reading {self.path} needs the package pyarrow, which is not installed; "
-                "pip install pyarrow."
-            ) from error
+            raise DataError(needs_package(f"{self.option}: reading {self.path}", "pyarrow")) from error
         kind = "Parquet" if suffix == ".parquet" else "Arrow"
         batches = _parquet_batches if suffix == ".parquet" else _arrow_batches
         row = 0

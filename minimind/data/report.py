@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formatting import size
 from .files import skipped_lines
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -41,7 +42,7 @@ class Amount:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents:,} documents, {_bytes(self.text_bytes)}, {self.tokens:,} tokens "
+            f"{self.documents:,} documents, {size(self.text_bytes)}, {self.tokens:,} tokens "
             f"({self.bytes_per_token:.2f} bytes per token)"
         )
 
@@ -154,25 +155,18 @@ class DataReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataReport:
         """Return the report of `to_dict`, also after JSON serialization."""
-        sources = tuple(
-            SourceReport(
-                **{**source, "train": Amount(**source["train"]), "validation": Amount(**source["validation"])}
-            )
-            for source in values["sources"]
-        )
-        validation = values["validation"]
-        return cls(
-            **{
-                **values,
-                "sources": sources,
-                "train": _split(values["train"]),
-                "validation": None if validation is None else _split(validation),
-                "packed": SequenceCost(**values["packed"]),
-                "padded": SequenceCost(**values["padded"]),
-                "notes": tuple(values["notes"]),
-                "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
-            }
-        )
+        sources = (_with_amounts(source, "train", "validation") for source in values["sources"])
+        train, validation = values["train"], values["validation"]
+        parts = {
+            "sources": tuple(SourceReport(**source) for source in sources),
+            "train": SplitReport(**_with_amounts(train, "amount")),
+            "validation": validation and SplitReport(**_with_amounts(validation, "amount")),
+            "packed": SequenceCost(**values["packed"]),
+            "padded": SequenceCost(**values["padded"]),
+            "notes": tuple(values["notes"]),
+            "mixture": tuple(MixtureReport(**entry) for entry in values["mixture"]),
+        }
+        return cls(**{**values, **parts})
 
     def problems(self) -> list[str]:
         """Return the lines about data that is lost or questionable, at most a few."""
@@ -186,7 +180,8 @@ class DataReport:
         if self.validation is not None:
             lines.append(f"validation  {self.validation.amount}")
         lines += [f"mixture     {entry}" for entry in self.mixture]
-        lines.append(f"lengths     {_quantile_text(self.train.lengths)} tokens per document")
+        quantiles = ", ".join(f"{name} {value:,}" for name, value in self.train.lengths.items())
+        lines.append(f"lengths     {quantiles} tokens per document")
         lines.append(
             f"packing     sequences of {self.seq_len}: {self.packed.padding:.1%} padding, nothing truncated; "
             f"without packing {self.padded.padding:.1%} padding, {self.padded.truncated:.1%} truncated"
@@ -239,8 +234,8 @@ def sequence_costs(length_counts: NDArray[np.int64], seq_len: int) -> tuple[Sequ
     return packed, padded
 
 
-def _split(values: Mapping[str, Any]) -> SplitReport:
-    return SplitReport(Amount(**values["amount"]), dict(values["lengths"]), values["duplicates"])
+def _with_amounts(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**values, **{name: Amount(**values[name]) for name in names}}
 
 
 def _source_text(source: SourceReport) -> str:
@@ -250,14 +245,3 @@ def _source_text(source: SourceReport) -> str:
         if amount.documents
     ]
     return "; ".join(parts) or "no documents"
-
-
-def _quantile_text(lengths: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {value:,}" for name, value in lengths.items())
-
-
-def _bytes(count: int) -> str:
-    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
-        if count >= 1000**power:
-            return f"{count / 1000**power:.1f} {unit}"
-    return f"{count} bytes"

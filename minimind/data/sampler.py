@@ -62,7 +62,8 @@ class SequenceOrder:
             packing: cut sequences from the stream; otherwise each document is one sequence.
             shuffle: False keeps the order of the shards.
         """
-        self._seq_len, self._packing = seq_len, packing
+        # A packed sequence reads one token ahead; the last one of a window may end in the next window.
+        self._per_sequence, self._ahead = (seq_len, 1) if packing else (1, 0)
         self._seed, self._shuffle = seed % 2**64, shuffle
         self._window_blocks = window_blocks
         # (blocks + 1,) the first document of each block, and its start in tokens or documents.
@@ -81,11 +82,9 @@ class SequenceOrder:
         # (blocks + 1,) the start of each permuted block in the stream, in tokens or documents.
         begins = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
         heads = begins[:: self._window_blocks]
-        per_sequence = self._seq_len if self._packing else 1
         # A sequence belongs to the window in which it begins.
-        first_sequences = np.append(
-            np.minimum(-(-heads // per_sequence), self.num_sequences), self.num_sequences
-        )
+        first_sequences = np.minimum(-(-heads // self._per_sequence), self.num_sequences)
+        first_sequences = np.append(first_sequences, self.num_sequences)
         first = int(np.searchsorted(first_sequences, sequence, side="right")) - 1
         for window in range(first, len(first_sequences) - 1):
             begin, end = int(first_sequences[window]), int(first_sequences[window + 1])
@@ -101,9 +100,8 @@ class SequenceOrder:
         blocks: NDArray[np.int64],
         begins: NDArray[np.int64],
     ) -> Window:
-        # A packed sequence reads one token ahead; the last one of a window may end in the next window.
-        per_sequence, ahead = (self._seq_len, 1) if self._packing else (1, 0)
-        start, stop = first_sequence * per_sequence, min(end_sequence * per_sequence + ahead, int(begins[-1]))
+        start = first_sequence * self._per_sequence
+        stop = min(end_sequence * self._per_sequence + self._ahead, int(begins[-1]))
         low = int(np.searchsorted(begins, start, side="right")) - 1
         high = int(np.searchsorted(begins, stop, side="left"))
         documents = np.concatenate([self._block(epoch, int(block)) for block in blocks[low:high]])

@@ -36,7 +36,6 @@ class DataSource:
 
 def read_sources(
     values: Sequence[str],
-    option: str = "--data",
     skipped: Counter[str] | None = None,
     text_key: str = "text",
     cache_dir: Path | None = None,
@@ -50,24 +49,24 @@ def read_sources(
         DataError: for a path that does not exist, an invalid or missing weight, and a file that two sources
             with weights name.
     """
-    read = [split_weight(value, option) for value in values]
+    read = [split_weight(value) for value in values]
     weighted = [value for value, (_, weight) in zip(values, read, strict=True) if weight is not None]
     if weighted and len(weighted) < len(values):
         plain = next(value for value, (_, weight) in zip(values, read, strict=True) if weight is None)
         raise DataError(
-            f"{option} {weighted[0]} has a weight and {option} {plain} has none; give every {option} one, "
-            f"as in {plain}:0.5, or none of them."
+            f"--data {weighted[0]} has a weight and --data {plain} has none; give every --data one, as in "
+            f"{plain}:0.5, or none of them."
         )
     total = math.fsum(weight for _, weight in read if weight is not None)
     owners: dict[Path | HubShard, str] = {}
     sources = []
     for value, (pattern, weight) in zip(values, read, strict=True):
-        named = find_sources([pattern], option, skipped, text_key, cache_dir)
+        named = find_sources([pattern], "--data", skipped, text_key, cache_dir)
         found = {path.resolve() if isinstance(path, Path) else path: path for path in named}
         files = [path for real, path in found.items() if weighted or real not in owners]
         if weighted and (twice := next((real for real in found if real in owners), None)) is not None:
             raise DataError(
-                f"{option} {owners[twice]} and {option} {value} both name {twice}; with weights a file can "
+                f"--data {owners[twice]} and --data {value} both name {twice}; with weights a file can "
                 "belong to only one of them."
             )
         owners.update(dict.fromkeys(found, value))
@@ -85,10 +84,7 @@ def find_sources(
     """Return the files of `find_files`, and the shards of data sets of the Hub.
 
     Args:
-        patterns: see `find_files`; or `hf://owner/name`, see `hub_shards`.
-        option: see `find_files`.
-        skipped: see `find_files`.
-        text_key: see `find_files`.
+        patterns: see `find_files`, as for the other arguments; or `hf://owner/name`, see `hub_shards`.
         cache_dir: the token cache, needed for data sets of the Hub.
 
     Raises:
@@ -107,7 +103,7 @@ def find_sources(
     return found
 
 
-def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]:
+def split_weight(value: str) -> tuple[str, float | None]:
     """Return the path and the weight of `PATH:WEIGHT`; a path that exists as written has no weight.
 
     Raises:
@@ -121,13 +117,13 @@ def split_weight(value: str, option: str = "--data") -> tuple[str, float | None]
     except ValueError:
         if _exists(pattern):
             raise DataError(
-                f"{option} {value}: '{tail}' is not a weight; write a number, as in {pattern}:0.5."
+                f"--data {value}: '{tail}' is not a weight; write a number, as in {pattern}:0.5."
             ) from None
         return value, None
     # The sum of larger weights may overflow; NaN fails both comparisons.
     if not 0 < weight < 1e100:
         raise DataError(
-            f"{option} {value}: a weight must be a number above 0 and below 1e100; remove {pattern} if you "
+            f"--data {value}: a weight must be a number above 0 and below 1e100; remove {pattern} if you "
             "do not want to train on it."
         )
     return pattern, weight

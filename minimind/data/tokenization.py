@@ -95,10 +95,8 @@ class _Batch:
     part: int
 
 
-@dataclass(frozen=True)
-class _Ids:
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int64]
+# The tokens of documents end to end, and the number of each.
+_Ids = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 def hash_text(text: str) -> tuple[int, int]:
@@ -147,13 +145,13 @@ def encode(
             stack.callback(writer.abandon)
         hashes = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
         contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-        for batch, ids in _tokenized(_batches(assignments, readings), tokenizer, dtype):
+        for batch, (tokens, lengths) in _tokenized(_batches(assignments, readings), tokenizer, dtype):
             validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
-            sizes = np.stack((np.ones_like(ids.lengths), batch.text_bytes, ids.lengths), axis=1)
+            sizes = np.stack((np.ones_like(lengths), batch.text_bytes, lengths), axis=1)
             np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), sizes)
             for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
-                kept = ids.tokens if chosen.all() else ids.tokens[np.repeat(chosen, ids.lengths)]
-                writers[split].append(kept, ids.lengths[chosen], batch.part)
+                kept = tokens if chosen.all() else tokens[np.repeat(chosen, lengths)]
+                writers[split].append(kept, lengths[chosen], batch.part)
                 hashes[split].write(batch.hashes[chosen].data)
                 contents[split].update(batch.hashes[chosen].data)
                 if len(kept) and (largest := int(kept.max())) >= tokenizer.vocab_size:
@@ -177,33 +175,29 @@ def encode(
 
 def _batches(assignments: Sequence[Assignment], readings: list[Reading]) -> Iterator[_Batch]:
     """Yield the documents of all sources in batches of about half a megabyte, each of one part."""
-    texts: list[str] = []
-    columns: tuple[list[int], list[int], list[int]] = ([], [], [])
-    size = 0
+    items: list[tuple[str, int, int, int]] = []
+    part = size = 0
 
     def batch() -> _Batch:
-        types = (np.int32, np.uint64, np.int64)
-        source, hashes, text_bytes = map(np.array, columns, types)
+        texts, *columns = zip(*items, strict=True)
+        source, hashes, text_bytes = map(np.array, columns, (np.int32, np.uint64, np.int64))
         done = sum(reading.done_bytes for reading in readings)
-        return _Batch(texts, source, hashes, text_bytes, done, part)
+        return _Batch(list(texts), source, hashes, text_bytes, done, part)
 
-    part = 0
     for number, assignment in enumerate(assignments):
-        if texts and assignment.part != part:
+        if items and assignment.part != part:
             yield batch()
-            texts, columns, size = [], ([], [], []), 0
+            items, size = [], 0
         part = assignment.part
         for text in assignment.source.documents(readings[number]):
             hashed, text_bytes = hash_text(text)
-            texts.append(text)
-            for column, value in zip(columns, (number, hashed, text_bytes), strict=True):
-                column.append(value)
+            items.append((text, number, hashed, text_bytes))
             size += text_bytes
             del text  # the batch has it, and may be done before the next document is read
-            if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
+            if size >= _BATCH_BYTES or len(items) >= _BATCH_DOCUMENTS:
                 yield batch()
-                texts, columns, size = [], ([], [], []), 0
-    if texts:
+                items, size = [], 0
+    if items:
         yield batch()
 
 
@@ -238,30 +232,25 @@ def _tokenized(
 def _encode_batch(
     tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str] | None
 ) -> _Ids:
-    if any(isinstance(text, ChatText) for text in texts):
-        return _encode_chats(tokenizer, texts, dtype)
-    if cut is not None and any(len(text) > _LONG_CHARACTERS for text in texts):
+    chats = any(isinstance(text, ChatText) for text in texts)
+    if cut is not None and not chats and any(len(text) > _LONG_CHARACTERS for text in texts):
         return _encode_long(tokenizer, texts, dtype, cut)
-    ids = tokenizer.encode_batch(texts)
+    ids = _encode_chats(tokenizer, texts) if chats else tokenizer.encode_batch(texts)
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     eos = (tokenizer.eos_token_id,)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(bos) + 1
     parts = chain.from_iterable(chain.from_iterable((bos, document, eos) for document in ids))
-    return _Ids(np.fromiter(parts, dtype, int(lengths.sum())), lengths)
+    return np.fromiter(parts, dtype, int(lengths.sum())), lengths
 
 
-def _encode_chats(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> _Ids:
-    """Encode conversations, whose special tokens have the ids of the template."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def _encode_chats(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Return the ids of conversations, whose special tokens have the ids of the template."""
     parts = [text.parts if isinstance(text, ChatText) else (text,) for text in texts]
     encoded = iter(tokenizer.encode_batch([part for one in parts for part in one if isinstance(part, str)]))
-    documents = [
-        [*bos, *chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in one),
-         tokenizer.eos_token_id]
+    return [
+        [*chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in one)]
         for one in parts
-    ]  # fmt: skip
-    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-    return _Ids(np.fromiter(chain.from_iterable(documents), dtype, int(lengths.sum())), lengths)
+    ]
 
 
 def _encode_long(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], cut: re.Pattern[str]) -> _Ids:
@@ -277,7 +266,7 @@ def _encode_long(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any], c
             parts += [np.array(ids, dtype) for ids in tokenizer.encode_batch(some)]
         parts.append(np.array([tokenizer.eos_token_id], dtype))
         lengths.append(sum(map(len, parts[first:])))
-    return _Ids(np.concatenate(parts), np.array(lengths, np.int64))
+    return np.concatenate(parts), np.array(lengths, np.int64)
 
 
 def _unknown(encoded: Encoded, split: int, tokenizer: Tokenizer) -> dict[str, Any]:

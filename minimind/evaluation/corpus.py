@@ -30,8 +30,7 @@ from ..distributed.collectives import sum_over_processes
 from ..distributed.consistency import check_same_on_all_ranks, run_signature, weights_fingerprint
 from ..distributed.failures import report_peer_failures
 from ..errors import ConfigError
-from ..formats.open_model import load_with_tokenizer
-from ..modeling.transformer import MiniMindForCausalLM
+from ..formats.open_model import CausalLM, load_with_tokenizer
 from ..tokenizer import Tokenizer
 from .validation import Evaluation
 
@@ -184,12 +183,13 @@ def evaluate_text(
             flat = sum_over_processes(torch.from_numpy(by_document.reshape(-1)), accelerator)
             documents = _documents(files, data.train, tokenizer, np.array(flat).reshape(by_document.shape))
     found = _report(str(source.path), length, entries, np.array(summed).reshape(shape))
-    return dataclasses.replace(found, notes=source.notes, documents=documents)
+    notes = source.notes + (getattr(loaded, "notes", ()) if config.packing else ())
+    return dataclasses.replace(found, notes=notes, documents=documents)
 
 
 @torch.inference_mode()
 def _sums(
-    model: MiniMindForCausalLM,
+    model: CausalLM,
     shards: TokenShards,
     tokenizer: Tokenizer,
     config: PretrainConfig,
@@ -228,7 +228,7 @@ def _sums(
     return sums.T.reshape(num_files, ranges, 3), by_document.T
 
 
-def _losses(model: MiniMindForCausalLM, batch: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
+def _losses(model: CausalLM, batch: EvalBatch, accelerator: Accelerator) -> NDArray[np.float64]:
     """Return the (B, T) cross-entropy of each target."""
     device = accelerator.device
     documents = batch.document_ids
@@ -266,23 +266,19 @@ def _documents(
 def _report(
     model: str, length: int, entries: Sequence[DataSource], sums: NDArray[np.float64]
 ) -> CorpusEvaluation:
+
+    def part(name: str, numbers: NDArray[np.float64], files: tuple[Breakdown, ...] = ()) -> Breakdown:
+        return Breakdown(name, Evaluation.of_sums(*numbers.tolist()), files)
+
     by_file = sums.sum(1)
     sources, first = [], 0
     for entry in entries:
-        last = first + len(entry.files)
-        files = tuple(
-            Breakdown(str(file), Evaluation.of_sums(*numbers))
-            for file, numbers in zip(entry.files, by_file[first:last].tolist(), strict=True)
-        )
-        sources.append(
-            Breakdown(entry.pattern, Evaluation.of_sums(*by_file[first:last].sum(0).tolist()), files)
-        )
-        first = last
-    contexts = tuple(
-        Breakdown(_range(number, length), Evaluation.of_sums(*numbers))
-        for number, numbers in enumerate(sums.sum(0).tolist())
-        if numbers[1]
-    )
+        own = by_file[first : first + len(entry.files)]
+        first += len(entry.files)
+        files = tuple(part(str(file), numbers) for file, numbers in zip(entry.files, own, strict=True))
+        sources.append(part(entry.pattern, own.sum(0), files))
+    by_context = enumerate(sums.sum(0))
+    contexts = tuple(part(_range(number, length), numbers) for number, numbers in by_context if numbers[1])
     total = Evaluation.of_sums(*by_file.sum(0).tolist())
     return CorpusEvaluation(model, length, total, tuple(sources), contexts)
 

@@ -32,33 +32,30 @@ def log_likelihoods(
         progress: called with the sequences done and all sequences.
     """
     device = next(model.parameters()).device
-    rows = []
+    sequences = []
     for context, continuation in pairs:
         tokens = [*context, *continuation][-(max_length + 1) :]
-        rows.append((tokens, min(len(continuation), len(tokens) - 1)))
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
-    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        sequences.append((tokens, min(len(continuation), len(tokens) - 1)))
+    order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number][0]))
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(sequences)
     vocab_size = 0
     first = 0
     while first < len(order):
-        length = len(rows[order[first]][0]) - 1
+        length = len(sequences[order[first]][0]) - 1
         # The first batch has one sequence, which tells V.
         batch_size = max(1, _LOGITS_PER_BATCH // (max(length, 1) * vocab_size)) if vocab_size else 1
         chosen = order[first : first + batch_size]
         first += len(chosen)
         if length > 0:
-            logits = model(input_ids=_padded([rows[n][0][:-1] for n in chosen], length, device)).logits
+            inputs = [sequences[number][0][:-1] for number in chosen]
+            # (B, T); the padding on the right is behind everything that counts.
+            padded = [ids + [0] * (length - len(ids)) for ids in inputs]
+            logits = model(input_ids=torch.tensor(padded, dtype=torch.long, device=device)).logits
             vocab_size = logits.shape[-1]
-            for sequence, number in enumerate(chosen):
-                found[number] = _score(logits[sequence], *rows[number])
+            for number, scored in zip(chosen, logits, strict=True):
+                found[number] = _score(scored, *sequences[number])
         progress(first, len(order))
     return found
-
-
-def _padded(sequences: list[list[int]], length: int, device: torch.device) -> Tensor:
-    """Return (B, T) ids; the padding on the right is behind everything that counts."""
-    padded = [ids + [0] * (length - len(ids)) for ids in sequences]
-    return torch.tensor(padded, dtype=torch.long, device=device)
 
 
 def _score(logits: Tensor, tokens: list[int], num_targets: int) -> tuple[float, bool]:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LAW = Path(__file__).parents[1] / "assets" / "scaling_law" / "law.json"
-# Share of forecasts that the interval contains, if residuals are normally distributed: 1.645 deviations.
-COVERAGE = 0.9
+# Of the interval that contains 90% of the forecasts, if residuals are normally distributed.
 _DEVIATIONS = 1.645
 # Entries of the tokenizer in the package.
 REFERENCE_VOCABULARY = 6400
@@ -130,17 +129,14 @@ class ScalingLaw:
 
     def _on_curve(self, share: float) -> tuple[float, float]:
         """Return how far log L lies above the law at a share of a run, and the deviation from there."""
-        before = self.curve[0]
-        for point in self.curve:
-            if point[0] >= share:
-                width = point[0] - before[0]
-                weight = (share - before[0]) / width if width > 0 else 0.0
-                return (
-                    before[1] + weight * (point[1] - before[1]),
-                    before[2] + weight * (point[2] - before[2]),
-                )
-            before = point
-        return before[1], before[2]
+        start, *values = self.curve[0]
+        for end, *following in self.curve:
+            if end >= share:
+                weight = (share - start) / (end - start) if end > start else 0.0
+                values = [a + weight * (b - a) for a, b in zip(values, following, strict=True)]
+                break
+            start, values = end, following
+        return values[0], values[1]
 
 
 @cache

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..formats.open_model import load_with_tokenizer
+from ..formats.open_model import CausalLM, load_with_tokenizer
 from ..generation.sampling import Sampling
 from ..generation.text import choose_device, continue_texts
 from ..launch_env import world_size
-from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
 from .cloze import LANGUAGES, ClozeScore, cloze_scores
 from .likelihood import log_likelihoods
@@ -88,7 +87,7 @@ def score_model(
 
 
 def harness_scores(
-    model: MiniMindForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,
@@ -160,10 +159,7 @@ def _scores(task: str, found: dict[str, Any]) -> list[TaskScore]:
 
 
 def _adapter(
-    model: MiniMindForCausalLM,
-    tokenizer: Tokenizer,
-    max_length: int,
-    progress: Callable[[int, int], None],
+    model: CausalLM, tokenizer: Tokenizer, max_length: int, progress: Callable[[int, int], None]
 ) -> Any:
     """Return the model behind the harness's interface; a class of a package that may be missing."""
     from lm_eval.api.model import LM
@@ -213,18 +209,12 @@ def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[l
     return ids, tokenizer.encode(context + continuation)[len(ids) :]
 
 
-def _until(model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
+def _until(model: CausalLM, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else until
     temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
-    new_tokens = int(options.get("max_gen_toks") or _NEW_TOKENS)
+    sampling = Sampling(temperature=temperature)
     room = model.config.max_position_embeddings - len(tokenizer.encode(prompt)) - 1
-    (done,) = continue_texts(
-        model,
-        tokenizer,
-        [prompt],
-        Sampling(temperature=temperature),
-        max_new_tokens=max(1, min(new_tokens, room)),
-        seed=0,
-    )
+    limit = max(1, min(int(options.get("max_gen_toks") or _NEW_TOKENS), room))
+    (done,) = continue_texts(model, tokenizer, [prompt], sampling, max_new_tokens=limit, seed=0)
     return min((done.text.split(stop)[0] for stop in until if stop), key=len, default=done.text)

@@ -18,11 +18,13 @@ from ..io.atomic import new_folder
 from ..io.checksums import write_checksums
 from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
+from ..modeling.transformers_config import TransformersConfig
 from ..tokenizer import Tokenizer, check_vocab, load_tokenizer
 from . import gguf, huggingface, original_minimind
 from .model_card import CARD, model_card
 from .open_model import ModelSource, open_model
 from .plugins import GROUP, load_format
+from .transformers_folder import write_model
 
 FORMATS = ("huggingface", "minimind", "gguf")
 
@@ -89,6 +91,11 @@ def export_model(
     if dtype == "q8_0" and format != "gguf":
         raise ConfigError("--dtype q8_0 is for --format gguf; choose float32, float16 or bfloat16.")
     found = open_model(source, model_config)
+    if isinstance(found.config, TransformersConfig) and format in ("gguf", "minimind"):
+        raise ConfigError(
+            f"--format {format} writes models of minimind, not a {found.config.architecture}; export it to "
+            "huggingface, and convert that folder by convert_hf_to_gguf.py of llama.cpp."
+        )
     if output.resolve() == found.path.resolve():
         raise ConfigError(f"--output {output} is where the model is read from; name another folder.")
     with new_folder(output, "--output", overwrite=overwrite) as folder:
@@ -104,35 +111,32 @@ def export_model(
             _write_gguf(folder, weights, config, chosen, dtype, output.resolve().name)
         elif format == "minimind":
             _write_original(folder, weights, config, getattr(torch, dtype))
+        elif isinstance(config, TransformersConfig):
+            _write_of_transformers(folder, weights, config, getattr(torch, dtype), max_shard_bytes, tokenizer)
+            if (card := found.card()) is not None:
+                (folder / CARD).write_text(card, encoding="utf-8")
         else:
             kept = _token_settings(found, config, replaced=tokenizer is not None)
             _write_huggingface(folder, weights, config, getattr(torch, dtype), max_shard_bytes, kept)
             (folder / CARD).write_text(found.card() or model_card(config), encoding="utf-8")
-        if chosen is not None and format != "gguf":
+        of_source = tokenizer is None and isinstance(config, TransformersConfig)
+        if chosen is not None and format != "gguf" and not of_source:
             chosen.save(folder, model_max_length=config.max_position_embeddings)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(f"{found.what} ({found.path})", output, format, dtype, config, files, tuple(notes))
 
 
 def _with_tokenizer(found: ModelSource, named: str | Path | None) -> tuple[MiniMindConfig, Tokenizer | None]:
-    """Return the tokenizer to export, and the config with its special token ids.
-
-    Raises:
-        ConfigError: when the tokenizer has more entries than the embedding.
-    """
+    """Return the tokenizer to export, and the config with its special token ids."""
     tokenizer = found.tokenizer() if named is None else load_tokenizer(named)
     config = found.config
     if tokenizer is None:
         return config, None
     check_vocab(tokenizer, config.vocab_size, str(found.path))
     if named is not None:
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config = dataclasses.replace(
-            config,
-            bos_token_id=eos if bos is None else bos,
-            eos_token_id=eos,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        bos = eos if bos is None else bos
+        config = dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     return config, tokenizer
 
 
@@ -181,6 +185,24 @@ def _write_huggingface(
     back = huggingface.load_config(folder)
     _refuse([] if back == config else [huggingface.CONFIG])
     _refuse(_differing(weights, huggingface.load_weights(folder, back), dtype))
+
+
+def _write_of_transformers(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: TransformersConfig,
+    dtype: torch.dtype,
+    max_shard_bytes: int | None,
+    tokenizer: str | Path | None,
+) -> None:
+    """Write a model by its class in transformers, with the tokenizer of its source unless one is named."""
+    write_model(
+        weights, config, folder, dtype, max_shard_bytes=max_shard_bytes, with_tokenizer=tokenizer is None
+    )
+    write_checksums(folder)
+    stored = open_model(folder).load().state_dict()
+    stored = {name: stored[name].to(dtype) for name in weights if name in stored}
+    _refuse(_differing(weights, stored, dtype))
 
 
 def _write_original(

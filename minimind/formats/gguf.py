@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, needs_package
 from ..modeling.config import MiniMindConfig
 from ..tokenizer import Tokenizer
 from .gguf_tokenizer import vocabulary
-
-DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 # --dtype: the tensor type in `GGMLQuantizationType`, the file type in `LlamaFileType`.
 _TYPES = {
@@ -31,6 +29,7 @@ _TYPES = {
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
+DTYPES = tuple(_TYPES)
 _OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -222,11 +221,7 @@ def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _encode(gguf: ModuleType, name: str, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
-    """Return the stored bytes of a tensor and their type.
-
-    Raises:
-        UserError: when finite values become infinite.
-    """
+    """Return the stored bytes of a tensor and their type."""
     numbers = tensor.detach().to("cpu", torch.float32).numpy()
     kind = gguf.GGMLQuantizationType[_TYPES[dtype][0]]
     if numbers.ndim == 1 or "ffn_gate_inp" in name:
@@ -255,15 +250,9 @@ def _value_type(gguf: ModuleType, key: str, value: Any) -> tuple[Any, Any]:
 
 
 def _package() -> ModuleType:
-    """Return the package `gguf`.
-
-    Raises:
-        ConfigError: when it is not installed.
-    """
+    """Return the package `gguf`."""
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError(
-            "--format gguf needs the package gguf, which is not installed; pip install gguf."
-        ) from error
+        raise ConfigError(needs_package("--format gguf", "gguf")) from error
     return gguf

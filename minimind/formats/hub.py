@@ -1,14 +1,119 @@
-"""Upload of an exported model to the Hugging Face Hub (`pip install huggingface_hub`)."""
+"""Models of the Hugging Face Hub: download, and upload of an export (`pip install huggingface_hub`)."""
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, needs_package
+
+PREFIX = "hf://"
+_MODEL = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Files of a repository: those beside the weights, and the weights in the formats that transformers reads.
+_SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".gguf", ".json")
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_model_name(text: str) -> bool:
+    """Return whether a text names a model of the Hub: `hf://owner/name[@revision]`, or the same without `hf://`.
+
+    A path that exists is a path, as is one whose first folder exists, and the name of a file.
+    """
+    if text.startswith(PREFIX):
+        return True
+    match = _MODEL.fullmatch(text)
+    if match is None or text.endswith(_FILE_SUFFIXES):
+        return False
+    return not Path(text).exists() and not Path(text).parent.exists()
+
+
+@lru_cache
+def model_snapshot(text: str) -> Path:
+    """Download the files of a model of the Hub into its cache, and return their folder, named by the commit.
+
+    Without a network, files that were downloaded before count.
+
+    Raises:
+        ConfigError: for a name that is not one or is not on the Hub, and where nothing can be downloaded.
+    """
+    match = _MODEL.fullmatch(text.removeprefix(PREFIX))
+    if match is None:
+        raise ConfigError(
+            f"{text} is not the name of a model; write hf://owner/name or hf://owner/name@revision."
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConfigError(
+            f"{text} is no folder here, and a model of the Hub needs the package huggingface_hub, which is "
+            "not installed; pip install huggingface_hub."
+        ) from error
+
+    def download(pattern: str, *, local: bool) -> Path:
+        folder = snapshot_download(
+            match["name"],
+            revision=match["revision"],
+            allow_patterns=[*_SETTINGS, pattern],
+            ignore_patterns=["*/*"],
+            local_files_only=local,
+        )
+        return Path(folder)
+
+    try:
+        # The files of a commit do not change.
+        known = _COMMIT.fullmatch(match["revision"] or "") is not None
+        for local in (True, False) if known else (False,):
+            try:
+                for pattern in _WEIGHTS:
+                    folder = download(pattern, local=local)
+                    if any(folder.glob(pattern)):
+                        return folder
+            except FileNotFoundError:  # LocalEntryNotFoundError
+                if not local:
+                    raise
+    except Exception as error:  # of its HTTP library too, which depends on the version
+        raise ConfigError(f"{text}: {_download_problem(match['name'], error)}") from error
+    raise ConfigError(f"{text} has no weights in safetensors or .bin files; choose another model.")
+
+
+def pinned_name(text: str) -> str:
+    """Return the path, or the name of a model of the Hub with its commit, so that it stays the same.
+
+    Raises:
+        ConfigError: see `model_snapshot`.
+    """
+    if not is_model_name(text):
+        return text
+    name = text.removeprefix(PREFIX).partition("@")[0]
+    return f"{PREFIX}{name}@{model_snapshot(text).name}"
+
+
+def _download_problem(name: str, error: Exception) -> str:
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return (
+            f"the model is gated; accept its conditions on https://huggingface.co/{name} and run "
+            "`hf auth login`."
+        )
+    if kind == "RepositoryNotFoundError":
+        return (
+            "there is no such folder here and no such model on the Hub; check the name, or `hf auth login`."
+        )
+    if kind == "RevisionNotFoundError":
+        return "the model has no such revision; check what follows the @."
+    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        return (
+            "there is no such folder here, the Hub cannot be reached, and the model was not downloaded "
+            "before; check the path, or the network and HF_HUB_OFFLINE."
+        )
+    described = " ".join(str(error).split())[:200] or kind
+    return f"the model could not be downloaded ({described}); check the network and try again."
 
 
 class HubRepository:
@@ -31,10 +136,7 @@ class HubRepository:
         try:
             from huggingface_hub import HfApi
         except ImportError as error:
-            raise ConfigError(
-                "--push-to-hub needs the package huggingface_hub, which is not installed; pip install "
-                "huggingface_hub."
-            ) from error
+            raise ConfigError(needs_package("--push-to-hub", "huggingface_hub")) from error
         self._api: Any = HfApi()
         try:
             user = self._api.whoami()["name"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
+from ..modeling.transformers_config import TransformersConfig
 from ..tracking.metrics_file import read_metrics
 from ..version import __version__
 
@@ -43,6 +44,13 @@ _RECIPE = {
     "mixed_precision": "mixed precision",
     "seed": "seed",
 }
+_NUMBERS = (
+    ("tokens", "tokens", ",.0f"),
+    ("step", "steps", ",.0f"),
+    ("loss", "training loss, nats per token", ".4f"),
+    ("val_loss", "validation loss, nats per token", ".4f"),
+    ("val_bits_per_byte", "validation bits per byte", ".4f"),
+)
 _USAGE = """
 ## Use
 
@@ -113,6 +121,8 @@ def _describe(model: MiniMindConfig | str) -> str:
     if isinstance(model, str):
         return model
     name = "Qwen3-MoE" if model.use_moe else "Qwen3"
+    if isinstance(model, TransformersConfig):
+        name = model.architecture
     sizes = f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}"
     return f"{name} with {count(model.num_parameters())} parameters: {sizes}, {model.vocab_size:,} tokens"
 
@@ -127,17 +137,11 @@ def _facts(settings: Mapping[str, Any], numbers: Mapping[str, float]) -> Iterato
         names = [_cell(Path(str(entry)).name) for entry in settings.get("data") or ()]
         yield "data", ", ".join(names) or "the documentation built into Python (English)"
         if (initial := settings.get("from_weight")) is not None:
-            yield "initialized from", _cell(Path(str(initial)).name)
-    if "tokens" in numbers:
-        yield "tokens", f"{numbers['tokens']:,.0f}"
-    if "step" in numbers:
-        yield "steps", f"{numbers['step']:,.0f}"
-    if "loss" in numbers:
-        yield "training loss, nats per token", f"{numbers['loss']:.4f}"
-    if "val_loss" in numbers:
-        yield "validation loss, nats per token", f"{numbers['val_loss']:.4f}"
-    if "val_bits_per_byte" in numbers:
-        yield "validation bits per byte", f"{numbers['val_bits_per_byte']:.4f}"
+            hub = str(initial).startswith("hf://")
+            yield "initialized from", _cell(str(initial) if hub else Path(str(initial)).name)
+    for key, name, form in _NUMBERS:
+        if key in numbers:
+            yield name, format(numbers[key], form)
     if not settings and not numbers:
         yield "data", "not recorded: fill in"
 

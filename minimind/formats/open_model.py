@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ..checkpoint.files import MANIFEST, MODEL, StoredCheckpoint, open_checkpoint, stored_checkpoints
 from ..errors import CheckpointError, ConfigError, UserError
+from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import OWN_TYPES, TransformersConfig, config_of
 from ..run_folder import RunFolder
 from ..tokenizer import PACKAGED, Tokenizer, check_vocab, load_tokenizer
+from .hub import is_model_name, model_snapshot
 from .huggingface import (
     CONFIG,
     check_weights,
@@ -34,12 +37,16 @@ from .original_minimind import (
 )
 from .plugins import open_by_plugin
 from .sharded_safetensors import weight_files
+from .transformers_folder import complete, folder_tokenizer, load_model, open_config, stored_dtype
+from .transformers_model import TransformersModel
 from .weight_header import check_layers, read_headers
 
 # Until 0.1.0; an unfinished run stores only the fingerprint of its tokenizer.
 _EARLIER = PACKAGED.with_name("tokenizer_0_1")
 
 _KINDS = "name a run folder, a checkpoint, a Hugging Face folder, or a .pth of the original minimind"
+
+CausalLM = MiniMindForCausalLM | TransformersModel
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,21 @@ class ModelSource:
     token_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     card: Callable[[], str | None] = lambda: None
 
+    def load(self, config: MiniMindConfig | None = None) -> CausalLM:
+        """Return the model in float32 on the CPU.
+
+        Args:
+            config: the configuration with other options of training; None for that of the model.
+
+        Raises:
+            ConfigError: when the weights cannot be read.
+        """
+        config = self.config if config is None else config
+        if not isinstance(config, TransformersConfig):
+            return model_from_weights(config, self.weights(), str(self.path))
+        # Folders are read by transformers, which may convert them.
+        return load_model(config, None if config.folder == str(self.path) else self.weights())
+
 
 def open_model(
     path: str | Path, model_config: str | Path | None = None, *, final: bool = False
@@ -77,7 +99,8 @@ def open_model(
     folder. `final` prefers the final model folder.
 
     Args:
-        path: a run folder, a checkpoint or the folder of checkpoints, a Hugging Face folder, or a `.pth`.
+        path: a run folder, a checkpoint or the folder of checkpoints, a Hugging Face folder, a `.pth`, or the
+            name of a model on the Hugging Face Hub.
         model_config: JSON configuration of a `.pth`, with the original's keys; by default the file beside it
             that `settings_name` names, else the sizes are inferred from the tensors.
         final: prefer the final model of a run to its checkpoints.
@@ -86,7 +109,7 @@ def open_model(
         ConfigError: when there is no model, or it cannot be read.
         CheckpointError: when a checkpoint is damaged.
     """
-    path = Path(path)
+    path = model_snapshot(str(path)) if is_model_name(str(path)) else Path(path)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; {_KINDS}.")
     if path.is_file():
@@ -112,7 +135,7 @@ def open_model(
 
 def load_with_tokenizer(
     path: str | Path, tokenizer: str | None = None
-) -> tuple[ModelSource, MiniMindForCausalLM, Tokenizer]:
+) -> tuple[ModelSource, CausalLM, Tokenizer]:
     """Load a model in float32 on the CPU with its tokenizer; for a run, its final model if there is one.
 
     Args:
@@ -127,7 +150,15 @@ def load_with_tokenizer(
     if found is None:
         raise ConfigError(f"there is no tokenizer.json beside {source.path}; name one with --tokenizer.")
     check_vocab(found, source.config.vocab_size, str(source.path))
-    return source, model_from_weights(source.config, source.weights(), str(source.path)), found
+    return source, source.load(), found
+
+
+def open_initial(run: RunFolder) -> ModelSource | None:
+    """Return the model that a run continues, as the run's folder keeps it: without its weights.
+
+    None where the run began with random weights or a model of minimind.
+    """
+    return _open_transformers(run.initial, resumed=True) if (run.initial / CONFIG).is_file() else None
 
 
 def _packaged(fingerprint: str | None) -> Tokenizer:
@@ -140,7 +171,10 @@ def _packaged(fingerprint: str | None) -> Tokenizer:
 
 
 def training_tokenizer(
-    tokenizer: str | None, from_weight: str | None, recorded: str | None = None
+    tokenizer: str | None,
+    from_weight: str | None,
+    recorded: str | None = None,
+    source: ModelSource | None = None,
 ) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer of a training run, and a note where it is not that of its initial weights.
 
@@ -150,13 +184,14 @@ def training_tokenizer(
         tokenizer: path of --tokenizer; None for that of the weights, or else the packaged one.
         from_weight: path of --from-weight; None for random weights.
         recorded: fingerprint of the tokenizer of the run to resume; it chooses among the packaged ones.
+        source: what is at `from_weight`; None opens it.
 
     Raises:
         UserError: when a tokenizer cannot be loaded, or that of the weights is not known.
     """
     if from_weight is None:
         return _packaged(recorded) if tokenizer is None else load_tokenizer(tokenizer), None
-    source = open_model(from_weight)
+    source = open_model(from_weight) if source is None else source
     if tokenizer is None:
         if (own := source.tokenizer()) is None:
             raise ConfigError(
@@ -195,18 +230,25 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
             f"{checkpoint.path} has no model configuration: it is of a custom model or an earlier version. "
             "Name the model folder of the run if it has a config.json."
         )
-    config = MiniMindConfig.from_dict(settings["model_config"])
-    check_layers(config, read_headers([checkpoint.path / MODEL]).shapes, checkpoint.path)
+    run = RunFolder(checkpoint.path.resolve().parent.parent)
+    kept = str(run.initial) if (run.initial / CONFIG).is_file() else None
+    config = config_of(settings["model_config"], folder=kept)
+    if isinstance(config, TransformersConfig):
+        config = complete(config)
+    else:
+        check_layers(config, read_headers([checkpoint.path / MODEL]).shapes, checkpoint.path)
 
     def tokenizer() -> Tokenizer | None:
         """Return the tokenizer of the run, which may have been moved or changed."""
-        run = RunFolder(checkpoint.path.resolve().parent.parent)
         named, fingerprint = settings.get("tokenizer"), settings.get("tokenizer_fingerprint")
         for place in (run.model / "tokenizer.json", named):
             if place is None or Path(place).exists():
                 found = _packaged(fingerprint) if place is None else load_tokenizer(place)
                 if found.fingerprint == fingerprint:
                     return found
+        of_initial = folder_tokenizer(run.initial) if kept is not None else None
+        if of_initial is not None and of_initial.fingerprint == fingerprint:
+            return of_initial
         initial = settings.get("from_weight")
         if named is None and initial is not None and Path(initial).exists():
             of_weights = open_model(initial).tokenizer()
@@ -221,7 +263,11 @@ def _open_checkpoint(checkpoint: StoredCheckpoint) -> ModelSource:
         checkpoint.path,
         f"checkpoint of step {checkpoint.step}",
         config,
-        lambda: check_weights(config, checkpoint.weights(), str(checkpoint.path)),
+        lambda: (
+            checkpoint.weights()
+            if isinstance(config, TransformersConfig)
+            else check_weights(config, checkpoint.weights(), str(checkpoint.path))
+        ),
         tokenizer,
         card=lambda: _card_of_checkpoint(checkpoint, config),
     )
@@ -235,6 +281,8 @@ def _card_of_checkpoint(checkpoint: StoredCheckpoint, config: MiniMindConfig) ->
 
 
 def _open_huggingface(folder: Path) -> ModelSource:
+    if _is_of_transformers(folder):
+        return _open_transformers(folder)
     config = load_config(folder)
     # Before a model of this size is built.
     check_layers(config, read_headers(weight_files(folder)).shapes, folder)
@@ -249,7 +297,43 @@ def _open_huggingface(folder: Path) -> ModelSource:
         lambda: load_weights(folder, config),
         tokenizer,
         token_settings=load_token_settings(folder),
-        card=lambda: (folder / CARD).read_text("utf-8", "replace") if (folder / CARD).is_file() else None,
+        card=lambda: _card_of_folder(folder),
+    )
+
+
+def _card_of_folder(folder: Path) -> str | None:
+    return (folder / CARD).read_text("utf-8", "replace") if (folder / CARD).is_file() else None
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    """Return whether a model folder is of an architecture that minimind does not implement."""
+    try:
+        model_type = read_json(folder / CONFIG).get("model_type")
+    except (OSError, ValueError, AttributeError):  # reading it names the damage
+        return False
+    return isinstance(model_type, str) and model_type not in OWN_TYPES
+
+
+def _open_transformers(folder: Path, *, resumed: bool = False) -> ModelSource:
+    config = open_config(folder, resumed=resumed)
+
+    def weights() -> dict[str, Tensor]:
+        """Return the weights as transformers names them, in the precision in which they are published."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in load_model(config).state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[name] = tensor.detach().to(stored_dtype(config))
+        return found
+
+    return ModelSource(
+        folder,
+        f"{config.architecture} folder",
+        config,
+        weights,
+        lambda: folder_tokenizer(folder),
+        card=lambda: _card_of_folder(folder),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,24 @@ class DecodeBatch:
     length: int
     padding: Tensor | None
     visible: Tensor | None
+
+
+class Decoder(Protocol):
+    """What generation needs of a model: an `InferenceEngine`, or a model of transformers."""
+
+    @property
+    def config(self) -> MiniMindConfig:
+        """Configuration of the model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Any, Tensor]:
+        """Return a batch, and (B, V) logits of the next tokens; see `InferenceEngine.begin`."""
+
+    def step(self, batch: Any, tokens: Tensor) -> Tensor:
+        """Append a token to each sequence of the batch; see `InferenceEngine.step`."""
 
 
 class InferenceEngine:
@@ -155,11 +173,8 @@ class InferenceEngine:
             visible = visible & (slots >= padding[:, None])
             positions = self._positions(slot, padding)
         rotary = self.model.model.rotary(positions, 0, 1)
-
-        def update(layer: int) -> _UpdateCache:
-            return lambda keys, values: cache.layers[layer].put(slot, keys, values)
-
-        return self._run(tokens, rotary, visible[:, None, None], list(map(update, range(len(cache.layers)))))
+        updates = [partial(layer.put, slot) for layer in cache.layers]
+        return self._run(tokens, rotary, visible[:, None, None], updates)
 
     def _positions(self, slots: Tensor, padding: Tensor) -> Tensor:
         """Return (B, T) positions; those of padding, and beyond the last position, are arbitrary."""

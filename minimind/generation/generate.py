@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..modeling.transformer import MiniMindForCausalLM
-from .engine import InferenceEngine
+from .engine import Decoder, InferenceEngine
 from .sampling import Sampling, choose
 
 # Default of `generate`.
@@ -20,7 +20,7 @@ SAMPLING = Sampling()
 
 
 def generate(
-    model: MiniMindForCausalLM | InferenceEngine,
+    model: MiniMindForCausalLM | Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = SAMPLING,
     *,
@@ -44,19 +44,14 @@ def generate(
     Raises:
         ConfigError: when a prompt is empty or as long as the model's positions.
     """
-    written: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(
-        model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed
-    ):
-        for text, token in zip(written, tokens, strict=True):
-            if token is not None:
-                text.append(token)
-    return written
+    steps = [*stream(model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed)]
+    columns = ([tokens[number] for tokens in steps] for number in range(len(prompts)))
+    return [[token for token in column if token is not None] for column in columns]
 
 
 @torch.inference_mode()
 def stream(
-    model: MiniMindForCausalLM | InferenceEngine,
+    model: MiniMindForCausalLM | Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = SAMPLING,
     *,
@@ -65,7 +60,7 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, None for one that has ended; see `generate`."""
-    engine = model if isinstance(model, InferenceEngine) else InferenceEngine(model)
+    engine = InferenceEngine(model) if isinstance(model, MiniMindForCausalLM) else model
     left = _new_tokens(prompts, engine.config.max_position_embeddings, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.naming import flag_of
 from ..errors import ConfigError
 
 # Below this sampling is greedy, since divided logits would overflow.
@@ -44,16 +45,16 @@ class Sampling:
             raise ConfigError(problems)
 
     def _problems(self) -> Iterator[str]:
-        if not 0 <= self.temperature < float("inf"):
-            yield f"--temperature {self.temperature} is out of range; it must be at least 0."
-        if self.top_k is not None and self.top_k < 1:
-            yield f"--top-k {self.top_k} is out of range; it must be at least 1, or none."
-        if not 0 < self.top_p <= 1:
-            yield f"--top-p {self.top_p} is out of range; it must be above 0 and at most 1."
-        if not 0 <= self.min_p <= 1:
-            yield f"--min-p {self.min_p} is out of range; it must be at least 0 and at most 1."
-        if not 0 < self.repetition_penalty < float("inf"):
-            yield f"--repetition-penalty {self.repetition_penalty} is out of range; it must be above 0."
+        checks = (
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or none"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+        )
+        for name, valid, expected in checks:
+            if not valid:
+                yield f"{flag_of(name)} {getattr(self, name)} is out of range; it must be {expected}."
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, uniform: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from torch import nn
 
 from ..errors import ConfigError
 from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
-from .engine import InferenceEngine
+from .engine import Decoder, InferenceEngine
 from .generate import SAMPLING, generate, stream
 from .sampling import Sampling
 
@@ -70,20 +71,25 @@ class TextStream:
 
 
 def make_engine(
-    model: MiniMindForCausalLM, *, device: str = "auto", dtype: str = "float32", compiled: bool = False
-) -> InferenceEngine:
+    model: nn.Module, *, device: str = "auto", dtype: str = "float32", compiled: bool = False
+) -> Decoder:
     """Return an inference engine for the model on a device.
 
     Args:
-        model: moved to the device.
+        model: moved to the device; a `MiniMindForCausalLM`, or one that decodes by itself.
         device: a torch device type, or `auto` for the accelerator if there is one.
         dtype: torch name of the precision.
         compiled: see `InferenceEngine`.
 
     Raises:
-        ConfigError: when there is no such device.
+        ConfigError: when there is no such device, or the model cannot be compiled.
     """
-    return InferenceEngine(model.to(choose_device(device), getattr(torch, dtype)).eval(), compiled=compiled)
+    moved = model.to(choose_device(device), getattr(torch, dtype)).eval()
+    if isinstance(moved, MiniMindForCausalLM):
+        return InferenceEngine(moved, compiled=compiled)
+    if compiled:
+        raise ConfigError("--compile is implemented for models of minimind only; omit it.")
+    return cast(Decoder, moved)
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,7 +115,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def continue_texts(
-    model: MiniMindForCausalLM | InferenceEngine,
+    model: MiniMindForCausalLM | Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: Sampling = SAMPLING,
@@ -140,7 +146,7 @@ def continue_texts(
 
 
 def stream_text(
-    model: MiniMindForCausalLM | InferenceEngine,
+    model: MiniMindForCausalLM | Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     sampling: Sampling = SAMPLING,
@@ -151,14 +157,9 @@ def stream_text(
     """Yield the continuation of a prompt piece by piece; see `continue_texts`."""
     encoded = encode_prompt(tokenizer, prompt)
     text = TextStream(tokenizer.decode, encoded)
-    for (token,) in stream(
-        model,
-        [encoded],
-        sampling,
-        max_new_tokens=max_new_tokens,
-        stop_ids=(tokenizer.eos_token_id,),
-        seed=seed,
-    ):
+    stop_ids = (tokenizer.eos_token_id,)
+    steps = stream(model, [encoded], sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed)
+    for (token,) in steps:
         if token is not None and (piece := text.push(token)):
             yield piece
     if rest := text.end():

@@ -27,13 +27,10 @@ def write_checksums(folder: Path, earlier: Path | None = None) -> None:
     if earlier is not None:
         with suppress(ConfigError):
             sums = {name: value for name, value in _read(earlier).items() if (earlier / name).is_file()}
-    sums |= {file.name: _sha256(file) for file in sorted(folder.iterdir()) if _has_sum(file)}
+    files = [file for file in sorted(folder.iterdir()) if file.name != CHECKSUMS and file.suffix != ".md"]
+    sums |= {file.name: _sha256(file) for file in files}
     content = {"files": sums, "sha256": _sum_of(sums)}
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def _has_sum(file: Path) -> bool:
-    return file.name != CHECKSUMS and file.suffix != ".md"
 
 
 def check_files(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -89,11 +89,7 @@ def _acquire(path: Path, deadline: float, on_wait: Callable[[str], object]) -> i
 
 
 def _lock(handle: int) -> None:
-    """Lock a file.
-
-    Raises:
-        BlockingIOError: it is locked.
-    """
+    """Lock a file; BlockingIOError when it is locked."""
     if sys.platform == "win32":
         os.lseek(handle, 1 << 30, os.SEEK_SET)  # a locked byte cannot be read by others
         try:

@@ -30,7 +30,7 @@ _MOE_DEFAULTS: Mapping[str, Any] = {
 
 # The largest value of each size: far beyond any model of this kind, so that what a damaged or hostile file
 # asks for is refused before anything is allocated.
-_SIZES = {
+SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
     "num_hidden_layers": 10_000,
@@ -153,7 +153,7 @@ class MiniMindConfig:
 
     def _invalid_fields(self) -> Iterator[str]:
         """Yield a sentence for each field of a wrong type or out of range."""
-        for name, largest in (_SIZES | (_MOE_SIZES if self.use_moe else {})).items():
+        for name, largest in (SIZES | (_MOE_SIZES if self.use_moe else {})).items():
             value = getattr(self, name)
             if value is None and name in _DERIVED:
                 continue
@@ -333,22 +333,14 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _table(key: str, value: Any) -> Mapping[str, Any]:
-    """Return a nested object of a file, empty if missing.
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """Return a nested object of a file, empty if missing."""
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{key} {value!r} is not a table of keys and values; correct it.")
     return value or {}
 
 
 def _normalized_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return YaRN settings in normalized form, None for no scaling.
-
-    Raises:
-        ConfigError: for another type of scaling, or a missing or invalid number.
-    """
+    """Return YaRN settings in normalized form, None for no scaling."""
     scaling = _table("rope_scaling", scaling)
     rope_type = scaling.get("rope_type", scaling.get("type"))
     if rope_type in (None, "default"):

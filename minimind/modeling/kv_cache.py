@@ -5,6 +5,8 @@ Shapes: B batch, T new tokens, S cached tokens, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,8 @@ class KVCache:
         shape = batch_size, config.num_key_value_heads, capacity, config.head_dim
         self.capacity = capacity
         # Zeros, not uninitialized memory: a masked NaN times a weight of 0 is still NaN.
-        self.layers = [
-            LayerCache(
-                torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
+        new = partial(torch.zeros, shape, device=device, dtype=dtype)
+        self.layers = [LayerCache(new(), new()) for _ in range(config.num_hidden_layers)]
 
     @property
     def length(self) -> int:

@@ -63,9 +63,8 @@ class MixtureOfExperts(nn.Module):
         order = expert_ids.argsort(stable=True)
         inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
         tokens = tokens.to(fused.compute_dtype(tokens, self.experts.gate_proj))
-        sorted_tokens = _Permute.apply(
-            tokens[:, None].expand(-1, k, -1).flatten(0, 1), order, inverse
-        )  # (S, C)
+        repeated = tokens[:, None].expand(-1, k, -1).flatten(0, 1)  # (S, C)
+        sorted_tokens = _Permute.apply(repeated, order, inverse)
         ends = counts.cumsum(0).to(torch.int32)
         if token_mask is None:
             sorted_tokens = self.experts(sorted_tokens, ends)

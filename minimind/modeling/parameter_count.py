@@ -7,13 +7,20 @@ from collections.abc import Mapping, Sequence
 
 # In the order of a forward pass.
 PARTS = ("embedding", "attention", "MLP", "norms", "head")
-# Substrings of Hugging Face names. The first match decides, so norms inside attention count as norms.
+# Substrings of Hugging Face names: of Qwen3, Llama and most others, then of GPT-2, OPT, BLOOM and GPT-NeoX.
+# The first match decides, so norms inside attention count as norms.
 _PATTERNS = (
-    ("norm.", "norms"),
-    ("embed_tokens.", "embedding"),
-    ("self_attn.", "attention"),
-    ("mlp.", "MLP"),
-    ("lm_head.", "head"),
+    *(("norm.", "norms"), ("ln_", "norms")),
+    *(
+        ("embed_tokens.", "embedding"),
+        ("wte.", "embedding"),
+        ("wpe.", "embedding"),
+        ("embeddings.", "embedding"),
+    ),
+    *(("embed_positions.", "embedding"), ("embed_in.", "embedding")),
+    *(("attn.", "attention"), ("attention.", "attention")),
+    *(("mlp.", "MLP"), ("fc1.", "MLP"), ("fc2.", "MLP"), ("experts.", "MLP")),
+    *(("lm_head.", "head"), ("embed_out.", "head")),
 )
 OTHER = "other"
 

@@ -100,8 +100,8 @@ def build_optimizer(
     Weight decay applies to matrices; embeddings, norms and other parameters of fewer than two dimensions have
     none. A tied embedding counts once, as an embedding. Muon updates the matrices inside the blocks, each
     expert of a stack separately; AdamW updates embeddings, the output layer, routers and vectors. The output
-    layer is `get_output_embeddings()` of the model, else `lm_head`. Each group lists its parameter names
-    under `param_names`.
+    layer is `get_output_embeddings()` of the model, else `lm_head`. A model with a method `matrices` names
+    those of Muon itself. Each group lists its parameter names under `param_names`.
 
     Args:
         model: before Accelerate wraps it, so that parameter names have no prefix.
@@ -117,6 +117,8 @@ def build_optimizer(
     }
     output = getattr(model, "get_output_embeddings", lambda: None)()
     outputs = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+    named = getattr(model, "matrices", None)
+    chosen = None if named is None else {id(parameter) for parameter in named()}
     muon = config.optimizer in ("normuon", "muon")
     matrices: list[tuple[str, nn.Parameter]] = []
     routers: list[tuple[str, nn.Parameter]] = []
@@ -131,6 +133,8 @@ def build_optimizer(
             decayed.append((name, parameter))
         elif name.endswith(ROUTER):
             routers.append((name, parameter))
+        elif chosen is not None and id(parameter) not in chosen:
+            decayed.append((name, parameter))
         else:
             matrices.append((name, parameter))
     groups = [

@@ -100,15 +100,6 @@ def row_factors(directions: Tensor, mean_squares: Tensor, decay: float) -> tuple
     return factors, torch.where(total > 0, updated, mean_squares)
 
 
-def _update_momentum(
-    gradients: Tensor, buffers: Tensor, apply: Tensor, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Return Nesterov's and the new momentum (n, R, C); zero and the old one where `apply`, (), is False."""
-    updated = torch.lerp(buffers, gradients, 1 - momentum)
-    nesterov = torch.lerp(gradients, updated, momentum)
-    return torch.where(apply, nesterov, 0.0), torch.where(apply, updated, buffers)
-
-
 def _gather(shards: Tensor, like: Tensor) -> Tensor:
     """Return (n, R, C) from the local shards of n matrices sharded like `like`, with one collective."""
     if not isinstance(like, DTensor):
@@ -268,8 +259,10 @@ class Muon(torch.optim.Optimizer):
         buffers = [_local(self._state(p, "momentum_buffer")) for p in parameters]
         gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
         parameters = [_local(p) for p in parameters]
-        nesterov, updated = _update_momentum(gradients, torch.stack(buffers), apply, group["momentum"])
-        torch._foreach_copy_(buffers, list(updated.unbind()))
+        before, momentum = torch.stack(buffers), group["momentum"]
+        updated = torch.lerp(before, gradients, 1 - momentum)
+        nesterov = torch.where(apply, torch.lerp(gradients, updated, momentum), 0.0)
+        torch._foreach_copy_(buffers, list(torch.where(apply, updated, before).unbind()))
         retained = 1 - apply.to(updated.dtype) * (group["lr"] * group["weight_decay"])
         if first.ndim > 2:
             # FSDP2 shards the first dimension, so that matrices of a stack are never split.

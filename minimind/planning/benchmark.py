@@ -262,7 +262,7 @@ def measure_steps(
 
     began = clock.synchronize()
     # The first step is not typical where it compiles, or on a GPU, for which kernels are built.
-    first = max(timed(1), 1e-4)
+    first = timed(1)
     long = not parts.compiled and accelerator.device.type != "cuda" and first > LONGEST_STEP
     for _ in range(0 if long else WARMUP_STEPS - 1):
         step()

@@ -8,6 +8,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from ..launch_env import is_main_process, restarts, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory
 from ..run_folder import RunFolder
 from ..schedule import Schedule
@@ -128,9 +130,8 @@ def follow_budget(config: PretrainConfig, *, quiet: bool = True) -> PretrainConf
     if recorded is not None:
         return recorded
     plan = plan_budget(config)
-    progress = Progress(enabled=is_main_process(), quiet=quiet)
-    progress.banner(plan.rows())
-    progress.close()
+    with closing(Progress(enabled=is_main_process(), quiet=quiet)) as progress:
+        progress.banner(plan.rows())
     return plan.config
 
 
@@ -147,18 +148,13 @@ def plan_budget(config: PretrainConfig, *, quiet: bool = False) -> BudgetPlan:
     Raises:
         UserError: for data, a launch or options that a run cannot use.
     """
-    progress = Progress(enabled=is_main_process() and not quiet)
-    try:
+    with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         check_launch(config)  # its remark is the run's
-        if config.resume is None and not restarts() and RunFolder(Path(config.output_dir)).holds_a_run():
-            raise ConfigError(
-                f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
-                "another folder."
-            )
+        occupied = RunFolder(Path(config.output_dir)).occupied()
+        if config.resume is None and not restarts() and occupied is not None:
+            raise ConfigError(occupied)
         progress.note(f"--budget {config.budget}: measuring text and machine.")
         return _choose(config)
-    finally:
-        progress.close()
 
 
 def _recorded_choice(config: PretrainConfig) -> PretrainConfig | None:
@@ -274,6 +270,11 @@ def _kept_options(config: PretrainConfig) -> dict[str, Any]:
     if config.from_weight is not None:
         # The sizes are those of the weights.
         model_config = open_model(config.from_weight).config
+        if isinstance(model_config, TransformersConfig):
+            raise ConfigError(
+                f"--budget knows the speed of minimind's own models, not of a {model_config.architecture} of "
+                "transformers; give --max-steps or --max-time."
+            )
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
         kept |= {name: getattr(model_config, name) for name in (*sizes, "intermediate_size", "vocab_size")}
         kept["tokenizer"] = config.tokenizer

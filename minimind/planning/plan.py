@@ -7,9 +7,11 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
@@ -22,12 +24,15 @@ from ..data.loader import Loader
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
+from ..formats.transformers_folder import build_network, stored_dtype
+from ..formats.transformers_model import matrices_of
 from ..formatting import parse_duration, size
 from ..launch_env import device_type, is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
 from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..schedule import warmup_problem, warmup_steps
 from ..tracking.console import Progress
@@ -77,12 +82,16 @@ def plan_run(
     damaged: list[str] = []
     first_step = _first_step(inputs, batches, data, total_steps, damaged.append)
     measured, too_large = _measure(inputs.config, batches, seconds)
-    memory = _estimate(inputs.config, model_config, batches, measured)
+    memory = _estimate(inputs.config, _estimated_sizes(model_config), batches, measured)
     device_memory = _device_memory()
     step_seconds, micro_batch_seconds = _times(inputs.config, model_config, batches, measured)
     evaluation_batches = _evaluation_batches(inputs.config, data, batches, first_step, total_steps)
-    checkpoint = 4 * model_config.num_parameters() + optimizer_bytes(model_config, inputs.config.optimizer)
-    disk, free = _disk(inputs.config, data, checkpoint, model_config.num_parameters(), total_steps)
+    checkpoint = 4 * model_config.num_parameters() + _optimizer_bytes(model_config, inputs.config.optimizer)
+    weight_bytes = _FINAL_MODEL_BYTES
+    if isinstance(model_config, TransformersConfig):
+        weight_bytes = stored_dtype(model_config).itemsize
+    final_model = weight_bytes * model_config.num_parameters()
+    disk, free = _disk(inputs.config, data, checkpoint, final_model, total_steps)
     plan = RunPlan(
         config=inputs.config,
         batches=batches,
@@ -150,13 +159,10 @@ def _total_tokens(loader: Loader, config: PretrainConfig, batches: BatchPlan, to
 
 def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPlan, PreparedData]:
     """Resolve the options and tokenize the data."""
-    progress = Progress(enabled=is_main_process() and not quiet)
-    try:
+    with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         inputs = resolve_batch_size_alone(resolve_run(config, progress.note))
         batches = plan_batches(inputs.config, world_size())
         return inputs, batches, prepare_data(inputs.config, inputs.tokenizer, progress.data_build)
-    finally:
-        progress.close()
 
 
 def _first_step(
@@ -182,10 +188,26 @@ def _first_step(
     return min(checkpoint.step, total_steps)
 
 
+def _optimizer_bytes(model_config: MiniMindConfig, optimizer: str) -> int:
+    """Return the bytes of optimizer state in a checkpoint."""
+    if not isinstance(model_config, TransformersConfig):
+        return optimizer_bytes(model_config, optimizer)
+    both = 2 * 4 * model_config.num_parameters()
+    matrices = sum(matrix.numel() for matrix in matrices_of(_empty_model(model_config)))
+    return both if optimizer == "adamw" else both - 4 * matrices
+
+
+def _empty_model(model_config: MiniMindConfig) -> nn.Module:
+    """Return the model without memory for its weights."""
+    with torch.device("meta"):
+        if isinstance(model_config, TransformersConfig):
+            return build_network(model_config)
+        return MiniMindForCausalLM(model_config)
+
+
 def _count_parts(model_config: MiniMindConfig) -> dict[str, int]:
     """Return the parameters of the model by part."""
-    with torch.device("meta"):
-        model = MiniMindForCausalLM(model_config)
+    model = _empty_model(model_config)
     return count_parts({name: p.shape for name, p in model.named_parameters()})
 
 
@@ -223,16 +245,31 @@ def _times(
     return step + (batches.accumulation_steps - rounds) * (forward + backward), forward
 
 
+def _estimated_sizes(model_config: MiniMindConfig) -> MiniMindConfig:
+    """Return the configuration with typical values for sizes that a model of transformers does not name."""
+    if not isinstance(model_config, TransformersConfig):
+        return model_config
+    heads = model_config.num_attention_heads or 1
+    return dataclasses.replace(
+        model_config,
+        num_attention_heads=heads,
+        num_key_value_heads=model_config.num_key_value_heads or heads,
+        head_dim=model_config.head_dim or model_config.hidden_size // heads,
+        intermediate_size=model_config.intermediate_size or 4 * model_config.hidden_size,
+    )
+
+
 def _estimate(
     config: PretrainConfig, model_config: MiniMindConfig, batches: BatchPlan, measured: BenchmarkResult | None
 ) -> MemoryEstimate:
-    on_gpu = device_type() == "cuda"
+    own = not isinstance(model_config, TransformersConfig)
+    on_gpu = own and device_type() == "cuda"
     precision = choose_precision(config) if measured is None else measured.precision
     fused = on_gpu and unsupported_reason(precision, model_config.head_dim, config.dropout) is None
     compiled: Compiled = "no"
-    if measured.compiled if measured is not None else config.compile is not False:
+    if own and (measured.compiled if measured is not None else config.compile is not False):
         compiled = compile_mode(config, batches.num_processes, fused=fused)
-    return estimate_memory(
+    estimate = estimate_memory(
         model_config,
         sequences=batches.micro_batch_size,
         seq_len=config.max_seq_len,
@@ -245,6 +282,12 @@ def _estimate(
         fused=fused,
         recompute=config.activation_checkpointing or is_set("FSDP_ACTIVATION_CHECKPOINTING"),
     )
+    if own:
+        return estimate
+    # transformers computes all logits: in half precision if used, in float32, and the gradient of both.
+    logits = batches.micro_batch_size * config.max_seq_len * model_config.vocab_size
+    bytes_each = 2 * 4 + (0 if precision == "no" else 2 * 2)
+    return dataclasses.replace(estimate, working=max(estimate.working, logits * bytes_each))
 
 
 def _shards(num_processes: int) -> int:
@@ -280,7 +323,7 @@ def _evaluation_batches(
 
 
 def _disk(
-    config: PretrainConfig, data: PreparedData, checkpoint: int, parameters: int, total_steps: int
+    config: PretrainConfig, data: PreparedData, checkpoint: int, final_model: int, total_steps: int
 ) -> tuple[int, int]:
     """Return the bytes that the run needs in addition to those it has, and those that are free."""
     folder = RunFolder(Path(config.output_dir))
@@ -292,7 +335,7 @@ def _disk(
     present = 0
     if config.resume is not None:
         present = sum(entry.num_bytes for entry in stored_checkpoints(folder.checkpoints))
-    needed = max(at_once * checkpoint - present, 0) + _FINAL_MODEL_BYTES * parameters
+    needed = max(at_once * checkpoint - present, 0) + final_model
     return needed, shutil.disk_usage(_existing(folder.path)).free
 
 
@@ -320,11 +363,8 @@ def _problems(
     place = _existing(Path(config.output_dir))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         yield f"--output-dir {config.output_dir} cannot be written, because {place} cannot; use another one."
-    if config.resume is None and RunFolder(Path(config.output_dir)).holds_a_run():
-        yield (
-            f"--output-dir {config.output_dir} already holds a run; continue it with --resume, or name "
-            "another folder."
-        )
+    if config.resume is None and (occupied := RunFolder(Path(config.output_dir)).occupied()) is not None:
+        yield occupied
     if device_memory is not None and memory.peak > 0.95 * device_memory:
         yield (
             f"the estimate of {size(memory.peak)} is almost all of the GPU's {size(device_memory)}; lower "

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config.options import CONFIG_SCHEMA
 from ..errors import ConfigError
-from ..formatting import count, duration
+from ..formatting import count, duration, option_text
 from ..modeling.config import MiniMindConfig
 from ..tracking.curves import Point
 from .info import SHAPE, run_parts
@@ -156,11 +156,7 @@ def _differing_options(runs: Sequence[RunRecord]) -> Iterable[Row]:
 
 
 def _option(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
+    return f"{value:.10g}" if isinstance(value, float) else option_text(value)
 
 
 def environment_differences(runs: Sequence[RunRecord]) -> Iterable[Row]:

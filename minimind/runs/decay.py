@@ -121,11 +121,7 @@ def decay_config(
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, list[StoredCheckpoint]]:
-    """Return the checkpoint of a step, or the newest, and all others; unverified.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
+    """Return the checkpoint of a step, or the newest, and all others; unverified. Refuse a missing one."""
     found = stored_checkpoints(run.checkpoints)
     if not found:
         raise CheckpointError(f"there is no checkpoint in {run.checkpoints}; name the --output-dir of a run.")
@@ -142,22 +138,14 @@ def _checkpoint(run: RunFolder, step: int | None) -> tuple[StoredCheckpoint, lis
 
 def _config_of(settings: dict[str, Any]) -> PretrainConfig:
     """Return the options of a checkpoint, for any number of processes."""
-    known = CONFIG_SCHEMA
-    values = {name: settings[name] for name in known if name in settings}
-    for name, field in known.items():
-        if field.repeatable and name in values:
-            values[name] = tuple(values[name])
+    values = {name: settings[name] for name in CONFIG_SCHEMA if name in settings}
     return PretrainConfig(**{**values, "accumulation_steps": None})
 
 
 def _refuse_unstable(
     checkpoint: StoredCheckpoint, config: PretrainConfig, settings: dict[str, Any], state: TrainState
 ) -> None:
-    """Refuse a checkpoint outside of the stable phase.
-
-    Raises:
-        CheckpointError: listing the usable checkpoints.
-    """
+    """Refuse a checkpoint outside of the stable phase, by an error that lists the usable checkpoints."""
     if "total_steps" not in settings:
         raise CheckpointError(
             f"{checkpoint.path} is of an older version of minimind; resume its run up to the next "

@@ -27,8 +27,8 @@ from ..formatting import count, size
 from ..io.checksums import check_files
 from ..io.reading import read_json
 from ..launch_env import resume_command
-from ..modeling.config import MiniMindConfig
 from ..modeling.parameter_count import count_parts
+from ..modeling.transformers_config import TransformersConfig, config_of
 from ..run_folder import RunFolder
 from .info_text import (
     device_text,
@@ -214,7 +214,7 @@ def _model(path: Path) -> Info:
     check_files(path)
     try:
         config = read_json(path / CONFIG)
-        model_config = MiniMindConfig.from_dict(config)
+        model_config = config_of(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path / CONFIG} cannot be read ({error}); copy it again.") from error
     except (ConfigError, AttributeError) as error:
@@ -223,8 +223,12 @@ def _model(path: Path) -> Info:
     if not files:
         raise ConfigError(f"{path} has no .safetensors; name a folder with config.json and weights.")
     header = read_headers(files)
-    check_layers(model_config, header.shapes, path)
-    return _described(path, "model", header, dataclasses.asdict(model_config), folder_bytes(path))
+    if isinstance(model_config, TransformersConfig):
+        shape = {name: getattr(model_config, name) for name in SHAPE}
+    else:
+        check_layers(model_config, header.shapes, path)
+        shape = dataclasses.asdict(model_config)
+    return _described(path, "model", header, shape, folder_bytes(path))
 
 
 def _weights(path: Path) -> Info:

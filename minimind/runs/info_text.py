@@ -20,8 +20,14 @@ def model_rows(shape: Mapping[str, Any], parts: Mapping[str, int]) -> list[tuple
             )
         described = [
             f"{shape['num_hidden_layers']} layers, hidden size {shape['hidden_size']}",
-            f"{shape['num_attention_heads']} heads" + _known(" of ", shape["head_dim"]),
-            f"{shape['num_key_value_heads']} key/value heads",
+            *(
+                [
+                    f"{shape['num_attention_heads']} heads" + _known(" of ", shape["head_dim"]),
+                    f"{shape['num_key_value_heads']} key/value heads",
+                ]
+                if shape["num_attention_heads"] is not None
+                else []
+            ),
             _known("intermediate size ", inner),
             _known("vocabulary ", shape["vocab_size"]),
         ]

@@ -6,7 +6,6 @@ The launched processes of the resumed part run `python -m minimind.runs.verify_r
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -27,6 +26,7 @@ from ..errors import ConfigError, TrainingError, UserError
 from ..io.atomic import write_text
 from ..launch_env import device_type
 from ..run_folder import RunFolder
+from ..tracking.metrics_file import read_metrics
 from ..training.pretrain import pretrain
 
 # Relative differences of a loss that count as rounding: another number of processes sums in another order,
@@ -184,11 +184,7 @@ def _train(config: PretrainConfig, stop_after: int | None) -> None:
 
 
 def _train_launched(config: PretrainConfig, processes: int, folder: Path) -> None:
-    """Train the second half on several processes of this machine.
-
-    Raises:
-        TrainingError: when they fail, with their last output.
-    """
+    """Train the second half on several processes of this machine; raise their last output if they fail."""
     file = folder / "config.toml"
     write_text(file, write_toml(config, CONFIG_SECTIONS))
     command = [
@@ -220,12 +216,11 @@ def _compared(straight: RunFolder, resumed: RunFolder) -> Iterator[ComparedStep]
 def _values(metrics: Path) -> dict[tuple[int, str], tuple[float, str | None]]:
     """Return losses and data digests by step and name of the loss."""
     values: dict[tuple[int, str], tuple[float, str | None]] = {}
-    with metrics.open(encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            for what in ("loss", "val_loss"):
-                if what in line:
-                    value = math.nan if line[what] is None else line[what]
-                    values[line["step"], what] = value, line.get("digest")
+    for line in read_metrics(metrics):
+        for what in ("loss", "val_loss"):
+            if what in line:
+                value = math.nan if line[what] is None else line[what]
+                values[line["step"], what] = value, line.get("digest")
     return values
 
 

@@ -64,16 +64,22 @@ _PERFORMANCE = ("tokens_per_second", "mfu", "memory_gb", "elapsed", "eta_seconds
 _EXPERTS = ("expert_load", "balance_loss", "dropped_share")
 
 
-class TensorBoard:
-    """Event files in the folder `tensorboard` of a run: one curve, however often the run is resumed."""
+class _LocalFile:
+    """A tracker that appends to a file; `start` opens it."""
+
+    _file: AppendFile
 
     def __init__(self, on_error: Callable[[OSError], None]) -> None:
-        """Store the argument.
-
-        Args:
-            on_error: called when the disk refuses events, which then stay in memory; see `AppendFile`.
-        """
+        """Store `on_error`, which is called when the disk refuses records, as `AppendFile` does."""
         self._on_error = on_error
+
+    def finish(self) -> None:
+        """Write pending records and close the file."""
+        self._file.close()
+
+
+class TensorBoard(_LocalFile):
+    """Event files in the folder `tensorboard` of a run: one curve, however often the run is resumed."""
 
     def start(self, run: TrackedRun) -> None:
         """Begin an event file that invalidates older events of later steps, and describe the run in it.
@@ -121,10 +127,6 @@ class TensorBoard:
         # The tab renders Markdown, where indented lines are verbatim.
         verbatim = "\n".join("    " + line for line in text.splitlines())
         self._write(summary=text_summary(name, verbatim), step=step)
-
-    def finish(self) -> None:
-        """Write pending events and close the file."""
-        self._file.close()
 
     def _write(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -241,12 +243,8 @@ class MLflow(_Service):
         mlflow.log_text(text, f"{name}/step-{step:08d}.txt", run_id=self.run_id)
 
 
-class CSV:
+class CSV(_LocalFile):
     """The file `metrics.csv`: a row for each report, with the columns `CSV_COLUMNS`."""
-
-    def __init__(self, on_error: Callable[[OSError], None]) -> None:
-        """Store the argument, which is that of `TensorBoard`."""
-        self._on_error = on_error
 
     def start(self, run: TrackedRun) -> None:
         """Open the file and remove rows of later steps, which the resumed run repeats."""
@@ -266,10 +264,6 @@ class CSV:
             texts = (str(cell) if cell is not None and math.isfinite(cell) else "" for cell in cells)
             self._file.append((",".join([str(step), *texts]) + "\n").encode())
 
-    def finish(self) -> None:
-        """Write pending rows and close the file."""
-        self._file.close()
-
 
 class BackgroundThread:
     """Runs functions one after another in a daemon thread; `on_error` gets what they raise."""
@@ -284,8 +278,8 @@ class BackgroundThread:
         """Run a function after all earlier ones; return at once."""
         self._queue.put(function)
 
-    def call(self, function: Callable[[], object], timeout: float) -> bool:
-        """Run a function after all earlier ones; return whether it finished within `timeout` seconds.
+    def call(self, function: Callable[[], object], timeout: float) -> None:
+        """Run a function after all earlier ones, and wait for it at most `timeout` seconds.
 
         Raises:
             OSError: raised by the function.
@@ -302,10 +296,9 @@ class BackgroundThread:
                 done.set()
 
         self._queue.put(run)
-        finished = done.wait(timeout)
+        done.wait(timeout)
         if errors:
             raise errors[0]
-        return finished
 
     def close(self, timeout: float) -> bool:
         """End the thread after all earlier functions; return whether it ended within `timeout` seconds."""

@@ -45,12 +45,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        total_steps: int = 0,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-        *,
-        quiet: bool = False,
+        self, total_steps: int = 0, enabled: bool = True, stream: TextIO | None = None, *, quiet: bool = False
     ) -> None:
         """Write nothing yet.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-
-import numpy as np
 
 # Longer curves are drawn as the mean, minimum and maximum of neighbouring points.
 MOST_POINTS = 500
@@ -73,8 +72,14 @@ class RunClock:
         """Return tokens and seconds at a step, by linear interpolation; None without reports."""
         if len(self._steps) < 2:
             return (0.0, 0.0) if step == 0 else (None, None)
+        after = bisect_left(self._steps, step)
+        if after == len(self._steps):
+            return self._tokens[-1], self._seconds[-1]
+        before = max(after - 1, 0)
+        low, high = self._steps[before], self._steps[after]
+        fraction = (step - low) / (high - low) if high > low else 1.0
         columns = self._tokens, self._seconds
-        tokens, seconds = (float(np.interp(step, self._steps, column)) for column in columns)
+        tokens, seconds = (column[before] + fraction * (column[after] - column[before]) for column in columns)
         return tokens, seconds
 
 

@@ -146,13 +146,9 @@ def _git_revision() -> dict[str, Any] | None:
 
 def _git(*arguments: str) -> str | None:
     try:
+        command = ["git", *arguments]
         done = subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=5,
-            check=True,
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=5, check=True
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None

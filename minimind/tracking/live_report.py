@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ..io.atomic import write_text
@@ -65,9 +64,7 @@ class LiveReport:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._finished:
             reason = "Interrupted." if error is None else f"{type(error).__name__}: {error}."
             self.finish(reason, problem=True)

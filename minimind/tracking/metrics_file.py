@@ -40,7 +40,12 @@ class MetricsFile:
             OSError: when the file cannot be rewritten; it is unchanged.
         """
         self._path, self._warn = path, warn
-        self._file = self._open(keep_to_step)
+        if path.exists():
+            old = read_bytes(path).decode(errors="replace")
+            kept = "".join(_lines_up_to(old.split("\n"), keep_to_step))
+            if kept != old:
+                write_text(path, kept)
+        self._file = AppendFile(path, self._report)
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """Append one line. Never raises OSError."""
@@ -74,14 +79,6 @@ class MetricsFile:
         self._file.close()
         if lost := self._file.num_pending + self._file.dropped:
             self._warn(f"{lost} lines of {self._path} could not be written and are lost.")
-
-    def _open(self, keep_to_step: int) -> AppendFile:
-        if self._path.exists():
-            old = read_bytes(self._path).decode(errors="replace")
-            kept = "".join(_lines_up_to(old.split("\n"), keep_to_step))
-            if kept != old:
-                write_text(self._path, kept)
-        return AppendFile(self._path, self._report)
 
     def _report(self, error: OSError) -> None:
         self._warn(

@@ -110,8 +110,7 @@ def charts_section(charts: Iterable[Chart], runs: Sequence[str] = (), *, live: b
         runs: names of runs to choose from, if the curves of each chart are those of runs.
         live: whether the page reloads, which a checkbox stops.
     """
-    yield '<section aria-labelledby="curves">'
-    yield '<h2 id="curves">Curves</h2>'
+    yield '<section aria-labelledby="curves"><h2 id="curves">Curves</h2>'
     yield "<noscript><p>The curves need JavaScript; the tables below do not.</p></noscript>"
     yield '<form class="controls" id="controls">'
     yield '<fieldset id="axis"><legend>Horizontal axis</legend>'
@@ -141,9 +140,7 @@ def charts_section(charts: Iterable[Chart], runs: Sequence[str] = (), *, live: b
         yield f'<figure id="chart-{chart.name}"><figcaption>'
         unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
         yield f"<h3>{escape(chart.title)}</h3>{unit}</figcaption>"
-        yield '<div class="plot"></div>'
-        yield '<p class="readout"></p>'
-        yield "</figure>"
+        yield '<div class="plot"></div><p class="readout"></p></figure>'
     yield "</div>"
     yield '<p class="hint">Point at a chart, or focus it and use the arrow keys, to read its values.'
     yield "A shaded area is the range of neighbouring reports.</p>"

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, needs_package
 from ..io.atomic import cannot_write
 from ..run_folder import RunFolder
 from .backends import CSV, BackgroundThread, MLflow, SwanLab, TensorBoard, WandB
@@ -26,14 +26,14 @@ CLOSE_SECONDS = 60.0
 # SwanLab restores signal handlers when it closes, which Python allows in the main thread only. MLflow's run
 # is active in the thread that started it.
 CLOSED_BY_MAIN_THREAD = {"swanlab", "mlflow"}
-# Trackers that need no package.
-WITHOUT_PACKAGE = ("none", "csv")
 # Ends the key in the state of a checkpoint that marks grouped names, which earlier versions did not use.
 GROUPED = ":grouped"
 
 Values = Mapping[str, Any]
 
-BUILT_IN = ("tensorboard", "wandb", "swanlab", "mlflow", "csv")
+# Built-in trackers that write files, and those of services.
+_FILES = {"tensorboard": TensorBoard, "csv": CSV}
+_SERVICES = {"wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +51,12 @@ def check_trackers(config: PretrainConfig, trackers: Sequence[Tracker] = ()) -> 
     for tracker in trackers:
         check_tracker(tracker)
     problems = [
-        f"--tracker {name} needs the package {name}, which is not installed; pip install {name}."
+        needs_package(f"--tracker {name}", name)
         for name in config.tracker
-        if name in BUILT_IN and name not in WITHOUT_PACKAGE and not _installed(name)
+        if name in ("tensorboard", *_SERVICES) and not _installed(name)
     ]
     for name in config.tracker:
-        if name not in (*BUILT_IN, "none"):
+        if name not in (*_FILES, *_SERVICES, "none"):
             check_tracker(load_tracker(name))
     local = "swanlab" in config.tracker and os.environ.get("SWANLAB_MODE") == "local"
     if local and not _installed("swanboard"):
@@ -199,11 +199,9 @@ class Trackers:
 
     def _make(self, name: str, grouped: bool) -> Any:
         """Return the tracker of a value of --tracker."""
-        files = {"tensorboard": TensorBoard, "csv": CSV}
-        services = {"wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
-        if name in files:
-            return files[name](partial(self._refused, name))
-        return services[name](grouped=grouped) if name in services else load_tracker(name)
+        if name in _FILES:
+            return _FILES[name](partial(self._refused, name))
+        return _SERVICES[name](grouped=grouped) if name in _SERVICES else load_tracker(name)
 
     def _log_to_clients(self, values: Values, step: int) -> None:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}

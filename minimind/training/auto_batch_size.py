@@ -194,11 +194,7 @@ def _cache_key(
 def _measure(
     config: PretrainConfig, model_config: MiniMindConfig, accelerator: Accelerator, sequences: int
 ) -> dict[int, float]:
-    """Return tokens per second by micro-batch size, 0 for one that does not fit; the same on every rank.
-
-    Raises:
-        ConfigError: where none fits.
-    """
+    """Return tokens per second by micro-batch size, 0 for one that does not fit; the same on every rank."""
     device = accelerator.device
     sizes = candidate_micro_batches(sequences)
     tokens = FIRST_TOKENS.get(device.type, FIRST_TOKENS_ELSEWHERE)

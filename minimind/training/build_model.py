@@ -19,11 +19,13 @@ from ..data.loader import MicroBatch
 from ..distributed.accelerator import cast_weights_only, prepare, wants_compile
 from ..distributed.consistency import check_same_on_all_ranks, weights_fingerprint
 from ..errors import ConfigError
-from ..formats.huggingface import model_from_weights
-from ..formats.open_model import open_model
+from ..formats.open_model import ModelSource, open_model
+from ..formats.transformers_folder import load_model
+from ..formats.transformers_model import TransformersModel
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
 from ..tokenizer import Tokenizer, check_vocab
 from .cuda_graph import ForwardBackwardGraph
@@ -50,18 +52,24 @@ ModelFactory = Callable[[MiniMindConfig], nn.Module]
 
 
 def resolve_model_config(
-    config: PretrainConfig, tokenizer: Tokenizer
+    config: PretrainConfig, tokenizer: Tokenizer, source: ModelSource | None = None
 ) -> tuple[PretrainConfig, MiniMindConfig]:
     """Return the configuration with every size of the model filled in, and the model's configuration.
 
     With --from-weight the sizes are those of that model; an option that contradicts them is refused.
+
+    Args:
+        config: options of the run.
+        tokenizer: of the run.
+        source: what is at --from-weight; None opens it.
 
     Raises:
         ConfigError: for sizes that contradict that model, or a vocabulary smaller than the tokenizer's.
     """
     training_options: dict[str, Any] = {name: getattr(config, name) for name in _TRAINING_OPTIONS}
     if config.from_weight is not None:
-        model_config = dataclasses.replace(open_model(config.from_weight).config, **training_options)
+        source = open_model(config.from_weight) if source is None else source
+        model_config = dataclasses.replace(source.config, **training_options)
         _check_same_sizes(config, model_config)
         check_vocab(tokenizer, model_config.vocab_size, config.from_weight)
     else:
@@ -115,6 +123,8 @@ def build_model(
         ConfigError: for an option that the model does not support.
     """
     torch.manual_seed(config.seed)
+    if isinstance(model_config, TransformersConfig):
+        return _build_of_transformers(config, model_config, factory, note)
     model = factory(model_config)
     if not isinstance(model, MiniMindForCausalLM):
         _check_custom_model(config, model)
@@ -130,7 +140,7 @@ def build_model(
         source = open_model(config.from_weight)
         for sentence in source.notes:
             note(f"--from-weight: {sentence}")
-        stored = model_from_weights(model_config, source.weights(), config.from_weight).state_dict()
+        stored = source.load(model_config).state_dict()
         damaged = next((name for name, tensor in stored.items() if not tensor.isfinite().all()), None)
         if damaged is not None:
             raise ConfigError(
@@ -140,6 +150,36 @@ def build_model(
         if factory is not MiniMindForCausalLM:
             _check_same_tensors(config, model, stored)
         model.load_state_dict(stored)
+    return model
+
+
+def _build_of_transformers(
+    config: PretrainConfig,
+    model_config: TransformersConfig,
+    factory: ModelFactory,
+    note: Callable[[str], None],
+) -> TransformersModel:
+    """Return a model that transformers computes; see `build_model`."""
+    if factory is not MiniMindForCausalLM:
+        raise ConfigError(
+            f"--from-weight {config.from_weight} is a {model_config.architecture}, which transformers "
+            "builds; omit the option, or the model factory."
+        )
+    if config.compile:
+        raise ConfigError(
+            f"--compile is not implemented for a {model_config.architecture} of transformers; omit it."
+        )
+    if model_config.resumed:
+        model = load_model(model_config)
+    else:
+        assert config.from_weight is not None
+        loaded = open_model(config.from_weight).load(model_config)
+        assert isinstance(loaded, TransformersModel)
+        model = loaded
+    for sentence in model.notes if config.packing else ():
+        note(sentence)
+    if config.activation_checkpointing:
+        model.recompute_activations()
     return model
 
 
@@ -216,6 +256,8 @@ def compile_and_wrap(
             model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))
     else:
         compiled = False
+        if isinstance(model, TransformersModel):  # whose modules may all be in half precision
+            cast_weights_only(accelerator)
     if optimizer_factory is not None:
         optimizer = build_custom_optimizer(optimizer_factory, model, config)
     else:
@@ -224,11 +266,12 @@ def compile_and_wrap(
         accelerator,
         {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
     )
+    tied = model_config.tie_word_embeddings and isinstance(model, MiniMindForCausalLM)
     prepared_model, prepared_optimizer = prepare(
         accelerator,
         model,
         optimizer,
-        tied=model_config.tie_word_embeddings and isinstance(model, MiniMindForCausalLM),
+        tied=model.tied if isinstance(model, TransformersModel) else tied,
         accumulation_steps=plan.accumulation_steps,
     )
     return prepared_model, prepared_optimizer, compiled

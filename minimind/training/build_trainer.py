@@ -25,7 +25,7 @@ from ..schedule import WARMUP_KEY, LearningRateSchedule, expected_steps, resume_
 from ..tracking.console import Progress
 from ..tracking.environment import describe_environment, describe_launch
 from ..tracking.live_report import LiveReport
-from .callbacks import Callbacks, Run
+from .callbacks import Callbacks
 from .custom_parts import CustomParts
 from .evaluator import Evaluator
 from .forecast import RunForecast
@@ -210,19 +210,6 @@ class TrainerBuilder:
             note=session.progress.note,
         )
         return session.closing.enter_context(trace)
-
-
-def view_of(trainer: Trainer) -> Run:
-    """Return what callbacks see of a run."""
-    return Run(
-        trainer.config,
-        trainer.model,
-        trainer.accelerator,
-        lambda: trainer.state,
-        lambda: trainer.last_step,
-        trainer.stop,
-        trainer.checkpointer.store,
-    )
 
 
 def _save_failed(

@@ -25,7 +25,7 @@ from .result import PretrainResult
 HOOKS = ("on_start", "on_report", "on_evaluation", "on_save", "on_spike", "on_end")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Run:
     """What a callback sees of its run. Reading it changes nothing.
 

@@ -12,13 +12,17 @@ from torch import nn
 
 from ..checkpoint.state_dict import gather_weights
 from ..errors import UserError
-from ..formats.huggingface import CONFIG, load_model, write_weights
+from ..formats.huggingface import CONFIG, write_weights
 from ..formats.model_card import CARD, keeps_own_card
+from ..formats.open_model import open_model
 from ..formats.sharded_safetensors import WEIGHTS, remove_other_weights
+from ..formats.transformers_folder import folder_tokenizer, keep_settings, stored_dtype, write_model
 from ..generation.text import continue_texts
-from ..io.atomic import replace_files
+from ..io.atomic import cannot_write, replace_files
 from ..io.safetensors import write_tensors
 from ..modeling.config import MiniMindConfig
+from ..modeling.transformers_config import TransformersConfig
+from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
 from .samples import SAMPLE_TOKENS
 
@@ -41,11 +45,41 @@ def save_final_model(
         # Weights trained in bf16 may overflow fp16; others keep three more bits of precision in fp16.
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
         with _replace_model(folder) as written:
-            files = write_weights(weights, model_config, written, dtype)
-            tokenizer.save(written, model_max_length=model_config.max_position_embeddings)
+            if isinstance(model_config, TransformersConfig):
+                files = _write_of_transformers(weights, model_config, tokenizer, written)
+            else:
+                files = write_weights(weights, model_config, written, dtype)
+                tokenizer.save(written, model_max_length=model_config.max_position_embeddings)
             _write_card(written, folder, card)
         remove_other_weights(folder, files)
     accelerator.wait_for_everyone()
+
+
+def keep_initial(model_config: TransformersConfig, folder: RunFolder) -> None:
+    """Keep configuration and tokenizer of a model of transformers in a run, so that it resumes without it.
+
+    Raises:
+        UserError: when they cannot be written.
+    """
+    if folder.initial.exists():
+        return
+    try:
+        with replace_files(folder.initial) as written:
+            keep_settings(model_config, written)
+    except OSError as error:
+        raise cannot_write("--output-dir", folder.path, error) from error
+
+
+def _write_of_transformers(
+    weights: dict[str, torch.Tensor], model_config: TransformersConfig, tokenizer: Tokenizer, folder: Path
+) -> list[str]:
+    """Write a model of transformers as it was published: precision, configuration, tokenizer."""
+    kept = None if model_config.folder is None else folder_tokenizer(Path(model_config.folder))
+    same = kept is not None and kept.fingerprint == tokenizer.fingerprint
+    files = write_model(weights, model_config, folder, stored_dtype(model_config), with_tokenizer=same)
+    if not same:
+        tokenizer.save(folder, model_max_length=model_config.max_position_embeddings)
+    return files
 
 
 def save_final_weights(
@@ -92,5 +126,5 @@ def write_sample(folder: Path, tokenizer: Tokenizer, seed: int, device: torch.de
 
     The model is read back from its folder, so the sample also checks the folder.
     """
-    model = load_model(folder).to(device)
+    model = open_model(folder).load().to(device)
     return continue_texts(model, tokenizer, [""], max_new_tokens=SAMPLE_TOKENS, seed=seed)[0].text.strip()

@@ -208,17 +208,13 @@ def document_losses(
         # One sequence at a time, so that the logits fit into memory; and not compiled for that shape.
         with torch.compiler.set_stance("force_eager"):
             for (number, pieces), (part, i) in zip(loader.pieces(epoch, sequence), sequences, strict=True):
-                one = slice(i, i + 1)
-                ids, positions = part.document_ids, part.position_ids
-                logits = model(
-                    input_ids=part.input_ids[one],
-                    document_ids=None if ids is None else ids[one],
-                    position_ids=None if positions is None else positions[one],
-                ).logits
+                inputs = part.input_ids, part.document_ids, part.position_ids
+                one, ids, positions = (None if t is None else t[i : i + 1] for t in inputs)
+                logits = model(input_ids=one, document_ids=ids, position_ids=positions).logits
                 labels = part.shift_labels[i]
                 # (T, V) against (T,) to (T,)
                 losses = F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED, reduction="none")
-                of_piece = torch.zeros_like(labels) if ids is None else ids[i]
+                of_piece = torch.zeros_like(labels) if ids is None else ids[0]
                 table = torch.stack((losses.double(), labels, of_piece)).cpu()
                 for k, piece in enumerate(pieces):
                     real = (table[1] != IGNORED) & (table[2] == k)

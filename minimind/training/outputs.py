@@ -86,6 +86,7 @@ class Outputs:
             return {}
         if self._samples_after(step):
             assert self._samples is not None
+            # Always the same seed.
             prompts, seed = inputs.config.sample_prompt or ("",), inputs.config.seed
             samples = continue_texts(
                 model, inputs.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed

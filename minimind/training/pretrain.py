@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from ..checkpoint.resume import check_parts, check_resumable, resume_source
 from ..checkpoint.state_dict import reserve_host_memory
-from ..checkpoint.store import CheckpointStore
 from ..config.naming import errors_for_caller
 from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.documents import Documents
@@ -25,13 +23,14 @@ from ..distributed.main_process_first import main_process_first
 from ..distributed.shutdown import StopRequest
 from ..formatting import parse_duration
 from ..launch_env import is_main_process, restarts
+from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
-from .build_trainer import Session, TrainerBuilder, view_of
-from .callbacks import Callbacks
+from .build_trainer import Session, TrainerBuilder
+from .callbacks import Callbacks, Run
 from .custom_parts import CustomParts
-from .final_model import save_final_model, save_final_weights, write_sample
+from .final_model import keep_initial, save_final_model, save_final_weights, write_sample
 from .result import PretrainResult
 from .samples import check_prompts
 from .setup import RunInputs, TrainingParts, build_training, resolve_run, torch_for_training
@@ -101,10 +100,13 @@ def pretrain(
         closing.enter_context(watch_peers(accelerator, place, timeout, stop, store.wait_until_written))
         progress.start(trainer.last_step, trainer.state.step)
         reserve_host_memory(accelerator, parts.model, parts.optimizer)
-        callbacks.start(view_of(trainer))
+        state, last_step = (lambda: trainer.state), (lambda: trainer.last_step)
+        callbacks.start(Run(inputs.config, parts.model, accelerator, state, last_step, stop, store))
         trainer.sanity_check_validation()
         trainer.train()
-        run_on_main_and_broadcast(accelerator, partial(_finish_saving, inputs.config, store))
+        # With --on-save-error stop, a save that failed raises.
+        finish = store.wait if config.on_save_error == "stop" else store.wait_until_written
+        run_on_main_and_broadcast(accelerator, finish)
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
         result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
@@ -158,6 +160,8 @@ def _claim_and_tokenize(
             if source == AUTO:
                 check_resumable(session.folder)
             session.folder.save_options(config)
+            if isinstance(options.model_config, TransformersConfig):
+                keep_initial(options.model_config, session.folder)
             record_start()
         # The rank that comes first builds the cache, and shows it.
         builder = progress if is_main_process() else Progress(quiet=progress.quiet)
@@ -176,17 +180,6 @@ def _claim_and_tokenize(
             lines = data.report.lines() if whole else data.report.problems()
             builder.banner([("data", line) for line in lines])
     return data
-
-
-def _finish_saving(config: PretrainConfig, store: CheckpointStore) -> None:
-    """Wait until all checkpoints are written.
-
-    Raises:
-        CheckpointError: where a save failed, with --on-save-error stop.
-    """
-    store.wait_until_written()
-    if config.on_save_error == "stop":
-        store.wait()
 
 
 def _save_final(trainer: Trainer, parts: TrainingParts, inputs: RunInputs, folder: RunFolder) -> str:

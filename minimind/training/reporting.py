@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..checkpoint.train_state import TrainState
-from ..data.loader import StepBatch
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..evaluation.scaling_law import Forecast
 from ..evaluation.validation import Evaluation
@@ -49,31 +48,6 @@ class StepRecord:
     limit: float
     sequences: tuple[int, int, int]
     report: bool
-
-    @classmethod
-    def of(
-        cls,
-        state: TrainState,
-        batch: StepBatch,
-        sequences_per_epoch: int,
-        *,
-        learning_rate: float,
-        limit: float,
-        report: bool,
-    ) -> StepRecord:
-        """Return the record of a batch, which `state` has already counted."""
-        first = (state.sequence or sequences_per_epoch) - batch.num_sequences
-        return cls(
-            step=state.step,
-            epoch=state.epoch + state.sequence / sequences_per_epoch,
-            tokens=state.tokens,
-            num_targets=batch.num_targets,
-            learning_rate=learning_rate,
-            digest=state.digest,
-            limit=limit,
-            sequences=(batch.epoch, first, batch.num_sequences),
-            report=report,
-        )
 
     def spike(self, state: TrainState, loss_sum: float, norm: float) -> Spike:
         """Return the spike of this step, given its summed loss and gradient norm."""
@@ -196,15 +170,15 @@ class Reports:
 
     def rewind(self, state: TrainState, spike: Spike, max_rewinds: int) -> None:
         """Report that the run continues from `state`, without the sequences of `spike`."""
-        # Keys that readers of metrics.jsonl know.
-        named = {
+        values = {
+            "rewound_from": spike.step,
+            # Keys that readers of metrics.jsonl know.
             "left_out_epoch": spike.epoch,
             "left_out_row": spike.sequence,
             "left_out_rows": spike.num_sequences,
+            "rewinds": state.rewinds,
         }
-        self._outputs.trackers.log(
-            {"rewound_from": spike.step, **named, "rewinds": state.rewinds}, state.step
-        )
+        self._outputs.trackers.log(values, state.step)
         self._progress.warn(
             f"rewound from step {spike.step} to step {state.step}; sequences {spike.sequence} to "
             f"{spike.sequence + spike.num_sequences - 1} of epoch {spike.epoch} are excluded (rewind "

@@ -11,9 +11,11 @@ from torch import nn
 from ..checkpoint.state_dict import gather_weights
 from ..errors import ConfigError
 from ..formats.huggingface import model_from_weights
+from ..formats.open_model import CausalLM
+from ..formats.transformers_folder import load_model
 from ..generation.text import encode_prompt
 from ..modeling.config import MiniMindConfig
-from ..modeling.transformer import MiniMindForCausalLM
+from ..modeling.transformers_config import TransformersConfig
 from ..tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64
@@ -35,7 +37,7 @@ def check_prompts(prompts: Sequence[str], max_tokens: int, tokenizer: Tokenizer)
 
 def gathered_model(
     accelerator: Accelerator, model_config: MiniMindConfig, model: nn.Module
-) -> MiniMindForCausalLM | None:
+) -> CausalLM | None:
     """Return a copy of the model in training, on its device, or None on other ranks than the main process.
 
     Every rank must call this. The weights are gathered as for a checkpoint, with one process, DDP and FSDP2
@@ -46,5 +48,9 @@ def gathered_model(
     if weights is None:
         return None
     half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
-    copied = model_from_weights(model_config, weights, "the model in training")
+    copied: CausalLM
+    if isinstance(model_config, TransformersConfig):
+        copied = load_model(model_config, weights)
+    else:
+        copied = model_from_weights(model_config, weights, "the model in training")
     return copied.to(accelerator.device, torch.bfloat16 if half else torch.float32).eval()

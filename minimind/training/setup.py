@@ -13,17 +13,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..checkpoint.files import StoredCheckpoint, stored_checkpoints
+from ..checkpoint.files import MANIFEST, StoredCheckpoint, stored_checkpoints
 from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
 from ..data.batch_plan import BatchPlan, budget_tokens, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
 from ..distributed.accelerator import check_launch, close_accelerator, start_accelerator
 from ..errors import CheckpointError, ConfigError
-from ..formats.open_model import training_tokenizer
+from ..formats.hub import pinned_name
+from ..formats.open_model import ModelSource, open_initial, training_tokenizer
+from ..formats.transformers_model import TransformersModel
 from ..formatting import count
 from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
+from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
 from .auto_batch_size import resolve_batch_size
 from .build_model import build_graph, build_model, compile_and_wrap, resolve_model_config
@@ -109,10 +112,15 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
         )
     if (remark := check_launch(config)) is not None:
         note(remark)
-    tokenizer, caution = training_tokenizer(config.tokenizer, config.from_weight, _recorded_tokenizer(config))
+    source = _initial_model(config)
+    if config.from_weight is not None and source is None:
+        config = dataclasses.replace(config, from_weight=pinned_name(config.from_weight))
+    tokenizer, caution = training_tokenizer(
+        config.tokenizer, config.from_weight, _recorded_tokenizer(config), source
+    )
     if caution is not None:
         note(caution)
-    filled, model_config = resolve_model_config(config, tokenizer)
+    filled, model_config = resolve_model_config(config, tokenizer, source)
     if config.from_weight is not None and config.resume is None:
         note(
             f"--from-weight continues at a peak learning rate of {filled.peak_learning_rate:g} (default: "
@@ -127,16 +135,33 @@ def _recorded_tokenizer(config: PretrainConfig) -> str | None:
 
     The run is checked when its checkpoint is loaded. Every checkpoint of a run has the same tokenizer.
     """
-    if config.resume is None:
-        return None
-    path = Path(config.output_dir if config.resume == AUTO else config.resume)
-    checkpoints = [*stored_checkpoints(path), *stored_checkpoints(path / "checkpoints")]
-    places = [path, *(checkpoint.path for checkpoint in reversed(checkpoints))]
-    for place in places:
+    for place in _places_to_resume(config):
         with suppress(CheckpointError):
             settings = StoredCheckpoint(place, 0).trainer.get("settings", {})
             return None if (found := settings.get("tokenizer_fingerprint")) is None else str(found)
     return None
+
+
+def _initial_model(config: PretrainConfig) -> ModelSource | None:
+    """Return the model of transformers that the run to resume continues, as the run's folder keeps it.
+
+    None for a run without a checkpoint, which starts with the weights of --from-weight again.
+    """
+    if config.from_weight is not None:
+        for place in _places_to_resume(config):
+            run = RunFolder(place.resolve().parent.parent)
+            if (place / MANIFEST).is_file() and (found := open_initial(run)) is not None:
+                return found
+    return None
+
+
+def _places_to_resume(config: PretrainConfig) -> list[Path]:
+    """Return the paths that may be checkpoints of the run to resume, the newest first."""
+    if config.resume is None:
+        return []
+    path = Path(config.output_dir if config.resume == AUTO else config.resume)
+    checkpoints = [*stored_checkpoints(path), *stored_checkpoints(path / "checkpoints")]
+    return [path, *(checkpoint.path for checkpoint in reversed(checkpoints))]
 
 
 def resolve_batch_size_alone(inputs: RunInputs) -> RunInputs:
@@ -203,7 +228,8 @@ def build_training(
     plan = plan_batches(config, accelerator.num_processes)
     bare = build_model(config, model_config, custom.model_factory, note)
     # A subclass may compute anything.
-    kind = None if type(bare) is MiniMindForCausalLM else type(bare).__qualname__
+    known = type(bare) in (MiniMindForCausalLM, TransformersModel)
+    kind = None if known else type(bare).__qualname__
     description = None if kind is None else _describe(bare)
     tokens = None if tokens_per_epoch is None else max_training_tokens(config, plan, tokens_per_epoch)
     model, optimizer, compiled = compile_and_wrap(
@@ -245,19 +271,16 @@ def torch_for_training() -> Iterator[None]:
         raise ConfigError(
             "pretrain() is already running in this process; wait for it to end, or use another process."
         )
-    dtype = torch.get_default_dtype()
-    try:
+    with ExitStack() as settings:
+        settings.callback(_RUNNING.release)
+        settings.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        with ExitStack() as settings:
-            settings.enter_context(torch.inference_mode(False))
-            settings.enter_context(torch.enable_grad())
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    settings.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type != "cpu":
-                # Slows every operation down, so only where it is needed.
-                settings.enter_context(torch.device("cpu"))
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        _RUNNING.release()
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                settings.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            # Slows every operation down, so only where it is needed.
+            settings.enter_context(torch.device("cpu"))
+        yield

@@ -16,9 +16,10 @@ from ..config.options import CONFIG_SECTIONS, PretrainConfig
 from ..config.schema import schema_of
 from ..data.prepare import PreparedData
 from ..formats.model_card import model_card
-from ..formatting import count, duration
+from ..formatting import count, duration, option_text
 from ..launch_env import is_main_process, resume_command
 from ..modeling.kernels.dispatch import unsupported_reason
+from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..tracking.environment import describe_launch
 from ..tracking.metrics_file import read_metrics
@@ -38,25 +39,29 @@ def banner(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     kernels = ""
-    if device.type == "cuda" and parts.custom_model is None:
+    own = parts.custom_model is None and not isinstance(model_config, TransformersConfig)
+    if device.type == "cuda" and own:
         reason = unsupported_reason(accelerator.mixed_precision, model_config.head_dim, config.dropout)
         kernels = f", no fused attention: {reason}" if reason else ", fused kernels"
     tokens = plan.global_batch_size * config.max_seq_len
     validation = f", {count(data.validation.num_tokens)} for validation" if data.validation else ""
-    active = f" ({count(model_config.num_active_parameters())} active)" if model_config.use_moe else ""
-    experts = (
-        f", {model_config.num_experts} experts, {model_config.num_experts_per_tok} a token"
-        if model_config.use_moe
-        else ""
-    )
+    architecture = active = experts = heads = ""
+    if model_config.use_moe:
+        active = f" ({count(model_config.num_active_parameters())} active)"
+        experts = f", {model_config.num_experts} experts, {model_config.num_experts_per_tok} a token"
+    if isinstance(model_config, TransformersConfig):
+        architecture = f"{model_config.architecture} of transformers, "
+    if model_config.num_attention_heads is not None:
+        heads = (
+            f", {model_config.num_attention_heads} heads, {model_config.num_key_value_heads} key/value heads"
+        )
     return [
         (
             "model",
             parts.custom_model
-            or f"{count(model_config.num_parameters())} parameters{active}: "
-            f"{model_config.num_hidden_layers} layers, hidden size {model_config.hidden_size}, "
-            f"{model_config.num_attention_heads} heads, "
-            f"{model_config.num_key_value_heads} key/value heads{experts}",
+            or f"{count(model_config.num_parameters())} parameters{active}: {architecture}"
+            f"{model_config.num_hidden_layers} layers, hidden size {model_config.hidden_size}"
+            f"{heads}{experts}",
         ),
         (
             "data",
@@ -93,23 +98,16 @@ def run_facts(
     total_steps: int,
 ) -> RunFacts:
     """Return what report.html shows of a run from its start; `rows` are those of the banner."""
+    defaults = PretrainConfig()  # sizes filled in
     options = {
         section.__doc__ or section.__name__: [
-            (field.flag, _option_text(getattr(config, name)), getattr(config, name) == field.default)
+            (field.flag, option_text(getattr(config, name)), getattr(config, name) == getattr(defaults, name))
             for name, field in schema_of(section).items()
         ]
         for section in CONFIG_SECTIONS
     }
     name = config.run_name or folder.path.resolve().name
     return RunFacts(name, total_steps, rows, data.report.lines(), options, environment)
-
-
-def _option_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
 
 
 def finished_result(folder: RunFolder, state: dict[str, Any], seconds: float) -> PretrainResult:

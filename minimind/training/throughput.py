@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil  # a dependency of Accelerate
 import torch
@@ -24,8 +24,7 @@ RECENT_INTERVALS = 10
 _WAITING = "data"
 
 
-@dataclass(frozen=True)
-class _Mark:
+class _Mark(NamedTuple):
     """The clock and the counters at one moment."""
 
     time: float

@@ -117,15 +117,19 @@ class Trainer(TimeLimits):
             set_schedule(self.optimizer, learning_rate, state.step)
             limit = self._loss_limit(batch)
             values = self.train_step(batch, limit)
+            sequences = batch.epoch, state.sequence, batch.num_sequences
             state.advance(batch, self.loader.sequences_per_epoch)
             self.meter.step(batch.num_tokens)
             last = state.step == self.last_step
-            record = StepRecord.of(
-                state,
-                batch,
-                self.loader.sequences_per_epoch,
+            record = StepRecord(
+                step=state.step,
+                epoch=state.epoch + state.sequence / self.loader.sequences_per_epoch,
+                tokens=state.tokens,
+                num_targets=batch.num_targets,
                 learning_rate=learning_rate,
+                digest=state.digest,
                 limit=limit,
+                sequences=sequences,
                 report=last or state.step % config.log_interval == 0,
             )
             self.metrics.enqueue(record, values)

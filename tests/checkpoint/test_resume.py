@@ -196,8 +196,8 @@ def test_a_second_run_is_refused_while_the_first_one_trains(
 
     def train_beside_others(trainer: Trainer) -> None:
         for resume in ([], ["--resume"]):
-            words = ["pretrain", *resume, "--output-dir", str(run), "--config", str(run / "config.toml")]
-            command = [sys.executable, "-m", "minimind_cli", *words, "--seed", "7"]
+            args = ["pretrain", *resume, "--output-dir", str(run), "--config", str(run / "config.toml")]
+            command = [sys.executable, "-m", "minimind_cli", *args, "--seed", "7"]
             paths = os.pathsep.join(filter(None, sys.path))
             env = os.environ | {"PYTHONPATH": paths, "COLUMNS": "1000"}
             refused.append(subprocess.run(command, env=env, capture_output=True, text=True))

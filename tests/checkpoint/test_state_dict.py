@@ -215,7 +215,7 @@ def test_another_topology_loads_the_same_state_and_continues_alike(
     assert topologies.train(accelerator, model, optimizer, 5, 7) == pytest.approx(losses[2:], rel=1e-6)
 
 
-def run_processes(folder: Path, *words: str, count: int = 2) -> None:
+def run_processes(folder: Path, *args: str, count: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -232,7 +232,7 @@ def run_processes(folder: Path, *words: str, count: int = 2) -> None:
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        command = [sys.executable, topologies.__file__, str(folder), *words]
+        command = [sys.executable, topologies.__file__, str(folder), *args]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )

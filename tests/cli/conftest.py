@@ -41,11 +41,11 @@ def plain_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the words of a command line; a string is split at spaces."""
+    """Run the arguments of a command line; a string is split at spaces."""
 
-    def command(*words: str) -> Finished:
+    def command(*args: str) -> Finished:
         with pytest.raises(SystemExit) as stop:
-            main(words[0].split() if len(words) == 1 else list(words))
+            main(args[0].split() if len(args) == 1 else list(args))
         captured = capsys.readouterr()
         code = stop.value.code
         assert isinstance(code, int)

@@ -58,9 +58,9 @@ def test_an_unknown_command_suggests_the_nearest(run: Command) -> None:
     assert (done.code, done.err) == (2, "error: No such command 'pretrian'. Did you mean 'pretrain'?\n")
 
 
-@pytest.mark.parametrize("words", [["generate", "x"], ["eval", "--data", "x"], ["export", "--output", "x"]])
-def test_text_in_the_place_of_a_path_is_refused(run: Command, words: list[str]) -> None:
-    done = run(words[0], "Once upon a time " * 20, *words[1:])
+@pytest.mark.parametrize("args", [["generate", "x"], ["eval", "--data", "x"], ["export", "--output", "x"]])
+def test_text_in_the_place_of_a_path_is_refused(run: Command, args: list[str]) -> None:
+    done = run(args[0], "Once upon a time " * 20, *args[1:])
     assert done.code == 2
     assert done.err == (
         "error: Once upon a time Once upon a time Once u... is too long for a file name; give a path.\n"
@@ -111,14 +111,14 @@ def test_a_command_that_processes_would_all_repeat_is_refused_under_a_launcher(
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "--version", "pretrain --help", "bench --help-all", "generate --help", ""]
+    "args", ["--help", "--version", "pretrain --help", "bench --help-all", "generate --help", ""]
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_help_and_version_are_printed_by_one_process(
-    run: Command, monkeypatch: pytest.MonkeyPatch, words: str, rank: str
+    run: Command, monkeypatch: pytest.MonkeyPatch, args: str, rank: str
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    done = run(*words.split())
+    done = run(*args.split())
     assert bool(done.out) == (rank == "0")
     assert done.err == ""
 

@@ -44,13 +44,13 @@ def test_it_prints_the_numbers_as_json_or_for_people(
 ) -> None:
     # Wide enough for the path of a file, however deep the folder of the tests lies.
     monkeypatch.setenv("COLUMNS", "400")
-    words = ["eval", str(folder / "run"), "--data", str(folder / "[ot]*.jsonl"), "--text-key", "body"]
-    words += ["--cache-dir", str(folder / "cache")]
-    found = json.loads(run(*words, "--json").out)
+    args = ["eval", str(folder / "run"), "--data", str(folder / "[ot]*.jsonl"), "--text-key", "body"]
+    args += ["--cache-dir", str(folder / "cache")]
+    found = json.loads(run(*args, "--json").out)
     assert found["max_seq_len"] == 48, "that of the run"
     assert found["tokens"] == sum(file["tokens"] for file in found["sources"][0]["files"])
     assert 8 < found["loss"] < 9.5
-    shown = run(*words)
+    shown = run(*args)
     assert (shown.code, shown.err) == (0, "")
     assert f"loss {found['loss']:.4f} | perplexity {found['perplexity']:.4g} |" in shown.out
     assert f"{found['bits_per_byte']:.4f} bits/byte | {found['tokens']:,} tokens" in shown.out
@@ -58,7 +58,7 @@ def test_it_prints_the_numbers_as_json_or_for_people(
     contexts = lines[next(n for n, line in enumerate(lines) if line.startswith("context")) + 1 :]
     assert [line.split()[0] for line in contexts] == ["1", "2-3", "4-7", "8-15", "16-31", "32-48"]
     assert sum("/one.jsonl" in line or "/two.jsonl" in line for line in lines) == 2
-    short = json.loads(run(*words, "--json", "--max-seq-len", "8", "--packing", "false").out)
+    short = json.loads(run(*args, "--json", "--max-seq-len", "8", "--packing", "false").out)
     assert (short["max_seq_len"], short["tokens"]) == (8, found["tokens"])
 
 
@@ -68,10 +68,10 @@ def test_what_nothing_was_measured_of_has_no_number(
     monkeypatch.setenv("COLUMNS", "400")
     (folder / "none.jsonl").write_text("")
     (folder / "short.jsonl").write_text('{"text": "a"}\n' * 3)
-    words = ["eval", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    args = ["eval", str(folder / "run"), "--cache-dir", str(folder / "cache")]
     for name in ("none", "short"):
-        words += ["--data", str(folder / f"{name}.jsonl")]
-    found = json.loads(run(*words, "--json").out)
+        args += ["--data", str(folder / f"{name}.jsonl")]
+    found = json.loads(run(*args, "--json").out)
     empty = dict.fromkeys(("loss", "perplexity", "bits_per_byte"))
     assert found["sources"][0] == {
         "data": str(folder / "none.jsonl"),
@@ -83,17 +83,15 @@ def test_what_nothing_was_measured_of_has_no_number(
     ends = found["contexts"][1]
     assert (ends["context"], ends["tokens"], ends["bits_per_byte"]) == ("2-3", 3, None)
     assert ends["loss"] > 0
-    lines = run(*words).out.splitlines()
+    lines = run(*args).out.splitlines()
     assert [line.split()[-4:] for line in lines if "none.jsonl" in line] == [["0", "-", "-", "-"]]
 
 
 def test_what_was_assumed_of_the_model_is_said(run: Command, folder: Path) -> None:
     export_model(folder / "run" / "model", folder / "pth", "minimind")
     (folder / "pth" / "pretrain_16.config.json").unlink()
-    words = ["eval", str(folder / "pth" / "pretrain_16.pth"), "--data", str(folder / "one.jsonl")]
-    done = run(
-        *words, "--text-key", "body", "--max-seq-len", "48", "--json", "--cache-dir", str(folder / "c")
-    )
+    args = ["eval", str(folder / "pth" / "pretrain_16.pth"), "--data", str(folder / "one.jsonl")]
+    done = run(*args, "--text-key", "body", "--max-seq-len", "48", "--json", "--cache-dir", str(folder / "c"))
     assert done.code == 0
     assert done.err.startswith(
         "note: configuration inferred from the tensors, with the original's defaults: rope_theta 1e+06"
@@ -105,15 +103,15 @@ def test_a_narrow_terminal_loses_no_column(
     run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    words = ["eval", str(folder / "run"), "--data", str(folder / "one.jsonl"), "--text-key", "body"]
-    lines = run(*words, "--cache-dir", str(folder / "cache")).out.splitlines()
+    args = ["eval", str(folder / "run"), "--data", str(folder / "one.jsonl"), "--text-key", "body"]
+    lines = run(*args, "--cache-dir", str(folder / "cache")).out.splitlines()
     table = [line.split() for line in lines[lines.index("") + 1 :]]
     assert table[0] == ["context", "tokens", "loss", "perplexity", "bits/byte"]
     assert [len(row) for row in table] == [5] * 7
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         ([], "error: --data is missing; give the evaluation data, or --tasks cloze for a score."),
         (
@@ -123,8 +121,8 @@ def test_a_narrow_terminal_loses_no_column(
         (["--datta", "x"], "error: unknown option --datta; did you mean '--data'?"),
     ],
 )
-def test_user_errors_are_reported(run: Command, words: list[str], sentence: str) -> None:
-    done = run("eval", "nowhere", *words)
+def test_user_errors_are_reported(run: Command, args: list[str], sentence: str) -> None:
+    done = run("eval", "nowhere", *args)
     assert (done.code, done.err.splitlines()[0]) == (2, sentence)
 
 
@@ -149,18 +147,18 @@ def test_the_same_weights_have_one_loss_by_every_path(
     capsys.readouterr()
     found = set()
     for path in ("run", "run/model", "run/checkpoints", f"run/checkpoints/{checkpoint.name}"):
-        words = ("eval", path, "--data", str(corpus), "--cache-dir", str(tmp_path / "cache"))
-        done = run(*words, "--json")
+        args = ("eval", path, "--data", str(corpus), "--cache-dir", str(tmp_path / "cache"))
+        done = run(*args, "--json")
         assert done.code == 0, done.err
         values = json.loads(done.out)
         found.add((values["max_seq_len"], values["loss"], values["tokens"]))
     ((length, _, _),) = found
     assert length == 24
-    assert "sequences of up to 24 tokens" in run(*words).out
+    assert "sequences of up to 24 tokens" in run(*args).out
 
 
 def test_a_folder_outside_of_a_run_has_the_default_length(run: Command, folder: Path) -> None:
     (folder / "run" / "model").rename(folder / "run" / "other")
-    words = ("eval", str(folder / "run" / "other"), "--data", str(folder / "one.jsonl"), "--text-key", "body")
-    done = run(*words, "--cache-dir", str(folder / "cache"))
+    args = ("eval", str(folder / "run" / "other"), "--data", str(folder / "one.jsonl"), "--text-key", "body")
+    done = run(*args, "--cache-dir", str(folder / "cache"))
     assert "--max-seq-len 512 is more than the 64 positions" in done.err

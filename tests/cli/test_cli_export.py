@@ -84,7 +84,7 @@ def test_the_next_command_suits_the_format(run: Command, calls: list[Any], forma
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         ("export out", "--output is missing; give a new folder for the model."),
         (
@@ -99,8 +99,8 @@ def test_the_next_command_suits_the_format(run: Command, calls: list[Any], forma
         ("export out --output x", "out does not exist; name a run folder"),
     ],
 )
-def test_user_errors_are_one_line_each(run: Command, words: str, sentence: str) -> None:
-    done = run(words)
+def test_user_errors_are_one_line_each(run: Command, args: str, sentence: str) -> None:
+    done = run(args)
     assert done.code == 2
     assert done.out == ""
     assert done.err.startswith(f"error: {sentence}")
@@ -135,8 +135,8 @@ def test_an_export_is_pushed_once_it_is_verified(
     monkeypatch.setattr("minimind.formats.hub.HubRepository", Repository)
     model = MiniMindForCausalLM(MiniMindConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
     save_model(model, tmp_path / "model")
-    words = ("export", str(tmp_path / "model"), "--output", str(tmp_path / "out"))
-    done = run(*words, "--push-to-hub", "tiny")
+    args = ("export", str(tmp_path / "model"), "--output", str(tmp_path / "out"))
+    done = run(*args, "--push-to-hub", "tiny")
     assert done.code == 0, done.err
     assert done.out.endswith("uploaded https://hub/ann/tiny; fill in the license in its README.md\n")
     assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded[0])

@@ -55,12 +55,12 @@ def test_a_prompt_may_begin_with_a_dash_behind_two_of_them(run: Command, folder:
 
 
 def test_json_tells_all_and_can_be_repeated(run: Command, folder: Path) -> None:
-    words = ["generate", str(folder), "one", "two", "--max-new-tokens", "8", "--json"]
-    lines = [json.loads(line) for line in run(*words).out.splitlines()]
+    args = ["generate", str(folder), "one", "two", "--max-new-tokens", "8", "--json"]
+    lines = [json.loads(line) for line in run(*args).out.splitlines()]
     assert [line["prompt"] for line in lines] == ["one", "two"]
     assert lines[1]["seed"] == lines[0]["seed"] + 1
     assert all((line["tokens"], line["ended"]) == (8, "length") for line in lines)
-    again = [json.loads(line) for line in run(*words, "--seed", str(lines[0]["seed"])).out.splitlines()]
+    again = [json.loads(line) for line in run(*args, "--seed", str(lines[0]["seed"])).out.splitlines()]
     assert again == lines
 
 
@@ -87,9 +87,9 @@ def test_a_standard_input_that_is_no_text_is_refused(
 
 
 def test_bytes_of_a_prompt_that_are_no_text_are_replaced(run: Command, folder: Path) -> None:
-    words = ["--max-new-tokens", "2", "--seed", "4"]
-    done = run("generate", str(folder), "a\udcff", *words)
-    assert (done.code, done.out) == (0, run("generate", str(folder), "a\ufffd", *words).out)
+    args = ["--max-new-tokens", "2", "--seed", "4"]
+    done = run("generate", str(folder), "a\udcff", *args)
+    assert (done.code, done.out) == (0, run("generate", str(folder), "a\ufffd", *args).out)
 
 
 @pytest.fixture
@@ -112,13 +112,13 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_in_a_terminal_prompts_are_asked_for(run: Command, folder: Path, answer: Callable[..., None]) -> None:
-    words = ["generate", str(folder), "--max-new-tokens", "8", "--seed", "4"]
+    args = ["generate", str(folder), "--max-new-tokens", "8", "--seed", "4"]
     answer("one", "two")
-    done = run(*words)
+    done = run(*args)
     assert done.code == 0
     assert done.out == "".join(expected(folder, [prompt], 4)[0] + "\n" for prompt in ("one", "two"))
     answer("one", "two")
-    lines = [json.loads(line) for line in run(*words, "--json").out.splitlines()]
+    lines = [json.loads(line) for line in run(*args, "--json").out.splitlines()]
     shown = [printable(line["prompt"] + line["text"], keep="\n\t") for line in lines]
     assert shown == done.out.splitlines()
     assert any(r"\x" in text for text in shown), "a control character that the model wrote"
@@ -135,7 +135,7 @@ def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["--top-p", "0"], "--top-p 0.0 is out of range; it must be above 0 and at most 1."),
         (["--top-k", "0"], "--top-k 0 is out of range; it must be at least 1, or none."),
@@ -145,9 +145,9 @@ def test_after_a_prompt_that_is_too_long_the_next_is_asked_for(
     ],
 )
 def test_user_errors_are_reported_before_the_model_is_read(
-    run: Command, words: list[str], sentence: str
+    run: Command, args: list[str], sentence: str
 ) -> None:
-    done = run("generate", "nowhere", "x", *words)
+    done = run("generate", "nowhere", "x", *args)
     assert done.code == 2
     assert sentence in done.err
     assert "nowhere" not in done.err

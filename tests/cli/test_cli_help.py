@@ -44,13 +44,13 @@ def test_every_command_has_examples_and_there_are_no_others() -> None:
 def test_an_example_names_a_command_and_its_options(line: str) -> None:
     assert len(line) <= 92
     program = next(program for program in PROGRAMS if line.startswith(program))
-    words = shlex.split(line.removeprefix(program))
+    args = shlex.split(line.removeprefix(program))
     command = COMMANDS[""]
-    while words and words[0] in getattr(command, "commands", {}):
-        command = command.commands[words.pop(0)]
+    while args and args[0] in getattr(command, "commands", {}):
+        command = command.commands[args.pop(0)]
     known = {"--help", *(flag for param in command.params for flag in (*param.opts, *param.secondary_opts))}
     assert command is not COMMANDS[""]
-    assert {word for word in words if word.startswith("--")} <= known
+    assert {word for word in args if word.startswith("--")} <= known
 
 
 # Every help that can be printed: a command, and the options of the command line that print it.
@@ -189,7 +189,7 @@ def test_help_takes_little_time_and_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"),
+    ("args", "offered"),
     [
         ("pretrain --preset mini", ["minimind2-small", "minimind-3", "minimind-3-moe", "minimind2"]),
         ("bench --preset ", list(PRESETS)),
@@ -205,9 +205,9 @@ def test_help_takes_little_time_and_no_torch() -> None:
     ],
 )
 def test_the_tab_key_offers_commands_options_and_values(
-    run: Command, words: str, offered: list[str], monkeypatch: pytest.MonkeyPatch
+    run: Command, args: str, offered: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = f"minimind-train {words}"
+    typed = f"minimind-train {args}"
     monkeypatch.setenv("_MINIMIND_TRAIN_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", typed)
     monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" ")) - 1))
@@ -219,10 +219,10 @@ def in_a_terminal(**variables: str) -> str:
     forcing = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE")
     environment = {name: value for name, value in os.environ.items() if name not in forcing}
     terminal, end = pty.openpty()
-    words = [sys.executable, "-m", "minimind_cli", "--help"]
+    args = [sys.executable, "-m", "minimind_cli", "--help"]
     # Linux reports the end of a terminal's other side as an error.
     with subprocess.Popen(
-        words, stdout=end, stderr=end, env={**environment, "TERM": "xterm-256color", **variables}
+        args, stdout=end, stderr=end, env={**environment, "TERM": "xterm-256color", **variables}
     ):
         os.close(end)
         shown = b""

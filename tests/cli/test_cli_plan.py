@@ -55,9 +55,9 @@ def test_json_is_all_there_is_on_standard_output(run: Command, planned: list[Any
     assert planned[0][2] is True
 
 
-@pytest.mark.parametrize("words", [("--json",), ("--price-per-hour", "1")])
-def test_options_of_a_plan_are_refused_without_it(run: Command, trained: list[Any], words: Any) -> None:
-    done = run("pretrain", "--hidden-size", "32", *words)
+@pytest.mark.parametrize("args", [("--json",), ("--price-per-hour", "1")])
+def test_options_of_a_plan_are_refused_without_it(run: Command, trained: list[Any], args: Any) -> None:
+    done = run("pretrain", "--hidden-size", "32", *args)
     assert done.code == 2
     assert "--plan" in done.err
     assert trained == []
@@ -82,11 +82,11 @@ from minimind_cli.app import main
 if os.environ["RANK"] == "1":
     minimind.planning.benchmark.time = types.SimpleNamespace(perf_counter=lambda: 3 * time.perf_counter())
 main(sys.argv[1:])"""
-    words = [*TINY, "--json", "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "out")]
+    args = [*TINY, "--json", "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("--no_python", sys.executable, "-c", code, *words),
+            *("--no_python", sys.executable, "-c", code, *args),
         ],
         capture_output=True,
         text=True,

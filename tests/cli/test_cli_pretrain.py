@@ -25,11 +25,11 @@ SHAPED = "--hidden-size 512"
 
 @pytest.mark.usefixtures("has_gpu")
 def test_a_full_command_line_trains_what_it_says(run: Command, trained: list[PretrainConfig]) -> None:
-    words = (
+    args = (
         "pretrain --epochs 2 --batch_size 32 --learning_rate 5e-4 --hidden_size 512 "
         "--num_hidden_layers 8 --max_seq_len 512"
     )
-    done = run(words)
+    done = run(args)
     assert (done.code, done.err) == (0, "")
     assert trained == [
         PretrainConfig(
@@ -111,8 +111,8 @@ def test_who_names_a_size_is_not_asked_for_a_gpu(
 ) -> None:
     monkeypatch.setattr("minimind_cli.config_options.has_gpu", lambda: pytest.fail("asked for a GPU"))
     (tmp_path / "run.toml").write_text("epochs = 2\n")
-    words = size.split() + ([str(tmp_path / "run.toml")] if size == "--config" else [])
-    assert run("pretrain", *words).code == 0
+    args = size.split() + ([str(tmp_path / "run.toml")] if size == "--config" else [])
+    assert run("pretrain", *args).code == 0
     assert len(trained) == 1
 
 
@@ -125,7 +125,7 @@ def test_the_cpu_asked_for_counts_as_no_gpu(
 
 
 @pytest.mark.parametrize(
-    ("words", "name", "value"),
+    ("args", "name", "value"),
     [
         ("--data-path a.txt --data b.txt", "data", ("a.txt", "b.txt")),
         ("--data_path=a_b.txt", "data", ("a_b.txt",)),
@@ -160,9 +160,9 @@ def test_the_cpu_asked_for_counts_as_no_gpu(
     ],
 )
 def test_flags_in_every_spelling(
-    run: Command, trained: list[PretrainConfig], words: str, name: str, value: object
+    run: Command, trained: list[PretrainConfig], args: str, name: str, value: object
 ) -> None:
-    done = run(f"pretrain {SHAPED} {words}")
+    done = run(f"pretrain {SHAPED} {args}")
     assert (done.code, done.err) == (0, "")
     assert getattr(trained[0], name) == value
 
@@ -191,7 +191,7 @@ def test_all_user_errors_are_reported_together_one_a_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "advice"),
+    ("args", "advice"),
     [
         ("--device cuda:1", "put CUDA_VISIBLE_DEVICES=1 before the command"),
         ("--num_experts 8", "add --use-moe"),
@@ -205,9 +205,9 @@ def test_all_user_errors_are_reported_together_one_a_line(
     ],
 )
 def test_a_mistake_says_what_to_do(
-    run: Command, trained: list[PretrainConfig], words: str, advice: str
+    run: Command, trained: list[PretrainConfig], args: str, advice: str
 ) -> None:
-    done = run(f"pretrain {SHAPED} {words}")
+    done = run(f"pretrain {SHAPED} {args}")
     assert done.code == 2
     assert [line.startswith("error: ") and advice in line for line in done.err.splitlines()] == [True]
     assert trained == []
@@ -233,7 +233,7 @@ def test_a_wrong_key_in_the_file_suggests_the_nearest(run: Command, tmp_path: Pa
 def test_the_printed_configuration_can_be_read_back(
     run: Command, trained: list[PretrainConfig], tmp_path: Path
 ) -> None:
-    words = [
+    args = [
         "--preset",
         "minimind-3",
         "--data",
@@ -243,13 +243,13 @@ def test_the_printed_configuration_can_be_read_back(
         "--use_wandb",
         "--resume",
     ]
-    printed = run("pretrain", *words, "--print-config")
+    printed = run("pretrain", *args, "--print-config")
     assert (printed.code, printed.err) == (0, "")
     assert trained == []
     file = tmp_path / "run.toml"
     file.write_text(printed.out, encoding="utf-8")
     assert run("pretrain", "--config", str(file)).code == 0
-    assert run("pretrain", *words).code == 0
+    assert run("pretrain", *args).code == 0
     assert trained[0] == trained[1]
 
 
@@ -309,13 +309,13 @@ def test_the_first_screen_of_a_run_has_at_most_20_lines(run: Command, tmp_path: 
         lines = [f'{{"text": "{"the cat sat on a mat " * (4 + line % 3)}{line % 9}"}}' for line in range(20)]
         (data / f"{number}.jsonl").write_text("\n".join([*lines, f"not JSON {number}", '{"text": ""}']))
         (data / f"{number}.unknown{number}").touch()
-    words = (
+    args = (
         *("pretrain", "--data", str(data), "--cache-dir", "cache", "--bad-lines", "skip", "--max-steps", "1"),
         *("--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
         *("--max-seq-len", "32", "--val-fraction", "0.2", "--tracker", "none", "--eval-interval", "100"),
     )
     for folder, extra in (("short", ()), ("long", ("--verbose",))):
-        done = run(*words, "--output-dir", folder, *extra)
+        done = run(*args, "--output-dir", folder, *extra)
         assert done.code == 0, done.err
         first_screen = done.out.partition("step 0/1 | val loss")[0]
         rows = sum(-(-len(line) // 80) for line in first_screen.splitlines())

@@ -60,6 +60,7 @@ def test_info_plots_the_losses_of_a_run(run: Command, tmp_path: Path) -> None:
     drawn = picture.read_text(encoding="utf-8")
     for text in ("training", "validation", "training tokens", "loss (nats per token)"):
         assert f"<!-- {text} -->" in drawn, text
+    assert 'width="396pt" height="259.2pt"' in drawn  # 5.5 x 3.6 inches, for a page
     refused = run("info", folder, "--plot", str(tmp_path / "loss.bmp"))
     assert (refused.code, "must end in .png, .pdf or .svg" in refused.err) == (2, True)
     refused = run("info", folder, "--plot", str(tmp_path / "nowhere" / "loss.png"))
@@ -87,8 +88,8 @@ def test_compare_prints_tables_and_takes_names_for_text(run: Command, tmp_path: 
     assert done.code == 0, done.err
     assert "[red]a" in done.out
     assert done.out.count("--learning-rate") == 1
-    for words in ("training loss", "bits/byte at equal tokens", "options that differ"):
-        assert words in done.out
+    for phrase in ("training loss", "bits/byte at equal tokens", "options that differ"):
+        assert phrase in done.out
     assert "code, packages" not in done.out, "nothing of these differs"
     assert "wrote" not in done.out
 
@@ -147,12 +148,12 @@ def test_what_a_run_recorded_reaches_the_terminal_escaped(run: Command, tmp_path
         make_run(tmp_path / "a", environment={"device": HOSTILE, "python": HOSTILE}, data=(HOSTILE,))
     )
     make_run(tmp_path / "b")
-    for words in (["info", folder], ["compare", folder, str(tmp_path / "b")], ["reproduce", folder]):
-        done = run(*words)
+    for args in (["info", folder], ["compare", folder, str(tmp_path / "b")], ["reproduce", folder]):
+        done = run(*args)
         assert done.code == 0, done.err
         shown = done.out + done.err
         assert "x1b]0;PWNED" in shown
-        assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), words
+        assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), args
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": HOSTILE}))

@@ -49,11 +49,11 @@ def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_items")
 def test_the_packaged_items_need_nothing(run: Command, folder: Path) -> None:
-    words = ["eval", str(folder), "--max-seq-len", "64", "--tasks"]
-    found = json.loads(run(*words, "cloze", "--json").out)
+    args = ["eval", str(folder), "--max-seq-len", "64", "--tasks"]
+    found = json.loads(run(*args, "cloze", "--json").out)
     assert found["model"] == str(folder)
     assert [score["task"] for score in found["scores"]] == ["cloze_en", "cloze_zh"]
-    shown = run(*words, "cloze_zh").out
+    shown = run(*args, "cloze_zh").out
     assert shown.startswith("cloze_zh  ")
     assert "of 10 items (95% interval " in shown
     assert "chance 25%)" in shown
@@ -61,17 +61,17 @@ def test_the_packaged_items_need_nothing(run: Command, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["--per-document", "x.jsonl", "--tasks", "cloze"], "--per-document needs --data."),
         (["--tasks", "arc_easy"], "--tasks arc_easy needs the package lm-eval ("),
     ],
 )
 def test_mistakes_are_explained(
-    words: list[str], sentence: str, run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], sentence: str, run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    done = run("eval", str(folder), "--max-seq-len", "64", *words)
+    done = run("eval", str(folder), "--max-seq-len", "64", *args)
     assert done.code == 2
     assert done.err.startswith(f"error: {sentence}")
 
@@ -87,9 +87,9 @@ def test_each_document_has_its_loss(run: Command, folder: Path, tmp_path: Path) 
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / f"{name}.jsonl").write_text(lines)
     out = tmp_path / "losses.jsonl"
-    words = ["eval", str(folder), "--max-seq-len", "16", "--cache-dir", str(tmp_path / "c"), "--json"]
-    words += ["--data", str(tmp_path / "[ab].jsonl"), "--per-document"]
-    total = json.loads(run(*words, str(out)).out)
+    args = ["eval", str(folder), "--max-seq-len", "16", "--cache-dir", str(tmp_path / "c"), "--json"]
+    args += ["--data", str(tmp_path / "[ab].jsonl"), "--per-document"]
+    total = json.loads(run(*args, str(out)).out)
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(Path(line["file"]).name, line["document"]) for line in found] == [
         ("a.jsonl", 0),
@@ -108,7 +108,7 @@ def test_each_document_has_its_loss(run: Command, folder: Path, tmp_path: Path) 
     alone = evaluate_text(str(folder), config, per_document=True)
     assert alone.documents[0].evaluation.loss == pytest.approx(found[1]["loss"], rel=1e-5)
     assert evaluate_text(str(folder), config).documents == ()
-    done = run(*words, str(tmp_path / "missing" / "x.jsonl"))
+    done = run(*args, str(tmp_path / "missing" / "x.jsonl"))
     assert done.code == 2
     assert done.err.startswith("error: --per-document: cannot write ")
 

@@ -30,8 +30,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_tokenize_builds_the_cache_once_and_reports(run: Command, corpus: Path, tmp_path: Path) -> None:
-    words = ["tokenize", "--data", str(corpus), "--text_key", "body", "--cache_dir", str(tmp_path / "cache")]
-    first, second = run(*words), run(*words)
+    args = ["tokenize", "--data", str(corpus), "--text_key", "body", "--cache_dir", str(tmp_path / "cache")]
+    first, second = run(*args), run(*args)
     assert (first.code, second.code) == (0, 0)
     assert first.out.startswith("tokenized\n")
     assert second.out.startswith("found in the cache\n")
@@ -61,8 +61,8 @@ def test_tokenize_reports_all_mistakes(run: Command) -> None:
 
 def test_a_trained_tokenizer_can_be_inspected(run: Command, corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
-    words = ["tokenizer", "train", "--data", str(corpus), "--text-key", "body", "--output_dir", str(folder)]
-    done = run(*words, "--vocab_size", "300")
+    args = ["tokenizer", "train", "--data", str(corpus), "--text-key", "body", "--output_dir", str(folder)]
+    done = run(*args, "--vocab_size", "300")
     assert (done.code, done.err) == (0, "")
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.vocab_size == 300
@@ -76,7 +76,7 @@ def test_a_trained_tokenizer_can_be_inspected(run: Command, corpus: Path, tmp_pa
     )
     assert f"{len(tokenizer.encode(text))} tokens, {len(text)} bytes" in shown
 
-    again = run(*words)
+    again = run(*args)
     assert again.code == 2
     assert "already holds a tokenizer" in again.err
 

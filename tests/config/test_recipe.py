@@ -78,17 +78,6 @@ def test_weight_decay_falls_with_the_steps(rate: float, one: int, other: int) ->
     assert 0.3 >= recipe.weight_decay(rate, few) >= recipe.weight_decay(rate, many) >= 0.005
 
 
-@given(st.floats(1e5, 1e10), st.floats(1e5, 1e10), st.sampled_from([1024, 6400, 16384]))
-def test_the_shape_grows_with_the_parameters(one: float, other: float, vocab_size: int) -> None:
-    sizes = [recipe.choose_shape(n, vocab_size).parameters(vocab_size) for n in sorted((one, other))]
-    assert sizes[0] <= sizes[1]
-
-
-def test_a_shape_of_the_ladder_is_its_own_choice() -> None:
-    for shape in LADDER:
-        assert recipe.choose_shape(shape.parameters(6400), 6400) == shape
-
-
 def test_the_ladder_has_valid_shapes_of_growing_size() -> None:
     blocks = [shape.block_parameters for shape in LADDER]
     assert blocks == sorted(blocks)

@@ -163,21 +163,21 @@ def test_an_unset_value_is_written_as_a_comment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (None, "cannot be read (No such file or directory)"),
         (b"count = = 3", "is not valid TOML"),
         (b"title = '\xff'", "is not UTF-8 text"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "run.toml"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         read_toml(path)
     assert f"--config {path}" in str(caught.value)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,11 +37,11 @@ def test_global_size_stays_while_processes_and_micro_batches_change(batch, proce
     assert plan.global_batch_size == wanted
 
 
-@given(rows=st.integers(1, 5000))
-def test_micro_batches_to_try_make_up_a_step_and_are_few(rows):
-    sizes = candidate_micro_batches(rows)
-    assert (sizes[0], sizes[-1]) == (1, rows)
-    assert all(rows % size == 0 for size in sizes)
+@given(sequences=st.integers(1, 5000))
+def test_micro_batches_to_try_make_up_a_step_and_are_few(sequences):
+    sizes = candidate_micro_batches(sequences)
+    assert (sizes[0], sizes[-1]) == (1, sequences)
+    assert all(sequences % size == 0 for size in sizes)
     assert all(large >= 2 * small for small, large in pairwise(sizes))
 
 
@@ -50,7 +50,7 @@ def test_micro_batches_of_a_power_of_two_are_the_powers_below():
 
 
 @pytest.mark.parametrize(
-    ("options", "rows"),
+    ("options", "sequences"),
     [
         ({"batch_size": 8}, 16),
         ({"batch_size": 8, "accumulation_steps": 3}, 48),
@@ -60,11 +60,11 @@ def test_micro_batches_of_a_power_of_two_are_the_powers_below():
         ({"batch_size": "auto", "global_batch_size": 96}, 96),
     ],
 )
-def test_auto_leaves_a_step_the_sequences_of_the_default(options, rows):
+def test_auto_leaves_a_step_the_sequences_of_the_default(options, sequences):
     config = PretrainConfig(**options)
-    assert sequences_per_step(config, 2) == rows
+    assert sequences_per_step(config, 2) == sequences
     if options["batch_size"] != "auto":
-        assert plan_batches(config, 2).global_batch_size == rows
+        assert plan_batches(config, 2).global_batch_size == sequences
 
 
 @given(batch=small, processes=small, wanted=st.integers(1, 300))
@@ -97,12 +97,12 @@ def test_refusal_names_the_options_and_the_values_that_fit():
         plan_batches(PretrainConfig(batch_size=3, global_batch_size=4), 1)
 
 
-def steps(*, rows: int = 1000, tokens_per_row: int = 100, batch: int = 64, **limits) -> int:
+def steps(*, sequences: int = 1000, tokens_per_sequence: int = 100, batch: int = 64, **limits) -> int:
     return count_steps(
         PretrainConfig(**limits),
-        steps_per_epoch=-(-rows // batch),
-        tokens_per_epoch=rows * tokens_per_row,
-        tokens_per_step=batch * tokens_per_row,
+        steps_per_epoch=-(-sequences // batch),
+        tokens_per_epoch=sequences * tokens_per_sequence,
+        tokens_per_step=batch * tokens_per_sequence,
     )
 
 
@@ -126,17 +126,17 @@ def test_other_limits_go_beyond_one_epoch_unless_epochs_are_given():
 
 
 @given(
-    rows=st.integers(1, 500),
+    sequences=st.integers(1, 500),
     batch=st.integers(1, 64),
     epochs=st.integers(1, 4),
     tokens=st.integers(1, 300_000),
 )
-def test_steps_for_a_number_of_tokens_are_the_fewest_that_train_them(rows, batch, epochs, tokens):
+def test_steps_for_a_number_of_tokens_are_the_fewest_that_train_them(sequences, batch, epochs, tokens):
     """Against walking through the epochs step by step, the last step of an epoch being short."""
     trained = walked = 0
     for _ in range(epochs):
-        for first in range(0, rows, batch):
+        for first in range(0, sequences, batch):
             if trained < tokens:
-                trained += 100 * min(batch, rows - first)
+                trained += 100 * min(batch, sequences - first)
                 walked += 1
-    assert steps(rows=rows, batch=batch, epochs=epochs, max_tokens=tokens) == walked
+    assert steps(sequences=sequences, batch=batch, epochs=epochs, max_tokens=tokens) == walked

@@ -41,41 +41,41 @@ def test_every_token_that_follows_another_is_a_target_once(
     for process in range(processes):
         windows = whole.share(process, processes)
         for first in range(0, len(windows), 3):
-            rows = window_batch(shards, windows, slice(first, first + 3), pad_token_id=60_000)
-            assert rows.input_ids.shape[1] <= length
-            for row, place in zip(*np.nonzero(rows.labels != IGNORED), strict=True):
-                token, before = int(rows.labels[row, place]), int(rows.input_ids[row, place])
+            cut = window_batch(shards, windows, slice(first, first + 3), pad_token_id=60_000)
+            assert cut.input_ids.shape[1] <= length
+            for sequence, place in zip(*np.nonzero(cut.labels != IGNORED), strict=True):
+                token, before = int(cut.labels[sequence, place]), int(cut.input_ids[sequence, place])
                 assert token == before + 1
                 document = int(np.searchsorted(ends, token, side="right"))
-                assert rows.documents[row, place] == document
-                context = int(rows.position_ids[row, place]) + 1
+                assert cut.documents[sequence, place] == document
+                context = int(cut.position_ids[sequence, place]) + 1
                 assert token - context >= starts[document]
                 if not packing:
                     assert context >= min(token - starts[document], length - stride)
                 # What it may attend to is of its document and reaches back to position 0.
-                same = np.arange(rows.input_ids.shape[1]) <= place
-                if rows.document_ids is not None:
-                    same &= rows.document_ids[row] == rows.document_ids[row, place]
-                assert rows.input_ids[row, same].tolist() == list(range(token - context, token))
+                same = np.arange(cut.input_ids.shape[1]) <= place
+                if cut.document_ids is not None:
+                    same &= cut.document_ids[sequence] == cut.document_ids[sequence, place]
+                assert cut.input_ids[sequence, same].tolist() == list(range(token - context, token))
                 met.append(token)
     assert sorted(met) == [t for s, e in zip(starts, ends, strict=True) for t in range(s + 1, e)]
 
 
 def test_packed_windows_are_the_sequences_of_a_validation(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [30, 5, 1, 44, 2, 18, 60, 7])
-    rows = window_batch(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
+    cut = window_batch(shards, packed_windows(shards, 16), slice(None), pad_token_id=0)
     batches = evaluation_batches(
         shards, seq_len=16, packing=True, batch_size=20, process_index=0, num_processes=1, device="cpu"
     )
     (batch,) = batches
-    count = len(rows.labels)
-    assert torch.equal(torch.from_numpy(rows.labels), batch.shift_labels[:count])
+    count = len(cut.labels)
+    assert torch.equal(torch.from_numpy(cut.labels), batch.shift_labels[:count])
     assert (batch.shift_labels[count:] == IGNORED).all()
-    real = torch.from_numpy(rows.labels) != IGNORED
+    real = torch.from_numpy(cut.labels) != IGNORED
     for ours, theirs in (
-        (rows.input_ids, batch.input_ids),
-        (rows.document_ids, batch.document_ids),
-        (rows.position_ids, batch.position_ids),
+        (cut.input_ids, batch.input_ids),
+        (cut.document_ids, batch.document_ids),
+        (cut.position_ids, batch.position_ids),
     ):
         assert torch.equal(torch.from_numpy(ours)[real], theirs[:count][real])
 

@@ -203,8 +203,10 @@ def test_the_pieces_of_a_step_spell_its_sequences(shards, packing, process):
     loader = loader_for(shards, process=process, packing=packing)
     pieces_seen = rows_of_padding = 0
     for step in loader.steps(1):
-        rows = [(batch, i) for batch in step.micro_batches for i in range(4)]
-        for (number, pieces), (batch, i) in zip(loader.pieces(1, 24 * step.step_in_epoch), rows, strict=True):
+        sequences = [(batch, i) for batch in step.micro_batches for i in range(4)]
+        for (number, pieces), (batch, i) in zip(
+            loader.pieces(1, 24 * step.step_in_epoch), sequences, strict=True
+        ):
             assert 24 * step.step_in_epoch <= number < 24 * (step.step_in_epoch + 1)
             spelled = [token for piece in pieces for token in loader.tokens(piece)[: piece.length]]
             assert batch.input_ids[i, : len(spelled)].tolist() == spelled
@@ -226,7 +228,7 @@ def test_the_pieces_of_all_processes_are_every_input_of_an_epoch_once(shards):
     seen = []
     for process in range(3):
         loader = loader_for(shards, process=process)
-        for row in range(0, loader.sequences_per_epoch, 24):
-            for _, pieces in loader.pieces(0, row):
+        for first_sequence in range(0, loader.sequences_per_epoch, 24):
+            for _, pieces in loader.pieces(0, first_sequence):
                 seen += [(p.document, p.start + k) for p in pieces for k in range(p.length)]
     assert len(seen) == len(set(seen)) == shards.num_tokens - 1

@@ -39,7 +39,7 @@ def order_of(shards, weights, *, seq_len, packing, seed=7):
     return MixedOrder(shards, weights, seq_len=seq_len, packing=packing, seed=seed, window_tokens=100)
 
 
-def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row=0, seed=7):
+def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, sequence=0, seed=7):
     return list(
         StepBuilder(
             shards,
@@ -49,25 +49,25 @@ def steps_of(shards, weights, *, seq_len, packing, plan, process=0, epoch=0, row
             plan=plan,
             process_index=process,
             pad_token_id=PAD,
-        ).steps(epoch, row)
+        ).steps(epoch, sequence)
     )
 
 
-def rows_of(shards, weights, *, plan=ONE_PROCESS, **where):
+def sequences_of(shards, weights, *, plan=ONE_PROCESS, **where):
     """The sequences of an epoch in order, put together from all processes: (inputs, labels) each."""
-    rows = []
+    sequences = []
     parts = [steps_of(shards, weights, plan=plan, process=r, **where) for r in range(plan.num_processes)]
     for step in zip(*parts, strict=True):
         assert len({(p.digest, p.num_targets, p.num_tokens, p.num_sequences) for p in step}) == 1
         b = plan.micro_batch_size
         together = [
-            row
+            sequence
             for k in range(plan.accumulation_steps)
             for part in step
-            for row in zip(*(a[k * b : (k + 1) * b].tolist() for a in part.arrays.wide), strict=True)
+            for sequence in zip(*(a[k * b : (k + 1) * b].tolist() for a in part.arrays.wide), strict=True)
         ]
-        rows += together[: step[0].num_sequences]
-    return rows
+        sequences += together[: step[0].num_sequences]
+    return sequences
 
 
 @quick
@@ -83,7 +83,7 @@ def test_no_document_comes_again_before_its_entry_was_read_whole(
     met = Counter(
         token
         for epoch in range(epochs)
-        for inputs, _ in rows_of(shards, weights, epoch=epoch, **where)
+        for inputs, _ in sequences_of(shards, weights, epoch=epoch, **where)
         for token in inputs
         if token != PAD
     )
@@ -125,15 +125,18 @@ def test_shares_are_met_in_every_epoch_to_within_a_few_documents(make_shards, le
     owner = np.repeat(np.arange(len(lengths)), [sum(n) for n in lengths])
     # A window may begin a document late in each entry, and sequences are permuted at both ends of the epoch.
     slack = 2 * sum(max(n) for n in lengths) + 2 * seq_len + 100
-    rows = 0
+    sequences = 0
     tokens = np.zeros(len(lengths))
     for epoch in range(3):
-        inputs = [row[0] for row in rows_of(shards, weights, seq_len=seq_len, packing=True, epoch=epoch)]
-        rows += len(inputs)
-        assert rows == (epoch + 1) * -(-(shards.num_tokens - 1) // seq_len)
+        inputs = [
+            sequence[0]
+            for sequence in sequences_of(shards, weights, seq_len=seq_len, packing=True, epoch=epoch)
+        ]
+        sequences += len(inputs)
+        assert sequences == (epoch + 1) * -(-(shards.num_tokens - 1) // seq_len)
         tokens += np.bincount(owner[np.concatenate(inputs)], minlength=len(lengths))
-        assert tokens.sum() == rows * seq_len
-        assert np.abs(tokens - np.array(weights) * rows * seq_len).max() <= slack
+        assert tokens.sum() == sequences * seq_len
+        assert np.abs(tokens - np.array(weights) * sequences * seq_len).max() <= slack
 
 
 def test_shares_are_met_within_each_window_of_a_larger_corpus(make_shards):
@@ -194,8 +197,8 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(
     shards = make(make_shards, lengths)
     weights = weights_for(lengths, epoch)
     where = {"seq_len": seq_len, "packing": packing, "epoch": epoch}
-    one = rows_of(shards, weights, plan=BatchPlan(1, 6, 1), **where)
-    assert rows_of(shards, weights, plan=BatchPlan(*shape), **where) == one
+    one = sequences_of(shards, weights, plan=BatchPlan(1, 6, 1), **where)
+    assert sequences_of(shards, weights, plan=BatchPlan(*shape), **where) == one
 
 
 @quick
@@ -206,11 +209,11 @@ def test_starting_at_any_sequence_gives_the_tail_of_the_epoch(
     shards = make(make_shards, lengths)
     weights = weights_for(lengths, epoch)
     where = {"seq_len": seq_len, "packing": packing, "epoch": epoch}
-    whole = rows_of(shards, weights, **where)
-    row = data.draw(st.integers(0, len(whole) - 1))
-    assert rows_of(shards, weights, row=row, **where) == whole[row:]
+    whole = sequences_of(shards, weights, **where)
+    sequence = data.draw(st.integers(0, len(whole) - 1))
+    assert sequences_of(shards, weights, sequence=sequence, **where) == whole[sequence:]
     digests = [step.digest for step in steps_of(shards, weights, plan=BatchPlan(2, 1, 1), **where)]
-    later = steps_of(shards, weights, plan=BatchPlan(2, 1, 1), row=len(whole) // 2 // 2 * 2, **where)
+    later = steps_of(shards, weights, plan=BatchPlan(2, 1, 1), sequence=len(whole) // 2 // 2 * 2, **where)
     assert [step.digest for step in later] == digests[len(whole) // 2 // 2 :]
 
 
@@ -219,7 +222,7 @@ def test_starting_at_any_sequence_gives_the_tail_of_the_epoch(
 def test_packed_sequences_are_full_and_labels_follow_their_inputs(make_shards, lengths, seq_len, seed):
     shards = make(make_shards, lengths)
     firsts = set(shards.offsets[:-1].tolist())
-    for inputs, labels in rows_of(
+    for inputs, labels in sequences_of(
         shards, weights_for(lengths, seed), seq_len=seq_len, packing=True, epoch=seed % 4
     ):
         assert PAD not in inputs
@@ -235,7 +238,7 @@ def test_epochs_and_seeds_have_different_orders(make_shards, packing):
     lengths = [np.random.default_rng(i).integers(2, 60, 200).tolist() for i in range(2)]
     shards = make(make_shards, lengths)
     orders = [
-        rows_of(shards, (0.5, 0.5), seq_len=16, packing=packing, epoch=epoch, seed=seed)
+        sequences_of(shards, (0.5, 0.5), seq_len=16, packing=packing, epoch=epoch, seed=seed)
         for epoch, seed in ((0, 7), (1, 7), (0, 8))
     ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -247,5 +250,5 @@ def test_epochs_and_seeds_have_different_orders(make_shards, packing):
         assert passes[0] != passes[1] != sorted(passes[1])
     # Documents of both entries share sequences: they are mixed within a window, not laid one after the other.
     if packing:
-        owner = [int(np.array(row[0][:1])[0] >= shards.parts[0].num_tokens) for row in orders[0]]
+        owner = [int(np.array(sequence[0][:1])[0] >= shards.parts[0].num_tokens) for sequence in orders[0]]
         assert max(len(list(run)) for _, run in groupby(owner)) < 40

@@ -22,7 +22,7 @@ plans = st.builds(BatchPlan, st.integers(1, 4), st.integers(1, 3), st.integers(1
 
 
 def steps_of(
-    shards, *, seq_len, plan, process=0, packing=True, epoch=0, row=0, shuffle=True, seed=7, small=True
+    shards, *, seq_len, plan, process=0, packing=True, epoch=0, sequence=0, shuffle=True, seed=7, small=True
 ):
     sizes = {"window_blocks": 3} if small else {}
     order = SequenceOrder(shards, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle, **sizes)
@@ -35,13 +35,13 @@ def steps_of(
             plan=plan,
             process_index=process,
             pad_token_id=PAD,
-        ).steps(epoch, row)
+        ).steps(epoch, sequence)
     )
 
 
-def global_rows(shards, plan, **kwargs):
+def global_sequences(shards, plan, **kwargs):
     """All sequences of an epoch in order, from all processes: a list of (inputs, labels, …)."""
-    rows = []
+    sequences = []
     for parts in zip(
         *(steps_of(shards, plan=plan, process=r, **kwargs) for r in range(plan.num_processes)), strict=True
     ):
@@ -52,12 +52,12 @@ def global_rows(shards, plan, **kwargs):
                 arrays = [*part.arrays.wide, *(part.arrays.narrow if part.arrays.narrow is not None else ())]
                 b = plan.micro_batch_size
                 step += zip(*(a[k * b : (k + 1) * b].tolist() for a in arrays), strict=True)
-        labels = [row[1] for row in step]
-        assert sum(label != -100 for row in labels for label in row) == parts[0].num_targets
+        labels = [sequence[1] for sequence in step]
+        assert sum(label != -100 for sequence in labels for label in sequence) == parts[0].num_targets
         missing = step[parts[0].num_sequences :]
-        assert all(set(row[0]) == {PAD} and set(row[1]) == {-100} for row in missing)
-        rows += step[: parts[0].num_sequences]
-    return rows
+        assert all(set(sequence[0]) == {PAD} and set(sequence[1]) == {-100} for sequence in missing)
+        sequences += step[: parts[0].num_sequences]
+    return sequences
 
 
 @quick
@@ -66,10 +66,10 @@ def test_packed_sequences_make_every_token_but_first_ones_a_target_once(
     make_shards, lengths, seq_len, plan, epoch, split
 ):
     shards = make_shards(lengths, shard_tokens=50 if split else 1 << 28)
-    rows = global_rows(shards, plan, seq_len=seq_len, epoch=epoch)
-    assert len(rows) == math.ceil((sum(lengths) - 1) / seq_len)
+    sequences = global_sequences(shards, plan, seq_len=seq_len, epoch=epoch)
+    assert len(sequences) == math.ceil((sum(lengths) - 1) / seq_len)
     firsts = {int(start) for start in shards.offsets[:-1]}
-    targets = Counter(label for row in rows for label in row[1] if label != -100)
+    targets = Counter(label for sequence in sequences for label in sequence[1] if label != -100)
     assert targets == Counter(set(range(sum(lengths))) - firsts)
     inputs = sum(step.num_tokens for step in steps_of(shards, plan=plan, seq_len=seq_len, epoch=epoch))
     assert inputs == sum(lengths) - 1
@@ -80,7 +80,7 @@ def test_packed_sequences_make_every_token_but_first_ones_a_target_once(
 def test_nothing_in_a_packed_sequence_crosses_documents(make_shards, lengths, seq_len, epoch):
     shards = make_shards(lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    for inputs, labels, documents, positions in global_rows(
+    for inputs, labels, documents, positions in global_sequences(
         shards, BatchPlan(2, 1, 1), seq_len=seq_len, epoch=epoch
     ):
         real = [t for t in inputs if t != PAD]
@@ -98,13 +98,13 @@ def test_nothing_in_a_packed_sequence_crosses_documents(make_shards, lengths, se
 @given(lengths_of_documents, st.integers(2, 50), plans, st.booleans(), st.integers(0, 2))
 def test_padded_sequences_equal_a_plain_reference(make_shards, lengths, seq_len, plan, shuffle, epoch):
     shards = make_shards(lengths)
-    rows = global_rows(shards, plan, seq_len=seq_len, packing=False, epoch=epoch, shuffle=shuffle)
+    sequences = global_sequences(shards, plan, seq_len=seq_len, packing=False, epoch=epoch, shuffle=shuffle)
     expected = []
     for start, length in zip(shards.offsets, lengths, strict=False):
         tokens = list(range(start, start + length))[: seq_len + 1]
         blank = seq_len - len(tokens) + 1
         expected.append((tokens[:-1] + [PAD] * blank, tokens[1:] + [-100] * blank))
-    assert (sorted(rows) == sorted(expected)) if shuffle else (rows == expected)
+    assert (sorted(sequences) == sorted(expected)) if shuffle else (sequences == expected)
 
 
 @quick
@@ -116,8 +116,8 @@ def test_padded_sequences_equal_a_plain_reference(make_shards, lengths, seq_len,
 )
 def test_steps_do_not_depend_on_processes_or_micro_batches(make_shards, lengths, seq_len, packing, shape):
     shards = make_shards(lengths)
-    one = global_rows(shards, BatchPlan(1, 6, 1), seq_len=seq_len, packing=packing)
-    assert global_rows(shards, BatchPlan(*shape), seq_len=seq_len, packing=packing) == one
+    one = global_sequences(shards, BatchPlan(1, 6, 1), seq_len=seq_len, packing=packing)
+    assert global_sequences(shards, BatchPlan(*shape), seq_len=seq_len, packing=packing) == one
     digests = [s.digest for s in steps_of(shards, plan=BatchPlan(1, 6, 1), seq_len=seq_len, packing=packing)]
     other = steps_of(shards, plan=BatchPlan(*shape), process=shape[2] - 1, seq_len=seq_len, packing=packing)
     assert [s.digest for s in other] == digests
@@ -128,9 +128,12 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(make_shards, lengths,
 def test_starting_at_any_sequence_gives_the_tail_of_the_epoch(make_shards, lengths, seq_len, packing, data):
     shards = make_shards(lengths)
     plan = BatchPlan(2, 1, 1)
-    whole = global_rows(shards, plan, seq_len=seq_len, packing=packing, epoch=1)
-    row = data.draw(st.integers(0, len(whole) - 1))
-    assert global_rows(shards, plan, seq_len=seq_len, packing=packing, epoch=1, row=row) == whole[row:]
+    whole = global_sequences(shards, plan, seq_len=seq_len, packing=packing, epoch=1)
+    sequence = data.draw(st.integers(0, len(whole) - 1))
+    assert (
+        global_sequences(shards, plan, seq_len=seq_len, packing=packing, epoch=1, sequence=sequence)
+        == whole[sequence:]
+    )
 
 
 @quick
@@ -139,7 +142,9 @@ def test_a_step_after_resuming_has_the_same_digest(make_shards, lengths, seq_len
     shards = make_shards(lengths)
     whole = steps_of(shards, plan=plan, seq_len=seq_len, packing=packing)
     middle = len(whole) // 2
-    again = steps_of(shards, plan=plan, seq_len=seq_len, packing=packing, row=middle * plan.global_batch_size)
+    again = steps_of(
+        shards, plan=plan, seq_len=seq_len, packing=packing, sequence=middle * plan.global_batch_size
+    )
     assert [(s.digest, s.step_in_epoch) for s in again] == [
         (s.digest, s.step_in_epoch) for s in whole[middle:]
     ]
@@ -151,13 +156,13 @@ def test_epochs_and_seeds_have_different_orders(make_shards, packing):
     shards = make_shards(np.random.default_rng(0).integers(2, 60, 200).tolist())
     plan = BatchPlan(4, 1, 1)
     orders = [
-        global_rows(shards, plan, seq_len=16, packing=packing, epoch=epoch, seed=seed)
+        global_sequences(shards, plan, seq_len=16, packing=packing, epoch=epoch, seed=seed)
         for epoch, seed in ((0, 7), (1, 7), (0, 8))
     ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert orders[0] == global_rows(shards, plan, seq_len=16, packing=packing, epoch=0, seed=7)
+    assert orders[0] == global_sequences(shards, plan, seq_len=16, packing=packing, epoch=0, seed=7)
     # Not merely rotated or locally disturbed: first tokens are spread over the corpus.
-    firsts = np.array([row[0][0] for row in orders[0][:50]])
+    firsts = np.array([sequence[0][0] for sequence in orders[0][:50]])
     assert firsts.min() < shards.num_tokens * 0.2
     assert firsts.max() > shards.num_tokens * 0.8
 

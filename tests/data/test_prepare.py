@@ -7,14 +7,17 @@ import json
 import multiprocessing
 import os
 import socket
+import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from minimind.config.options import PretrainConfig
-from minimind.data import cache, documents, prepare
+from minimind.data import cache, documents, prepare, tokenization
 from minimind.data.prepare import default_cache_dir, prepare_data
 from minimind.data.report import DataReport, sequence_costs
 from minimind.data.tokenization import hash_text
@@ -77,7 +80,7 @@ def test_a_change_of_source_tokenizer_or_setting_builds_again(tmp_path, corpus, 
     elif change == "tokenizer":
         tokenizer = ByteTokenizer(vocab_size=301)
     elif change == "key":
-        corpus.write_text('{"body": "other words, and enough of them for a row"}\n')
+        corpus.write_text('{"body": "other words, and enough of them for a sequence"}\n')
         values["text_key"] = "body"
     elif change == "fraction":
         values["val_fraction"] = 0.5
@@ -321,8 +324,46 @@ def test_the_report_names_each_source(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", ["ab", "cde"])
     report = prepare_data(config_for(tmp_path, path, max_seq_len=4), tokenizer).report
     assert f"source      {path}: 2 documents, 9 tokens trained on" in report.lines()
+    assert report.lines()[0] == "training    2 documents, 5 B, 9 tokens (0.56 bytes per token)"
 
 
 def test_text_shorter_than_a_sequence_is_packed_into_one():
     packed, padded = sequence_costs(np.array([[11], [1]]), 20)
     assert (packed.padding, padded.padding) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "repeated", "shared"),
+    [
+        ([3, 1, 3, 3, 2], [9, 2], 2, 1),  # 9 would be behind the last one
+        ([5, 6], [6, 6, 1, 7, 5], 0, 3),
+        ([], [1], 0, 0),
+        ([1], [], 0, 0),
+    ],
+)
+def test_equal_documents_are_counted_in_and_between_the_splits(train, validation, repeated, shared):
+    found = SimpleNamespace(duplicates={}, shared=0)
+    with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as other:
+        for file, hashes in ((one, train), (other, validation)):
+            np.array(hashes, np.uint64).tofile(file)
+        tokenization._count_duplicates(found, {"train": one, "validation": other})
+    assert (found.duplicates["train"], found.shared) == (repeated, shared)
+
+
+def test_batches_that_nobody_waits_for_are_not_tokenized(tokenizer, monkeypatch):
+    """After an error or a signal, which must not wait for all that was queued."""
+    release, began = threading.Event(), []
+
+    def encode(*arguments):
+        began.append(arguments)
+        assert len(began) == 1 or release.wait(10)
+
+    monkeypatch.setattr(tokenization, "_encode_batch", encode)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    one = np.zeros(1, np.int64)
+    batches = [tokenization._Batch([""], one, one, one, 0, 0) for _ in range(9)]
+    running = tokenization._tokenized(iter(batches), tokenizer, np.dtype(np.uint16))
+    next(running)
+    threading.Timer(0.02, release.set).start()
+    running.close()
+    assert len(began) <= 3  # the first one, and one for each of two threads

@@ -103,6 +103,9 @@ def test_a_large_text_file_is_cut_without_losing_a_character(tmp_path, monkeypat
     assert all(len(piece.encode()) <= 2000 for piece in pieces)
     assert len(pieces) > 5
     assert all(piece.endswith("\n") for piece in pieces) == newlines
+    # A line of 999 bytes does not fill a piece.
+    path.write_bytes(b"x" * 998 + b"\n" + b"yy\n")
+    assert len(read(path)) == 1
 
 
 def test_a_broken_line_of_a_text_file_is_reported_by_number(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import time
 import tracemalloc
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,14 +122,14 @@ def test_any_sequence_of_100_billion_tokens_is_found_at_once_and_in_little_memor
             device="cpu",
             weights=weights,
         )
-        row = int(loader.sequences_per_epoch * share) // 8 * 8
-        steps = loader.steps(epoch, row)
+        first_sequence = int(loader.sequences_per_epoch * share) // 8 * 8
+        steps = loader.steps(epoch, first_sequence)
         step = next(steps)
         steps.close()
         seconds.append(time.process_time() - start)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert (step.epoch, step.step_in_epoch, step.num_sequences) == (epoch, row // 8, 8)
+        assert (step.epoch, step.step_in_epoch, step.num_sequences) == (epoch, first_sequence // 8, 8)
         assert peak < 200e6
     # About 0.3 s; a machine that is busy with other work takes longer.
     assert min(seconds) < 3
@@ -152,6 +154,14 @@ def test_only_files_that_are_read_are_open_and_never_more_than_a_process_may_hav
     assert open_files() <= before + 1 + OPEN_SHARDS + len(views)
     shards.release_pages()
     assert [view.tolist() for view in views] == [list(range(i * 5, i * 5 + 5)) for i in range(3)]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="needs madvise")
+def test_pages_that_were_read_are_given_back(make_shards):
+    shards, advice = make_shards([50]), []
+    shards._maps = [SimpleNamespace(madvise=advice.append)]
+    shards.release_pages()
+    assert advice == [mmap.MADV_DONTNEED]
 
 
 def test_weighted_shares_are_exact_at_scale():

@@ -174,6 +174,16 @@ def test_a_main_process_that_fails_to_prepare_ends_the_others(
             pytest.fail("it did not wait for the main process")
 
 
+def test_a_process_tells_when_its_data_is_prepared_and_waits_for_that_of_the_others(
+    machines: Callable[[int], None], store: dist.TCPStore, tmp_path: Path
+) -> None:
+    machines(0)
+    launcher_store(1.0).set("minimind/test/data/done/1", "")
+    with main_process_first(tmp_path, 60.0, print):
+        assert not launcher_store(1.0).check(["minimind/test/data/done/0"])
+    assert launcher_store(1.0).check(["minimind/test/data/done/0"])
+
+
 def test_others_read_why_a_process_failed_before_its_launcher_ends(
     machines: Callable[[int], None], tmp_path: Path
 ) -> None:

@@ -100,8 +100,8 @@ def hang(*args):
         time.sleep(1000)
     return forward(*args)
 minimind.training.step.forward_loss = hang"""
-    words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "4s")
-    with launched(words, tmp_path) as process:
+    args = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "4s")
+    with launched(args, tmp_path) as process:
         wait_for_step(tmp_path / "out", 3)
         hanging = time.monotonic()
         text, _ = process.communicate(timeout=TIMEOUT)
@@ -137,18 +137,18 @@ minimind.training.step.forward_loss = stick"""
 )
 def test_processes_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Path, way: str) -> None:
     out = tmp_path / "out"
-    words = torchrun("", corpus, out)
+    args = torchrun("", corpus, out)
     processes = 1 if way == "accelerate with one process" else 2
     if way.startswith("accelerate"):
         several = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []
         launcher = [*ACCELERATE, *several, "--num_processes", processes]
-        words = [*launcher, "-m", "minimind_cli", *command(corpus, out)]
+        args = [*launcher, "-m", "minimind_cli", *command(corpus, out)]
     elif way != "torchrun":
         script = tmp_path / "rank.sh"
         script.write_text('"$@"\necho the script ends\n')
-        place = words.index("--no-python") + 1
-        words[place:place] = ["bash", script]
-    with launched(words, tmp_path) as process:
+        place = args.index("--no-python") + 1
+        args[place:place] = ["bash", script]
+    with launched(args, tmp_path) as process:
         wait_for_step(out, 5)
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert len(ranks) == (4 if way.endswith("script") else processes)
@@ -193,8 +193,8 @@ def slow(*args):
 module.encode = slow
 sys.argv += ["--cache-dir", f"{tmp_path / cache}"]
 {machines}"""
-    words = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "6s", "--verbose", *FEW_STEPS)
-    done, text = launch(words, tmp_path)
+    args = torchrun(code, corpus, tmp_path / "out", "--dist-timeout", "6s", "--verbose", *FEW_STEPS)
+    done, text = launch(args, tmp_path)
     assert done == 0, text
     built = [rank for rank in "01" if f"rank {rank} builds" in text]
     assert " and ".join(built) == builders
@@ -204,8 +204,8 @@ sys.argv += ["--cache-dir", f"{tmp_path / cache}"]
 
 def test_a_run_whose_process_is_killed_twice_restarts_by_itself(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = torchrun("", corpus, out, "--save-interval", 4, "--dist-timeout", "30s", restarts=2)
-    with launched(words, tmp_path) as process:
+    args = torchrun("", corpus, out, "--save-interval", 4, "--dist-timeout", "30s", restarts=2)
+    with launched(args, tmp_path) as process:
         for victim in (1, 0):
             started = max((row["step"] for row in rows(out)), default=0)
             pid = pid_of(process.pid, victim)
@@ -255,12 +255,12 @@ def machines() -> Iterator[tuple[str, str]]:
         ends = ["ip", "link", "add", cable(0), "netns", names[0], "type", "veth"]
         subprocess.run([*ends, "peer", "name", cable(1), "netns", names[1]], check=True)
         for number, name in enumerate(names):
-            for words in (
+            for args in (
                 ["addr", "add", f"10.77.0.{number + 1}/24", "dev", cable(number)],
                 ["link", "set", "lo", "up"],
                 ["link", "set", cable(number), "up"],
             ):
-                subprocess.run(["ip", "-n", name, *words], check=True)
+                subprocess.run(["ip", "-n", name, *args], check=True)
         yield names
     finally:
         for name in names:
@@ -272,21 +272,21 @@ def cable(number: int) -> str:
     return f"mm{os.getpid() % 10**8}{'ab'[number]}"
 
 
-def on_machine(machines: tuple[str, str], number: int, words: list[object]) -> list[object]:
+def on_machine(machines: tuple[str, str], number: int, args: list[object]) -> list[object]:
     enter = ["ip", "netns", "exec", machines[number], "env", f"GLOO_SOCKET_IFNAME={cable(number)}"]
     place = f"--num_machines 2 --num_processes 2 --machine_rank {number} --main_process_ip 10.77.0.1"
     options = [*f"--multi_gpu {place} --main_process_port 29511".split(), "-m", "minimind_cli"]
-    return [*enter, *ACCELERATE, *options, *words]
+    return [*enter, *ACCELERATE, *options, *args]
 
 
 def test_two_machines_train_together_fail_together_and_go_on(
     corpus: Path, tmp_path: Path, machines: tuple[str, str]
 ) -> None:
     out = tmp_path / "out"
-    words = command(corpus, out, "--save-interval", 4, "--dist-timeout", "20s")
+    args = command(corpus, out, "--save-interval", 4, "--dist-timeout", "20s")
     with (
-        launched(on_machine(machines, 1, words), tmp_path) as second,
-        launched(on_machine(machines, 0, words), tmp_path) as first,
+        launched(on_machine(machines, 1, args), tmp_path) as second,
+        launched(on_machine(machines, 0, args), tmp_path) as first,
     ):
         wait_for_step(out, 9)
         os.kill(pid_of(second.pid, 1), signal.SIGKILL)
@@ -297,7 +297,7 @@ def test_two_machines_train_together_fail_together_and_go_on(
     assert "device: CPU x 2" in text
     assert "error: rank 1 no longer answers" in text
     saved = stored_checkpoints(out / "checkpoints")[-1].step
-    more = [*words, "--resume", "--max-steps", saved + 3]
+    more = [*args, "--resume", "--max-steps", saved + 3]
     with (
         launched(on_machine(machines, 1, more), tmp_path) as second,
         launched(on_machine(machines, 0, more), tmp_path) as first,
@@ -314,10 +314,10 @@ def test_machines_that_lose_the_network_both_end_in_time_and_name_each_other(
     corpus: Path, tmp_path: Path, machines: tuple[str, str]
 ) -> None:
     out = tmp_path / "out"
-    words = command(corpus, out, "--dist-timeout", "10s")
+    args = command(corpus, out, "--dist-timeout", "10s")
     with (
-        launched(on_machine(machines, 1, words), tmp_path) as second,
-        launched(on_machine(machines, 0, words), tmp_path) as first,
+        launched(on_machine(machines, 1, args), tmp_path) as second,
+        launched(on_machine(machines, 0, args), tmp_path) as first,
     ):
         wait_for_step(out, 5)
         ranks = [pid_of(launcher.pid, rank) for rank, launcher in enumerate((first, second))]

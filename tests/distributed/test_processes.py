@@ -37,9 +37,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def command_line(words: list[str], **environment: str) -> subprocess.Popen[str]:
+def command_line(args: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [sys.executable, "-m", *args],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -57,12 +57,12 @@ def test_the_number_of_processes_changes_neither_sequences_nor_losses(tmp_path: 
     file = tmp_path / "run.toml"
     file.write_text(write_toml(tiny(corpus, tmp_path / "parts", **options), CONFIG_SECTIONS))
     for processes, last in ((1, 3), (2, 6), (4, 9), (1, STEPS)):
-        words = ["minimind_cli", "pretrain", "--config", str(file), "--max-steps", str(last), "--resume"]
+        args = ["minimind_cli", "pretrain", "--config", str(file), "--max-steps", str(last), "--resume"]
         if processes > 1:
             launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
             launch += ["--num_processes", str(processes), "--main_process_port", "0", "-m"]
-            words = [*launch, *words]
-        child = command_line(words)
+            args = [*launch, *args]
+        child = command_line(args)
         output, errors = child.communicate()
         assert reports(tmp_path / "parts")[-1]["step"] == last, errors
         assert f"processes {processes}, " in output
@@ -88,8 +88,8 @@ def test_processes_agree_on_a_micro_batch_that_they_measure(tmp_path: Path) -> N
     auto = tiny(corpus, tmp_path / "auto", **{**options, "batch_size": "auto"})
     file.write_text(write_toml(auto, CONFIG_SECTIONS))
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    words = [*launch, "--main_process_port", "0", "-m", "minimind_cli", "pretrain", "--config", str(file)]
-    output, errors = command_line(words).communicate()
+    args = [*launch, "--main_process_port", "0", "-m", "minimind_cli", "pretrain", "--config", str(file)]
+    output, errors = command_line(args).communicate()
     assert output.count("--batch-size auto: ") == 1, errors
     straight, measured = reports(tmp_path / "straight"), reports(tmp_path / "auto")
     losses = [(line["digest"], line["loss"]) for line in straight if "digest" in line]

@@ -140,10 +140,10 @@ def test_two_processes_find_what_one_does(folder: Path) -> None:
     alone = evaluate_text(str(folder), config(folder, *names), stride=10).to_dict()
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "-m", "minimind_cli"]
-    words = ["eval", str(folder), *(word for name in names for word in ("--data", str(folder / name)))]
-    words += ["--max-seq-len", str(LENGTH), "--cache-dir", str(folder / "cache"), "--batch-size", "3"]
+    args = ["eval", str(folder), *(word for name in names for word in ("--data", str(folder / name)))]
+    args += ["--max-seq-len", str(LENGTH), "--cache-dir", str(folder / "cache"), "--batch-size", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", *launch, *words, "--no-packing", "--stride", "10", "--json"],
+        [sys.executable, "-m", *launch, *args, "--no-packing", "--stride", "10", "--json"],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind import load_tokenizer, pretrain
 from minimind.errors import CheckpointError, ConfigError, UserError
+from minimind.formats import export
 from minimind.formats.export import export_model
 from minimind.formats.huggingface import load_config, load_model, load_weights, save_model
 from minimind.formats.open_model import load_with_tokenizer, open_model
@@ -175,6 +176,35 @@ def test_what_does_not_read_back_as_written_is_not_kept(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("format", "reader", "differing"),
+    [
+        ("huggingface", "load_config", r"config\.json"),
+        ("huggingface", "load_weights", r"model\.norm\.weight"),
+        ("original_minimind", "read_upstream_config", r"pretrain_16\.config\.json"),
+        ("original_minimind", "read_upstream_weights", r"model\.norm\.weight"),
+    ],
+)
+def test_files_that_read_back_as_another_model_are_refused(tmp_path, monkeypatch, format, reader, differing):
+    config = save(tmp_path)
+    weights = load_weights(tmp_path, config)
+    module = getattr(export, format)
+    read = getattr(module, reader)
+
+    def changed(*arguments):
+        found = read(*arguments)
+        if isinstance(found, MiniMindConfig):
+            return dataclasses.replace(found, rms_norm_eps=0.5)
+        return found | {"model.norm.weight": found["model.norm.weight"] + 1}
+
+    monkeypatch.setattr(module, reader, changed)
+    write, limits = export._write_original, ()
+    if format == "huggingface":
+        write, limits = export._write_huggingface, (None, {})
+    with pytest.raises(UserError, match=f"verification failed: {differing} did not read back as written"):
+        write(tmp_path, weights, config, torch.float16, *limits)
+
+
 def test_a_model_is_not_written_over_itself(tmp_path):
     save(tmp_path / "a")
     with pytest.raises(ConfigError, match=r"--output .* is where the model is read from"):
@@ -202,11 +232,11 @@ def test_names_that_are_not_known_are_refused(tmp_path):
 
 def test_a_tokenizer_that_is_named_goes_along_with_its_tokens(tmp_path, shared):
     transformers = pytest.importorskip("transformers")
-    save(tmp_path / "a", vocab_size=6400, eos_token_id=7)
+    save(tmp_path / "a", vocab_size=6400, bos_token_id=6, eos_token_id=7, pad_token_id=8)
     done = export_model(
         tmp_path / "a", tmp_path / "b", tokenizer=shared / "compat" / "minimind3_tokenizer.json"
     )
-    assert done.config.eos_token_id == 2
+    assert (done.config.bos_token_id, done.config.eos_token_id, done.config.pad_token_id) == (1, 2, 0)
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"] == 2
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
     text = "the cat sat on a mat, 猫坐在垫子上。"

@@ -69,9 +69,9 @@ def test_texts_of_several_lengths_do_not_see_their_padding():
     texts, logits = decoder.begin(prompts, 16)
     exact = build()
     for end in range(5):
-        for row, prompt in enumerate(prompts):
+        for sequence, prompt in enumerate(prompts):
             expected = whole(exact, prompt + following[:end])
-            torch.testing.assert_close(logits[row].double(), expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(logits[sequence].double(), expected, atol=2e-5, rtol=1e-5)
         if end < 4:
             logits = decoder.step(texts, torch.tensor([following[end]] * 4))
 

@@ -61,6 +61,19 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (folder / "file").read_bytes().split() == [b"%018d" % number for number in range(5, 10)]
 
 
+def test_a_closed_file_can_be_closed_again_and_opens_for_a_late_record(tmp_path: Path) -> None:
+    errors: list[OSError] = []
+    file = AppendFile(tmp_path / "file", errors.append)
+    file.append(b"early\n")
+    file.close()
+    file.close()
+    file.append(b"late\n")
+    file.sync()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"early\nlate\n"
+    assert not errors
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_links_and_fifos_are_not_written(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")

@@ -32,12 +32,12 @@ def reference(q, k, v, allowed):
 def documents(draw) -> torch.Tensor:
     """(2, T) document ids as a packer makes them, ids out of order and repeated lengths included."""
     length = draw(st.integers(1, 40))
-    rows = []
+    sequences = []
     for _ in range(2):
         cuts = sorted(draw(st.sets(st.integers(1, length), max_size=5)))
         ids = draw(st.permutations(range(len(cuts) + 1)))
-        rows.append([ids[sum(position >= cut for cut in cuts)] for position in range(length)])
-    return torch.tensor(rows, dtype=torch.int32)
+        sequences.append([ids[sum(position >= cut for cut in cuts)] for position in range(length)])
+    return torch.tensor(sequences, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -53,8 +53,8 @@ def test_with_documents_a_query_attends_to_its_own_document(ids):
     length = ids.shape[1]
     allowed = torch.tensor(
         [
-            [[row[t] == row[s] and s <= t for s in range(length)] for t in range(length)]
-            for row in ids.tolist()
+            [[sequence[t] == sequence[s] and s <= t for s in range(length)] for t in range(length)]
+            for sequence in ids.tolist()
         ]
     )
     mask = document_mask(ids)

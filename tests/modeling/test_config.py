@@ -103,6 +103,34 @@ def test_flops_are_those_torch_counts_with_causal_attention_halved(tied):
     assert counts["bmm"] == tokens * 2 * attention
 
 
+def test_the_defaults_are_those_of_minimind2_small():
+    assert MiniMindConfig() == MiniMindConfig(
+        vocab_size=6400,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1408,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        rope_scaling=None,
+        rms_norm_eps=1e-6,
+        use_moe=False,
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=None,
+        norm_topk_prob=None,
+        router_aux_loss_coef=0.01,
+        dropout=0.0,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
 def test_absent_keys_of_a_hugging_face_config_mean_transformers_defaults():
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MiniMindConfig.from_dict(

@@ -56,7 +56,7 @@ def test_a_cpu_uses_plain_pytorch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "precision", "head_dim", "dropout", "words"),
+    ("built", "precision", "head_dim", "dropout", "reason"),
     [
         (True, "bf16", 96, 0.0, None),
         (False, "bf16", 96, 0.0, "the package triton is missing"),
@@ -71,10 +71,10 @@ def test_the_reason_for_unfused_attention_is_given(
     precision: str,
     head_dim: int,
     dropout: float,
-    words: str | None,
+    reason: str | None,
 ) -> None:
     monkeypatch.setattr(fused, "_BUILDABLE", built)
-    assert fused.unsupported_reason(precision, head_dim, dropout) == words
+    assert fused.unsupported_reason(precision, head_dim, dropout) == reason
 
 
 def test_boundaries_of_documents_are_int32_as_kernels_read_them() -> None:

@@ -41,12 +41,14 @@ def layer(**changes: Any) -> MixtureOfExperts:
     return made
 
 
-def stream(rows: int = 3, length: int = 11, seed: int = 1) -> Tensor:
-    return torch.randn(rows, length, 48, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+def stream(sequences: int = 3, length: int = 11, seed: int = 1) -> Tensor:
+    return torch.randn(
+        sequences, length, 48, generator=torch.Generator().manual_seed(seed), requires_grad=True
+    )
 
 
-def ids(rows: int = 2, length: int = 24, seed: int = 1) -> Tensor:
-    return torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(seed))
+def ids(sequences: int = 2, length: int = 24, seed: int = 1) -> Tensor:
+    return torch.randint(96, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
 def one_by_one(mixture: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +215,7 @@ def test_balanced_experts_have_the_least_balancing_loss() -> None:
 
 
 def test_descending_the_balancing_loss_balances_the_experts() -> None:
-    mixture, x = layer(), stream(rows=20).detach() + 1
+    mixture, x = layer(), stream(sequences=20).detach() + 1
     with torch.no_grad():
         mixture.gate.weight[2] += 0.05
     optimizer = torch.optim.SGD([mixture.gate.weight], lr=0.05)

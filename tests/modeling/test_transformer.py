@@ -29,8 +29,8 @@ def build(seed: int = 0, **changes) -> MiniMindForCausalLM:
     return MiniMindForCausalLM(dataclasses.replace(TINY, **changes))
 
 
-def tokens(rows: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
-    return torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(seed))
+def tokens(sequences: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(96, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model: MiniMindForCausalLM) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_embedding_and_output_are_one_parameter_where_tied():
 
 @pytest.mark.parametrize("with_positions", [True, False])
 def test_packed_documents_do_not_affect_each_other(with_positions):
-    model, ids = build(seed=3), tokens(rows=1, length=40)
+    model, ids = build(seed=3), tokens(sequences=1, length=40)
     # Weights as large as a trained model's, so that attention is not nearly uniform.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,6 +126,14 @@ def test_the_summed_loss_over_its_items_is_the_mean_loss_of_the_labels():
     model(ids, shift_labels=targets).loss.backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_a_single_target_is_its_cross_entropy():
+    model, ids = build().eval(), tokens(1, 8)
+    targets = torch.full_like(ids, -100)
+    targets[0, 5] = 7
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[0, 5], targets[0, 5])
+    torch.testing.assert_close(model(ids, shift_labels=targets).loss, expected)
 
 
 def test_sequences_without_targets_have_zero_loss_and_gradient():

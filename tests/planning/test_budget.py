@@ -146,6 +146,15 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(
     assert not measured
 
 
+def test_a_launch_that_would_not_train_together_is_refused_before_anything_is_measured(
+    tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="mpirun started 4 processes that are not connected"):
+        plan_budget(config(tmp_path, "1h"), quiet=True)
+    assert not measured
+
+
 def test_a_budget_chooses_no_custom_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="minimind's own model only"):
         pretrain(config(tmp_path, "1h"), model_factory=lambda model_config: None)  # type: ignore[arg-type, return-value]

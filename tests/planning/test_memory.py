@@ -30,7 +30,7 @@ SHAPE = MiniMindConfig(
     head_dim=24,
     intermediate_size=160,
 )
-ROWS, LENGTH = 2, 64
+SEQUENCES, LENGTH = 2, 64
 # The trace of a compiled run without its kernels, which takes no compiler: what it stores is the same.
 TRACED = "aot_eager_decomp_partition"
 
@@ -64,8 +64,8 @@ def stored_bytes(
             stored[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.randint(0, SHAPE.vocab_size, (ROWS, LENGTH))
-    positions = torch.arange(LENGTH, dtype=torch.int32).repeat(ROWS, 1)
+    ids = torch.randint(0, SHAPE.vocab_size, (SEQUENCES, LENGTH))
+    positions = torch.arange(LENGTH, dtype=torch.int32).repeat(SEQUENCES, 1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             model(ids, positions)
@@ -89,7 +89,36 @@ def test_a_block_stores_what_the_formula_says(compiled: Compiled, half: bool) ->
         # A GPU's masked kernel, which there is none of here, also keeps wider keys and values and the mask.
         low = 2 if half else 4
         expected -= low * (2 * 2 * SHAPE.head_dim + LENGTH)
-    assert one_more == expected * ROWS * LENGTH
+    assert one_more == expected * SEQUENCES * LENGTH
+
+
+@pytest.mark.parametrize(
+    ("compiled", "half", "expected"),
+    [
+        # The stream twice and 1 / rms in float32; results of both norms, queries and keys before and after
+        # their norms, values, the result of attention, gate, up and SwiGLU's output.
+        ("whole", True, 4 * 2 * 64 + 4 * (2 + 4 + 2) + 4 * 4 + 2 * (2 * 64 + 3 * 96 + 3 * 48 + 3 * 160)),
+        ("whole", False, 4 * 2 * 64 + 4 * (2 + 4 + 2) + 4 * 4 + 4 * (2 * 64 + 3 * 96 + 3 * 48 + 3 * 160)),
+        # The stream once and what attention added.
+        ("blocks", True, 4 * 64 + 4 * (2 + 4 + 2) + 4 * 4 + 2 * (3 * 64 + 3 * 96 + 3 * 48 + 3 * 160)),
+    ],
+)
+def test_a_compiled_block_stores_no_cheap_values(compiled: Compiled, half: bool, expected: int) -> None:
+    """By hand; the slow tests above compare with a trace."""
+    assert activation_bytes_per_token_layer(SHAPE, half=half, compiled=compiled, seq_len=LENGTH) == expected
+
+
+def test_fused_kernels_store_their_inputs_and_outputs() -> None:
+    fused: dict[str, Any] = {"half": True, "compiled": "whole", "seq_len": LENGTH, "fused": True}
+    # Both norms, q and attention, k and v, gate and up; 1 / rms twice and the log of each softmax sum.
+    dense = 2 * (2 * 64 + 2 * 96 + 2 * 48 + 2 * 160) + 4 * (2 + 4)
+    assert activation_bytes_per_token_layer(SHAPE, **fused) == dense
+    experts = dataclasses.replace(SHAPE, **EXPERTS, num_experts_per_tok=2)
+    inner = 2 * 88
+    stored = dense + 2 * 2 * (inner - 160)
+    # Inputs and outputs of both experts and SwiGLU's output; probabilities, weights and three indices.
+    stored += 2 * (2 * 2 * 64 + inner) + 4 * (5 + 2) + 3 * 8 * 2
+    assert activation_bytes_per_token_layer(experts, **fused) == stored
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -99,14 +128,14 @@ def test_a_block_with_experts_stores_about_what_the_formula_says(k: int, half: b
     two, one = (stored_bytes(layers, "no", half=half, shape=shape) for layers in (2, 1))
     expected = activation_bytes_per_token_layer(shape, half=half, compiled="no", seq_len=LENGTH)
     expected -= (2 if half else 4) * (2 * 2 * SHAPE.head_dim + LENGTH)  # as above
-    assert two - one == pytest.approx(expected * ROWS * LENGTH, rel=0.02)
+    assert two - one == pytest.approx(expected * SEQUENCES * LENGTH, rel=0.02)
 
 
 def test_with_recomputation_a_block_stores_its_input_alone() -> None:
     two, one = (stored_bytes(layers, "no", half=True, recompute=True) for layers in (2, 1))
     one_more = two - one
     kept, plain = (estimate(recompute=r, compiled="no") for r in (True, False))
-    assert one_more == 4 * SHAPE.hidden_size * ROWS * LENGTH
+    assert one_more == 4 * SHAPE.hidden_size * SEQUENCES * LENGTH
     assert kept.activations < plain.activations / 5
     deeper = estimate(dataclasses.replace(SHAPE, num_hidden_layers=9), recompute=True, compiled="no")
     assert deeper.activations - kept.activations == one_more
@@ -114,7 +143,7 @@ def test_with_recomputation_a_block_stores_its_input_alone() -> None:
 
 def estimate(shape: MiniMindConfig = SHAPE, **changes: Any) -> MemoryEstimate:
     options = {
-        "sequences": ROWS,
+        "sequences": SEQUENCES,
         "seq_len": LENGTH,
         "precision": "bf16",
         "compiled": "whole",
@@ -143,7 +172,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "rows", "fused", "measured"),
+    ("hidden_size", "sequences", "fused", "measured"),
     [
         (768, 128, True, 11.53e9),
         (768, 256, True, 22.07e9),
@@ -154,13 +183,63 @@ def test_weights_gradients_and_states_are_those_of_a_real_optimizer(
     ],
 )
 def test_what_was_measured_on_an_h100_is_estimated_within_a_few_percent(
-    hidden_size: int, rows: int, fused: bool, measured: float
+    hidden_size: int, sequences: int, fused: bool, measured: float
 ) -> None:
     """minimind-3 and minimind2-small in sequences of 512; docs/performance.md."""
     kv_heads, inner = {768: (4, 2432), 512: (2, 1408)}[hidden_size]
     shape = MiniMindConfig(hidden_size=hidden_size, num_key_value_heads=kv_heads, intermediate_size=inner)
-    found = estimate(shape, sequences=rows, seq_len=512, fused=fused).peak
+    found = estimate(shape, sequences=sequences, seq_len=512, fused=fused).peak
     assert found == pytest.approx(measured, rel=0.05)
+
+
+P, MATRICES, N = SHAPE.num_parameters(), 8 * (2 * 64 * 96 + 2 * 64 * 48 + 3 * 64 * 160), SEQUENCES * LENGTH
+GATHERED = MATRICES // 4 + P - MATRICES  # two blocks, embedding and LM head
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {},
+            {"weights": 4 * P, "weight_copies": 2 * MATRICES, "gradients": 4 * P, "optimizer": 8 * P,
+             "optimizer_working": 0, "gradients_stay": False, "gradients_twice": False,
+             # Of the loss: gradient and copy of the matrix, that of its input twice, logits and theirs.
+             "working": 300 * 64 * (4 + 2) + 2 * N * 64 * 4 + N * 300 * (2 + 2)},
+        ),
+        ({"precision": "no"}, {"weight_copies": 0}),
+        ({"compiled": "no"}, {"working": 300 * 64 * (4 + 2) + 2 * N * 64 * 4 + N * 300 * (4 + 2 + 2)}),
+        # Four chunks, whose gradients are joined.
+        ({"sequences": 4096, "compiled": "no"}, {"working": 300 * 64 * (4 + 2) + 2 * 2048 * N * 64 * 4
+         + (1 << 17) * 300 * (4 + 2 + 2)}),
+        ({"shards": 4}, {"weights": P, "gradients": P, "optimizer": 2 * P, "weight_copies": 2 * GATHERED}),
+        ({"shards": 4, "precision": "no"}, {"weight_copies": 4 * GATHERED}),
+        ({"accumulation_steps": 2}, {"gradients_stay": True, "gradients_twice": True}),
+        ({"accumulation_steps": 2, "compiled": "blocks"}, {"gradients_stay": True, "gradients_twice": False}),
+        ({"num_processes": 2}, {"gradients_stay": True, "gradients_twice": False}),
+        ({"num_processes": 2, "shards": 2}, {"gradients_stay": False}),
+        # Two thirds of the feed-forward matrices have one shape: four float32 and four bf16 copies.
+        ({"optimizer": "muon"}, {"optimizer_working": 24 * 8 * 2 * 64 * 160,
+         "optimizer": 8 * P - 4 * MATRICES}),
+    ],
+)  # fmt: skip
+def test_an_estimate_by_hand(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = estimate(**changes)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_the_peak_is_the_highest_of_backward_begin_backward_end_and_step() -> None:
+    sizes = {"weights": 1, "weight_copies": 20, "gradients": 300, "optimizer": 4000, "activations": 50_000}
+    rest = {"working": 600_000, "optimizer_working": 7, "gradients_stay": False, "gradients_twice": False}
+    always = 4001 + (64 << 20)
+
+    def peak(**changes: Any) -> int:
+        return MemoryEstimate(**{**sizes, **rest, **changes}).peak - always
+
+    assert peak() == 650_020
+    assert peak(gradients_stay=True) == 650_320
+    assert peak(working=0, activations=0) == 307
+    assert peak(working=0, activations=0, gradients_twice=True) == 600
+    assert peak(optimizer_working=10**6) == 10**6 + 300
 
 
 def test_more_of_anything_takes_more() -> None:

@@ -117,20 +117,20 @@ def test_runs_without_evaluations_have_no_table_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "note"),
     [
         ({"training text": "x" * 32}, "trained on different data"),
         ({"tokenizer": "x" * 64}, "different tokenizers"),
         (None, ""),
     ],
 )
-def test_what_forbids_a_comparison_is_said(tmp_path: Path, changes: Any, words: str) -> None:
+def test_what_forbids_a_comparison_is_said(tmp_path: Path, changes: Any, note: str) -> None:
     make_run(tmp_path / "a")
     fingerprints = {"training text": "d" * 32, "tokenizer": "e" * 64, "mixture": "none", **(changes or {})}
     make_run(tmp_path / "b", environment={"fingerprints": fingerprints})
     found = compare_runs([tmp_path / "a", tmp_path / "b"])
-    assert bool(found.notes) == bool(words)
-    assert words in " ".join(found.notes)
+    assert bool(found.notes) == bool(note)
+    assert note in " ".join(found.notes)
 
 
 def test_what_was_not_recorded_is_not_called_another(tmp_path: Path) -> None:

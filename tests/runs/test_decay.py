@@ -145,13 +145,13 @@ def test_a_folder_that_holds_a_run_is_refused(branched: Branched) -> None:
 @pytest.mark.alone
 def test_two_processes_decay_as_one_does(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    # Eight rows at once, which two processes have to share.
+    # Eight sequences at once, which two processes have to share.
     options = {**STABLE, "dropout": 0.0, "batch_size": 8, "accumulation_steps": None}
     assert pretrain(tiny(corpus, tmp_path / "trunk", **options), stop_after=FROM).stopped
     decay(tmp_path / "trunk", TOKENS, output_dir=tmp_path / "alone")
     launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
-    words = ("decay", tmp_path / "trunk", "--tokens", TOKENS, "--output-dir", tmp_path / "together")
-    code, text = launch([*launcher, "-m", "minimind_cli", *words], tmp_path)
+    args = ("decay", tmp_path / "trunk", "--tokens", TOKENS, "--output-dir", tmp_path / "together")
+    code, text = launch([*launcher, "-m", "minimind_cli", *args], tmp_path)
     assert code == 0, text
     assert text.count(f"resuming from step {FROM}") == text.count("trained: ") == 1
     ours, theirs = (reports(tmp_path / name) for name in ("together", "alone"))

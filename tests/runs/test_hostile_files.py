@@ -125,6 +125,7 @@ def test_control_characters_are_escaped() -> None:
     assert printable("a\n\tb\r", keep="\n\t") == "a\n\tb\\x0d"
     line = json_line({"text": text + r"\x41"})
     assert printable(line) == line
+    assert "é汉😀" in line
     assert json.loads(line) == {"text": text + r"\x41"}
 
 

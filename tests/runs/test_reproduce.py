@@ -33,8 +33,8 @@ from support import tiny_runs
 RUNS = Path("runs")
 
 
-def read_back(words: list[str], monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
-    """Return the options that `minimind-train pretrain` takes from words, on a machine without a GPU."""
+def read_back(args: list[str], monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
+    """Return the options that `minimind-train pretrain` takes from arguments, on a machine without a GPU."""
     monkeypatch.setattr("minimind_cli.config_options.has_gpu", lambda: False)
     read: list[PretrainConfig] = []
     app = typer.Typer()
@@ -44,7 +44,7 @@ def read_back(words: list[str], monkeypatch: pytest.MonkeyPatch) -> PretrainConf
 
     note.__signature__ = command.__signature__  # type: ignore[attr-defined]
     app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(note)
-    result = CliRunner().invoke(app, normalize(words))
+    result = CliRunner().invoke(app, normalize(args))
     assert result.exit_code == 0, (result.output, result.exception)
     return read[0]
 
@@ -85,22 +85,22 @@ def configs(draw: st.DrawFn) -> PretrainConfig:
 def test_the_words_give_the_same_options_back(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = shlex.split(shlex.join(to_argv(config)))
-    assert read_back(words, monkeypatch) == config
+    args = shlex.split(shlex.join(to_argv(config)))
+    assert read_back(args, monkeypatch) == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_two_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = to_argv(preset_config(name))
-    assert len(words) == 2
-    assert read_back(words, monkeypatch) == preset_config(name)
+def test_a_preset_is_two_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = to_argv(preset_config(name))
+    assert len(args) == 2
+    assert read_back(args, monkeypatch) == preset_config(name)
 
 
 def test_plain_defaults_still_name_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one, a machine without a GPU would train another model."""
-    words = to_argv(PretrainConfig())
-    assert words == ["--hidden-size", "512"]
-    assert read_back(words, monkeypatch) == PretrainConfig()
+    args = to_argv(PretrainConfig())
+    assert args == ["--hidden-size", "512"]
+    assert read_back(args, monkeypatch) == PretrainConfig()
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +125,12 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_repeats_a_run_to_the_last_bit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = reproduce(read_run(trained))
-    words = shlex.split(found.command)
-    if words[0].startswith("ACCELERATE_USE_CPU"):
-        words.pop(0)
-    assert words[:2] == ["minimind-train", "pretrain"]
+    args = shlex.split(found.command)
+    if args[0].startswith("ACCELERATE_USE_CPU"):
+        args.pop(0)
+    assert args[:2] == ["minimind-train", "pretrain"]
     assert "'" in found.command, "the folder has a space in its name"
-    config = read_back(words[2:], monkeypatch)
+    config = read_back(args[2:], monkeypatch)
     assert config.output_dir == str(trained) + "-again"
     pretrain(config)
     tiny_runs.assert_same_end(Path(config.output_dir), trained)
@@ -175,7 +175,7 @@ def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
         fingerprints={"tokenizer": "other", "training text": "other"},
     )
     text = "\n".join(found.warnings)
-    for words in (
+    for phrase in (
         "the code minimind was 0.0.1",
         "the package numpy was 1.0",
         "Python was 3.9.1",
@@ -186,7 +186,7 @@ def test_changes_are_named(tmp_path: Path, corpus: Path) -> None:
         "the run was resumed",
         "--max-time 1h",
     ):
-        assert words in text, words
+        assert phrase in text, phrase
     assert "--resume" not in found.command
 
 
@@ -270,14 +270,14 @@ def test_a_run_that_recorded_little_is_repeated_with_a_warning_for_each_gap(
     found = reproduce(read_run(tmp_path / "old"))
     assert "--hidden-size 64" in found.command
     text = "\n".join(found.warnings)
-    for words in (
+    for phrase in (
         "recorded no environment",
         "did not record its data",
         "gone",
         "--data",
         "did not record its launch",
     ):
-        assert words in text, words
+        assert phrase in text, phrase
 
 
 def test_git_outside_of_a_repository_is_distinguished() -> None:

@@ -63,7 +63,7 @@ def test_a_lost_moment_shows_in_the_first_step_that_it_matters_to(
     assert parting.difference > 0
 
 
-def test_a_lost_place_in_the_data_shows_as_other_rows(
+def test_a_lost_place_in_the_data_shows_as_other_sequences(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda model, trainer: trainer["state"].update(row=0))

@@ -96,7 +96,7 @@ def attention_case(
 
     document_ids = None
     if document is not None:
-        # The second row has other documents than the first.
+        # The second sequence has other documents than the first.
         lengths = torch.tensor([[document], [2 * document - 1]], device=device)
         document_ids = (torch.arange(length, device=device) // lengths).int()
     seen = documents_of(document_ids, 2, length, torch.device(device))

@@ -30,10 +30,10 @@ def environment(tmp: Path, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def launched(words: Sequence[object], tmp: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
+def launched(args: Sequence[object], tmp: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
     """Start a launcher in a separate process group, and leave nothing of it behind."""
     process = subprocess.Popen(
-        [str(word) for word in words],
+        [str(word) for word in args],
         env=environment(tmp, **env),
         cwd=tmp,
         stdout=subprocess.PIPE,
@@ -49,9 +49,9 @@ def launched(words: Sequence[object], tmp: Path, **env: str) -> Iterator[subproc
         print(process.communicate()[0])  # shown where a test fails
 
 
-def launch(words: Sequence[object], tmp: Path, **env: str) -> tuple[int, str]:
+def launch(args: Sequence[object], tmp: Path, **env: str) -> tuple[int, str]:
     """Run a launcher to its end; return its exit code and all that was printed."""
-    with launched(words, tmp, **env) as process:
+    with launched(args, tmp, **env) as process:
         out, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, out
 

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from minimind.config.options import PretrainConfig
+from support.foreign_models import save_shape
 
 STEPS = 20
 # Between the norms of gradients that come up.
@@ -43,6 +44,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "router_aux_loss_coef": 0.1,
     },
+    # Models of transformers; the run of GPT-2 is resumed halfway.
+    "llama": {"from_weight": "llama", "max_steps": 6},
+    "gpt2": {"from_weight": "gpt2", "max_steps": 6},
+    "opt": {"from_weight": "opt", "max_steps": 4, "mixed_precision": "bf16"},
 }
 
 
@@ -70,7 +75,14 @@ def config(corpus: Path, out: Path, processes: int, **changes: Any) -> PretrainC
         "compile": False,
         "tracker": ("none",),
     }
-    return PretrainConfig(**{**options, **changes})
+    options |= changes
+    if (shape := changes.get("from_weight")) is not None:
+        folder = corpus.parent / shape
+        # The sizes are those of the weights, which the first run of one process writes.
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        options |= dict.fromkeys(sizes)
+        options["from_weight"] = str(folder if folder.exists() else save_shape(shape, folder))
+    return PretrainConfig(**options)
 
 
 def use_fsdp2_on_cpu(precision: str, *, replicas: int) -> None:
@@ -165,10 +177,12 @@ def main(folder: Path, corpus: Path, topology: str, names: list[str]) -> None:
         attention.rotate = noting_rotate if watched else rotate
         attention.fused.attention_supported = noting_supported if watched else supported
         run = config(corpus, folder / name, dist.get_world_size(), **RUNS[name])
-        if topology != "ddp":
-            precision = run.mixed_precision.replace("auto", "no")
-            use_fsdp2_on_cpu(precision, replicas=2 if topology == "hsdp" else 1)
-        result = module.pretrain(run, quiet=False, handle_signals=True)
+        for stop_after in (3, None) if name == "gpt2" else (None,):
+            if topology != "ddp":
+                precision = run.mixed_precision.replace("auto", "no")
+                use_fsdp2_on_cpu(precision, replicas=2 if topology == "hsdp" else 1)
+            result = module.pretrain(run, quiet=False, handle_signals=True, stop_after=stop_after)
+            run = dataclasses.replace(run, resume="auto")
         if dist.get_rank() == 0:
             seen: dict[str, Any] = {
                 "model_dir": str(result.model_dir),

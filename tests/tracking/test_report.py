@@ -10,15 +10,18 @@ import re
 import time
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from minimind.config.options import PretrainConfig
 from minimind.io import atomic
 from minimind.run_folder import RunFolder
 from minimind.tracking import live_report
 from minimind.tracking.live_report import LiveReport
-from minimind.tracking.report_page import DRAWN, RunFacts, RunState, report_html
+from minimind.tracking.report_page import CHARTS, DRAWN, LOSS, SCORES, RunFacts, RunState, report_html
+from minimind.training.summary import run_facts
 from support.html_pages import CHROMIUM, Parsed, assert_self_contained, open_in_chromium
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)> & \" ' \udc80"
@@ -122,6 +125,36 @@ def test_a_forecast_is_drawn_with_its_range(folder: RunFolder) -> None:
     assert "Forecast of the end 2.500" in read(page)
 
 
+def test_values_have_the_decimals_and_units_of_their_metric() -> None:
+    shown = {chart.name: (chart.title, chart.unit, chart.digits) for chart in (LOSS, *CHARTS, SCORES)}
+    assert shown == {
+        "loss": ("Loss", "nats per token", 4),
+        "val_bits_per_byte": ("Validation bits per byte", "bits per byte", 4),
+        "learning_rate": ("Learning rate", "", None),
+        "grad_norm": ("Gradient norm", "before clipping", 3),
+        "tokens_per_second": ("Throughput", "tokens per second", 0),
+        "expert_load": ("Load of the busiest expert", "multiple of the mean", 3),
+        "balance_loss": ("Load-balancing loss", "", 4),
+        "scores": ("Cloze accuracy", "share of the items", 3),
+    }
+    # The start of these is cut off, so that the rest is not flat.
+    assert {chart.name for chart in (LOSS, *CHARTS, SCORES) if chart.falls} == {"loss", "val_bits_per_byte"}
+
+
+def test_options_that_differ_from_their_defaults_are_known(tmp_path: Path) -> None:
+    config = PretrainConfig(seed=7, output_dir=str(tmp_path / "my-run"))
+    data: Any = SimpleNamespace(report=SimpleNamespace(lines=lambda: ["training    1 documents"]))
+    facts = run_facts(config, RunFolder(tmp_path / "my-run"), [], data, {}, 40)
+    listed = [option for section in facts.options.values() for option in section]
+    assert {flag for flag, _, is_default in listed if not is_default} == {"--seed", "--output-dir"}
+    assert ("--seed", "7", False) in listed
+    assert ("--hidden-size", "512", True) in listed
+    assert (facts.name, facts.total_steps, facts.data) == ("my-run", 40, ["training    1 documents"])
+    assert (
+        run_facts(dataclasses.replace(config, run_name="x"), RunFolder(tmp_path), [], data, {}, 1).name == "x"
+    )
+
+
 def test_scores_have_a_chart(folder: RunFolder) -> None:
     text = folder.metrics.read_text().removesuffix('{"step": 40, "lo')
     folder.metrics.write_text(text + line(30, cloze_en=0.5))
@@ -168,7 +201,72 @@ def test_a_page_of_100_000_steps_has_less_than_500_kb() -> None:
     for step in range(0, 100_000, 1000):
         state.clock.add({"step": step, "tokens": step * 65_537, "elapsed": step * 0.2137, "time": None})
     facts = dataclasses.replace(FACTS, data=[long] * 100, environment={f"{n}": long for n in range(30)})
-    assert 100_000 < len(report_html(facts, state, 15).encode()) < 500_000
+    page = report_html(facts, state, 15)
+    assert 100_000 < len(page.encode()) < 500_000
+    # The latest of each, samples evenly spread.
+    counts = [len(re.findall(f'id="{name}-\\d', page)) for name in ("samples", "spike", "documents")]
+    assert counts == [4, 15, 15]
+    assert "Step 99: loss" in page
+    assert "Step 84: loss" not in page
+    for text, number in (("Step 0<", 4), ("Step 99<", 4), ("Step 9<", 4), ("Step 1<", 0), ("Step 90<", 4)):
+        assert page.count(text) == number, text
+    assert len(Parsed(page).all("li")) == 20  # warnings
+    (lines,) = re.findall(r"Report on the training data(.*?)</table>", page, re.DOTALL)
+    assert lines.count("<tr") == 40
+    assert (
+        max(
+            map(
+                len,
+                re.findall("a+", report_html(dataclasses.replace(FACTS, rows=[("x", "a" * 999)]), state, 1)),
+            )
+        )
+        == 600
+    )
+
+
+def test_a_page_starts_with_the_numbers_to_see_first() -> None:
+    last = {
+        **{"loss": 2.5, "val_loss": 2.25, "val_bits_per_byte": 1.125, "val_forecast_bits_per_byte": 1.0},
+        **{"tokens": 12_345, "tokens_per_second": 500.0, "mfu": 0.25, "eta_seconds": 90.0},
+        **{"skipped_steps": 2, "grad_norm": 1.0},
+    }
+    state = RunState(
+        last=last, step=20, spikes=[{"step": 3}], totals={"training": 3.0, "saving": 1.0, "data": 0.01}
+    )
+    state.clock.add({"step": 20, "tokens": 12_345, "elapsed": 30.0, "time": None})
+    numbers = {
+        **{"Training loss": "2.5000", "Validation loss": "2.2500", "Bits per byte": "1.1250"},
+        **{"Forecast of the end": "1.000", "Tokens trained": "12.3k", "Tokens per second": "500"},
+        **{"MFU": "25.0%", "Training time": "30s", "Time left": "1m30s"},
+        **{"Skipped updates": "2", "Loss spikes": "1"},
+    }
+
+    def tiles(page: str) -> dict[str, str]:
+        return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+
+    page = report_html(FACTS, state, 15)
+    assert tiles(page) == numbers
+    for text in ('class="badge live">Training<', 'value="20" max="40"', "Step 20 of 40 (50%)"):
+        assert text in page
+    assert re.findall('<rect class="f(.)" x="(.*?)" width="(.*?)"', page) == [
+        ("0", "0.0", "750.0"), ("1", "750.0", "250.0"),
+    ]  # fmt: skip
+    assert re.findall(r"</span>(\w+ ?\w* \w+)\s+<span class=\"unit\">(.*?)</span>", page) == [
+        ("Training steps 3s", "75.0%"), ("Saving 1s", "25.0%"),
+    ]  # fmt: skip
+    # The totals of a run that ended take the place of the last report.
+    state.last |= {"total_tokens_per_second": 400.0, "total_mfu": 0.2, "skipped_steps": 0}
+    state.end, state.spikes = "", []
+    for problem, badge in (
+        (True, 'class="badge problem">Ended early<'),
+        (False, 'class="badge done">Finished<'),
+    ):
+        state.problem = problem
+        assert badge in (page := report_html(FACTS, state, 15))
+    gone = ("Forecast of the end", "Time left", "Skipped updates", "Loss spikes")
+    left = {name: text for name, text in numbers.items() if name not in gone}
+    assert tiles(page) == {**left, "Tokens per second": "400", "MFU": "20.0%"}
+    assert json.loads(Parsed(page).scripts[0])["reload"] == 0
 
 
 def test_a_tab_can_follow_a_running_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,8 @@ def train(folder: Path, trackers: str, **variables: str) -> Finished:
             **{"HOME": str(folder), "OMP_NUM_THREADS": "1"},
             **variables,
         }
-        words = [sys.executable, "child.py", str(Path(__file__).parents[1]), trackers, "--api-key", KEY]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        args = [sys.executable, "child.py", str(Path(__file__).parents[1]), trackers, "--api-key", KEY]
+        done = subprocess.run(args, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         proxy.setblocking(False)
         with pytest.raises(BlockingIOError):

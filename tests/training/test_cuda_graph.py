@@ -96,9 +96,9 @@ class Model:
         return found
 
 
-def batch(seed: int, rows: int = 2) -> MicroBatch:
+def batch(seed: int, sequences: int = 2) -> MicroBatch:
     generator = torch.Generator().manual_seed(seed)
-    ids, labels = (torch.randint(0, 5, (rows, 4), generator=generator) for _ in range(2))
+    ids, labels = (torch.randint(0, 5, (sequences, 4), generator=generator) for _ in range(2))
     return MicroBatch(ids, labels, None, None)
 
 
@@ -149,7 +149,7 @@ def test_sequences_of_another_shape_run_eagerly(monkeypatch: pytest.MonkeyPatch)
         graph(batch(number), 1.0)
     model.take_gradients()
     replays, eager = model.recorded[0].replays, model.eager
-    other = batch(7, rows=3)
+    other = batch(7, sequences=3)
     graph(other, 1.0)
     assert (model.recorded[0].replays, model.eager) == (replays, eager + 1)
     # And go together with those of the graph in one step.

@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_trainer import (
     LENGTH,
-    ROWS,
+    SEQUENCES,
     VOCAB,
     Recorder,
     drain_metrics,
     make_trainer,
-    ragged_rows,
+    ragged_sequences,
     step_batch,
     train_step,
 )
@@ -62,7 +62,7 @@ def numbers(sums: list[float], k: int, num_targets: int) -> dict[str, float]:
 def test_a_step_adds_the_balancing_loss_of_each_micro_batch_weighted_by_its_tokens(
     k: int, micro_batch_size: int
 ) -> None:
-    inputs, labels = ragged_rows(1)
+    inputs, labels = ragged_sequences(1)
     reference = model(k)
     num_targets = (labels >= 0).sum()
     language = balance = torch.zeros(())
@@ -76,7 +76,7 @@ def test_a_step_adds_the_balancing_loss_of_each_micro_batch_weighted_by_its_toke
     before = [p.detach().clone() for p in reference.parameters()]
     (language + COEFFICIENT * balance).backward()
 
-    run = run_of(k, ROWS // micro_batch_size)
+    run = run_of(k, SEQUENCES // micro_batch_size)
     batch = step_batch(1, micro_batch_size)
     loss_sum, _, _, norm, *sums = train_step(run, batch, TrainState()).tolist()
     assert loss_sum / batch.num_targets == pytest.approx(language.item(), rel=1e-5)
@@ -117,7 +117,7 @@ def test_tokens_that_no_expert_took_would_be_seen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_weight_of_zero_trains_on_the_language_loss_alone() -> None:
-    inputs, labels = ragged_rows(1)
+    inputs, labels = ragged_sequences(1)
     reference = model()
     reference(inputs, shift_labels=labels, token_mask=labels >= 0).loss.backward()
     run = run_of(1, coefficient=0.0)
@@ -139,7 +139,15 @@ def test_a_report_is_of_all_steps_since_the_last_one() -> None:
     for number, step in enumerate(steps, 1):
         run.metrics.enqueue(
             StepRecord(
-                number, 0.0, ROWS * LENGTH, batch.num_targets, 0.1, "", 1e9, [0, 0, ROWS], number in (2, 4)
+                number,
+                0.0,
+                SEQUENCES * LENGTH,
+                batch.num_targets,
+                0.1,
+                "",
+                1e9,
+                [0, 0, SEQUENCES],
+                number in (2, 4),
             ),
             step,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_trainer import (
-    ROWS,
+    SEQUENCES,
     VOCAB,
     BatchEvaluator,
     drain_metrics,
@@ -125,7 +125,7 @@ def test_targets_of_id_0_are_trained_and_evaluated_like_any_other() -> None:
     logits = run.model(inputs).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     validate(run, state)
-    assert run.reports.last_evaluation.tokens == labels.numel() == ROWS * labels.shape[1]
+    assert run.reports.last_evaluation.tokens == labels.numel() == SEQUENCES * labels.shape[1]
     assert run.reports.last_evaluation.loss == pytest.approx(expected, rel=1e-5)
     assert run.reports.last_evaluation.bits_per_byte == pytest.approx(expected / math.log(2), rel=1e-5)
     loss_sum = train_step(run, batch, state)[0].item()
@@ -213,7 +213,7 @@ def test_a_decay_by_the_clock_moves_the_end_of_the_run_once(asked: float, end: i
 
 def test_a_report_tells_the_share_of_the_epoch_that_is_done() -> None:
     run, _ = looped(4, log_interval=1)
-    run.loader.sequences_per_epoch = 4 * ROWS
+    run.loader.sequences_per_epoch = 4 * SEQUENCES
     train(run, TrainState())
     epochs = [values["epoch"] for _, values in run.outputs.trackers.logged if "epoch" in values]
     assert epochs == [0.25, 0.5, 0.75, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from minimind import ConfigError, MiniMindConfig, MiniMindForCausalLM, PretrainConfig, pretrain
 from minimind.formats.huggingface import load_model, save_model, save_weights
 from minimind.modeling.transformer import CausalLMOutput
-from minimind.training.build_model import build_model
+from minimind.tokenizer import load_tokenizer
+from minimind.training.build_model import build_model, resolve_model_config
 from support.tiny_runs import tiny, write_corpus
 
 SHAPE = MiniMindConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -47,14 +49,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-def test_a_plain_model_with_custom_weights_is_saved_as_usual(corpus: Path, tmp_path: Path) -> None:
+def test_a_plain_model_with_custom_weights_is_saved_as_usual(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def all_zero(shape: MiniMindConfig) -> nn.Module:
         model = MiniMindForCausalLM(shape)
         for weight in model.parameters():
             nn.init.zeros_(weight)
         return model
 
+    monkeypatch.setattr("minimind.training.build_trainer.peak_flops_of", lambda device: 1e12)
     result = pretrain(tiny(corpus, tmp_path / "out", max_steps=1), model_factory=all_zero)
+    assert '"total_mfu"' in (tmp_path / "out" / "metrics.jsonl").read_text()
     delivered = load_model(result.model_dir)
     # Nothing reaches weights behind a norm of zero, so they are the factory's.
     assert not delivered.model.layers[0].mlp.up_proj.weight.any()
@@ -84,13 +90,16 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minimind.training.loss_spikes.MIN_STEPS", 2)
+    monkeypatch.setattr("minimind.training.build_trainer.peak_flops_of", lambda device: 1e12)
     config = tiny(corpus, tmp_path / "out", max_steps=12, spike_sigma=1e-9, learning_rate=30.0)
     pretrain(config, model_factory=lambda shape: Bigram(shape.vocab_size))
     assert list((tmp_path / "out" / "spikes").glob("step-*.json"))
+    # Its arithmetic is not known.
+    assert "mfu" not in (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "message"),
     [
         ({"compile": True}, "--compile is implemented in MiniMindForCausalLM"),
         ({"activation_checkpointing": True}, "--activation-checkpointing is implemented in"),
@@ -98,8 +107,8 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
         ({"sample_interval": 5}, "--sample-interval generates with MiniMindForCausalLM"),
     ],
 )
-def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         build_model(PretrainConfig(**option), SHAPE, lambda shape: Bigram(shape.vocab_size))
     assert isinstance(build_model(PretrainConfig(**option), SHAPE), MiniMindForCausalLM)
 
@@ -130,3 +139,18 @@ def test_what_was_assumed_of_stored_weights_is_said(tmp_path: Path) -> None:
 def test_the_factory_may_draw_from_the_generator_of_the_run() -> None:
     first, second = (build_model(PretrainConfig(seed=7), SHAPE, lambda _: Bigram(32)) for _ in range(2))
     assert torch.equal(first.table.weight, second.table.weight)
+
+
+@pytest.mark.parametrize(("length", "positions"), [(8, 32768), (32769, 65536), (65536, 65536)])
+def test_a_model_has_positions_for_the_longest_sequence(length: int, positions: int) -> None:
+    _, shape = resolve_model_config(PretrainConfig(max_seq_len=length), load_tokenizer(None))
+    assert shape.max_position_embeddings == positions
+
+
+def test_stored_weights_have_the_positions_that_they_have(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 6400, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_model(MiniMindForCausalLM(MiniMindConfig(**sizes, max_position_embeddings=64)), tmp_path)
+    config, tokenizer = PretrainConfig(from_weight=str(tmp_path), max_seq_len=64), load_tokenizer(None)
+    assert resolve_model_config(config, tokenizer)[1].max_position_embeddings == 64
+    with pytest.raises(ConfigError, match="--max-seq-len 65 is more than the 64 positions"):
+        resolve_model_config(dataclasses.replace(config, max_seq_len=65), tokenizer)

@@ -251,6 +251,7 @@ def test_a_run_with_parts_of_a_program_resumes_only_with_them(corpus: Path, tmp_
 )
 def test_which_parts_may_change(before: Any, now: Any, refused: str, changed: str) -> None:
     names = CustomParts().names(None)
+    assert {*names.values(), *CustomParts().given.values()} == {None}
     saved = {"optimizer": "muon", "custom_parts": names | before}
     found = compare_settings(saved, {"optimizer": "muon", "custom_parts": names | now})
     assert [len(found[0]), len(found[1])] == [bool(refused), bool(changed)]

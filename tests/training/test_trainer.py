@@ -27,7 +27,7 @@ from minimind.training.reporting import StepRecord
 from minimind.training.throughput import Meter
 from minimind.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 
-ROWS, LENGTH, VOCAB = 8, 24, 97
+SEQUENCES, LENGTH, VOCAB = 8, 24, 97
 
 
 def tiny_model(dropout: float = 0.0) -> MiniMindForCausalLM:
@@ -44,26 +44,26 @@ def tiny_model(dropout: float = 0.0) -> MiniMindForCausalLM:
     )
 
 
-def ragged_rows(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def ragged_sequences(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows whose number of real targets differs widely, from all of them to one."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
+    tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
     labels = tokens[:, 1:].clone()
-    for row in range(ROWS):
-        labels[row, max(1, LENGTH - 4 * row) :] = -100
+    for sequence in range(SEQUENCES):
+        labels[sequence, max(1, LENGTH - 4 * sequence) :] = -100
     return tokens[:, :-1], labels
 
 
-def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
+def step_batch(seed: int, micro_batch_size: int, sequences: int = SEQUENCES) -> StepBatch:
     """The same `rows` sequences as micro-batches; those beyond are masked, as at the end of an epoch."""
-    inputs, labels = ragged_rows(seed)
-    labels[rows:] = -100
+    inputs, labels = ragged_sequences(seed)
+    labels[sequences:] = -100
     cut = zip(inputs.split(micro_batch_size), labels.split(micro_batch_size), strict=True)
     return StepBatch(
         micro_batches=tuple(MicroBatch(x, y, None, None) for x, y in cut),
         num_targets=int((labels >= 0).sum()),
-        num_tokens=rows * LENGTH,
-        num_sequences=rows,
+        num_tokens=sequences * LENGTH,
+        num_sequences=sequences,
         epoch=0,
         step_in_epoch=0,
         digest="",
@@ -73,7 +73,15 @@ def step_batch(seed: int, micro_batch_size: int, rows: int = ROWS) -> StepBatch:
 def record(step: int) -> StepRecord:
     """What is known of a step of one target."""
     return StepRecord(
-        step, 0.0, 1, 1, learning_rate=0.1, digest="", limit=math.inf, sequences=(0, 0, ROWS), report=False
+        step,
+        0.0,
+        1,
+        1,
+        learning_rate=0.1,
+        digest="",
+        limit=math.inf,
+        sequences=(0, 0, SEQUENCES),
+        report=False,
     )
 
 
@@ -155,13 +163,13 @@ def make_trainer(model: MiniMindForCausalLM, accumulation_steps: int = 1, **opti
     )
 
 
-def reference_steps(seeds: list[int], rows: int = ROWS) -> tuple[list[float], MiniMindForCausalLM]:
+def reference_steps(seeds: list[int], sequences: int = SEQUENCES) -> tuple[list[float], MiniMindForCausalLM]:
     """Plain float32 SGD on whole batches: mean cross-entropy over all real targets, clipped at 1."""
     model = tiny_model()
     losses = []
     for seed in seeds:
-        inputs, labels = ragged_rows(seed)
-        labels[rows:] = -100
+        inputs, labels = ragged_sequences(seed)
+        labels[sequences:] = -100
         logits = model(inputs).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         model.zero_grad()
@@ -175,12 +183,12 @@ def reference_steps(seeds: list[int], rows: int = ROWS) -> tuple[list[float], Mi
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 4, 2, 1])
-@pytest.mark.parametrize("rows", [8, 5])
-def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, rows: int) -> None:
-    losses, reference = reference_steps([1, 2, 3], rows)
-    trainer = make_trainer(tiny_model(), accumulation_steps=ROWS // micro_batch_size)
+@pytest.mark.parametrize("sequences", [8, 5])
+def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, sequences: int) -> None:
+    losses, reference = reference_steps([1, 2, 3], sequences)
+    trainer = make_trainer(tiny_model(), accumulation_steps=SEQUENCES // micro_batch_size)
     for number, seed in enumerate([1, 2, 3]):
-        batch = step_batch(seed, micro_batch_size, rows)
+        batch = step_batch(seed, micro_batch_size, sequences)
         loss_sum, *_ = train_step(trainer, batch, TrainState()).tolist()
         assert loss_sum / batch.num_targets == pytest.approx(losses[number], rel=1e-5)
     for (name, ours), theirs in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
@@ -191,17 +199,18 @@ def test_a_step_equals_one_big_batch_however_it_is_cut(micro_batch_size: int, ro
 
 def test_the_mean_of_micro_batch_means_would_differ() -> None:
     """The sequences are ragged enough that weighting micro-batches alike, a common fault, is seen."""
-    inputs, labels = ragged_rows(1)
+    inputs, labels = ragged_sequences(1)
     logits = tiny_model()(inputs).logits
-    per_row = [
-        torch.nn.functional.cross_entropy(logits[row], labels[row], ignore_index=-100) for row in range(ROWS)
+    per_sequence = [
+        torch.nn.functional.cross_entropy(logits[sequence], labels[sequence], ignore_index=-100)
+        for sequence in range(SEQUENCES)
     ]
-    assert abs(torch.stack(per_row).mean().item() - reference_steps([1])[0][0]) > 1e-3
+    assert abs(torch.stack(per_sequence).mean().item() - reference_steps([1])[0][0]) > 1e-3
 
 
 def test_the_reported_norm_is_that_before_clipping() -> None:
     model = tiny_model()
-    inputs, labels = ragged_rows(1)
+    inputs, labels = ragged_sequences(1)
     loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
     loss.backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -282,9 +291,10 @@ def test_the_loop_saves_evaluates_and_reports_when_due() -> None:
         trainer, lambda limit: evaluated.append(limit) or [step_batch(5, 8).micro_batches[0]]
     )
     trainer.loader = SimpleNamespace(
-        sequences_per_epoch=4 * ROWS,
-        steps=lambda epoch, row: (
-            dataclasses.replace(step_batch(10 * epoch + k, 8), epoch=epoch) for k in range(row // ROWS, 4)
+        sequences_per_epoch=4 * SEQUENCES,
+        steps=lambda epoch, sequence: (
+            dataclasses.replace(step_batch(10 * epoch + k, 8), epoch=epoch)
+            for k in range(sequence // SEQUENCES, 4)
         ),
     )
     state = TrainState()
@@ -293,15 +303,15 @@ def test_the_loop_saves_evaluates_and_reports_when_due() -> None:
     assert len(evaluated) == 4  # after steps 3, 6, 9 and the last
     reports = [(step, values) for step, values in trainer.outputs.trackers.logged if "loss" in values]
     assert [step for step, _ in reports] == [2, 4, 6, 8, 10]
-    assert (state.step, state.epoch, state.sequence) == (10, 2, 2 * ROWS)
-    assert state.tokens == 10 * ROWS * LENGTH
+    assert (state.step, state.epoch, state.sequence) == (10, 2, 2 * SEQUENCES)
+    assert state.tokens == 10 * SEQUENCES * LENGTH
 
 
 def test_a_report_is_the_mean_over_all_targets_since_the_last_one() -> None:
     trainer = make_trainer(tiny_model(), log_interval=3)
     trainer.total_steps = 3
     batches = [step_batch(seed, 8) for seed in (1, 2, 3)]
-    trainer.loader = SimpleNamespace(sequences_per_epoch=1000, steps=lambda epoch, row: iter(batches))
+    trainer.loader = SimpleNamespace(sequences_per_epoch=1000, steps=lambda epoch, sequence: iter(batches))
     train(trainer, TrainState())
     losses, _ = reference_steps([1, 2, 3])
     targets = [batch.num_targets for batch in batches]
@@ -318,7 +328,8 @@ def test_a_report_covers_the_steps_before_a_checkpoint_that_fell_between_two_rep
         for part in parts:
             trainer.total_steps, trainer.stop_after = 4, state.step + part
             trainer.loader = SimpleNamespace(
-                sequences_per_epoch=1000, steps=lambda epoch, row: (step_batch(seed, 8) for seed in seeds)
+                sequences_per_epoch=1000,
+                steps=lambda epoch, sequence: (step_batch(seed, 8) for seed in seeds),
             )
             train(trainer, state)
             state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
@@ -352,7 +363,7 @@ def test_a_requested_to_stop_ends_the_loop_after_a_save() -> None:
     now = [0.0]
     trainer.stop = StopRequest(5, started=0.0, clock=lambda: now[0])
 
-    def batches(epoch: int, row: int) -> Any:
+    def batches(epoch: int, sequence: int) -> Any:
         while True:
             now[0] += 1.0
             yield step_batch(int(now[0]), 8)
@@ -379,7 +390,7 @@ def test_an_evaluation_is_left_when_a_stop_is_requesteded_and_the_state_is_saved
 
     trainer.evaluator = BatchEvaluator(trainer, validation)
     trainer.loader = SimpleNamespace(
-        sequences_per_epoch=1000, steps=lambda epoch, row: (step_batch(k, 8) for k in range(100))
+        sequences_per_epoch=1000, steps=lambda epoch, sequence: (step_batch(k, 8) for k in range(100))
     )
     state = TrainState()
     train(trainer, state)

@@ -125,14 +125,9 @@ def _attention_tiles(
     if memory < _LARGE_SHARED_MEMORY:
         small = {**common, "QUERIES": 64, "KEYS": 32, "num_stages": 2}
         return small, small, {**common, "QUERIES": 32, "KEYS": 64, "num_stages": 2}
-    forward = {"KEYS": 32, "num_stages": 3} if rest else {"KEYS": 64, "num_stages": 2}
-    queries = {"KEYS": 64, "num_stages": 3 if head_dim <= 96 else 2}
-    keys = {"KEYS": 64, "num_stages": 2}
-    return (
-        {**common, "QUERIES": 64, **forward},
-        {**common, "QUERIES": 64, **queries},
-        {**common, "QUERIES": 64, **keys},
-    )
+    large = {**common, "QUERIES": 64, "KEYS": 64, "num_stages": 2}
+    forward = {**large, "KEYS": 32, "num_stages": 3} if rest else large
+    return forward, {**large, "num_stages": 3 if head_dim <= 96 else 2}, large
 
 
 def _normed_heads(
@@ -375,7 +370,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     # Up to this length a row fits the registers of a program; a longer one is read twice, block by block.
     block = _power_of_two(columns) if columns <= 8192 else 4096
     wrap_triton(kernels.cross_entropy)[(rows,)](
-        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=block,
-        num_warps=8,
+        logits, targets, losses, IGNORED=ignored, COLUMNS=columns, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return losses
