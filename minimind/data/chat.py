@@ -76,7 +76,8 @@ class ChatRenderer:
                 "tokenizer_config.json."
             )
         self.fingerprint = hashlib.sha256(template.encode()).hexdigest()[:32]
-        self._split = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))))
+        tokens = map(re.escape, sorted(self._ids, key=len, reverse=True))
+        self._split = re.compile(f"({'|'.join(tokens)})")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
@@ -118,18 +119,13 @@ class ChatRenderer:
         except self._errors as error:
             raise ValueError(f"the chat template refuses the messages ({error})") from error
         parts: list[str | int] = []
-        position = 0
-        for match in self._split.finditer(rendered):
-            parts += [rendered[position : match.start()], self._ids[match[0]]]
-            position = match.end()
-        parts.append(rendered[position:])
-        shown = (
-            re.sub("\ufdd0(\\d+)\ufdd1", lambda match: names[int(match[1])], part)
-            if isinstance(part, str)
-            else part
-            for part in parts
-        )
-        return ChatText.of(self._without_ends([part for part in shown if part != ""]), self._names)
+        # Text and special tokens alternate.
+        for number, piece in enumerate(self._split.split(rendered)):
+            if number % 2:
+                parts.append(self._ids[piece])
+            elif piece:
+                parts.append(re.sub("\ufdd0(\\d+)\ufdd1", lambda match: names[int(match[1])], piece))
+        return ChatText.of(self._without_ends(parts), self._names)
 
     def _without_ends(self, parts: list[str | int]) -> list[str | int]:
         """Remove the start and end token that every document gets anyway."""

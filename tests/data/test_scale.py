@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import time
 import tracemalloc
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +154,14 @@ def test_only_files_that_are_read_are_open_and_never_more_than_a_process_may_hav
     assert open_files() <= before + 1 + OPEN_SHARDS + len(views)
     shards.release_pages()
     assert [view.tolist() for view in views] == [list(range(i * 5, i * 5 + 5)) for i in range(3)]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="needs madvise")
+def test_pages_that_were_read_are_given_back(make_shards):
+    shards, advice = make_shards([50]), []
+    shards._maps = [SimpleNamespace(madvise=advice.append)]
+    shards.release_pages()
+    assert advice == [mmap.MADV_DONTNEED]
 
 
 def test_weighted_shares_are_exact_at_scale():

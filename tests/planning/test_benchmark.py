@@ -165,3 +165,28 @@ def test_steps_are_counted_in_the_plural_from_two_on(measured: Any) -> None:
     result, _ = measured
     for steps, text in ((1, "(1 step)"), (2, "(2 steps)")):
         assert text in dict(dataclasses.replace(result, steps=steps, reduced=False).rows())["speed"]
+
+
+def test_the_screen_of_a_benchmark() -> None:
+    result = BenchmarkResult(
+        device="CPU", processes=2, precision="no", compiled=False, optimizer="adamw", parameters=1_600_000,
+        batch_size=4, max_seq_len=32, reduced=False, steps=5, step_seconds=0.25, tokens_per_second=1024.0,
+        data_seconds=0.01, forward_seconds=0.08, backward_seconds=0.12, optimizer_seconds=0.04,
+        start_seconds=7.0, memory_gb=1.5, flops_per_token=12_000_000, peak_flops=None, mfu=None,
+        matmul_flops=8e10, matmul_share=0.125,
+    )  # fmt: skip
+    assert dict(result.rows()) == {
+        "model": "1.60M parameters, 12.0M FLOP per token",
+        "device": "CPU x 2, float32",
+        "step": "4 sequences x 32 tokens per micro-batch",
+        "speed": "1.02k tokens/s (5 steps)",
+        "matmul": "80.0GFLOP/s measured; training uses 12.5% of it",
+        "time": "250.0 ms per step: data 10.0 ms, forward 80.0 ms, backward 120.0 ms, optimizer 40.0 ms",
+        "memory": "1.50 GB",
+        "start": "7s",
+    }
+    compiled = dataclasses.replace(result, precision="bf16", compiled=True, mfu=0.25, reduced=True)
+    rows = dict(compiled.rows())
+    assert (rows["device"], rows["start"], rows["MFU"]) == ("CPU x 2, bf16", "7s with compilation", "25.0%")
+    assert rows["step"].endswith(", less than asked for, which would take too long here")
+    assert rows["speed"].endswith("for the size asked for, scaled from 5 steps")

@@ -21,7 +21,14 @@ from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.planning import budget as budget_module
 from minimind.planning.budget_report import BudgetPlan
-from minimind.planning.candidates import Candidate, Machine, TextSize, TokenizerChoice, chosen_options
+from minimind.planning.candidates import (
+    BatchChoice,
+    Candidate,
+    Machine,
+    TextSize,
+    TokenizerChoice,
+    chosen_options,
+)
 from minimind.planning.choice import USABLE, Chooser, search
 
 GPU = Machine("cuda", "a GPU", 1, matmul_flops=6e14, memory=80e9, precision="bf16", fused=True)
@@ -327,7 +334,8 @@ def test_the_plan_says_why_the_choice_is_neither_larger_nor_smaller() -> None:
     assert rows(smaller)["why"] == "a smaller one would learn less from its 147M"
     assert rows(larger, smaller)["why"].count(";") == 1
     assert rows(candidate(steps=1))["why"] == "no other choice comes near"
-    assert (screen := rows(larger, smaller)) == {
+    screen = rows(larger, smaller)
+    assert screen == {
         "budget": "200s of training on a GPU",
         "model": "26.9M parameters: 8 layers, hidden size 512, 4 heads",
         "tokenizer": "6,400 entries, given, or of the package; 3.00 bytes each",
@@ -463,3 +471,27 @@ def test_a_step_has_the_micro_batches_that_are_set() -> None:
         c.micro_batch_size * c.seq_len <= 8192
         for c in chooser(Budget(seconds=1e6), dataclasses.replace(CPU, memory=1e12), ENDLESS).ranked()
     )
+
+
+def test_a_step_is_expected_to_take_its_arithmetic_and_its_launches() -> None:
+    shape = recipe.ModelShape.of(512, 8)
+    plan = BatchChoice(16384, 512, 8, 0)  # four micro-batches
+    model = MiniMindConfig(**shape.options(), vocab_size=6400)
+    flops = 16384 * model.flops_per_token(512)
+
+    def seconds(machine: Machine, optimizer: str) -> float:
+        found = dataclasses.replace(chooser(Budget(seconds=60), machine), optimizer=optimizer)
+        return found._expected_step_seconds(shape, PACKAGED, plan)
+
+    # 60% of the speed of a large product, and 0.2 ms a layer.
+    assert seconds(CPU, "adamw") == pytest.approx(flops / (0.6 * 8e10) + 2e-4 * 8 * 4)
+    # Less on a GPU where the model is narrow.
+    speed = 0.75 * 512 / (512 + 150) * 6e14
+    assert seconds(GPU, "adamw") == pytest.approx(flops / speed + 4e-4 * 8 * 4)
+    # Muon multiplies each matrix 15 times by a square one.
+    muon = 30 * 512 * shape.block_parameters
+    for optimizer in ("muon", "normuon"):
+        assert seconds(GPU, optimizer) == pytest.approx((flops + muon) / speed + 4e-4 * 8 * 4)
+    # Each of two processes computes half of the step.
+    two = dataclasses.replace(GPU, processes=2)
+    assert seconds(two, "adamw") == pytest.approx(flops / 2 / speed + 4e-4 * 8 * 2)

@@ -192,6 +192,56 @@ def test_what_was_measured_on_an_h100_is_estimated_within_a_few_percent(
     assert found == pytest.approx(measured, rel=0.05)
 
 
+P, MATRICES, N = SHAPE.num_parameters(), 8 * (2 * 64 * 96 + 2 * 64 * 48 + 3 * 64 * 160), SEQUENCES * LENGTH
+GATHERED = MATRICES // 4 + P - MATRICES  # two blocks, embedding and LM head
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {},
+            {"weights": 4 * P, "weight_copies": 2 * MATRICES, "gradients": 4 * P, "optimizer": 8 * P,
+             "optimizer_working": 0, "gradients_stay": False, "gradients_twice": False,
+             # Of the loss: gradient and copy of the matrix, that of its input twice, logits and theirs.
+             "working": 300 * 64 * (4 + 2) + 2 * N * 64 * 4 + N * 300 * (2 + 2)},
+        ),
+        ({"precision": "no"}, {"weight_copies": 0}),
+        ({"compiled": "no"}, {"working": 300 * 64 * (4 + 2) + 2 * N * 64 * 4 + N * 300 * (4 + 2 + 2)}),
+        # Four chunks, whose gradients are joined.
+        ({"sequences": 4096, "compiled": "no"}, {"working": 300 * 64 * (4 + 2) + 2 * 2048 * N * 64 * 4
+         + (1 << 17) * 300 * (4 + 2 + 2)}),
+        ({"shards": 4}, {"weights": P, "gradients": P, "optimizer": 2 * P, "weight_copies": 2 * GATHERED}),
+        ({"shards": 4, "precision": "no"}, {"weight_copies": 4 * GATHERED}),
+        ({"accumulation_steps": 2}, {"gradients_stay": True, "gradients_twice": True}),
+        ({"accumulation_steps": 2, "compiled": "blocks"}, {"gradients_stay": True, "gradients_twice": False}),
+        ({"num_processes": 2}, {"gradients_stay": True, "gradients_twice": False}),
+        ({"num_processes": 2, "shards": 2}, {"gradients_stay": False}),
+        # Two thirds of the feed-forward matrices have one shape: four float32 and four bf16 copies.
+        ({"optimizer": "muon"}, {"optimizer_working": 24 * 8 * 2 * 64 * 160,
+         "optimizer": 8 * P - 4 * MATRICES}),
+    ],
+)  # fmt: skip
+def test_an_estimate_by_hand(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = estimate(**changes)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_the_peak_is_the_highest_of_backward_begin_backward_end_and_step() -> None:
+    sizes = {"weights": 1, "weight_copies": 20, "gradients": 300, "optimizer": 4000, "activations": 50_000}
+    rest = {"working": 600_000, "optimizer_working": 7, "gradients_stay": False, "gradients_twice": False}
+    always = 4001 + (64 << 20)
+
+    def peak(**changes: Any) -> int:
+        return MemoryEstimate(**{**sizes, **rest, **changes}).peak - always
+
+    assert peak() == 650_020
+    assert peak(gradients_stay=True) == 650_320
+    assert peak(working=0, activations=0) == 307
+    assert peak(working=0, activations=0, gradients_twice=True) == 600
+    assert peak(optimizer_working=10**6) == 10**6 + 300
+
+
 def test_more_of_anything_takes_more() -> None:
     base = estimate().peak
     assert estimate(sequences=8).peak > base

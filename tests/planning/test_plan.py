@@ -14,10 +14,11 @@ import torch
 
 import minimind.planning.plan as module
 from minimind.config.options import PretrainConfig
-from minimind.data.batch_plan import plan_batches
+from minimind.data.batch_plan import BatchPlan, plan_batches
 from minimind.data.prepare import prepare_data
 from minimind.errors import CheckpointError
 from minimind.planning.benchmark import BenchmarkResult, TooLargeError
+from minimind.planning.memory import MemoryEstimate
 from minimind.planning.plan import plan_run
 from minimind.planning.plan_report import RunPlan
 from minimind.training.pretrain import pretrain
@@ -285,3 +286,72 @@ def test_json_and_lines_tell_the_same(corpus: Path, tmp_path: Path, asked: list[
     assert values["memory_bytes"]["peak"] == plan.memory.peak
     assert "tokenized now" in rows["cache"]
     assert "found" in dict(plan_run(tiny_runs.tiny(corpus, tmp_path / "out"), quiet=True).rows())["cache"]
+
+
+def screen(**changes: Any) -> dict[str, str]:
+    """Return the rows of a plan of round numbers."""
+    memory = MemoryEstimate(
+        weights=10 * MB, weight_copies=5 * MB, gradients=10 * MB, optimizer=20 * MB, activations=30 * MB,
+        working=4 * MB, optimizer_working=6 * MB, gradients_stay=False, gradients_twice=False,
+    )  # fmt: skip
+    data: Any = SimpleNamespace(
+        train=SimpleNamespace(num_documents=1234), validation=SimpleNamespace(num_tokens=5000), built=True
+    )
+    values = {
+        "config": PretrainConfig(output_dir="out", max_seq_len=64),
+        "batches": BatchPlan(4, 2, 3),
+        "parts": {"embedding": 1_000_000, "MLP": 1_500_000, "head": 0},
+        **{"flops_per_token": 15 * MB, "data": data, "tokens_per_epoch": 100_000, "steps_per_epoch": 65},
+        **{"first_step": 0, "total_steps": 130, "total_tokens": 200_000},
+        **{"cache_folder": Path("cache"), "cache_bytes": 250_000, "memory": memory, "device_memory": None},
+        **{"measured": RESULT, "step_seconds": 0.5, "evaluation_seconds": 8.0, "checkpoint_bytes": 30 * MB},
+        **{"disk_bytes": 95 * MB, "disk_free": 2000 * MB, "price_per_hour": None, "problems": ()},
+    }
+    return dict(RunPlan(**{**values, **changes}).rows())
+
+
+MB = 1_000_000
+
+
+def test_the_screen_of_a_plan() -> None:
+    plain = screen()
+    assert plain == {
+        "model": "2.50M parameters: embedding 1.00M, MLP 1.50M, head 0 (tied)",
+        "arithmetic": "15.0M FLOP per token, 3.00T FLOP in total",
+        "data": "100k tokens per epoch in 1,234 documents, 5.00k for validation",
+        "cache": "250 kB in cache, tokenized now; the run will use it",
+        "step": "1.54k tokens (micro-batch 4 x accumulation 2 x processes 3, sequences of 64 tokens)",
+        "run": "130 steps, 200k tokens, 2 epochs, 0.08 tokens per parameter",
+        "memory": "estimate 136 MB at the peak: weights 15.0 MB, gradients 10.0 MB, optimizer 20.0 MB, "
+        "activations 30.0 MB, working space 6.00 MB",
+        "speed": "3.07k tokens/s, 500 ms per step (2 steps measured on CPU x 1)",
+        "time": "1m20s: steps 1m05s, evaluations 8s, start 7s",
+        "disk": "95.0 MB for checkpoints of 30.0 MB and the model, 2.00 GB free in out",
+    }
+
+    def changed(**changes: Any) -> dict[str, str]:
+        return {name: text for name, text in screen(**changes).items() if plain.get(name) != text}
+
+    data = SimpleNamespace(train=SimpleNamespace(num_documents=1234), validation=None, built=False)
+    assert changed(
+        data=data,
+        first_step=30,
+        config=PretrainConfig(output_dir="o", max_seq_len=64, tie_word_embeddings=False),
+    ) == {
+        "model": "2.50M parameters: embedding 1.00M, MLP 1.50M, head 0",
+        "data": "100k tokens per epoch in 1,234 documents",
+        "cache": "250 kB in cache, found; the run will use it",
+        "run": "130 steps, 100 of them left, 200k tokens, 2 epochs, 0.08 tokens per parameter",
+        "time": "1m05s: steps 50s, evaluations 8s, start 7s",
+        "disk": plain["disk"].removesuffix("ut"),
+    }
+    smaller = dataclasses.replace(RESULT, reduced=True, mfu=0.375)
+    assert changed(measured=smaller, device_memory=80_000 * MB, price_per_hour=90.0, step_seconds=2.0) == {
+        "": "of 80.0 GB on the GPU",
+        "speed": "768 tokens/s, 2 s per step (2 steps measured on CPU x 1, of 4 sequences of 32 tokens and "
+        "scaled up)",
+        "MFU": "37.5% of the peak FLOP/s",
+        "time": "4m35s: steps 4m20s, evaluations 8s, start 7s",
+        "cost": "6.88 at 90 per hour",
+    }
+    assert changed(device_memory=80_000 * MB)[""] == "measured 1.50 GB, of 80.0 GB on the GPU"

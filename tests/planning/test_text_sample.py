@@ -62,6 +62,18 @@ def test_a_large_file_is_sampled_from_all_its_parts(tmp_path: Path, monkeypatch:
     assert {text.split()[1] for text in sample.documents} == {str(n) for n in range(32)}
 
 
+@pytest.mark.parametrize(("times", "spread"), [(1.9, False), (2.2, True)])
+def test_a_file_of_up_to_twice_the_sample_is_read_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, spread: bool
+) -> None:
+    texts = documents(400)
+    path = write(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(text_sample, "SAMPLE_BYTES", path.stat().st_size / times)
+    sample = read_sample(config(path)).documents
+    assert (sample == tuple(texts[: len(sample)])) == (not spread)
+    assert len(sample) < 300
+
+
 def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 import minimind.tracking.console as module
 from minimind.formatting import count, duration, paint
@@ -151,6 +152,17 @@ def test_no_line_is_wider_than_the_terminal(terminal, monkeypatch, width, line):
     assert line in lines
     assert max(map(len, lines)) <= width
     assert any(one.startswith("step 100/2000 | val loss 3.1000") for one in lines)
+
+
+@pytest.mark.parametrize(("width", "cells"), [(80, 20), (30, 18), (16, 4), (15, 0)])
+def test_the_bar_fills_the_line_up_to_20_cells(terminal, monkeypatch, width, cells):
+    monkeypatch.setenv("COLUMNS", str(width))
+    progress = Progress(stream=terminal)
+    progress.start(2000)
+    drawn = io.StringIO()
+    Console(file=drawn, width=width, force_terminal=True).print(progress._render())
+    progress.close()
+    assert re.sub(r"\x1b\[[\d;]*m", "", drawn.getvalue()).strip() == ("━" * cells + " step 0/2000").strip()
 
 
 def test_report_lines_stay_above_the_bar(terminal):
@@ -387,6 +399,25 @@ def test_reader_that_goes_away_does_not_stop_a_run(terminal, is_terminal):
             raise BrokenPipeError
 
     use(Progress(10, stream=Gone()))
+
+
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_a_stream_that_failed_is_not_used_again(method):
+    calls = []
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            calls.append("write")
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            calls.append("flush")
+            raise ValueError("closed")
+
+    stream = module._ForgivingStream(Gone())
+    for _ in range(3):
+        getattr(stream, method)(*(["text"] if method == "write" else []))
+    assert calls == [method]
 
 
 def test_process_without_standard_output(monkeypatch):

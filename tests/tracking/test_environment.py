@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minimind.tracking.environment import HIDDEN, describe_environment, hide_secrets
+from minimind.tracking.environment import HIDDEN, describe_environment, describe_launch, hide_secrets
 
 
 def git(*arguments: str) -> str:
@@ -34,6 +36,26 @@ def test_description_is_json_and_names_versions_and_hardware(monkeypatch):
     assert described["command"] == ["minimind-train", "pretrain", "--api-key", "***"]
     started = datetime.fromisoformat(described["started"])
     assert abs((datetime.now(UTC) - started).total_seconds()) < 60
+
+
+@pytest.mark.parametrize(
+    ("processes", "fsdp", "kind"), [(1, False, "one process"), (2, False, "DDP"), (2, True, "FSDP2")]
+)
+def test_a_launch_is_described_without_its_secrets(monkeypatch, processes, fsdp, kind):
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "PARALLELISM_CONFIG_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("OTHER_TOKEN", "s3cret")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    accelerator = SimpleNamespace(
+        num_processes=processes, is_fsdp2=fsdp, device=torch.device("cpu"), mixed_precision="bf16"
+    )
+    assert describe_launch(accelerator, compiled=True) == {
+        **{"processes": processes, "machines": 3, "kind": kind, "on_cpu": True, "precision": "bf16"},
+        **{"compiled": True, "variables": {"FSDP_VERSION": "2"}},
+    }
+    monkeypatch.delenv("GROUP_WORLD_SIZE")
+    assert describe_launch(accelerator, compiled=False)["machines"] == 1
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")

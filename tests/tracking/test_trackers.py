@@ -26,7 +26,7 @@ from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError, UserError
 from minimind.io import append, atomic
 from minimind.run_folder import RunFolder
-from minimind.tracking.backends import grouped_name
+from minimind.tracking.backends import BackgroundThread, grouped_name
 from minimind.tracking.trackers import Trackers, check_trackers, hyper_parameters
 
 
@@ -426,6 +426,15 @@ def test_tracker_that_fails_is_reported_once_and_the_others_go_on(desk, package,
     assert "failed and gets no more values (ConnectionError: gone)" in desk.warnings[0]
     assert len(desk.lines()) == 3
     assert len(scalars(desk.folder.path / "tensorboard", "train/loss")) == 3
+
+
+def test_what_a_function_in_the_background_raises_is_reported_and_the_next_one_runs():
+    errors, done = [], []
+    thread = BackgroundThread("test", lambda error: errors.append(str(error)))
+    thread.submit(lambda: 1 / 0)
+    thread.submit(lambda: done.append(1))
+    assert thread.close(10.0)
+    assert (errors, done) == (["division by zero"], [1])
 
 
 def test_no_step_waits_for_a_tracker_that_hangs_and_the_file_is_whole_all_the_same(
