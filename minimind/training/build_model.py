@@ -174,6 +174,8 @@ def _build_of_transformers(
         _check_finite(config, dict(model.named_parameters()))
     for sentence in model.notes if config.packing else ():
         note(sentence)
+    if model_config.active_parameters < model_config.parameters:
+        note(f"the experts of a {model_config.architecture} are trained without a load-balancing loss.")
     if config.activation_checkpointing:
         model.recompute_activations()
     return model
