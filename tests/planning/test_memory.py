@@ -272,7 +272,8 @@ def test_parts_make_up_the_model(tied: bool) -> None:
 
 
 def test_a_name_of_another_model_is_counted_apart() -> None:
-    assert count_parts({"transformer.wte.weight": (10, 4)})["other"] == 40
+    parts = count_parts({"transformer.wte.weight": (10, 4), "encoder.gate.weight": (3, 3)})
+    assert (parts["embedding"], parts["other"]) == (40, 9)
 
 
 def test_a_step_is_one_micro_batch_unless_given() -> None:
