@@ -465,6 +465,7 @@ def test_a_step_has_the_micro_batches_that_are_set() -> None:
         return {(c.global_batch_size, c.micro_batch_size) for c in found}
 
     assert sizes(batch_size=4, accumulation_steps=3) == {(4 * 3 * 2, 4)}
+    assert sizes(batch_size=2, accumulation_steps=1) == {(2 * 1 * 2, 2)}
     assert all(whole % (3 * 2) == 0 for whole, _ in sizes(accumulation_steps=3))
     assert all((whole % 10, micro) == (0, 5) for whole, micro in sizes(batch_size=5))
     assert {whole for whole, _ in sizes(global_batch_size=64)} == {64}
