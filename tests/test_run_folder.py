@@ -87,7 +87,7 @@ def test_temporary_files_of_a_killed_run_are_removed_and_links_not_followed(tmp_
 
 def test_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output-dir .*run cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"--output-dir .*run cannot be written \(.*file is not a folder\)"):
         claim(RunFolder(tmp_path / "file" / "run"))
 
 

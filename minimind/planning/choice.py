@@ -138,12 +138,9 @@ class Chooser:
         """Return the shapes of the ladder with the sizes that are set."""
         names = [f.name for f in dataclasses.fields(ModelShape)]
         fixed = {name: self.kept[name] for name in names if self.kept.get(name) is not None}
-        width, layers = fixed.get("hidden_size"), fixed.get("num_hidden_layers")
-        ladder = list(recipe.LADDER)
-        if width is not None:
-            ladder = [ModelShape.of(width, n) for n in ([layers] if layers else (2, 4, 6, 8, 12, 16, 24, 32))]
-        elif layers is not None:
-            ladder = [ModelShape.of(shape.hidden_size, layers) for shape in ladder]
+        ladder = recipe.LADDER
+        if (width := fixed.get("hidden_size")) is not None:
+            ladder = tuple(ModelShape.of(width, layers) for layers in (2, 4, 6, 8, 12, 16, 24, 32))
         shapes = [dataclasses.replace(shape, **fixed) for shape in ladder]
         head_dim = self.kept.get("head_dim")
         valid = [

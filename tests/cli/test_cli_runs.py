@@ -156,7 +156,7 @@ def test_what_a_run_recorded_reaches_the_terminal_escaped(run: Command, tmp_path
         assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), args
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_text(json.dumps({"model_type": HOSTILE}))
+    (broken / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": HOSTILE}))
     refused = run("info", str(broken))
     assert refused.code == 2
     assert "x1b" in refused.err

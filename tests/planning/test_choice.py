@@ -352,15 +352,17 @@ def test_the_plan_says_why_the_choice_is_neither_larger_nor_smaller() -> None:
         "then": "4.59M parameters: 4 layers, hidden size 256, 4 heads, vocabulary 6,400: 147M tokens, "
         "+0.050 bits/byte",
     }
+    four = rows(larger, machine=dataclasses.replace(GPU, processes=4))
+    assert four["batch"] == "16.4k tokens (8 sequences x 512 tokens x 4)"
     changed = rows(
-        *(larger, smaller), machine=dataclasses.replace(GPU, processes=4), measured=False, limited=True,
+        *(larger, smaller), machine=dataclasses.replace(GPU, processes=2), measured=False, limited=True,
         steps=3000, tokenizer=TRAINED,
     )  # fmt: skip
     assert {name: text for name, text in changed.items() if screen[name] != text} == {
-        "budget": "200s of training on a GPU x 4",
+        "budget": "200s of training on a GPU x 2",
         "model": "27.8M parameters: 8 layers, hidden size 512, 4 heads",
         "tokenizer": "8,192 entries, trained on a sample of the text; 3.60 bytes each",
-        "batch": "16.4k tokens (8 sequences x 512 tokens x 4)",
+        "batch": "16.4k tokens (8 sequences x 512 tokens x accumulation 2 x 2)",
         "training": screen["training"].replace("4,000 steps, 65.5M", "3,000 steps, 49.2M"),
         # A run that the text limits takes the time of its steps.
         "time": "2m30s of training (328k tokens/s estimated), plus preparing the data; the text is too small "
@@ -463,6 +465,7 @@ def test_a_step_has_the_micro_batches_that_are_set() -> None:
         return {(c.global_batch_size, c.micro_batch_size) for c in found}
 
     assert sizes(batch_size=4, accumulation_steps=3) == {(4 * 3 * 2, 4)}
+    assert sizes(batch_size=2, accumulation_steps=1) == {(2 * 1 * 2, 2)}
     assert all(whole % (3 * 2) == 0 for whole, _ in sizes(accumulation_steps=3))
     assert all((whole % 10, micro) == (0, 5) for whole, micro in sizes(batch_size=5))
     assert {whole for whole, _ in sizes(global_batch_size=64)} == {64}

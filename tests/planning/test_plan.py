@@ -255,7 +255,7 @@ def test_a_resumed_run_needs_no_disk_for_the_checkpoints_it_has(
         module._disk(dataclasses.replace(config, resume=resume), data, 10_000, 500, 40)[0]
         for resume in (None, "auto")
     )
-    assert (new, resumed) == (3 * 10_000 + 2 * 500, 3 * 10_000 + 2 * 500 - 1000)
+    assert (new, resumed) == (3 * 10_000 + 500, 3 * 10_000 + 500 - 1000)
 
 
 def test_the_launcher_decides_how_many_share_the_work(

@@ -98,6 +98,17 @@ def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
     assert trained_tokenizer(options, sample, 300) == folder
 
 
+def test_a_cache_that_cannot_be_written_does_not_hinder_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sample, "VOCABULARIES", (290, 10**6))
+    monkeypatch.setattr(text_sample, "BYTES_PER_ENTRY", 10)
+    options = config(write(tmp_path / "a.jsonl", documents(100)))
+    (tmp_path / "cache").write_text("in the way")
+    size = text_size(options, read_sample(options), choose_tokenizer=True)
+    assert [choice.vocab_size for choice in size.tokenizers] == [load_tokenizer().vocab_size, 290]
+
+
 def test_only_the_given_tokenizer_counts_where_none_is_to_be_chosen(tmp_path: Path) -> None:
     sample = TextSample(tuple(documents(10)), 1e4)
     size = text_size(config(tmp_path / "a"), sample, choose_tokenizer=False)

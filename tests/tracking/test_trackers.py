@@ -27,6 +27,7 @@ from minimind.errors import ConfigError, UserError
 from minimind.io import append, atomic
 from minimind.run_folder import RunFolder
 from minimind.tracking.backends import BackgroundThread, grouped_name
+from minimind.tracking.metrics_file import parse_line
 from minimind.tracking.trackers import Trackers, check_trackers, hyper_parameters
 
 
@@ -538,6 +539,11 @@ def test_text_goes_to_the_file_alone(desk, package):
     assert desk.lines()[0]["digest"] == "a1b2"
     assert package.runs[0].logged == [(10, {"train/loss": 1.5})]
     assert desk.warnings == []
+
+
+def test_integers_beyond_64_bits_are_not_read():
+    line = '{"step": 1, "tokens": 123456789012345678, "loss": 1234567890123456789}'
+    assert parse_line(line) == {"step": 1, "tokens": 123456789012345678, "loss": None}
 
 
 def test_a_line_of_text_has_a_kind_of_its_own(desk):
