@@ -156,7 +156,9 @@ def test_what_a_run_recorded_reaches_the_terminal_escaped(run: Command, tmp_path
         assert not set(shown) & set("\x1b\x07\r\x9b\u202e"), args
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": HOSTILE}))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    values = {"model_type": "qwen3", "vocab_size": HOSTILE, "intermediate_size": 8, **sizes}
+    (broken / "config.json").write_text(json.dumps(values))
     refused = run("info", str(broken))
     assert refused.code == 2
     assert "x1b" in refused.err
