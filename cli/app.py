@@ -99,6 +99,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: command-line arguments; by default those of this process.
     """
+    if world_size() > 1:
+        # Set before torch is loaded: it warns of a lost launcher with C++ stack traces, one for each rank.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not is_main_process():
         _prefix_warnings()
     args = normalize(sys.argv[1:] if args is None else args)

@@ -55,14 +55,6 @@ def launcher_has_store() -> bool:
     return is_set("TORCHELASTIC_USE_AGENT_STORE")
 
 
-def restarted_with_store() -> bool:
-    """Whether earlier processes of this launch used the store that these ones will use.
-
-    False with several machines, whose launchers may count restarts differently.
-    """
-    return restarts() > 0 and launcher_has_store() and num_machines() == 1
-
-
 def is_set(name: str, env: Mapping[str, str] | None = None) -> bool:
     """Whether a variable is true, in any of the spellings that launchers use."""
     return (os.environ if env is None else env).get(name, "").lower() in TRUE_VALUES

@@ -106,10 +106,8 @@ def prepare_data(
     sources = read_sources(config.data, skipped=skipped, text_key=config.text_key, cache_dir=cache_dir)
     tick = (lambda: None) if progress is None else (lambda: progress(0, 0))
     named, identities = _sources(config, sources, skipped, documents, chat, tick)
-    option = "--data " + " ".join(config.data) if config.data else "the embedded corpus"
-    option = option if documents is None else "data="
+    option = "data=" if documents is not None else _data_option(config)
     settings = _cache_settings(config, identities, tokenizer, chat)
-    key = _hash(settings)
     shards = [item.source.shard for _, item in named if isinstance(item.source, HubReader)]
     # The size of a shard of the Hub is unknown.
     total = 0 if shards else sum(identity.get("size", 0) for identity in identities)
@@ -130,7 +128,7 @@ def prepare_data(
         }
 
     try:
-        opened = open_or_build(cache_dir, key, build)
+        opened = open_or_build(cache_dir, _hash(settings), build)
     except OSError as error:
         raise _unwritable(cache_dir, error) from error
     for folder in {shard.dataset.folder(cache_dir, config.text_key) for shard in shards}:
@@ -162,6 +160,10 @@ def prepare_data(
         mixture=_mixture(config, sources, train) if weights else (),
     )
     return PreparedData(train, validation, report, _hash(manifest["fingerprints"]), opened.built, weights)
+
+
+def _data_option(config: PretrainConfig) -> str:
+    return "--data " + " ".join(config.data) if config.data else "the embedded corpus"
 
 
 def _warn_of_data(train: TokenShards, num_files: int, skipped: Counter[str]) -> None:

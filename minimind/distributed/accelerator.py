@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import warnings
 from datetime import timedelta
@@ -30,8 +31,9 @@ from ..formatting import parse_duration
 from ..launch_env import (
     device_type,
     is_set,
+    launcher_has_store,
+    num_machines,
     rank,
-    restarted_with_store,
     restarts,
     was_launched,
     world_size,
@@ -40,6 +42,9 @@ from .launch_checks import launch_problems
 
 # On CPUs with bf16 instructions conversions cost little in wide models, but most of the gain at width 128.
 SMALLEST_BF16_WIDTH_ON_CPU = 512
+
+# Of the process groups of this process; every rank creates as many.
+_GROUP_NUMBERS = itertools.count()
 
 
 def check_launch(config: PretrainConfig) -> str | None:
@@ -99,8 +104,8 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
         InitProcessGroupKwargs(timeout=timeout),
     ]
     try:
-        if restarted_with_store():
-            _init_process_group_after_restart(timeout)
+        if world_size() > 1 and launcher_has_store() and not dist.is_initialized():
+            _init_process_group(timeout)
         accelerator = Accelerator(mixed_precision=choose_precision(config), kwargs_handlers=handlers)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -237,17 +242,22 @@ def prepare(
     return model, optimizer
 
 
-def _init_process_group_after_restart(timeout: timedelta) -> None:
-    """Create the process group of restarted processes; Accelerate uses an existing group.
+def _init_process_group(timeout: timedelta) -> None:
+    """Create the process group unless it is the first one in the launcher's store; Accelerate uses it then.
 
-    The launcher's store still holds the addresses of the processes before. Without another prefix the new
-    ones may connect to those, and fail or wait for the timeout.
+    The store still holds the addresses of earlier groups: of the processes before a restart, or of these
+    processes, which join once for each measurement. Without another prefix they may connect to those, and
+    fail or wait for the timeout.
     """
+    # Launchers of several machines may count restarts differently.
+    restart, number = restarts() if num_machines() == 1 else 0, next(_GROUP_NUMBERS)
+    if not restart and not number:
+        return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
     dist.init_process_group(
         "gloo" if is_set("ACCELERATE_USE_CPU") else None,
-        store=dist.PrefixStore(f"restart-{restarts()}", store),
+        store=dist.PrefixStore(f"restart-{restart}-group-{number}", store),
         rank=rank(),
         world_size=world_size(),
         timeout=timeout,

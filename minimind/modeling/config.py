@@ -288,10 +288,8 @@ class MiniMindConfig:
         given.setdefault("head_dim", 128)
         given.setdefault("tie_word_embeddings", False)
         given["dropout"] = values.get("attention_dropout") or 0.0
-        rope: dict[str, Any] = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            rope |= _table(key, values.get(key))
-        theta = rope.pop("rope_theta", values.get("rope_theta", 1e4))
+        rope = _rope_of(values)
+        theta = rope.pop("rope_theta", 1e4)
         given["rope_theta"] = float(theta) if _is_number(theta) else theta
         given["rope_scaling"] = rope or None
         for name in _TOKENS:
@@ -301,6 +299,28 @@ class MiniMindConfig:
             if isinstance(token, int):
                 given[name] = token
         return cls(**given)
+
+
+def _rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `rope_theta` and the scaling of a `config.json`, which may state them in several places.
+
+    Raises:
+        ConfigError: when the places contradict each other, for example after one of them was edited: other
+            programs would read another one.
+    """
+    rope: dict[str, Any] = {}
+    top = {"rope_theta": theta} if (theta := values.get("rope_theta")) is not None else {}
+    for key, table in (("", top), *((key, values.get(key)) for key in ("rope_scaling", "rope_parameters"))):
+        found = dict(_table(key, table))
+        if "type" in found:  # its name until transformers 4.43
+            found.setdefault("rope_type", found.pop("type"))
+        for name in found.keys() & rope.keys():
+            if found[name] != rope[name]:
+                raise ConfigError(
+                    f"{name} is {rope[name]!r} in one place and {found[name]!r} in {key}; make them equal."
+                )
+        rope |= found
+    return rope
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

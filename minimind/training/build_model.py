@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -141,6 +141,7 @@ def build_model(
         for sentence in source.notes:
             note(f"--from-weight: {sentence}")
         stored = source.load(model_config).state_dict()
+        _check_finite(config, stored)
         if factory is not MiniMindForCausalLM:
             _check_same_tensors(config, model, stored)
         model.load_state_dict(stored)
@@ -170,8 +171,11 @@ def _build_of_transformers(
         loaded = open_model(config.from_weight).load(model_config)
         assert isinstance(loaded, TransformersModel)
         model = loaded
+        _check_finite(config, dict(model.named_parameters()))
     for sentence in model.notes if config.packing else ():
         note(sentence)
+    if model_config.active_parameters < model_config.parameters:
+        note(f"the experts of a {model_config.architecture} are trained without a load-balancing loss.")
     if config.activation_checkpointing:
         model.recompute_activations()
     return model
@@ -193,6 +197,15 @@ def _check_custom_model(config: PretrainConfig, model: nn.Module) -> None:
         raise ConfigError(problems)
 
 
+def _check_finite(config: PretrainConfig, stored: Mapping[str, torch.Tensor]) -> None:
+    damaged = next((name for name, tensor in stored.items() if not tensor.isfinite().all()), None)
+    if damaged is not None:
+        raise ConfigError(
+            f"--from-weight {config.from_weight}: {damaged} contains NaN or infinity, and nothing can be "
+            "trained from it; use an earlier checkpoint or another copy."
+        )
+
+
 def _check_same_tensors(config: PretrainConfig, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if own != {name: tensor.shape for name, tensor in stored.items()}:
@@ -205,10 +218,10 @@ def _check_same_tensors(config: PretrainConfig, model: nn.Module, stored: dict[s
 def _check_same_sizes(config: PretrainConfig, model_config: MiniMindConfig) -> None:
     settings = schema_of(ModelConfig)
     problems = [
-        f"{settings[name].flag} {getattr(config, name)} contradicts --from-weight {config.from_weight}, "
-        f"where it is {getattr(model_config, name)}; omit the option, or the preset that sets it."
+        f"{' '.join(settings[name].spell(given))} contradicts --from-weight {config.from_weight}, where "
+        f"it is {getattr(model_config, name)}; omit the option, or the preset that sets it."
         for name in _MODEL_OPTIONS
-        if getattr(config, name) not in (None, getattr(model_config, name))
+        if (given := getattr(config, name)) not in (None, getattr(model_config, name))
     ]
     if problems:
         raise ConfigError(problems)

@@ -239,3 +239,13 @@ def test_an_output_file_that_is_a_pipe_does_not_block(run: Command, tmp_path: Pa
     assert done.code == 2
     assert "pipe cannot be written (No such device or address); choose another file." in done.err
     assert run("compare", "run", "--html", "/dev/null").code == 0
+
+
+@pytest.mark.parametrize(("world_size", "level"), [("1", None), ("2", "ERROR")])
+def test_stack_traces_of_a_lost_launcher_are_not_printed(
+    run: Command, monkeypatch: pytest.MonkeyPatch, world_size: str, level: str | None
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    monkeypatch.setattr(os, "environ", {**environment, "WORLD_SIZE": world_size})
+    run("--version")
+    assert os.environ.get("TORCH_CPP_LOG_LEVEL") == level

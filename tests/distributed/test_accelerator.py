@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -288,3 +290,23 @@ def test_a_device_is_asked_by_a_forward_and_backward_pass(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "autocast", refuses)
     assert not module._trains_in("cpu", "fp16")
+
+
+def test_each_process_group_has_keys_in_the_launchers_store_that_no_earlier_one_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise a rank may connect to the closed address of an earlier group."""
+    prefixes: list[str] = []
+    monkeypatch.setattr(module.dist, "TCPStore", lambda *_, **__: None)
+    monkeypatch.setattr(module.dist, "PrefixStore", lambda prefix, _: prefixes.append(prefix))
+    monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **__: None)
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    for restart, created_by_accelerate in (("0", 1), ("1", 0)):
+        monkeypatch.setattr(module, "_GROUP_NUMBERS", itertools.count())
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        before = len(prefixes)
+        for _ in range(3):
+            module._init_process_group(timedelta(seconds=1))
+        assert len(prefixes) - before == 3 - created_by_accelerate
+    assert len(set(prefixes)) == len(prefixes)

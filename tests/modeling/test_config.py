@@ -208,9 +208,29 @@ def test_an_invalid_config_is_refused(values, sentence):
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers is .0."),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ({"rope_parameters": "yarn"}, "rope_parameters 'yarn' is not a table"),
-        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta large is not a number"),
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": "large"}},
+            "rope_theta large is not a number",
+        ),
     ],
 )
 def test_the_config_of_another_model_is_refused(change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         MiniMindConfig.from_dict({**MiniMindConfig().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"rope_theta": 0},
+        {"rope_theta": 5e5},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    ],
+)
+def test_rope_settings_that_contradict_each_other_are_refused(edit: dict[str, Any]) -> None:
+    """transformers 4 reads `rope_theta` and `rope_scaling`, where version 5 reads `rope_parameters`."""
+    written = MiniMindConfig().to_dict()
+    assert MiniMindConfig.from_dict(written) == MiniMindConfig()
+    with pytest.raises(ConfigError, match=r"in one place and .* in rope_parameters; make them equal"):
+        MiniMindConfig.from_dict({**written, **edit})

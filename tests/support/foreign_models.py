@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{name: _LLAMA[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
         **{"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
     },
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "bert": {
         **{name: _LLAMA[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},

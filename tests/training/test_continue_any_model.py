@@ -112,6 +112,25 @@ def test_the_final_model_is_the_trained_one_in_its_own_class(continued: Path) ->
     assert tokens("the cat")["input_ids"]
 
 
+def test_experts_are_trained_and_saved(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_shape("mixtral", tmp_path / "mixtral")
+    config = options(corpus, tmp_path / "run", folder, max_steps=2)
+    result = pretrain(config, quiet=False)
+    assert "experts of a MixtralForCausalLM are trained without a load-balancing" in capsys.readouterr().out
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    before, after, trained = (
+        transformers.AutoModelForCausalLM.from_pretrained(path) for path in (folder, result.model_dir, folder)
+    )
+    trained.load_state_dict(checkpoint.weights(), strict=False)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+        if "experts" in name:
+            assert not torch.equal(before.state_dict()[name], tensor), name
+
+
 def test_a_run_is_opened_by_its_checkpoint_and_by_its_model(continued: Path) -> None:
     run = continued / "run"
     ids = torch.arange(3, 40)[None]

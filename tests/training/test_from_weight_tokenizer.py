@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError
@@ -106,3 +109,18 @@ def test_unfinished_run_resumes_with_the_packaged_tokenizer_it_started_with(tmp_
             config = PretrainConfig(output_dir=str(tmp_path), resume=resume)
             assert resolve_run(config).tokenizer.fingerprint == expected
     assert resolve_run(PretrainConfig(output_dir=str(tmp_path))).tokenizer.fingerprint != earlier
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "base" / "model", tmp_path / "model")
+    (tmp_path / "model" / "checksums.json").unlink()
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, file)
+    config = dataclasses.replace(
+        continued(folder, tmp_path / "next"), from_weight=str(tmp_path / "model"), tokenizer=None
+    )
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight contains NaN or infinity"):
+        pretrain(config)
+    assert not (tmp_path / "next").exists()
