@@ -149,6 +149,8 @@ def test_the_file_says_what_llama_cpp_has_to_know(tokenizer, tmp_path):
     read = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert read["general.architecture"] == "qwen3"
     assert read["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+    general = [read[f"general.{name}"] for name in ("type", "name", "size_label")]
+    assert general == ["model", "minimind", "106K"]
     shape = {key.removeprefix("qwen3."): value for key, value in read.items() if key.startswith("qwen3.")}
     assert shape == {
         "block_count": 2,
