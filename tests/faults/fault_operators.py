@@ -20,7 +20,7 @@ PACKAGE = "minimind"
 # - a dropped `side="left"` of numpy's searchsorted, which is its default.
 NO_FAULT_KEYWORDS = {
     *("strict", "maxsize", "init", "repr", "frozen", "kw_only", "slots"),
-    *("encoding", "thread_name_prefix", "pin_memory", "non_blocking"),
+    *("encoding", "thread_name_prefix", "pin_memory", "non_blocking", "device"),
 }
 # Faults that leave every result equal: (line before, line after, reason). Keep it short.
 EQUIVALENT: tuple[tuple[str, str, str], ...] = (
