@@ -32,6 +32,7 @@ PAIRS = [
     ("docs/fine-tuning.md", "docs/fine-tuning_zh.md"),
     ("docs/migration.md", "docs/migration_zh.md"),
     ("docs/budget.md", "docs/budget_zh.md"),
+    ("docs/continuing.md", "docs/continuing_zh.md"),
 ]
 PROGRAM = re.compile(r"minimind-train|minimind_cli")
 
