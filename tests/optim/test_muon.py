@@ -214,6 +214,8 @@ def train_shards(rank: int, store: str, file: str) -> None:
     found = [p.full_tensor() for p in shards]
     if rank == 0:
         torch.save(found, file)
+    # A process whose peer has left already may abort in gloo's threads.
+    dist.barrier()
     dist.destroy_process_group()
 
 
