@@ -40,12 +40,12 @@ class TextSize:
 
     Attributes:
         num_bytes: UTF-8 bytes, about.
-        unigram_bits: see `scaling_law.unigram_bits`; None where unknown.
+        bigram_bits: see `scaling_law.bigram_bits`; None where unknown.
         tokenizers: at least one.
     """
 
     num_bytes: float
-    unigram_bits: float | None
+    bigram_bits: float | None
     tokenizers: tuple[TokenizerChoice, ...]
 
 

@@ -36,8 +36,6 @@ _GPU_EFFICIENCY, _GPU_EFFICIENCY_WIDTH = 0.75, 150
 _CPU_EFFICIENCY = 0.6
 _LAUNCH_SECONDS = {"cuda": 4e-4}
 _LAUNCH_SECONDS_ELSEWHERE = 2e-4
-# With twice the batch of the rule, 12% more tokens are needed to the same loss (docs/experiments.md).
-_BATCH_TOLERANCE = 7.0
 # Batches to compare, as multiples of that of the rule.
 BATCHES = (1, 2, 4)
 # FLOPs of Newton-Schulz per weight and column of a matrix: five iterations of three products.
@@ -214,12 +212,11 @@ class Chooser:
     def _forecast(
         self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, batch_tokens: int
     ) -> Forecast:
-        excess = max(batch_tokens / recipe.global_batch_tokens(tokens), 1.0)
-        useful = tokens * (1 + 1 / _BATCH_TOLERANCE) / (1 + excess / _BATCH_TOLERANCE)
+        useful = recipe.useful_tokens(tokens, batch_tokens)
         worth = recipe.effective_tokens(useful, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
-            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.unigram_bits
+            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.bigram_bits
         )
 
     def _batch(

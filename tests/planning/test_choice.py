@@ -49,9 +49,9 @@ def options(of: Chooser) -> dict[str, Any]:
 
 def test_more_time_buys_a_larger_model_more_tokens_and_fewer_bits() -> None:
     best = [chooser(Budget(seconds=s), text=ENDLESS).ranked()[0] for s in (20, 60, 180, 1800, 4 * 3600)]
-    for name in ("tokens", "batch_tokens"):
-        values = [getattr(candidate, name) for candidate in best]
-        assert values == sorted(values)
+    tokens = [candidate.tokens for candidate in best]
+    assert tokens == sorted(tokens)
+    assert best[0].batch_tokens < best[-1].batch_tokens
     sizes = [candidate.shape.block_parameters for candidate in best]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
@@ -291,11 +291,11 @@ def test_processes_share_the_batches_of_an_evaluation() -> None:
     assert (alone["eval_batches"], four["eval_batches"]) == (34, 8)
 
 
-def test_twice_the_batch_needs_an_eighth_more_tokens() -> None:
+def test_twice_the_batch_needs_a_thirteenth_more_tokens() -> None:
     found, shape = chooser(Budget(seconds=200), text=ENDLESS), recipe.ModelShape.of(512, 8)
     batch = recipe.global_batch_tokens(61e6)
     of_the_rule = found._forecast(shape, PACKAGED, 61e6, batch)
-    assert found._forecast(shape, PACKAGED, 61e6 * 9 / 8, 2 * batch).bits_per_byte == pytest.approx(
+    assert found._forecast(shape, PACKAGED, 61e6 * 14 / 13, 2 * batch).bits_per_byte == pytest.approx(
         of_the_rule.bits_per_byte
     )
     assert found._forecast(shape, PACKAGED, 61e6, batch // 2) == of_the_rule
