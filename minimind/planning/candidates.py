@@ -117,9 +117,9 @@ class Candidate:
         return self.steps * self.step_seconds
 
     @property
-    def key(self) -> tuple[ModelShape, int]:
-        """What the speed of a step depends on besides the batch."""
-        return self.shape, self.tokenizer.vocab_size
+    def key(self) -> tuple[ModelShape, int, int]:
+        """What the time of a step depends on."""
+        return self.shape, self.tokenizer.vocab_size, self.batch_tokens
 
 
 class BatchChoice(NamedTuple):

@@ -55,7 +55,7 @@ class Chooser:
         law: forecasts the result.
         kept: options that are set, by name.
         optimizer: name.
-        speeds: measured seconds over expected seconds, by shape and vocabulary.
+        speeds: measured seconds over expected seconds, by shape, vocabulary and batch.
         too_large: shapes, vocabularies and micro-batches that did not fit into memory.
     """
 
@@ -66,7 +66,7 @@ class Chooser:
     kept: Mapping[str, Any]
     optimizer: str = "normuon"
     recompute: bool = False
-    speeds: dict[tuple[ModelShape, int], float] = field(default_factory=dict)
+    speeds: dict[tuple[ModelShape, int, int], float] = field(default_factory=dict)
     too_large: set[tuple[ModelShape, int, int]] = field(default_factory=set)
 
     def ranked(self) -> list[Candidate]:
@@ -128,8 +128,9 @@ class Chooser:
         for shape, tokenizer in itertools.product(shapes, self.text.tokenizers):
             most = recipe.MOST_PARAMETERS_PER_TOKEN * self._unique_tokens(tokenizer)
             if shape in shapes[:3] or shape.block_parameters <= most:
+                rule = self._rule_batch(shape, tokenizer)
                 for multiple in (1,) if given else BATCHES:
-                    if (candidate := self._candidate(shape, tokenizer, multiple)) is not None:
+                    if (candidate := self._candidate(shape, tokenizer, multiple * rule)) is not None:
                         yield candidate
 
     def _shapes(self) -> list[ModelShape]:
@@ -149,19 +150,36 @@ class Chooser:
         ]
         return list(dict.fromkeys(valid or shapes))
 
-    def _candidate(self, shape: ModelShape, tokenizer: TokenizerChoice, multiple: int) -> Candidate | None:
-        """Return a candidate; None where it does not fit into memory, or into the budget."""
-        unique = self._unique_tokens(tokenizer)
-        limit = unique * (self.kept.get("epochs") or recipe.MOST_EPOCHS)
-        tokens = min(unique, 1e6)
+    def _rule_batch(self, shape: ModelShape, tokenizer: TokenizerChoice) -> int:
+        """Return the tokens of a batch by the rule, for the horizon of the budget."""
+        tokens = min(self._unique_tokens(tokenizer), 1e6)
         # The batch follows from the tokens, and with the speed the tokens from the batch.
         for _ in range(4):
-            plan = self._batch(shape, tokenizer, tokens, multiple)
+            batch_tokens = recipe.global_batch_tokens(tokens)
+            plan = self._batch(shape, tokenizer, batch_tokens)
             if plan is None:
-                return None
-            step_seconds = self._step_seconds(shape, tokenizer, plan)
-            tokens = min(self._affordable_tokens(shape, tokenizer, plan, step_seconds), limit)
-        assert plan is not None
+                break
+            tokens = self._horizon(shape, tokenizer, plan)
+        return batch_tokens
+
+    def _horizon(self, shape: ModelShape, tokenizer: TokenizerChoice, plan: BatchChoice) -> float:
+        """Return the tokens that the budget and the limit of epochs allow."""
+        affordable = self._affordable_tokens(
+            shape, tokenizer, plan, self._step_seconds(shape, tokenizer, plan)
+        )
+        return min(affordable, self._most_tokens(tokenizer))
+
+    def _most_tokens(self, tokenizer: TokenizerChoice) -> float:
+        return self._unique_tokens(tokenizer) * (self.kept.get("epochs") or recipe.MOST_EPOCHS)
+
+    def _candidate(
+        self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int
+    ) -> Candidate | None:
+        """Return a candidate; None where it does not fit into memory, or into the budget."""
+        plan = self._batch(shape, tokenizer, batch_tokens)
+        if plan is None:
+            return None
+        tokens = self._horizon(shape, tokenizer, plan)
         steps = int(tokens / plan.batch_tokens)
         if steps < 1:
             return None
@@ -172,11 +190,11 @@ class Chooser:
             tokenizer=tokenizer,
             global_batch_size=plan.batch_tokens // plan.seq_len,
             steps=steps,
-            epochs=done / unique,
-            step_seconds=step_seconds,
+            epochs=done / self._unique_tokens(tokenizer),
+            step_seconds=self._step_seconds(shape, tokenizer, plan),
             forecast=self._forecast(shape, tokenizer, done, plan.batch_tokens),
-            measured=(shape, tokenizer.vocab_size) in self.speeds,
-            limited=tokens >= limit,
+            measured=(shape, tokenizer.vocab_size, plan.batch_tokens) in self.speeds,
+            limited=tokens >= self._most_tokens(tokenizer),
         )
 
     def _unique_tokens(self, tokenizer: TokenizerChoice) -> float:
@@ -219,11 +237,8 @@ class Chooser:
             self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.bigram_bits
         )
 
-    def _batch(
-        self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, multiple: int
-    ) -> BatchChoice | None:
-        """Return the batch for a horizon; None where not even one sequence fits into memory."""
-        batch_tokens = multiple * recipe.global_batch_tokens(tokens)
+    def _batch(self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int) -> BatchChoice | None:
+        """Return the sizes of a step of so many tokens; None where not one sequence fits into memory."""
         seq_len = self.kept.get("max_seq_len") or recipe.sequence_length(batch_tokens)
         processes = self.machine.processes
         micro, accumulation = self.kept.get("batch_size"), self.kept.get("accumulation_steps")
@@ -267,10 +282,15 @@ class Chooser:
         expected = self._expected_step_seconds(shape, tokenizer, plan)
         if not self.speeds:
             return expected
-        key = shape, tokenizer.vocab_size
+        size = math.log(shape.parameters(tokenizer.vocab_size))
+
+        def distance(key: tuple[ModelShape, int, int]) -> tuple[bool, float, float]:
+            other, vocab_size, batch_tokens = key
+            apart = abs(math.log(other.parameters(vocab_size)) - size)
+            return other != shape, apart, abs(math.log(batch_tokens / plan.batch_tokens))
+
         # What was not measured is off by as much as what was measured nearest to it.
-        nearest = min(self.speeds, key=lambda k: (k[0] != shape, abs(_log_size(k) - _log_size(key))))
-        return expected * self.speeds[nearest]
+        return expected * self.speeds[min(self.speeds, key=distance)]
 
     def _expected_step_seconds(
         self, shape: ModelShape, tokenizer: TokenizerChoice, plan: BatchChoice | Candidate
@@ -291,11 +311,6 @@ class Chooser:
 
 def _badness(candidate: Candidate) -> float:
     return candidate.forecast.bits_per_byte
-
-
-def _log_size(key: tuple[ModelShape, int]) -> float:
-    shape, vocab_size = key
-    return math.log(shape.parameters(vocab_size))
 
 
 def search(

@@ -291,14 +291,13 @@ def test_processes_share_the_batches_of_an_evaluation() -> None:
     assert (alone["eval_batches"], four["eval_batches"]) == (34, 8)
 
 
-def test_twice_the_batch_needs_a_thirteenth_more_tokens() -> None:
+def test_a_batch_larger_than_that_of_the_rule_costs_tokens() -> None:
     found, shape = chooser(Budget(seconds=200), text=ENDLESS), recipe.ModelShape.of(512, 8)
     batch = recipe.global_batch_tokens(61e6)
-    of_the_rule = found._forecast(shape, PACKAGED, 61e6, batch)
-    assert found._forecast(shape, PACKAGED, 61e6 * 14 / 13, 2 * batch).bits_per_byte == pytest.approx(
-        of_the_rule.bits_per_byte
-    )
-    assert found._forecast(shape, PACKAGED, 61e6, batch // 2) == of_the_rule
+    assert recipe.useful_tokens(61e6, batch // 2) == recipe.useful_tokens(61e6, batch) == 61e6
+    assert recipe.useful_tokens(61e6, 4 * batch) == pytest.approx(61e6 * 13 / 16)
+    bits = [found._forecast(shape, PACKAGED, 61e6, m * batch).bits_per_byte for m in (1, 2, 4)]
+    assert bits[0] < bits[1] < bits[2] < 1.05 * bits[0]
 
 
 def test_a_text_too_small_for_any_model_is_tried_with_the_three_smallest() -> None:
