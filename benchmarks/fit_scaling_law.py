@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -148,8 +148,9 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
         "form": "bits/byte = s (V/6400)^-v / (1/U + 1/(E + A N^-a + B D^-b))",
         **{name: round(value, 6) for name, value in constants.items()},
         "sigma": SMALLEST_SIGMA,
-        "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]],
+        **{"g": 0.0, "h": 0.0, "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]]},
     }
+    values["g"], values["h"] = (round(value, 5) for value in gains(ScalingLaw.from_dict(values), points))
     law = ScalingLaw.from_dict(values)
     values["curve"] = [[round(value, 5) for value in on_curve(law, points, share)] for share in SHARES]
     if not errors_too:
@@ -206,34 +207,47 @@ def finished(point: dict[str, Any]) -> float:
     return bits if tokens > 0.97 * point["tokens"] else point["bits_per_byte"]
 
 
+def evaluation(point: dict[str, Any], share: float) -> tuple[float, float]:
+    """Return the share of the run at the evaluation nearest to a share, and its bits/byte."""
+    tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - share))
+    return tokens / point["tokens"], bits
+
+
+def gains(law: ScalingLaw, points: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return g and h of `ScalingLaw.gain`, from what the second half of the runs gained."""
+    known = [point for point in points if point["evaluations"]]
+    rows = []
+    for point in known:
+        reached = law.relative(point["block_parameters"], worth(point, point["tokens"]))
+        rows.append([1.0, -math.log(worth(point, point["tokens"]) / 1e6), -reached])
+    gained = [[evaluation(point, 0.5)[1] - finished(point)] for point in known]
+    inputs, outputs = (torch.tensor(values, dtype=torch.float64) for values in (rows, gained))
+    d, dg, dh = torch.linalg.lstsq(inputs, outputs).solution.flatten().tolist()
+    return dg / d, dh / d
+
+
 def on_curve(law: ScalingLaw, points: list[dict[str, Any]], share: float) -> tuple[float, float, float]:
-    """Return a share of a run, the bits/byte that the rest gains beyond the law, and their deviation."""
+    """Return a share of a run, d of `ScalingLaw.gain` there, and the deviation of the forecast."""
     if share == 1.0:
         return share, 0.0, SMALLEST_SIGMA_DURING
-    gains = []
-    for point in points:
-        if not point["evaluations"]:
-            continue
-        tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - share))
-        size = point["block_parameters"]
-        lower = law.relative(size, worth(point, point["tokens"])) / law.relative(size, worth(point, tokens))
-        gains.append(bits * lower - finished(point))
-    gain = median(gains)
-    sigma = rms([other - gain for other in gains])
-    return share, gain, max(sigma * (2 if share == 0.0 else 1), SMALLEST_SIGMA_DURING)
+    known = [point for point in points if point["evaluations"]]
+    expected = [law.gain(p["block_parameters"], worth(p, p["tokens"])) for p in known]
+    gained = [evaluation(point, share)[1] - finished(point) for point in known]
+    d = sum(a * b for a, b in zip(expected, gained, strict=True)) / sum(a * a for a in expected)
+    sigma = rms([d * a - b for a, b in zip(expected, gained, strict=True)])
+    return share, d, max(sigma * (2 if share == 0.0 else 1), SMALLEST_SIGMA_DURING)
 
 
 def half_time_error(law: ScalingLaw, point: dict[str, Any]) -> float | None:
     """Return the error of the forecast from the evaluation at half time; None without one."""
     if not point["evaluations"]:
         return None
-    tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - 0.5))
+    share, bits = evaluation(point, 0.5)
     forecast = law.during(
         point["block_parameters"],
         observed=bits,
-        bytes_done=worth(point, tokens),
         num_bytes=worth(point, point["tokens"]),
-        share=tokens / point["tokens"],
+        share=share,
     )
     return forecast.bits_per_byte - finished(point)
 

@@ -25,6 +25,9 @@ _DEVIATIONS = 1.645
 REFERENCE_VOCABULARY = 6400
 # s of data of unknown difficulty: documentation in English.
 _TYPICAL_BITS = 2.5
+# Bounds of what the rest of a run gains: as a share of the loss, and in units of d. No run that was measured
+# is near them.
+_LARGEST_GAIN, _SMALLEST_GAIN = 0.4, 0.1
 # Token before the first of a document.
 _START = -1
 
@@ -66,8 +69,9 @@ class ScalingLaw:
         text: B and b.
         vocabulary: v.
         sigma: standard deviation of log L before the start, on data that the fit did not see.
-        curve: at shares of a run, the bits/byte that the rest of the run gains beyond the law, and the
-            standard deviation of the forecast from there in bits/byte; ascending.
+        rest: g and h, see `gain`.
+        curve: at shares of a run, d of `gain`, and the standard deviation of the forecast from there in
+            bits/byte; ascending.
     """
 
     beginning: float
@@ -76,6 +80,7 @@ class ScalingLaw:
     text: tuple[float, float]
     vocabulary: float
     sigma: float
+    rest: tuple[float, float]
     curve: tuple[tuple[float, float, float], ...]
 
     @classmethod
@@ -88,6 +93,7 @@ class ScalingLaw:
             text=(values["B"], values["b"]),
             vocabulary=values["v"],
             sigma=values["sigma"],
+            rest=(values["g"], values["h"]),
             curve=tuple(tuple(point) for point in values["curve"]),
         )
 
@@ -113,29 +119,32 @@ class ScalingLaw:
             return Forecast.of(_TYPICAL_BITS * relative, 5 * self.sigma)
         return Forecast.of(bigram_bits * relative, self.sigma)
 
-    def during(
-        self, parameters: float, *, observed: float, bytes_done: float, num_bytes: float, share: float
-    ) -> Forecast:
-        """Return the forecast from an evaluation on the way: it gives the difficulty of the text.
-
-        The decay of the learning rate gains more than the law, which is one of finished runs: about as many
-        bits/byte on all data and with all sizes.
+    def during(self, parameters: float, *, observed: float, num_bytes: float, share: float) -> Forecast:
+        """Return the forecast from an evaluation on the way.
 
         Args:
             parameters: N.
             observed: bits per byte of the evaluation.
-            bytes_done: D up to the evaluation.
             num_bytes: D of the whole run.
             share: of the run that is done, from 0 to 1.
         """
-        gain, sigma = self._on_curve(share)
-        lower = self.relative(parameters, num_bytes) / self.relative(parameters, bytes_done)
-        expected = observed * lower
-        final = max(expected - gain, expected / 2)
+        d, sigma = self._on_curve(share)
+        gain = d * self.gain(parameters, num_bytes)
+        final = observed - min(gain, _LARGEST_GAIN * observed)
         return Forecast(final, max(final - _DEVIATIONS * sigma, 0.0), final + _DEVIATIONS * sigma)
 
+    def gain(self, parameters: float, num_bytes: float) -> float:
+        """Return 1 - g ln(D / 1 MB) - h L/s: the bits/byte that the rest of a run gains, up to d.
+
+        With text of any difficulty it was about the same; larger models gain more, and long runs less. The
+        factor d depends on the share of the run that is done.
+        """
+        g, h = self.rest
+        relative = self.relative(parameters, num_bytes)
+        return max(1 - g * math.log(max(num_bytes, 1.0) / 1e6) - h * relative, _SMALLEST_GAIN)
+
     def _on_curve(self, share: float) -> tuple[float, float]:
-        """Return the gain beyond the law at a share of a run, and the deviation from there, in bits/byte."""
+        """Return d at a share of a run, and the deviation of the forecast from there in bits/byte."""
         start, *values = self.curve[0]
         for end, *following in self.curve:
             if end >= share:

@@ -39,7 +39,8 @@ LAW_OF_TESTS = ScalingLaw(
     text=(20.0, 0.2),
     vocabulary=0.03,
     sigma=0.02,
-    curve=((0.0, 0.1, 0.2), (0.5, 0.08, 0.05), (1.0, 0.0, 0.01)),
+    rest=(0.08, 0.7),
+    curve=((0.0, 1.0, 0.2), (0.5, 0.8, 0.05), (1.0, 0.0, 0.01)),
 )
 
 
@@ -57,21 +58,20 @@ def test_the_smallest_run_ends_near_a_model_that_knows_no_order() -> None:
     assert LAW_OF_TESTS.relative(1e13, 1e16) == pytest.approx(1 / (1 / 1.3 + 1 / 0.1), rel=0.3)
 
 
-def test_a_forecast_on_the_way_is_exact_for_a_run_that_follows_the_law() -> None:
-    difficulty = 2.37
-    final = difficulty * LAW_OF_TESTS.relative(1e6, 1e7)
+def test_a_forecast_on_the_way_subtracts_what_the_rest_of_the_run_gains() -> None:
+    gain = 1 - 0.08 * math.log(10) - 0.7 * LAW_OF_TESTS.relative(1e6, 1e7)
+    assert LAW_OF_TESTS.gain(1e6, 1e7) == pytest.approx(gain)
     intervals = []
-    for share, gain in ((0.25, 0.09), (0.5, 0.08), (0.75, 0.04)):
-        reached = LAW_OF_TESTS.relative(1e6, share * 1e7)
-        observed = (final + gain) * reached / LAW_OF_TESTS.relative(1e6, 1e7)
-        found = LAW_OF_TESTS.during(
-            1e6, observed=observed, bytes_done=share * 1e7, num_bytes=1e7, share=share
-        )
-        assert found.bits_per_byte == pytest.approx(final)
+    for share, d in ((0.25, 0.9), (0.5, 0.8), (0.75, 0.4)):
+        found = LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=1e7, share=share)
+        assert found.bits_per_byte == pytest.approx(2.5 - d * gain)
         intervals.append(found.high - found.low)
     assert intervals == sorted(intervals, reverse=True)
-    easy = LAW_OF_TESTS.during(1e6, observed=0.05, bytes_done=1e6, num_bytes=1e7, share=0.5)
+    assert LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=1e7, share=1.0).bits_per_byte == 2.5
+    # Beyond what was measured a forecast stays positive, and below the evaluation.
+    easy = LAW_OF_TESTS.during(1e6, observed=0.05, num_bytes=1e7, share=0.5)
     assert 0 == easy.low < easy.bits_per_byte < 0.05
+    assert LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=1e15, share=0.5).bits_per_byte < 2.5
 
 
 def test_a_forecast_is_written_with_its_interval() -> None:
