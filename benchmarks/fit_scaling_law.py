@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from minimind.config.recipe import effective_tokens, useful_tokens
-from minimind.evaluation.scaling_law import LAW, ScalingLaw, packaged_law
+from minimind.evaluation.scaling_law import LAW, TYPICAL, Difficulty, ScalingLaw, packaged_law
 
 # Means and deviations of the priors: E, ln A at N = 1M, a, ln B at D = 1 MB, b, v, ln U. No run of a minute
 # comes near E; that of Hoffmann et al. is a quarter of what a bigram model reaches.
@@ -35,7 +35,7 @@ PRIOR = {
     "v": (0.04, 0.02),
     "lnU": (0.3, 0.5),
 }
-# Of s over the bits of a bigram model; of s where these are unknown.
+# Deviations of the difficulty over that by its bigrams, in logarithms, and where these are unknown.
 DIFFICULTY, UNKNOWN_DIFFICULTY = 0.03, 0.5
 # A residual of this size costs as much as one deviation of a prior; beyond it the loss is linear.
 NOISE = 0.01
@@ -50,11 +50,14 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--check", nargs="+", type=Path, default=[], help="runs that the law did not see")
     parser.add_argument(
-        "--bigram", nargs="+", default=[], metavar="TEXT=BITS", help="of points without bigram_bits"
+        "--difficulty", nargs="+", default=[], metavar="TEXT=BITS,SLOPE", help="of points without it"
     )
     parser.add_argument("--write", action="store_true", help=f"write {LAW.name} of the package")
     options = parser.parse_args()
-    known = {name: float(bits) for name, bits in (word.split("=") for word in options.bigram)}
+    known = {
+        name: tuple(map(float, values.split(",")))
+        for name, values in (word.split("=") for word in options.difficulty)
+    }
     if options.files:
         points = read(options.files, known)
         values = describe(points)
@@ -68,7 +71,7 @@ def main() -> None:
             print(f"{name}: rms {rms(found):.4f}, largest {max(map(abs, found)):.4f} bits/byte")
 
 
-def read(files: Sequence[Path], known: dict[str, float]) -> list[dict[str, Any]]:
+def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
     """Return the points of files, with the bytes that their tokens are worth."""
     points = []
     for file in files:
@@ -76,7 +79,8 @@ def read(files: Sequence[Path], known: dict[str, float]) -> list[dict[str, Any]]
             point = json.loads(line)
             if point.get("rate", 1.0) != 1.0 or not math.isfinite(point["bits_per_byte"]):
                 continue
-            point["bigram_bits"] = known.get(point["text"], point.get("bigram_bits"))
+            difficulty = known.get(point["text"], point.get("difficulty"))
+            point["difficulty"] = Difficulty(*difficulty) if difficulty else None
             useful = useful_tokens(point["tokens"], point.get("batch", 0))
             point["bytes"] = worth(point, useful)
             points.append(point)
@@ -89,9 +93,9 @@ def worth(point: dict[str, Any], tokens: float) -> float:
 
 
 def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the constants of the law, and s of each data set."""
+    """Return the constants of the law, and the difficulty of each data set over that by its bigrams."""
     sets = list(dict.fromkeys(point["text"] for point in points))
-    bits = {point["text"]: point["bigram_bits"] for point in points}
+    known = {point["text"] for point in points if point["difficulty"]}
     names = list(PRIOR)
     theta = torch.tensor([PRIOR[name][0] for name in names], dtype=torch.float64, requires_grad=True)
     free = torch.zeros(len(sets), dtype=torch.float64, requires_grad=True)
@@ -101,13 +105,13 @@ def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, f
             lambda p: p["block_parameters"] / REFERENCE,
             lambda p: p["bytes"] / REFERENCE,
             lambda p: p["model_vocab"] / 6400,
-            lambda p: math.log(p["bits_per_byte"] / (p["bigram_bits"] or 2.5)),
+            lambda p: math.log(p["bits_per_byte"] / (p["difficulty"] or TYPICAL).at(p["bytes"])),
         )
     )
     index = torch.tensor([sets.index(point["text"]) for point in points])
     mean, deviation = (torch.tensor([PRIOR[n][k] for n in names], dtype=torch.float64) for k in (0, 1))
     spread = torch.tensor(
-        [DIFFICULTY if bits[name] else UNKNOWN_DIFFICULTY for name in sets], dtype=torch.float64
+        [DIFFICULTY if name in known else UNKNOWN_DIFFICULTY for name in sets], dtype=torch.float64
     )
     optimizer = torch.optim.LBFGS(
         [theta, free], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
@@ -137,13 +141,12 @@ def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, f
         "b": values["b"],
         "v": values["v"],
     }
-    scales = {name: (bits[name] or 2.5) * math.exp(x) for name, x in zip(sets, free.tolist(), strict=True)}
-    return law, scales
+    return law, {name: math.exp(value) for name, value in zip(sets, free.tolist(), strict=True)}
 
 
 def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[str, Any]:
     """Return the law as the package stores it: constants, errors and provenance."""
-    constants, scales = fit(points)
+    constants, ratios = fit(points)
     values: dict[str, Any] = {
         "form": "bits/byte = s (V/6400)^-v / (1/U + 1/(E + A N^-a + B D^-b))",
         **{name: round(value, 6) for name, value in constants.items()},
@@ -155,14 +158,16 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
     values["curve"] = [[round(value, 5) for value in on_curve(law, points, share)] for share in SHARES]
     if not errors_too:
         return values
-    residuals = [math.log(scales[p["text"]] * relative(law, p) / p["bits_per_byte"]) for p in points]
+    residuals = [math.log(ratios[p["text"]]) + log_error(law, p) for p in points]
     before, half = left_out(points)
     values["sigma"] = round(max(rms(before), SMALLEST_SIGMA), 5)
     return values | {
         "texts": {
-            name: {"s": round(scale, 4), "bigram_bits": bits}
-            for name, scale in scales.items()
-            for bits in [next(p["bigram_bits"] for p in points if p["text"] == name)]
+            name: {
+                "difficulty": next(p["difficulty"] for p in points if p["text"] == name),
+                "over_it": round(ratio, 4),
+            }
+            for name, ratio in ratios.items()
         },
         "fit": {
             "points": len(points),
@@ -182,21 +187,23 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
     }
 
 
-def relative(law: ScalingLaw, point: dict[str, Any]) -> float:
-    """Return L/s of a point."""
-    return law.relative(point["block_parameters"], point["bytes"], point["model_vocab"])
+def log_error(law: ScalingLaw, point: dict[str, Any]) -> float:
+    """Return the error of log L before the start."""
+    scale = (point["difficulty"] or TYPICAL).at(point["bytes"])
+    relative = law.relative(point["block_parameters"], point["bytes"], point["model_vocab"])
+    return math.log(scale * relative / point["bits_per_byte"])
 
 
 def left_out(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Return the errors on each data set of a law fitted without it: of log L, and at half time in bits."""
     before: list[float] = []
     half: list[float] = []
-    for name in dict.fromkeys(point["text"] for point in points if point["bigram_bits"]):
+    for name in dict.fromkeys(point["text"] for point in points if point["difficulty"]):
         others = [point for point in points if point["text"] != name]
         law = ScalingLaw.from_dict(describe(others, errors_too=False))
         for point in points:
             if point["text"] == name:
-                before.append(math.log(point["bigram_bits"] * relative(law, point) / point["bits_per_byte"]))
+                before.append(log_error(law, point))
                 half += [error for error in [half_time_error(law, point)] if error is not None]
     return before, half
 
@@ -257,18 +264,13 @@ def errors(points: list[dict[str, Any]], law: ScalingLaw) -> dict[str, list[floa
     print("| point | text | bits/byte | before the start | at half time |\n|---|---|---|---|---|")
     found: dict[str, list[float]] = {"before the start": [], "at half time": []}
     for point in points:
-        values = law.before_start(
-            point["block_parameters"], point["bytes"], point["model_vocab"], point["bigram_bits"]
-        )
-        before = values.bits_per_byte - point["bits_per_byte"] if point["bigram_bits"] else None
+        reached = point["bits_per_byte"]
+        before = reached * math.expm1(log_error(law, point)) if point["difficulty"] else None
         half = half_time_error(law, point)
         for name, error in zip(found, (before, half), strict=True):
             found[name] += [error] if error is not None else []
         shown = " | ".join(f"{error:+.4f}" if error is not None else "" for error in (before, half))
-        print(
-            f"| {point['point']} V={point['model_vocab']} | {point['text']} | {point['bits_per_byte']:.4f} "
-            f"| {shown} |"
-        )
+        print(f"| {point['point']} V={point['model_vocab']} | {point['text']} | {reached:.4f} | {shown} |")
     return found
 
 

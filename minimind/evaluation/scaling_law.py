@@ -1,10 +1,10 @@
 """Forecast of validation bits per byte from model size and amount of text, fitted to runs of this project.
 
 The law is L = s·(V/6400)^-v / (1/U + 1/(E + A/N^a + B/D^b)): N parameters inside the blocks, D bytes of text,
-with repeated text discounted, V entries of the vocabulary, and s the difficulty of the text: what a bigram
-model reaches on it. The sum is that of Hoffmann et al. 2022 (arXiv:2203.15556); U is where a model of no size
-or no text would begin, without which the sum is far off for the smallest runs. benchmarks/fit_scaling_law.py
-writes the constants with their provenance.
+with repeated text discounted, V entries of the vocabulary, and s the difficulty of the text, from what a
+bigram model reaches on it. The sum is that of Hoffmann et al. 2022 (arXiv:2203.15556). U is where a model of
+no size or no text would begin, without which the sum is far off for the smallest runs.
+benchmarks/fit_scaling_law.py writes the constants with their provenance.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LAW = Path(__file__).parents[1] / "assets" / "scaling_law" / "law.json"
 # Of the interval that contains 90% of the forecasts, if residuals are normally distributed.
 _DEVIATIONS = 1.645
 # Entries of the tokenizer in the package.
 REFERENCE_VOCABULARY = 6400
-# s of data of unknown difficulty: documentation in English.
-_TYPICAL_BITS = 2.5
 # Bounds of what the rest of a run gains: as a share of the loss, and in units of d. No run that was measured
 # is near them.
 _LARGEST_GAIN, _SMALLEST_GAIN = 0.4, 0.1
@@ -56,6 +54,34 @@ class Forecast:
     def text(self) -> str:
         """The forecast for people, such as `1.62 (1.56 to 1.68)`."""
         return f"{self.bits_per_byte:.3f} ({self.low:.2f} to {self.high:.2f})"
+
+
+class Difficulty(NamedTuple):
+    """How hard data is to predict, by a bigram model.
+
+    Attributes:
+        bits: bits per byte of a model that counts 1 MB.
+        slope: exponent of the bytes counted with which they fall.
+    """
+
+    bits: float
+    slope: float
+
+    def at(self, num_bytes: float) -> float:
+        """Return s for D bytes: models learn faster where the bigram model does.
+
+        Relative to documentation, whose slope the constants of the law contain. Beyond 10 MB no bigram model
+        was counted.
+        """
+        slope = min(max(self.slope, _SLOPES[0]), _SLOPES[1])
+        return self.bits * (min(max(num_bytes, 1.0), _MOST_BYTES) / _COUNTED_BYTES) ** (TYPICAL.slope - slope)
+
+
+# Documentation in English.
+TYPICAL = Difficulty(2.5, 0.073)
+# The slopes of data in English and Chinese and of Python were from 0.04 to 0.1.
+_SLOPES = (0.03, 0.12)
+_COUNTED_BYTES, _MOST_BYTES = 1e6, 1e7
 
 
 @dataclass(frozen=True)
@@ -111,13 +137,12 @@ class ScalingLaw:
         return reached * (vocab_size / REFERENCE_VOCABULARY) ** -self.vocabulary
 
     def before_start(
-        self, parameters: float, num_bytes: float, vocab_size: int, bigram_bits: float | None
+        self, parameters: float, num_bytes: float, vocab_size: int, difficulty: Difficulty | None
     ) -> Forecast:
-        """Return the forecast of a run that has not begun; without `bigram_bits`, s, a wide one."""
+        """Return the forecast of a run that has not begun; of unknown difficulty a wide one."""
         relative = self.relative(parameters, num_bytes, vocab_size)
-        if bigram_bits is None:
-            return Forecast.of(_TYPICAL_BITS * relative, 5 * self.sigma)
-        return Forecast.of(bigram_bits * relative, self.sigma)
+        scale = (difficulty or TYPICAL).at(num_bytes)
+        return Forecast.of(scale * relative, self.sigma if difficulty else 5 * self.sigma)
 
     def during(self, parameters: float, *, observed: float, num_bytes: float, share: float) -> Forecast:
         """Return the forecast from an evaluation on the way.
@@ -164,7 +189,7 @@ def packaged_law() -> ScalingLaw:
 def bigram_bits(
     training: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], num_bytes: int
 ) -> float:
-    """Return the bits per byte of a bigram model on held-out documents: the difficulty of data.
+    """Return the bits per byte of a bigram model on held-out documents.
 
     The model is interpolated by the method of Witten and Bell (1991, IEEE Trans. Inf. Theory 37(4)): the
     more different tokens have followed one, the more likely is a token that has not.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..config import recipe
 from ..config.budget import Budget
 from ..config.recipe import ModelShape
-from ..evaluation.scaling_law import Forecast
+from ..evaluation.scaling_law import Difficulty, Forecast
 
 # Evaluations of a run, and the share of the budget that one may take.
 EVALUATIONS = 6
@@ -40,12 +40,12 @@ class TextSize:
 
     Attributes:
         num_bytes: UTF-8 bytes, about.
-        bigram_bits: see `scaling_law.bigram_bits`; None where unknown.
+        difficulty: None where unknown.
         tokenizers: at least one.
     """
 
     num_bytes: float
-    bigram_bits: float | None
+    difficulty: Difficulty | None
     tokenizers: tuple[TokenizerChoice, ...]
 
 

@@ -234,7 +234,7 @@ class Chooser:
         worth = recipe.effective_tokens(useful, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
-            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.bigram_bits
+            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.difficulty
         )
 
     def _batch(self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int) -> BatchChoice | None:

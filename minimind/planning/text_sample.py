@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
 from ..data.sources import DataSource, read_sources
 from ..errors import DataError
-from ..evaluation.scaling_law import bigram_bits
+from ..evaluation.scaling_law import TYPICAL, Difficulty, bigram_bits
 from ..io.lock import LockedError, hold_lock
 from ..io.reading import parse_json
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
@@ -37,9 +38,8 @@ _PLACES = 32
 # Vocabularies to choose from. One needs about 400 bytes of sample per entry for its entries to be common.
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384)
 BYTES_PER_ENTRY = 400
-# Bytes of the documents that the bigram model counts, and the exponent of its bits per byte where there are
-# fewer: 0.04 to 0.12 on data in English and Chinese.
-_BIGRAM_BYTES, _BIGRAM_EXPONENT = 1_000_000, 0.075
+# Bytes of the documents that the bigram model counts.
+_BIGRAM_BYTES = 1_000_000
 # Of fewer documents than this, pieces of so many characters are counted and predicted in their place.
 _FEW_DOCUMENTS, _PIECE = 16, 2000
 # Every so many documents one is kept from training the tokenizer, to count its tokens.
@@ -141,8 +141,8 @@ def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: b
     return TextSize(share * sample.num_bytes, _difficulty(sample), tuple(found))
 
 
-def _difficulty(sample: TextSample) -> float:
-    """Return the bits per byte of a bigram model of the sample, as of one that counts 1 MB."""
+def _difficulty(sample: TextSample) -> Difficulty:
+    """Return what a bigram model of the sample reaches on other documents of it."""
     documents = list(sample.documents)
     if len(documents) < _FEW_DOCUMENTS:
         documents = [
@@ -150,14 +150,18 @@ def _difficulty(sample: TextSample) -> float:
         ]
     # Documents that are neighbours in a file are alike.
     random.Random(0).shuffle(documents)
-    counted = min(_BIGRAM_BYTES, 0.75 * _bytes(documents))
     ends = list(itertools.accumulate(_bytes([text]) for text in documents))
-    first = bisect.bisect_left(ends, counted) + 1
-    last = bisect.bisect_left(ends, counted + _BIGRAM_BYTES) + 1
-    training, held_out = documents[:first], documents[first:last] or documents
+    most = min(_BIGRAM_BYTES, 0.75 * ends[-1])
+    half, full, last = (bisect.bisect_left(ends, n) + 1 for n in (most / 2, most, most + _BIGRAM_BYTES))
     tokenizer = load_tokenizer()
-    bits = bigram_bits(tokenizer.encode_batch(training), tokenizer.encode_batch(held_out), _bytes(held_out))
-    return bits * (max(counted, 1.0) / _BIGRAM_BYTES) ** _BIGRAM_EXPONENT
+    training = tokenizer.encode_batch(documents[:full])
+    held_out = documents[full:last] or documents
+    ids, num_bytes = tokenizer.encode_batch(held_out), _bytes(held_out)
+    bits, earlier = (bigram_bits(training[:n], ids, num_bytes) for n in (full, half))
+    slope = TYPICAL.slope
+    if bits > 0 and ends[half - 1] < ends[full - 1]:
+        slope = math.log(earlier / bits) / math.log(ends[full - 1] / ends[half - 1])
+    return Difficulty(bits * (max(most, 1.0) / _BIGRAM_BYTES) ** slope, slope)
 
 
 def trained_tokenizer(config: PretrainConfig, sample: TextSample, vocab_size: int) -> str:

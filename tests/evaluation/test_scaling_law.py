@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.evaluation.scaling_law import LAW, Forecast, ScalingLaw, bigram_bits, packaged_law
+from minimind.evaluation.scaling_law import LAW, Difficulty, Forecast, ScalingLaw, bigram_bits, packaged_law
 
 SIZES = st.floats(1e5, 1e10)
 
@@ -45,12 +45,22 @@ LAW_OF_TESTS = ScalingLaw(
 
 
 def test_a_forecast_before_the_start_scales_with_the_difficulty_of_the_text() -> None:
-    easy, hard = (LAW_OF_TESTS.before_start(1e6, 1e7, 6400, bits) for bits in (2.0, 3.0))
+    easy, hard = (LAW_OF_TESTS.before_start(1e6, 1e7, 6400, Difficulty(bits, 0.07)) for bits in (2.0, 3.0))
     assert hard.bits_per_byte / easy.bits_per_byte == pytest.approx(1.5)
     assert easy.low < easy.bits_per_byte < easy.high
     assert math.log(easy.high / easy.low) == pytest.approx(2 * 1.645 * 0.02)
     unknown = LAW_OF_TESTS.before_start(1e6, 1e7, 6400, None)
     assert math.log(unknown.high / unknown.low) == pytest.approx(2 * 1.645 * 0.1)
+
+
+def test_models_learn_faster_where_a_bigram_model_does() -> None:
+    fast, slow = Difficulty(2.0, 0.1), Difficulty(2.0, 0.04)
+    assert fast.at(1e6) == slow.at(1e6) == 2.0
+    assert slow.at(4e6) / fast.at(4e6) == pytest.approx(4**0.06)
+    # No further than a bigram model was counted, and not for slopes that were not measured.
+    assert fast.at(1e7) == fast.at(1e10)
+    assert Difficulty(2.0, 5.0).at(1e7) > 0.8 * fast.at(1e7)
+    assert Difficulty(2.0, -5.0).at(0) > 0
 
 
 def test_the_smallest_run_ends_near_a_model_that_knows_no_order() -> None:

@@ -15,7 +15,7 @@ from minimind.config import recipe
 from minimind.config.budget import BUDGET_OPTIONS, Budget
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError
-from minimind.evaluation.scaling_law import Forecast, packaged_law
+from minimind.evaluation.scaling_law import Difficulty, Forecast, packaged_law
 from minimind.formats.huggingface import save_model
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -34,7 +34,7 @@ from minimind.planning.choice import USABLE, Chooser, search
 GPU = Machine("cuda", "a GPU", 1, matmul_flops=6e14, memory=80e9, precision="bf16", fused=True)
 CPU = Machine("cpu", "CPU", 1, matmul_flops=8e10, memory=8e9, precision="no")
 PACKAGED, TRAINED = TokenizerChoice(6400, 3.0), TokenizerChoice(8192, 3.6, trained=True)
-TEXT = TextSize(160e6, 3.5, (PACKAGED, TRAINED))
+TEXT = TextSize(160e6, Difficulty(2.7, 0.07), (PACKAGED, TRAINED))
 ENDLESS = dataclasses.replace(TEXT, num_bytes=160e9)
 
 
@@ -163,7 +163,11 @@ def random_cases() -> list[tuple[Budget, TextSize, dict[str, Any], float, int]]:
         budget = draw.choice(
             [Budget(seconds=10 ** draw.uniform(1, 5)), Budget(tokens=10 ** draw.uniform(6, 10))]
         )
-        text = TextSize(10 ** draw.uniform(6, 11), draw.uniform(2.5, 4.5), (PACKAGED, TRAINED))
+        text = TextSize(
+            10 ** draw.uniform(6, 11),
+            Difficulty(draw.uniform(2, 4), draw.uniform(0.02, 0.1)),
+            (PACKAGED, TRAINED),
+        )
         kept = {"max_seq_len": draw.choice([128, 512, 2048, 8192])} if draw.random() < 0.6 else {}
         cases.append((budget, text, kept, draw.choice([6e9, 12e9, 24e9, 80e9]), draw.choice([1, 1, 2, 8])))
     return cases
