@@ -16,6 +16,7 @@ from minimind.data.batch_plan import BatchPlan, max_training_tokens
 from minimind.distributed.accelerator import wants_compile
 from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
+from minimind.optim.build import build_optimizer
 from minimind.training import build_model as prepared_model
 from minimind.training.build_model import (
     SHORT_RUN,
