@@ -39,7 +39,7 @@ def unsupported_reason(
     *,
     packing: bool,
     use_moe: bool,
-    num_processes: int,
+    sharded: bool,
     precision: str,
     fused: bool,
     compiled: bool,
@@ -47,15 +47,15 @@ def unsupported_reason(
     """Return why micro-batches are not captured, None where they are.
 
     Args:
-        num_processes: world size; several ranks exchange gradients in the backward pass.
+        sharded: whether the parameters are sharded by FSDP2, which gathers them from the host.
         precision: of matrix products: `no`, `bf16` or `fp16`.
         fused: whether the model is a MiniMindForCausalLM with fused kernels.
         compiled: whether the model is compiled; unpacked sequences then have one length.
     """
     if device.type != "cuda":
         return "CUDA graphs need a CUDA GPU"
-    if num_processes > 1:
-        return "CUDA graphs need a single process"
+    if sharded:
+        return "CUDA graphs do not support FSDP2"
     if precision != "bf16" or not fused:
         return "CUDA graphs need bf16 and fused kernels"
     if not (compiled or packing):
@@ -79,17 +79,25 @@ class ForwardBackwardGraph:
         *,
         note: Callable[[str], None],
         always: bool = False,
+        captured: ForwardBackward | None = None,
+        finish: Callable[[], None] = lambda: None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         """Capture nothing yet.
 
         Args:
-            forward_backward: run eagerly for warm-up and for other shapes, and captured.
+            forward_backward: run eagerly for warm-up and for other shapes.
             parameters: all that get a gradient; their memory must not move.
             note: gets one sentence where capturing fails.
             always: capture whatever memory the run takes.
+            captured: what is captured, by default `forward_backward`.
+            finish: called after each replay.
+            agree: whether a condition holds on all ranks.
         """
         self._forward_backward, self._parameters = forward_backward, list(parameters)
         self._note, self._always = note, always
+        self._captured = captured or forward_backward
+        self._finish, self._agree = finish, agree
         self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._given_up = False
@@ -97,12 +105,20 @@ class ForwardBackwardGraph:
         self._scale: Tensor
         self._loss: Tensor
         self._gradients: list[Tensor] = []
+        # Of several micro-batches, in memory that does not move.
+        self._sums: list[Tensor] = []
         self._forward_end: Any = None
 
     @property
     def captured(self) -> bool:
         """Whether micro-batches run as a graph by now."""
         return self._graph is not None
+
+    def release(self) -> None:
+        """Destroy the graph; what follows runs eagerly."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph, self._given_up = None, True
 
     @property
     def pool(self) -> Any:
@@ -136,9 +152,8 @@ class ForwardBackwardGraph:
             there.copy_(here)
         self._scale.fill_(scale)
         # An accumulated gradient must not be where the graph writes.
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is gradient:
-                parameter.grad = gradient.clone()
+        if any(p.grad is own for p, own in zip(self._parameters, self._gradients, strict=True)):
+            self._move_gradients()
         self._graph.replay()
         sums, more = [], []
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -149,12 +164,26 @@ class ForwardBackwardGraph:
                 more.append(gradient)
         if sums:
             torch._foreach_add_(sums, more)
+        self._finish()
         return self._loss
+
+    def _move_gradients(self) -> None:
+        """Copy the gradients that the graph wrote to other memory, the same in every step."""
+        if not self._sums:
+            self._sums = [torch.empty_like(gradient) for gradient in self._gradients]
+        moved = [
+            (parameter, own, there)
+            for parameter, own, there in zip(self._parameters, self._gradients, self._sums, strict=True)
+            if parameter.grad is own
+        ]
+        torch._foreach_copy_([there for _, _, there in moved], [own for _, own, _ in moved])
+        for parameter, _, there in moved:
+            parameter.grad = there
 
     def _capture(self, batch: MicroBatch) -> None:
         parameters = self._parameters
         total = torch.cuda.get_device_properties(batch.input_ids.device).total_memory
-        if not self._always and torch.cuda.max_memory_allocated() > LARGEST_SHARE * total:
+        if not self._agree(self._always or torch.cuda.max_memory_allocated() <= LARGEST_SHARE * total):
             self._given_up = True
             return
         earlier = [p.grad for p in parameters]
@@ -171,11 +200,15 @@ class ForwardBackwardGraph:
             # The prefetch thread keeps copying to the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 marks = _ForwardEnd(self._forward_end)
-                self._loss = self._forward_backward(self._batch, self._scale, marks)
+                self._loss = self._captured(self._batch, self._scale, marks)
+            reason = "another rank could not capture"
+            done = True
         except RuntimeError as error:
-            self._given_up = True
             torch.cuda.synchronize()
-            self._note(f"CUDA graphs are not used: {_first_line(error)}")
+            reason, done = _first_line(error), False
+        if not self._agree(done):
+            self._given_up = True
+            self._note(f"CUDA graphs are not used: {reason}")
         else:
             self._graph = graph
             # A parameter that the loss does not depend on has no gradient, and the optimizer skips it.
@@ -223,6 +256,12 @@ class UpdateGraph:
         """Whether updates run as a graph by now."""
         return self._graph is not None
 
+    def release(self) -> None:
+        """Destroy the graph; what follows runs eagerly."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph, self._captures = None, MOST_CAPTURES
+
     def __call__(self, sums: Tensor, limit: float) -> Tensor:
         """Clip and update; see `step.update`."""
         addresses = self._prepare()
@@ -268,6 +307,12 @@ class StepGraphs:
 
     forward_backward: ForwardBackwardGraph
     update: UpdateGraph | None = None
+
+    def release(self) -> None:
+        """Destroy the graphs; those of several ranks before the process group, which would wait for them."""
+        self.forward_backward.release()
+        if self.update is not None:
+            self.update.release()
 
 
 class _ForwardEnd:

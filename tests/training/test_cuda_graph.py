@@ -16,6 +16,7 @@ from minimind.training.cuda_graph import (
     MOST_CAPTURES,
     WARMUP,
     ForwardBackwardGraph,
+    StepGraphs,
     UpdateGraph,
     unsupported_reason,
 )
@@ -34,6 +35,9 @@ class RecordedGraph:
 
     def pool(self) -> str:
         return "pool"
+
+    def reset(self) -> None:
+        self.was_reset = True
 
 
 class Model:
@@ -311,12 +315,48 @@ def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pyte
     ]
 
 
+@pytest.mark.parametrize("agreed", [[True, True], [False], [True, False]])
+def test_all_ranks_run_a_graph_or_none_does(monkeypatch: pytest.MonkeyPatch, agreed: list[bool]) -> None:
+    model = Model(monkeypatch)
+    answers, asked = iter(agreed), []
+
+    def agree(holds: bool) -> bool:
+        asked.append(holds)
+        return next(answers)
+
+    graph = model.graph(agree=agree)
+    for number in range(WARMUP + 2):
+        graph(batch(number), 1.0)
+    assert asked == [True] * len(agreed)
+    assert graph.captured == all(agreed)
+    expected = ["CUDA graphs are not used: another rank could not capture"] * (agreed == [True, False])
+    assert model.notes == expected
+    found = model.take_gradients()
+    _, wanted = by_hand(model, list(range(WARMUP + 2)), 1.0)
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_released_graph_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = Updates(monkeypatch)
+    updates.capture_micro_batches()
+    for _ in range(3):
+        updates.step(1)
+    graphs = StepGraphs(updates.forward_backward, updates.graph)
+    eager = updates.model.eager, updates.eager
+    graphs.release()
+    updates.forward_backward(batch(0), 1.0)
+    updates.step(1)
+    assert (updates.model.eager, updates.eager) == (eager[0] + 1, eager[1] + 1)
+    assert all(graph.was_reset for graph in (*updates.recorded, *updates.model.recorded))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, None),
         ({"device": "cpu"}, "CUDA graphs need a CUDA GPU"),
-        ({"num_processes": 2}, "CUDA graphs need a single process"),
+        ({"sharded": True}, "CUDA graphs do not support FSDP2"),
         ({"precision": "fp16"}, "CUDA graphs need bf16 and fused kernels"),
         ({"fused": False}, "CUDA graphs need bf16 and fused kernels"),
         ({"compiled": False}, None),
@@ -331,7 +371,7 @@ def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pyte
 def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | None) -> None:
     options = {
         "device": "cuda",
-        "num_processes": 1,
+        "sharded": False,
         "precision": "bf16",
         "fused": True,
         "compiled": True,
