@@ -53,8 +53,13 @@ def newton_schulz(x: Tensor) -> Tensor:
         # Square the smaller side, which costs less.
         square = x @ x.mT if wide else x.mT @ x
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        first, second = (polynomial, x) if wide else (x, polynomial)
-        x = torch.baddbmm(x, first, second, beta=a)
+        if x.is_cuda:
+            # There baddbmm first copies the matrices that it adds to; a diagonal is smaller.
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+            x = polynomial @ x if wide else x @ polynomial
+        else:
+            first, second = (polynomial, x) if wide else (x, polynomial)
+            x = torch.baddbmm(x, first, second, beta=a)
     return x
 
 
