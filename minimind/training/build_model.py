@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config.naming import flag_of
 from ..config.options import ModelConfig, PretrainConfig
@@ -17,7 +19,9 @@ from ..config.schema import schema_of
 from ..data.batch_plan import BatchPlan
 from ..data.loader import MicroBatch
 from ..distributed.accelerator import cast_weights_only, prepare, wants_compile
+from ..distributed.collectives import any_process
 from ..distributed.consistency import check_same_on_all_ranks, weights_fingerprint
+from ..distributed.gradient_reduction import GradientReduction
 from ..errors import ConfigError
 from ..formats.open_model import ModelSource, open_model
 from ..formats.transformers_folder import load_model
@@ -27,11 +31,12 @@ from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
+from ..optim.muon import Muon
 from ..tokenizer import Tokenizer, check_vocab
-from .cuda_graph import ForwardBackwardGraph
+from .cuda_graph import ForwardBackwardGraph, StepGraphs, UpdateGraph
 from .cuda_graph import unsupported_reason as graph_unsupported_reason
 from .peak_flops import peak_flops_of
-from .step import forward_backward
+from .step import forward_backward, update
 from .step_timer import PhaseMarks
 
 # Compiling delays the start by 10 to 17 s and gains 1% where CUDA graphs are used: it pays for a run that
@@ -268,7 +273,10 @@ def compile_and_wrap(
     if optimizer_factory is not None:
         optimizer = build_custom_optimizer(optimizer_factory, model, config)
     else:
-        optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
+        group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+        optimizer = build_optimizer(
+            model, config, accelerator.device, kernels=compiled or fused, process_group=group
+        )
     check_same_on_all_ranks(
         accelerator,
         {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
@@ -284,38 +292,67 @@ def compile_and_wrap(
     return prepared_model, prepared_optimizer, compiled
 
 
-def build_graph(
+def build_graphs(
     config: PretrainConfig,
     model_config: MiniMindConfig,
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     *,
     compiled: bool,
     note: Callable[[str], None] = lambda sentence: None,
-) -> ForwardBackwardGraph | None:
-    """Return the CUDA graph of a run's forward and backward pass; None where there is none.
+) -> StepGraphs | None:
+    """Return the CUDA graphs of a run's steps; None where there are none.
 
     Args:
+        model: prepared.
+        optimizer: prepared.
         compiled: whether the model is compiled.
         note: gets a sentence where --cuda-graphs has no effect.
     """
     if config.cuda_graphs is False:
         return None
-    reason = _graph_unsupported(config, model_config, accelerator, model, compiled=compiled)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    reason = _graph_unsupported(config, model_config, accelerator, bare, compiled=compiled)
     if reason is not None:
         if config.cuda_graphs:
             note(f"--cuda-graphs has no effect: {reason}.")
         return None
 
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+    reduction = None if group is None else GradientReduction(parameters, group)
+    accumulates = accelerator.gradient_accumulation_steps > 1
+
     def run(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
         return forward_backward(model, batch, scale, accelerator, timer=marks)
 
-    return ForwardBackwardGraph(
+    def captured(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
+        # DDP averages, `reduction` sums.
+        with reduction if reduction is not None and not accumulates else nullcontext():
+            return forward_backward(bare, batch, scale / accelerator.num_processes, accelerator, timer=marks)
+
+    def finish() -> None:
+        if reduction is not None and accumulates and accelerator.sync_gradients:
+            reduction.reduce()
+
+    graph = ForwardBackwardGraph(
         run,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
         note=note,
         always=bool(config.cuda_graphs),
+        captured=captured,
+        finish=finish,
+        agree=lambda holds: not any_process(not holds, accelerator),
     )
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if type(inner) is not Muon:
+        return StepGraphs(graph)
+
+    def update_weights(sums: torch.Tensor, limit: float | torch.Tensor) -> torch.Tensor:
+        return update(model, optimizer, sums, accelerator, config.grad_clip, limit)
+
+    return StepGraphs(graph, UpdateGraph(update_weights, inner.prepare_step, graph, note=note))
 
 
 def compiling_pays(
@@ -352,7 +389,7 @@ def _graph_unsupported(
         accelerator.device,
         packing=config.packing,
         use_moe=bool(config.use_moe),
-        num_processes=accelerator.num_processes,
+        sharded=accelerator.is_fsdp2,
         precision=accelerator.mixed_precision,
         fused=known and _uses_kernels(config, model_config, accelerator, model),
         compiled=compiled,

@@ -1,13 +1,15 @@
-"""Forward and backward pass of a micro-batch as one CUDA graph.
+"""Forward and backward pass of a micro-batch as one CUDA graph, clipping and update as another.
 
-Launching a block kernel by kernel takes the host about 2 ms, however small the micro-batch: a GPU finishes a
-small one sooner and idles. A graph is one launch, without gaps between kernels.
+Launching a block kernel by kernel takes the host about 2 ms, however small the micro-batch, and the update
+some 5 ms, however small the model: a GPU finishes them sooner and idles. A graph is one launch, without gaps
+between kernels.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +23,15 @@ WARMUP = 2
 # A graph reserves the memory of its activations, which evaluation and optimizer cannot use. Above this share
 # of the GPU's memory there is no graph; micro-batches of such a run are large enough to do without.
 LARGEST_SHARE = 0.6
+# The update is captured again after a checkpoint was loaded, say, but not again and again.
+MOST_CAPTURES = 4
 
 # Forward and backward pass of a micro-batch, given the factor of its loss and what marks the end of the
 # forward pass; returns the summed loss, a float32 scalar.
 ForwardBackward = Callable[[MicroBatch, float | Tensor, PhaseMarks | None], Tensor]
+# Clipping and update of a step, given `sums` and the highest loss that is not skipped; returns what
+# `step.update` does.
+Update = Callable[[Tensor, float | Tensor], Tensor]
 
 
 def unsupported_reason(
@@ -32,7 +39,7 @@ def unsupported_reason(
     *,
     packing: bool,
     use_moe: bool,
-    num_processes: int,
+    sharded: bool,
     precision: str,
     fused: bool,
     compiled: bool,
@@ -40,15 +47,15 @@ def unsupported_reason(
     """Return why micro-batches are not captured, None where they are.
 
     Args:
-        num_processes: world size; several ranks exchange gradients in the backward pass.
+        sharded: whether the parameters are sharded by FSDP2, which gathers them from the host.
         precision: of matrix products: `no`, `bf16` or `fp16`.
         fused: whether the model is a MiniMindForCausalLM with fused kernels.
         compiled: whether the model is compiled; unpacked sequences then have one length.
     """
     if device.type != "cuda":
         return "CUDA graphs need a CUDA GPU"
-    if num_processes > 1:
-        return "CUDA graphs need a single process"
+    if sharded:
+        return "CUDA graphs do not support FSDP2"
     if precision != "bf16" or not fused:
         return "CUDA graphs need bf16 and fused kernels"
     if not (compiled or packing):
@@ -72,17 +79,25 @@ class ForwardBackwardGraph:
         *,
         note: Callable[[str], None],
         always: bool = False,
+        captured: ForwardBackward | None = None,
+        finish: Callable[[], None] = lambda: None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         """Capture nothing yet.
 
         Args:
-            forward_backward: run eagerly for warm-up and for other shapes, and captured.
+            forward_backward: run eagerly for warm-up and for other shapes.
             parameters: all that get a gradient; their memory must not move.
             note: gets one sentence where capturing fails.
             always: capture whatever memory the run takes.
+            captured: what is captured, by default `forward_backward`.
+            finish: called after each replay.
+            agree: whether a condition holds on all ranks.
         """
         self._forward_backward, self._parameters = forward_backward, list(parameters)
         self._note, self._always = note, always
+        self._captured = captured or forward_backward
+        self._finish, self._agree = finish, agree
         self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._given_up = False
@@ -90,12 +105,25 @@ class ForwardBackwardGraph:
         self._scale: Tensor
         self._loss: Tensor
         self._gradients: list[Tensor] = []
+        # Of several micro-batches, in memory that does not move.
+        self._sums: list[Tensor] = []
         self._forward_end: Any = None
 
     @property
     def captured(self) -> bool:
         """Whether micro-batches run as a graph by now."""
         return self._graph is not None
+
+    def release(self) -> None:
+        """Destroy the graph; what follows runs eagerly."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph, self._given_up = None, True
+
+    @property
+    def pool(self) -> Any:
+        """The memory pool, for graphs that are replayed between replays of this one; None without a graph."""
+        return None if self._graph is None else self._graph.pool()
 
     def __call__(self, batch: MicroBatch, scale: float, timer: StepTimer | None = None) -> Tensor:
         """Run forward and backward and return the summed loss, a scalar that the next call may overwrite.
@@ -124,9 +152,8 @@ class ForwardBackwardGraph:
             there.copy_(here)
         self._scale.fill_(scale)
         # An accumulated gradient must not be where the graph writes.
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is gradient:
-                parameter.grad = gradient.clone()
+        if any(p.grad is own for p, own in zip(self._parameters, self._gradients, strict=True)):
+            self._move_gradients()
         self._graph.replay()
         sums, more = [], []
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -137,12 +164,26 @@ class ForwardBackwardGraph:
                 more.append(gradient)
         if sums:
             torch._foreach_add_(sums, more)
+        self._finish()
         return self._loss
+
+    def _move_gradients(self) -> None:
+        """Copy the gradients that the graph wrote to other memory, the same in every step."""
+        if not self._sums:
+            self._sums = [torch.empty_like(gradient) for gradient in self._gradients]
+        moved = [
+            (parameter, own, there)
+            for parameter, own, there in zip(self._parameters, self._gradients, self._sums, strict=True)
+            if parameter.grad is own
+        ]
+        torch._foreach_copy_([there for _, _, there in moved], [own for _, own, _ in moved])
+        for parameter, _, there in moved:
+            parameter.grad = there
 
     def _capture(self, batch: MicroBatch) -> None:
         parameters = self._parameters
         total = torch.cuda.get_device_properties(batch.input_ids.device).total_memory
-        if not self._always and torch.cuda.max_memory_allocated() > LARGEST_SHARE * total:
+        if not self._agree(self._always or torch.cuda.max_memory_allocated() <= LARGEST_SHARE * total):
             self._given_up = True
             return
         earlier = [p.grad for p in parameters]
@@ -159,11 +200,14 @@ class ForwardBackwardGraph:
             # The prefetch thread keeps copying to the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 marks = _ForwardEnd(self._forward_end)
-                self._loss = self._forward_backward(self._batch, self._scale, marks)
+                self._loss = self._captured(self._batch, self._scale, marks)
+            reason = "another rank could not capture"
+            done = True
         except RuntimeError as error:
-            self._given_up = True
             torch.cuda.synchronize()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason, done = _first_line(error), False
+        if not self._agree(done):
+            self._given_up = True
             self._note(f"CUDA graphs are not used: {reason}")
         else:
             self._graph = graph
@@ -172,6 +216,103 @@ class ForwardBackwardGraph:
             self._gradients = [p.grad for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
+
+
+class UpdateGraph:
+    """Clips the gradient and updates the weights as `update` does, after some steps as a CUDA graph.
+
+    The graph is replayed where gradients, weights and states have the addresses of its capture. It uses the
+    memory of the activations, which are not needed any more.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        prepare: Callable[[], tuple[int, ...]],
+        forward_backward: ForwardBackwardGraph,
+        *,
+        note: Callable[[str], None],
+    ) -> None:
+        """Capture nothing yet.
+
+        Args:
+            update: run eagerly at first, and captured.
+            prepare: copies what changes from step to step to the device, and returns the addresses; none
+                where the update cannot be captured.
+            forward_backward: captured before the update, in whose memory it runs.
+            note: gets one sentence where capturing fails.
+        """
+        self._update, self._prepare, self._note = update, prepare, note
+        self._forward_backward = forward_backward
+        self._addresses: tuple[int, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captures = 0
+        self._sums: Tensor
+        self._limit: Tensor
+        self._values: Tensor
+
+    @property
+    def captured(self) -> bool:
+        """Whether updates run as a graph by now."""
+        return self._graph is not None
+
+    def release(self) -> None:
+        """Destroy the graph; what follows runs eagerly."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph, self._captures = None, MOST_CAPTURES
+
+    def __call__(self, sums: Tensor, limit: float) -> Tensor:
+        """Clip and update; see `step.update`."""
+        addresses = self._prepare()
+        if addresses != self._addresses:
+            # The graph is of no use any more. The next step may have these addresses too.
+            self._addresses, self._graph = addresses, None
+            return self._update(sums, limit)
+        if self._graph is None and (self._forward_backward.pool is None or not addresses):
+            return self._update(sums, limit)
+        if self._graph is None and (self._captures >= MOST_CAPTURES or not self._capture(sums)):
+            return self._update(sums, limit)
+        assert self._graph is not None
+        self._sums.copy_(sums)
+        self._limit.fill_(min(limit, torch.finfo(torch.float32).max))
+        self._graph.replay()
+        # The next replay of the forward pass may overwrite them.
+        return self._values.clone()
+
+    def _capture(self, sums: Tensor) -> bool:
+        self._captures += 1
+        self._sums, self._limit = sums.clone(), torch.zeros((), device=sums.device)
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        try:
+            with torch.cuda.graph(graph, pool=self._forward_backward.pool, capture_error_mode="thread_local"):
+                self._values = self._update(self._sums, self._limit)
+        except RuntimeError as error:
+            self._captures = MOST_CAPTURES
+            torch.cuda.synchronize()
+            self._note(f"the update is not a CUDA graph: {_first_line(error)}")
+            return False
+        self._graph = graph
+        return True
+
+
+@dataclass(frozen=True)
+class StepGraphs:
+    """The CUDA graphs of a step.
+
+    Attributes:
+        update: None where the optimizer cannot be captured.
+    """
+
+    forward_backward: ForwardBackwardGraph
+    update: UpdateGraph | None = None
+
+    def release(self) -> None:
+        """Destroy the graphs; those of several ranks before the process group, which would wait for them."""
+        self.forward_backward.release()
+        if self.update is not None:
+            self.update.release()
 
 
 class _ForwardEnd:
@@ -196,3 +337,7 @@ def _tensors(batch: MicroBatch) -> list[Tensor]:
 
 def _shapes(batch: MicroBatch) -> list[torch.Size | None]:
     return [None if tensor is None else tensor.shape for tensor in _fields(batch)]
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

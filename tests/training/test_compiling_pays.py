@@ -16,11 +16,12 @@ from minimind.data.batch_plan import BatchPlan, max_training_tokens
 from minimind.distributed.accelerator import wants_compile
 from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
+from minimind.optim.build import build_optimizer
 from minimind.training import build_model as prepared_model
 from minimind.training.build_model import (
     SHORT_RUN,
     USUAL_MFU,
-    build_graph,
+    build_graphs,
     compile_and_wrap,
     compiling_pays,
 )
@@ -41,6 +42,8 @@ def machine(device: str = "cuda", processes: int = 1, precision: str = "bf16") -
         device=torch.device(device),
         num_processes=processes,
         mixed_precision=precision,
+        is_fsdp2=False,
+        gradient_accumulation_steps=1,
         state=SimpleNamespace(dynamo_plugin=plugin),
     )
 
@@ -83,11 +86,10 @@ def test_without_a_cuda_graph_short_runs_compile_too(change: dict[str, Any]) -> 
     ("accelerator", "model"),
     [
         (machine("cpu"), MiniMindForCausalLM),
-        (machine(processes=2), MiniMindForCausalLM),
         (machine(precision="fp16"), MiniMindForCausalLM),
         (machine(), Subclass),
     ],
-    ids=["unknown device", "two processes", "fp16", "subclass"],
+    ids=["unknown device", "fp16", "subclass"],
 )
 def test_where_no_graph_can_be_short_runs_compile_too(accelerator: Any, model: type) -> None:
     assert pays(1000, accelerator, model)
@@ -140,8 +142,11 @@ def test_a_model_that_is_not_known_has_a_graph_only_where_it_compiled(
     model: type, compiled: bool, captured: bool
 ) -> None:
     built = model(SHAPE) if issubclass(model, MiniMindForCausalLM) else model()
-    graph = build_graph(PretrainConfig(), SHAPE, built, machine(), compiled=compiled, note=pytest.fail)
-    assert (graph is not None) == captured
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters())
+    graphs = build_graphs(
+        PretrainConfig(), SHAPE, built, optimizer, machine(), compiled=compiled, note=pytest.fail
+    )
+    assert (graphs is not None) == captured
 
 
 def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +156,19 @@ def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: p
 
 def test_without_cuda_graphs_there_is_none() -> None:
     config = PretrainConfig(cuda_graphs=False)
-    assert build_graph(config, SHAPE, MiniMindForCausalLM(SHAPE), machine(), compiled=True) is None
+    model = MiniMindForCausalLM(SHAPE)
+    optimizer = build_optimizer(model, config, "cpu")
+    assert build_graphs(config, SHAPE, model, optimizer, machine(), compiled=True) is None
+
+
+def test_only_an_optimizer_whose_rates_are_on_the_device_is_captured() -> None:
+    model = MiniMindForCausalLM(SHAPE)
+    for name, captured in (("normuon", True), ("adamw", False)):
+        config = PretrainConfig(optimizer=name)
+        optimizer = build_optimizer(model, config, "cpu")
+        graphs = build_graphs(config, SHAPE, model, optimizer, machine(), compiled=True)
+        assert graphs is not None
+        assert (graphs.update is not None) == captured
 
 
 @pytest.mark.parametrize(
