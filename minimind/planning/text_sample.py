@@ -145,9 +145,8 @@ def _difficulty(sample: TextSample) -> Difficulty:
     """Return what a bigram model of the sample reaches on other documents of it."""
     documents = list(sample.documents)
     if len(documents) < _FEW_DOCUMENTS:
-        documents = [
-            text[start : start + _PIECE] for text in documents for start in range(0, len(text), _PIECE)
-        ]
+        pieces = (text[k : k + _PIECE] for text in documents for k in range(0, len(text), _PIECE))
+        documents = list(pieces) or documents
     # Documents that are neighbours in a file are alike.
     random.Random(0).shuffle(documents)
     ends = list(itertools.accumulate(_bytes([text]) for text in documents))
@@ -161,7 +160,7 @@ def _difficulty(sample: TextSample) -> Difficulty:
     slope = TYPICAL.slope
     if bits > 0 and ends[half - 1] < ends[full - 1]:
         slope = math.log(earlier / bits) / math.log(ends[full - 1] / ends[half - 1])
-    return Difficulty(bits * (max(most, 1.0) / _BIGRAM_BYTES) ** slope, slope)
+    return Difficulty(bits * (max(most, 1.0) / _BIGRAM_BYTES) ** TYPICAL.slope, slope)
 
 
 def trained_tokenizer(config: PretrainConfig, sample: TextSample, vocab_size: int) -> str:
