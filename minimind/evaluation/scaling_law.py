@@ -70,8 +70,8 @@ class Difficulty(NamedTuple):
     def at(self, num_bytes: float) -> float:
         """Return s for D bytes: models learn faster where the bigram model does.
 
-        Relative to documentation, whose slope the constants of the law contain. Beyond 10 MB no bigram model
-        was counted.
+        Relative to documentation, whose slope the constants of the law contain. Far beyond what the bigram
+        model counts the difference is unknown, and text that is repeated adds nothing to it.
         """
         slope = min(max(self.slope, _SLOPES[0]), _SLOPES[1])
         return self.bits * (min(max(num_bytes, 1.0), _MOST_BYTES) / _COUNTED_BYTES) ** (TYPICAL.slope - slope)
@@ -81,7 +81,7 @@ class Difficulty(NamedTuple):
 TYPICAL = Difficulty(2.5, 0.073)
 # The slopes of data in English and Chinese and of Python were from 0.04 to 0.1.
 _SLOPES = (0.03, 0.12)
-_COUNTED_BYTES, _MOST_BYTES = 1e6, 1e7
+_COUNTED_BYTES, _MOST_BYTES = 1e6, 3e6
 
 
 @dataclass(frozen=True)
