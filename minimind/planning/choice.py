@@ -42,6 +42,8 @@ BATCHES = (1, 2, 4)
 _ORTHOGONALIZE = 30
 # A trained tokenizer must lower the expected bits per byte by this much.
 WORTHWHILE = 0.003
+# Candidates that are worse by no more than this are measured, too.
+_CLOSE = 0.05
 
 
 @dataclass
@@ -89,6 +91,23 @@ class Chooser:
         if self.budget.tokens is not None:
             ordered = self._compute_optimal(ordered)
         return self._prefer_packaged(ordered)
+
+    def next_to_measure(self) -> Candidate | None:
+        """Return the best candidate until it is measured, then close ones of other shapes or another batch.
+
+        The expected speeds are wrong by different factors, so that a close candidate may be the best.
+        """
+        ranked = self.ranked()
+        best = ranked[0]
+        if not best.measured:
+            return best
+        if self.budget.seconds is None:
+            return None  # speed decides nothing
+        shapes = {shape for shape, _, _ in self.speeds}
+        batches = (c for c in self._candidates() if (c.shape, c.tokenizer) == (best.shape, best.tokenizer))
+        contenders = [*(c for c in ranked if c.shape not in shapes), *sorted(batches, key=_badness)]
+        limit = (1 + _CLOSE) * _badness(best)
+        return next((c for c in contenders if not c.measured and _badness(c) <= limit), None)
 
     def learn(self, candidate: Candidate, step_seconds: float) -> None:
         """Note the measured time of a step of a candidate, with the batch that the candidate has."""
@@ -316,7 +335,7 @@ def _badness(candidate: Candidate) -> float:
 def search(
     chooser: Chooser, time_left: Callable[[], float]
 ) -> Generator[Candidate, float | None, list[Candidate]]:
-    """Yield the best candidates one after another to be measured, and return all, ranked.
+    """Yield the best and close candidates one after another to be measured, and return all, ranked.
 
     Send the seconds of a step for each; None for one that does not fit into memory.
 
@@ -325,7 +344,7 @@ def search(
         time_left: seconds left for measuring. One candidate is measured whatever it takes.
     """
     longest = 0.0
-    while not (candidate := chooser.ranked()[0]).measured:
+    while (candidate := chooser.next_to_measure()) is not None:
         before = time_left()
         if chooser.speeds and before < longest:
             break

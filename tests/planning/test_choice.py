@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,46 @@ def test_the_search_measures_until_the_best_is_measured(slower: float, too_large
     assert len(asked) < 30
     refused = [(c.shape, c.tokenizer.vocab_size, c.micro_batch_size) for c in asked[:too_large]]
     assert (ranked[0].shape, ranked[0].tokenizer.vocab_size, ranked[0].micro_batch_size) not in refused
+
+
+def measured(found: Chooser, factor: Callable[[Candidate], float]) -> tuple[list[Candidate], Candidate]:
+    """Return what a search asks to measure, and its choice, if a step takes `factor` times as expected."""
+    asked: list[Candidate] = []
+    running = search(found, lambda: 1e9)
+    answer: float | None = None
+    try:
+        while True:
+            asked.append(running.send(answer))
+            last = asked[-1]
+            expected = found._expected_step_seconds(last.shape, last.tokenizer, last)
+            answer = expected * factor(last)
+    except StopIteration as end:
+        return asked, end.value[0]
+
+
+def test_a_shape_or_a_batch_that_is_faster_than_expected_is_found() -> None:
+    first = chooser(Budget(seconds=60)).ranked()[0]
+
+    def larger_is_faster(candidate: Candidate) -> float:
+        return 0.5 if candidate.shape.hidden_size > first.shape.hidden_size else 1.0
+
+    asked, best = measured(chooser(Budget(seconds=60)), larger_is_faster)
+    assert asked[0] == first
+    assert best.measured
+    assert best.shape.hidden_size > first.shape.hidden_size
+
+    def other_batch_is_faster(candidate: Candidate) -> float:
+        return 1.0 if candidate.batch_tokens == first.batch_tokens else 0.7
+
+    asked, best = measured(chooser(Budget(seconds=60)), other_batch_is_faster)
+    assert best.measured
+    assert best.batch_tokens != first.batch_tokens
+    assert len({candidate.key for candidate in asked}) == len(asked) < 20
+
+
+def test_one_measurement_is_enough_where_speed_decides_nothing() -> None:
+    asked, best = measured(chooser(Budget(tokens=50e6)), lambda candidate: 3.0)
+    assert [candidate.shape for candidate in asked] == [best.shape]
 
 
 def test_a_search_without_time_measures_one() -> None:
