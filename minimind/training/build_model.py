@@ -402,7 +402,7 @@ def _graph_unsupported(
         accelerator.device,
         packing=config.packing,
         use_moe=bool(config.use_moe),
-        grouped=not config.use_moe or _groups_products(model_config, accelerator.device),
+        grouped=not (config.use_moe and compiled) or _groups_products(model_config, accelerator.device),
         sharded=accelerator.is_fsdp2,
         precision=accelerator.mixed_precision,
         fused=known and _uses_kernels(config, model_config, accelerator, model),
