@@ -28,6 +28,7 @@ from ..formats.transformers_folder import load_model
 from ..formats.transformers_model import TransformersModel
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
+from ..modeling.moe import ALIGNMENT
 from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
@@ -35,6 +36,7 @@ from ..optim.muon import Muon
 from ..tokenizer import Tokenizer, check_vocab
 from .cuda_graph import ForwardBackwardGraph, StepGraphs, UpdateGraph
 from .cuda_graph import unsupported_reason as graph_unsupported_reason
+from .load_balancing import ExpertBalance
 from .peak_flops import peak_flops_of
 from .step import forward_backward, update
 from .step_timer import PhaseMarks
@@ -324,13 +326,24 @@ def build_graphs(
     reduction = None if group is None else GradientReduction(parameters, group)
     accumulates = accelerator.gradient_accumulation_steps > 1
 
-    def run(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
-        return forward_backward(model, batch, scale, accelerator, timer=marks)
+    def run(
+        batch: MicroBatch,
+        scale: float | torch.Tensor,
+        balance: ExpertBalance | None,
+        marks: PhaseMarks | None,
+    ) -> torch.Tensor:
+        return forward_backward(model, batch, scale, accelerator, balance, marks)
 
-    def captured(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
+    def captured(
+        batch: MicroBatch,
+        scale: float | torch.Tensor,
+        balance: ExpertBalance | None,
+        marks: PhaseMarks | None,
+    ) -> torch.Tensor:
         # DDP averages, `reduction` sums.
+        scale = scale / accelerator.num_processes
         with reduction if reduction is not None and not accumulates else nullcontext():
-            return forward_backward(bare, batch, scale / accelerator.num_processes, accelerator, timer=marks)
+            return forward_backward(bare, batch, scale, accelerator, balance, marks)
 
     def finish() -> None:
         if reduction is not None and accumulates and accelerator.sync_gradients:
@@ -389,10 +402,21 @@ def _graph_unsupported(
         accelerator.device,
         packing=config.packing,
         use_moe=bool(config.use_moe),
+        grouped=not (config.use_moe and compiled) or _groups_products(model_config, accelerator.device),
         sharded=accelerator.is_fsdp2,
         precision=accelerator.mixed_precision,
         fused=known and _uses_kernels(config, model_config, accelerator, model),
         compiled=compiled,
+    )
+
+
+def _groups_products(model_config: MiniMindConfig, device: torch.device) -> bool:
+    """Whether the products of experts are computed without the host reading how many tokens each has."""
+    widths = model_config.hidden_size, model_config.moe_intermediate_size or 0
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and not any(width % ALIGNMENT for width in widths)
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import MicroBatch
+from .load_balancing import ExpertBalance
 from .step_timer import PhaseMarks, StepTimer
 
 # Micro-batches that run eagerly before one is captured: they compile, and load what was compiled.
@@ -26,9 +27,9 @@ LARGEST_SHARE = 0.6
 # The update is captured again after a checkpoint was loaded, say, but not again and again.
 MOST_CAPTURES = 4
 
-# Forward and backward pass of a micro-batch, given the factor of its loss and what marks the end of the
-# forward pass; returns the summed loss, a float32 scalar.
-ForwardBackward = Callable[[MicroBatch, float | Tensor, PhaseMarks | None], Tensor]
+# Forward and backward pass of a micro-batch, given the factor of its loss, the load balancing of experts and
+# what marks the end of the forward pass; returns the summed loss, a float32 scalar.
+ForwardBackward = Callable[[MicroBatch, float | Tensor, ExpertBalance | None, PhaseMarks | None], Tensor]
 # Clipping and update of a step, given `sums` and the highest loss that is not skipped; returns what
 # `step.update` does.
 Update = Callable[[Tensor, float | Tensor], Tensor]
@@ -39,6 +40,7 @@ def unsupported_reason(
     *,
     packing: bool,
     use_moe: bool,
+    grouped: bool,
     sharded: bool,
     precision: str,
     fused: bool,
@@ -47,6 +49,7 @@ def unsupported_reason(
     """Return why micro-batches are not captured, None where they are.
 
     Args:
+        grouped: whether the products of experts are grouped on the GPU; else the host reads the groups.
         sharded: whether the parameters are sharded by FSDP2, which gathers them from the host.
         precision: of matrix products: `no`, `bf16` or `fp16`.
         fused: whether the model is a MiniMindForCausalLM with fused kernels.
@@ -60,8 +63,10 @@ def unsupported_reason(
         return "CUDA graphs need bf16 and fused kernels"
     if not (compiled or packing):
         return "CUDA graphs need --packing where the model is not compiled"
-    if use_moe:
-        return "CUDA graphs do not support experts"
+    if use_moe and not compiled:
+        return "CUDA graphs of experts need --compile"
+    if use_moe and not grouped:
+        return "CUDA graphs of experts need compute capability 9.0, and widths that are multiples of 8"
     return None
 
 
@@ -104,6 +109,7 @@ class ForwardBackwardGraph:
         self._batch: MicroBatch
         self._scale: Tensor
         self._loss: Tensor
+        self._routing: Tensor
         self._gradients: list[Tensor] = []
         # Of several micro-batches, in memory that does not move.
         self._sums: list[Tensor] = []
@@ -125,20 +131,30 @@ class ForwardBackwardGraph:
         """The memory pool, for graphs that are replayed between replays of this one; None without a graph."""
         return None if self._graph is None else self._graph.pool()
 
-    def __call__(self, batch: MicroBatch, scale: float, timer: StepTimer | None = None) -> Tensor:
+    def __call__(
+        self,
+        batch: MicroBatch,
+        scale: float,
+        balance: ExpertBalance | None = None,
+        timer: StepTimer | None = None,
+    ) -> Tensor:
         """Run forward and backward and return the summed loss, a scalar that the next call may overwrite.
 
         Args:
             scale: factor of the loss whose gradient is taken.
+            balance: records the choice of experts.
             timer: marks the end of `forward` and `backward`; with one, a replay waits for the device.
         """
         if self._graph is None and not self._given_up:
             self._seen += 1
             if self._seen > WARMUP:
-                self._capture(batch)
+                self._capture(batch, balance)
         if self._graph is None or _shapes(batch) != _shapes(self._batch):
-            return self._forward_backward(batch, scale, timer)
+            return self._forward_backward(batch, scale, balance, timer)
         loss = self._replay(batch, scale)
+        if balance is not None:
+            # Copied: the next replay overwrites what this one wrote.
+            balance.add(self._routing.clone())
         if timer is not None:
             timer.mark_event("forward", self._forward_end)
             timer.mark("backward")
@@ -180,7 +196,7 @@ class ForwardBackwardGraph:
         for parameter, _, there in moved:
             parameter.grad = there
 
-    def _capture(self, batch: MicroBatch) -> None:
+    def _capture(self, batch: MicroBatch, balance: ExpertBalance | None) -> None:
         parameters = self._parameters
         total = torch.cuda.get_device_properties(batch.input_ids.device).total_memory
         if not self._agree(self._always or torch.cuda.max_memory_allocated() <= LARGEST_SHARE * total):
@@ -200,7 +216,10 @@ class ForwardBackwardGraph:
             # The prefetch thread keeps copying to the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 marks = _ForwardEnd(self._forward_end)
-                self._loss = self._captured(self._batch, self._scale, marks)
+                own = None if balance is None else balance.empty()
+                self._loss = self._captured(self._batch, self._scale, own, marks)
+                if own is not None:
+                    (self._routing,) = own.sums()
             reason = "another rank could not capture"
             done = True
         except RuntimeError as error:

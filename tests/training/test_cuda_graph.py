@@ -63,7 +63,7 @@ class Model:
         monkeypatch.setattr(torch.cuda, "graph", self.captures)
         self._last: tuple[MicroBatch, Any, Tensor] | None = None
 
-    def passes(self, batch: MicroBatch, scale: float | Tensor, marks: Any) -> Tensor:
+    def passes(self, batch: MicroBatch, scale: float | Tensor, balance: Any, marks: Any) -> Tensor:
         self.eager += 1
         weight, bias, _ = self.parameters
         loss = ((weight[batch.input_ids] + bias) ** 2 * batch.shift_labels[..., None]).sum()
@@ -87,7 +87,7 @@ class Model:
             kept = [p.grad for p in used]
             for p in used:
                 p.grad = None
-            loss.copy_(self.passes(batch, scale, None))
+            loss.copy_(self.passes(batch, scale, None, None))
             for p, mine, before in zip(used, own, kept, strict=True):
                 assert mine is not None
                 assert p.grad is not None
@@ -116,7 +116,7 @@ def batch(seed: int, sequences: int = 2) -> MicroBatch:
 
 
 def by_hand(model: Model, seeds: list[int], scale: float) -> tuple[list[float], list[Tensor | None]]:
-    losses = [float(model.passes(batch(seed), scale, None)) for seed in seeds]
+    losses = [float(model.passes(batch(seed), scale, None, None)) for seed in seeds]
     return losses, model.take_gradients()
 
 
@@ -168,8 +168,8 @@ def test_sequences_of_another_shape_run_eagerly(monkeypatch: pytest.MonkeyPatch)
     # And go together with those of the graph in one step.
     graph(batch(8), 1.0)
     found = model.take_gradients()
-    model.passes(other, 1.0, None)
-    model.passes(batch(8), 1.0, None)
+    model.passes(other, 1.0, None, None)
+    model.passes(batch(8), 1.0, None, None)
     for a, b in zip(found[:2], model.take_gradients()[:2], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -315,6 +315,44 @@ def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pyte
     ]
 
 
+class Balance:
+    """Stands for ExpertBalance: keeps the sums of the micro-batches."""
+
+    def __init__(self) -> None:
+        self.added: list[Tensor] = []
+
+    def empty(self) -> Balance:
+        return Balance()
+
+    def add(self, sums: Tensor) -> None:
+        self.added.append(sums)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self.added[-1],)
+
+
+def test_the_choice_of_experts_is_recorded_for_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch)
+    plain = model.passes
+
+    def passes(batch: MicroBatch, scale: float | Tensor, balance: Any, marks: Any) -> Tensor:
+        if balance is not None:
+            balance.add(batch.input_ids.sum().reshape(1))
+        return plain(batch, scale, balance, marks)
+
+    model.passes = passes  # type: ignore[method-assign]
+    graph = model.graph()
+    balance: Any = Balance()
+    for number in range(WARMUP + 2):
+        graph(batch(number), 1.0, balance)
+    assert len(balance.added) == WARMUP + 2
+    eager = [float(batch(number).input_ids.sum()) for number in range(WARMUP)]
+    assert [float(sums) for sums in balance.added[:WARMUP]] == eager
+    # The memory of the graph is overwritten by the next replay.
+    assert balance.added[-1] is not balance.added[-2]
+    assert balance.added[-1].data_ptr() != balance.added[-2].data_ptr()
+
+
 @pytest.mark.parametrize("agreed", [[True, True], [False], [True, False]])
 def test_all_ranks_run_a_graph_or_none_does(monkeypatch: pytest.MonkeyPatch, agreed: list[bool]) -> None:
     model = Model(monkeypatch)
@@ -365,7 +403,12 @@ def test_a_released_graph_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> No
             {"compiled": False, "packing": False},
             "CUDA graphs need --packing where the model is not compiled",
         ),
-        ({"use_moe": True}, "CUDA graphs do not support experts"),
+        ({"use_moe": True}, None),
+        ({"use_moe": True, "compiled": False}, "CUDA graphs of experts need --compile"),
+        (
+            {"use_moe": True, "grouped": False},
+            "CUDA graphs of experts need compute capability 9.0, and widths that are multiples of 8",
+        ),
     ],
 )
 def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | None) -> None:
@@ -377,6 +420,7 @@ def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | Non
         "compiled": True,
         "packing": True,
         "use_moe": False,
+        "grouped": True,
     } | change
     device = torch.device(options.pop("device"))
     assert unsupported_reason(device, **options) == reason
