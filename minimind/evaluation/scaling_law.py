@@ -26,6 +26,8 @@ REFERENCE_VOCABULARY = 6400
 # Bounds of what the rest of a run gains: as a share of the loss, and in units of d. No run that was measured
 # is near them.
 _LARGEST_GAIN, _SMALLEST_GAIN = 0.4, 0.1
+# Bytes of the shortest run of the fit. Two of a third of that gained about half as much.
+_SMALLEST_RUN = 6e5
 # Token before the first of a document.
 _START = -1
 
@@ -154,7 +156,9 @@ class ScalingLaw:
             share: of the run that is done, from 0 to 1.
         """
         d, sigma = self._on_curve(share)
-        gain = d * self.gain(parameters, num_bytes)
+        known = min(num_bytes / _SMALLEST_RUN, 1.0)
+        gain = d * self.gain(parameters, num_bytes) * known**0.5
+        sigma /= max(known, 0.1)
         final = observed - min(gain, _LARGEST_GAIN * observed)
         return Forecast(final, max(final - _DEVIATIONS * sigma, 0.0), final + _DEVIATIONS * sigma)
 

@@ -78,6 +78,10 @@ def test_a_forecast_on_the_way_subtracts_what_the_rest_of_the_run_gains() -> Non
         intervals.append(found.high - found.low)
     assert intervals == sorted(intervals, reverse=True)
     assert LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=1e7, share=1.0).bits_per_byte == 2.5
+    # A run shorter than those of the fit gains less, and less surely.
+    long, short = (LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=d, share=0.5) for d in (6e5, 1.5e5))
+    assert long.bits_per_byte < short.bits_per_byte < 2.5
+    assert short.high - short.low == pytest.approx(4 * (long.high - long.low))
     # Beyond what was measured a forecast stays positive, and below the evaluation.
     easy = LAW_OF_TESTS.during(1e6, observed=0.05, num_bytes=1e7, share=0.5)
     assert 0 == easy.low < easy.bits_per_byte < 0.05
