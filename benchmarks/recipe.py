@@ -42,7 +42,7 @@ from minimind.data.prepare import prepare_data
 from minimind.distributed.accelerator import start_accelerator, wants_compile
 from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.optim.muon import orthogonalize
+from minimind.optim.orthogonalize import orthogonalize
 from minimind.schedule import LearningRateSchedule
 from minimind.tokenizer import load_tokenizer
 from minimind.training.build_model import build_model, resolve_model_config

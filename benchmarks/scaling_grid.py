@@ -180,7 +180,7 @@ class Grid:
                 batch,
                 accelerator,
                 grad_clip=config.grad_clip,
-                graph=parts.graph,
+                graphs=parts.graphs,
             )
             trained += batch.num_tokens
             losses.append(values[0] / max(batch.num_targets, 1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from ..config.options import LEARNING_RATES, PretrainConfig
 from ..errors import ConfigError
@@ -93,7 +94,12 @@ def _check_state_once() -> Callable[..., None]:
 
 
 def build_optimizer(
-    model: nn.Module, config: PretrainConfig, device: torch.device | str, *, kernels: bool = False
+    model: nn.Module,
+    config: PretrainConfig,
+    device: torch.device | str,
+    *,
+    kernels: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of --optimizer over the trainable parameters of `model`, in at most four groups.
 
@@ -108,6 +114,7 @@ def build_optimizer(
         config: optimizer, learning rate, weight decay and betas.
         device: of the parameters when the optimizer steps.
         kernels: allow Muon to compile Triton kernels.
+        process_group: ranks that share Muon's orthogonalization; None for one rank.
     """
     embeddings = {
         id(parameter)
@@ -151,7 +158,15 @@ def build_optimizer(
         groups.append({"params": routers, "weight_decay": config.weight_decay, "lr_scale": ROUTER_SCALE})
         used = [group for group in groups if group["params"]]
         lr = config.peak_learning_rate
-        return Muon(used, lr, betas=betas, momentum=MOMENTUM, fused=fused, kernels=kernels)
+        return Muon(
+            used,
+            lr,
+            betas=betas,
+            momentum=MOMENTUM,
+            fused=fused,
+            kernels=kernels,
+            process_group=process_group,
+        )
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.peak_learning_rate,
@@ -216,7 +231,7 @@ def skip_if_nonfinite(
     norm: torch.Tensor,
     loss: torch.Tensor | None = None,
     *,
-    limit: float = math.inf,
+    limit: float | torch.Tensor = math.inf,
 ) -> None:
     """Skip the next `optimizer.step()` if the gradient norm or the loss is not finite, or the loss too high.
 
@@ -230,7 +245,7 @@ def skip_if_nonfinite(
         optimizer: bare, or prepared by Accelerate.
         norm: () gradient norm on the device, equal on all processes.
         loss: () loss of the step, equal on all processes.
-        limit: highest loss that is not skipped, equal on all processes.
+        limit: highest loss that is not skipped, equal on all processes; a () float32 tensor is finite.
     """
     scaled = getattr(optimizer, "scaler", None) is not None
     if scaled and (loss is None or limit == math.inf):
@@ -239,7 +254,8 @@ def skip_if_nonfinite(
     skip = ~torch.isfinite(norm.detach())
     if loss is not None:
         # Not `loss > limit`, which is False for NaN.
-        skip = skip | ~(loss.detach() <= min(limit, torch.finfo(torch.float32).max))
+        bound = limit if isinstance(limit, torch.Tensor) else min(limit, torch.finfo(torch.float32).max)
+        skip = skip | ~(loss.detach() <= bound)
     if not scaled and all(group.get("fused") for group in inner.param_groups):
         inner.found_inf = skip.to(torch.float32)
     elif skip:

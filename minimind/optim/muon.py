@@ -9,66 +9,28 @@ Shapes: n matrices of one shape, R rows, C columns; a parameter of more dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-# The quintic a·x + b·x³ + c·x⁵ with the largest slope at zero whose iteration stays within about 30% of 1
-# (Jordan et al. 2024). More steps do not improve it.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
+from .kernel_arguments import KernelArguments, kernels_supported
+from .orthogonalize import MIN_NORM, SharedOrthogonalization, StackLayout, newton_schulz, normalized
+
 # Typical root mean square of an AdamW update (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
 
-# Lower bound of a norm, for zero matrices.
-_MIN_NORM = 1e-12
 # Added to the root mean square of a row, for rows that are zero.
 _ROW_EPS = 1e-8
 
-# The kernels are in `muon_kernels.py`. With a CPU build of PyTorch Triton, slow to import, is not loaded.
-_BUILDABLE = torch.backends.cuda.is_built() and find_spec("triton") is not None
 # Elements per kernel program: 16 for each thread of 8 warps.
 _BLOCK = 4096
 _WARPS = 8
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return approximately the orthogonal factor U·Vᵀ of each matrix U·S·Vᵀ, by Newton-Schulz iteration.
-
-    Singular values end between about 0.7 and 1.2; those far below a thousandth of the norm end lower, and a
-    zero matrix stays zero. Computed in bf16 on a GPU, which is enough for a direction, else in the input's
-    dtype.
-
-    Args:
-        matrices: (n, R, C), or (n, m, R, C) for n stacks of m.
-
-    Returns:
-        Same shape and dtype.
-    """
-    x = matrices.flatten(0, -3)
-    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=_MIN_NORM)
-    if x.is_cuda:
-        x, norm = x.bfloat16(), norm.bfloat16()
-    return _newton_schulz(x / norm).to(matrices.dtype).view(matrices.shape)
-
-
-def _newton_schulz(x: Tensor) -> Tensor:
-    """Return the last iterate, contiguous, for (n, R, C) matrices of norm at most 1."""
-    a, b, c = _QUINTIC
-    wide = x.shape[-2] <= x.shape[-1]
-    for _ in range(_STEPS):
-        # Square the smaller side, which costs less.
-        square = x @ x.mT if wide else x.mT @ x
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        first, second = (polynomial, x) if wide else (x, polynomial)
-        x = torch.baddbmm(x, first, second, beta=a)
-    return x
 
 
 def _scale(shape: torch.Size) -> float:
@@ -76,68 +38,37 @@ def _scale(shape: torch.Size) -> float:
     return _ADAMW_RMS * max(shape[-2:]) ** 0.5
 
 
-def row_factors(directions: Tensor, mean_squares: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+def row_factors(squares: Tensor, columns: int, mean_squares: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Return NorMuon's factor of each row, and the updated mean squares.
 
     A row is divided by its running root mean square; one factor for all rows of a matrix then restores the
-    Frobenius norm, so that the learning rate keeps its meaning. Both need the norms of the rows only. For a
-    zero matrix, one that is not updated, the mean squares do not change.
+    Frobenius norm, so that the learning rate keeps its meaning. For a zero matrix, one that is not updated,
+    the mean squares do not change.
 
     Args:
-        directions: (..., R, C) orthogonal factors.
+        squares: (..., R) squared norms of the rows of orthogonal factors.
+        columns: C.
         mean_squares: (..., R) running mean squares, at first zero: a common factor cancels.
         decay: decay rate of the mean squares.
 
     Returns:
-        (..., R) factors and mean squares, in the dtype of the mean squares.
+        (..., R) factors and mean squares.
     """
-    squares = torch.linalg.vector_norm(directions, dim=-1, dtype=mean_squares.dtype).square_()
-    updated = torch.lerp(mean_squares, squares / directions.shape[-1], 1 - decay)
+    updated = torch.lerp(mean_squares, squares / columns, 1 - decay)
     factors = 1 / (updated.sqrt() + _ROW_EPS)
     total = squares.sum(-1, keepdim=True)
     scaled = (squares * factors.square()).sum(-1, keepdim=True)
-    factors = factors * (total / scaled.clamp(min=_MIN_NORM)).sqrt()
+    factors = factors * (total / scaled.clamp(min=MIN_NORM)).sqrt()
     return factors, torch.where(total > 0, updated, mean_squares)
-
-
-def _gather(shards: Tensor, like: Tensor) -> Tensor:
-    """Return (n, R, C) from the local shards of n matrices sharded like `like`, with one collective."""
-    if not isinstance(like, DTensor):
-        return shards
-    shape = torch.Size((len(shards), *like.shape))
-    stride = torch.empty(shape, device="meta").stride()
-    sharded = DTensor.from_local(
-        shards, like.device_mesh, _stacked_placements(like), run_check=False, shape=shape, stride=stride
-    )
-    return sharded.full_tensor()
-
-
-def _shard(full: Tensor, like: Tensor) -> Tensor:
-    """Return the local shard of a tensor from `_gather`."""
-    if not isinstance(like, DTensor):
-        return full
-    # No source rank: every process already has the full tensor.
-    return distribute_tensor(full, like.device_mesh, _stacked_placements(like), src_data_rank=None).to_local()
-
-
-def _stacked_placements(like: DTensor) -> list[Placement]:
-    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
-
-
-def _kernels_supported(tensors: list[Tensor]) -> bool:
-    """Whether Triton is available and all are unsharded contiguous float32 tensors on one CUDA GPU."""
-    device = tensors[0].device
-    return (
-        _BUILDABLE
-        and device.type == "cuda"
-        and {type(t) for t in tensors} <= {Tensor, torch.nn.Parameter}
-        and all(t.dtype == torch.float32 and t.device == device and t.is_contiguous() for t in tensors)
-    )
 
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a tensor, or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# Normalized momenta (n, R, C) of one shape, and what updates the parameters from their orthogonal factors.
+_Halves = tuple[Tensor, Callable[[Tensor], None]]
 
 
 class Muon(torch.optim.Optimizer):
@@ -153,8 +84,9 @@ class Muon(torch.optim.Optimizer):
     An expert that received no token has a zero gradient, but orthogonalized momentum would still move it at
     full size. A matrix of a stack whose gradient is all zero is therefore not updated; its momentum decays.
 
-    Parameters may be sharded by FSDP2: weights and momentum stay sharded, and the matrices of one shape are
-    gathered only while they are orthogonalized.
+    Several ranks share the orthogonalization. With a `process_group`, as under DDP, each orthogonalizes some
+    of the matrices and gathers the others. Parameters may be sharded by FSDP2: weights and momentum stay
+    sharded, and the ranks exchange rows for whole matrices; see `StackLayout`.
     """
 
     # Set by `skip_if_nonfinite`.
@@ -170,6 +102,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         fused: bool = True,
         kernels: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Create the optimizer.
 
@@ -182,6 +115,8 @@ class Muon(torch.optim.Optimizer):
             fused: use the fused AdamW kernel of CUDA and CPU; without it `found_inf` is ignored.
             kernels: use the Triton kernels of `muon_kernels.py` around the matrix products, compiled at the
                 first step, where supported: unsharded float32 parameters on a CUDA GPU.
+            process_group: ranks that have equal parameters and gradients and share the orthogonalization;
+                has no effect on sharded parameters.
 
         Raises:
             ValueError: for a parameter of a `muon` group that is not a matrix.
@@ -190,6 +125,8 @@ class Muon(torch.optim.Optimizer):
         rows = {"normalize_rows": False, "row_decay": 0.95}
         super().__init__(params, {**defaults, **rows, "algorithm": "adamw", "fused": fused})
         self._kernels = kernels
+        self._shared = None if process_group is None else SharedOrthogonalization(process_group)
+        self._arguments: KernelArguments | None = None
         # By group index: ids of the parameters with a gradient, and these parameters grouped by shape.
         self._batches: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
         for group in self.param_groups:
@@ -203,15 +140,65 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
+        groups = self._groups_with_gradients()
+        if not (groups and groups[0][2][0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.prepare_step()
+        # AdamW updates its groups while the ranks exchange orthogonal factors.
+        pending = [self._muon(*group) for group in groups if group[1]["algorithm"] == "muon"]
+        for index, group, parameters in groups:
             if group["algorithm"] == "adamw":
-                self._adamw(group, parameters)
-            else:
-                self._muon(group, self._by_shape(index, parameters))
+                self._adamw(index, group, parameters)
+        for finish in pending:
+            finish()
         return loss
+
+    def _groups_with_gradients(self) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
+        """Return index, group and parameters with a gradient of the groups that have any."""
+        parameters = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        return [
+            (index, group, some)
+            for index, (group, some) in enumerate(zip(self.param_groups, parameters, strict=True))
+            if some
+        ]
+
+    @torch.no_grad()
+    def prepare_step(self) -> tuple[int, ...]:
+        """Copy to the GPU what the kernels of the next step read there: its rates, and addresses.
+
+        `step` does it, except while a CUDA graph is captured: call this before the capture and before each
+        replay.
+
+        Returns:
+            The addresses of gradients, parameters and states, which a graph cannot change; empty where the
+            kernels are not used.
+        """
+        groups = self._groups_with_gradients()
+        tables: dict[int, list[list[Tensor]]] = {}
+        others: list[Tensor] = []
+        rows: list[tuple[float, float, float, float]] = []
+        first_row: dict[int, int] = {}
+        for index, group, parameters in groups if self._kernels else ():
+            first_row[index] = len(rows)
+            lr = group["lr"]
+            if group["algorithm"] == "adamw":
+                rows.append((lr, 0.0, 0.0, 0.0))
+                others += chain(*self._adamw_tensors(group, parameters))
+                continue
+            batches = self._by_shape(index, parameters)
+            retained, momentum = 1.0 - lr * group["weight_decay"], group["momentum"]
+            rows += [(momentum, 1.0 - momentum, retained, lr * _scale(batch[0].shape)) for batch in batches]
+            ordered = list(chain.from_iterable(batches))
+            gradients: list[Tensor] = [p.grad for p in ordered]  # type: ignore[misc]
+            tables[index] = [gradients, [self._state(p, "momentum_buffer") for p in ordered], ordered]
+            if group["normalize_rows"]:
+                others += map(self._row_mean_square, ordered)
+        if not tables or not kernels_supported(list(chain(*chain(*tables.values())))):
+            self._arguments = None
+            return ()
+        addresses = {index: [[t.data_ptr() for t in row] for row in table] for index, table in tables.items()}
+        device = groups[0][2][0].device
+        self._arguments = KernelArguments.sent(addresses, rows, first_row, device, self._arguments)
+        return (*chain(*chain(*addresses.values())), *(tensor.data_ptr() for tensor in others))
 
     def _by_shape(self, index: int, parameters: list[Tensor]) -> list[list[Tensor]]:
         """Group parameters by shape, for a few large matrix products instead of many small ones."""
@@ -225,134 +212,183 @@ class Muon(torch.optim.Optimizer):
             self._batches[index] = ids, batches
         return batches
 
-    def _muon(self, group: dict[str, Any], batches: list[list[Tensor]]) -> None:
-        if self._kernels:
-            parameters = list(chain.from_iterable(batches))
-            gradients = [p.grad for p in parameters]
-            buffers = [self._state(p, "momentum_buffer") for p in parameters]
-            tensors: list[Tensor] = [*gradients, *buffers, *parameters]  # type: ignore[list-item]
-            if _kernels_supported(tensors):
-                self._muon_with_kernels(group, batches, tensors)
-                return
+    def _muon(self, index: int, group: dict[str, Any], parameters: list[Tensor]) -> Callable[[], None]:
+        """Update the matrices of a group, or with several ranks begin to; return what finishes it."""
+        batches = self._by_shape(index, parameters)
+        halves: Iterator[_Halves]
+        if self._arguments is not None:
+            halves = self._with_kernels(index, group, batches, self._arguments)
+        else:
+            halves = self._with_pytorch(group, batches)
+        if self._shared is None or isinstance(parameters[0], DTensor):
+            for matrices, update in halves:
+                update(newton_schulz(matrices))
+            return lambda: None
+        begun = list(halves)
+        gather = self._shared.start([matrices for matrices, _ in begun])
+
+        def finish() -> None:
+            for directions, (_, update) in zip(gather(), begun, strict=True):
+                update(directions)
+
+        return finish
+
+    def _row_factors(
+        self, group: dict[str, Any], parameters: list[Tensor], directions: Tensor, layout: StackLayout
+    ) -> Tensor:
+        """Return the factors (n, ..., R) of all rows of orthogonal factors; update their mean squares.
+
+        Args:
+            directions: those of `layout.whole`.
+        """
+        kept = [self._row_mean_square(p) for p in parameters]
+        squares = torch.linalg.vector_norm(directions, dim=-1, dtype=kept[0].dtype).square_()
+        columns = directions.shape[-1]
+        factors, updated = row_factors(
+            layout.all_rows(squares), columns, torch.stack(kept), group["row_decay"]
+        )
+        torch._foreach_copy_(kept, list(updated.unbind()))
+        return factors
+
+    def _row_mean_square(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "row_mean_square" not in state:
+            # Whole on every rank, also where the parameter is sharded: one number per row.
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            state["row_mean_square"] = torch.zeros(
+                parameter.shape[:-1], dtype=dtype, device=_local(parameter).device
+            )
+        return state["row_mean_square"]
+
+    def _with_pytorch(self, group: dict[str, Any], batches: list[list[Tensor]]) -> Iterator[_Halves]:
+        """Update the parameters of each shape with PyTorch operations, nothing where `found_inf` is 1.0."""
         apply = torch.ones((), dtype=torch.bool, device=batches[0][0].device)
         if self.found_inf is not None:
             apply = self.found_inf == 0
         for batch in batches:
-            self._muon_reference(group, batch, apply)
+            layout = StackLayout(len(batch), batch[0])
+            nesterov = layout.whole(self._nesterov(group, batch, apply))
 
-    def _row_factors(self, group: dict[str, Any], parameters: list[Tensor], directions: Tensor) -> Tensor:
-        """Return the factors (n, ..., R) of the rows of whole directions; update their mean squares."""
-        states = [self.state[p] for p in parameters]
-        for state in states:
-            if "row_mean_square" not in state:
-                # Whole on every rank, also where the parameter is sharded: one number per row.
-                dtype = torch.promote_types(directions.dtype, torch.float32)
-                state["row_mean_square"] = directions.new_zeros(directions.shape[1:-1], dtype=dtype)
-        kept = [state["row_mean_square"] for state in states]
-        factors, updated = row_factors(directions, torch.stack(kept), group["row_decay"])
-        torch._foreach_copy_(kept, list(updated.unbind()))
-        return factors
+            def update(
+                x: Tensor, batch: list[Tensor] = batch, layout: StackLayout = layout, like: Tensor = nesterov
+            ) -> None:
+                directions = x.to(like.dtype).view(like.shape)
+                factors = None
+                if group["normalize_rows"]:
+                    factors = self._row_factors(group, batch, directions, layout)
+                directions = layout.shards(directions)
+                if factors is not None:
+                    directions = directions * layout.shard_rows(factors).unsqueeze(-1)
+                rate = group["lr"] * _scale(batch[0].shape)
+                torch._foreach_add_([_local(p) for p in batch], list(directions.unbind()), alpha=-rate)
 
-    def _muon_reference(self, group: dict[str, Any], parameters: list[Tensor], apply: Tensor) -> None:
-        """Update parameters of one shape with PyTorch operations, nothing where `apply`, (), is False."""
-        first, whole = parameters[0], parameters
-        buffers = [_local(self._state(p, "momentum_buffer")) for p in parameters]
-        gradients = torch.stack([_local(p.grad) for p in parameters])  # type: ignore[arg-type]
-        parameters = [_local(p) for p in parameters]
+            yield normalized(nesterov), update
+
+    def _nesterov(self, group: dict[str, Any], batch: list[Tensor], apply: Tensor) -> Tensor:
+        """Update the momenta of one shape, decay the weights and return this rank's Nesterov momenta."""
+        buffers = [_local(self._state(p, "momentum_buffer")) for p in batch]
+        gradients = torch.stack([_local(p.grad) for p in batch])  # type: ignore[arg-type]
+        parameters = [_local(p) for p in batch]
         before, momentum = torch.stack(buffers), group["momentum"]
         updated = torch.lerp(before, gradients, 1 - momentum)
         nesterov = torch.where(apply, torch.lerp(gradients, updated, momentum), 0.0)
         torch._foreach_copy_(buffers, list(torch.where(apply, updated, before).unbind()))
         retained = 1 - apply.to(updated.dtype) * (group["lr"] * group["weight_decay"])
-        if first.ndim > 2:
+        if batch[0].ndim > 2:
             # FSDP2 shards the first dimension, so that matrices of a stack are never split.
             active = gradients.ne(0).flatten(-2).any(-1)[..., None, None]
             nesterov = torch.where(active, nesterov, 0.0)  # a zero matrix stays zero
             torch._foreach_mul_(parameters, list(torch.where(active, retained, 1.0).unbind()))
         else:
             torch._foreach_mul_(parameters, retained)
-        directions = orthogonalize(_gather(nesterov, first))
-        if group["normalize_rows"]:
-            directions *= self._row_factors(group, whole, directions).unsqueeze(-1)
-        directions = _shard(directions, first)
-        rate = group["lr"] * _scale(first.shape)
-        torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
+        return nesterov
 
-    def _muon_with_kernels(
-        self, group: dict[str, Any], batches: list[list[Tensor]], tensors: list[Tensor]
-    ) -> None:
-        """Do what `_muon_reference` does, reading memory once before the matrix products and once after.
-
-        Args:
-            tensors: all gradients, then all momenta, then all parameters, in the order of `batches`.
-        """
+    def _with_kernels(
+        self, index: int, group: dict[str, Any], batches: list[list[Tensor]], arguments: KernelArguments
+    ) -> Iterator[_Halves]:
+        """Do what `_with_pytorch` does, reading memory once before the matrix products and once after."""
         from . import muon_kernels
 
-        device = tensors[0].device
+        table, numbers, alignment = arguments.of(index)
+        device = table.device
         found_inf = self.found_inf if self.found_inf is not None else torch.zeros((), device=device)
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        # Copied from pinned memory without a synchronization; PyTorch reuses that memory after the copy only.
-        table = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        # A gradient may start anywhere in a DDP bucket.
-        alignment = 4 if any(address % 16 for address in addresses) else 16
         constants = {"ALIGNMENT": alignment, "BLOCK": _BLOCK, "num_warps": _WARPS}
-        momentum = float(group["momentum"])
-        retained = 1.0 - group["lr"] * group["weight_decay"]
+        normalize = bool(group["normalize_rows"])
         first = 0
         # Triton launches kernels on the current device.
         with torch.cuda.device_of(table):
-            for batch in batches:
+            for batch, of_step in zip(batches, numbers, strict=False):
                 shape = batch[0].shape
                 nesterov = torch.empty((len(batch), *shape), dtype=torch.bfloat16, device=device)
                 x = nesterov.view(-1, *shape[-2:])
                 size = shape[-2] * shape[-1]
                 blocks = -(-size // _BLOCK)
                 grid = (len(x) * blocks,)
-                layout = first, len(tensors) // 3, len(x) // len(batch), size, blocks
+                layout = first, table.shape[1], len(x) // len(batch), size, blocks
                 sums, nonzero = torch.empty((2, len(x), blocks), device=device)
                 muon_kernels.update_momentum[grid](
-                    table, found_inf, nesterov, sums, nonzero, *layout, momentum, 1.0 - momentum, **constants
+                    table, found_inf, of_step, nesterov, sums, nonzero, *layout, **constants
                 )
                 active = nonzero.sum(-1) if len(shape) > 2 else torch.ones(len(x), device=device)
-                norm = sums.sum(-1).sqrt_().clamp_(min=_MIN_NORM)
+                norm = sums.sum(-1).sqrt_().clamp_(min=MIN_NORM)
                 x /= norm.bfloat16().view(-1, 1, 1)
-                rate = float(group["lr"] * _scale(shape))
-                directions = _newton_schulz(x)
-                normalize = bool(group["normalize_rows"])
-                factors = active
-                if normalize:
-                    factors = self._row_factors(group, batch, directions.view(len(batch), *shape))
-                muon_kernels.update_parameters[grid](
-                    table, found_inf, active, factors, directions, shape[-1], *layout,
-                    float(retained), rate, NORMALIZE=normalize, **constants,
-                )  # fmt: skip
+                rest = shape[-1], *layout
+
+                def update(
+                    directions: Tensor,
+                    batch: list[Tensor] = batch,
+                    of_step: Tensor = of_step,
+                    active: Tensor = active,
+                    grid: tuple[int] = grid,
+                    rest: tuple[int, ...] = rest,
+                ) -> None:
+                    factors = active
+                    if normalize:
+                        stacks = directions.view(len(batch), *batch[0].shape)
+                        factors = self._row_factors(group, batch, stacks, StackLayout(len(batch), batch[0]))
+                    muon_kernels.update_parameters[grid](
+                        table, found_inf, of_step, active, factors, directions, *rest,
+                        NORMALIZE=normalize, **constants,
+                    )  # fmt: skip
+
+                yield x, update
                 first += len(batch)
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adamw(self, index: int, group: dict[str, Any], parameters: list[Tensor]) -> None:
         fused = group["fused"]
-        for p in parameters:
-            if not self.state[p]:
-                # The fused kernel keeps the step count on the device of the parameter.
-                device = p.device if fused else torch.device("cpu")
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        gradients, _, averages, squares, steps = self._adamw_tensors(group, parameters)
+        lr = group["lr"]
+        if self._arguments is not None and parameters[0].is_cuda:
+            lr = self._arguments.of(index)[1][0, 0]
         adamw(
             parameters,
-            [p.grad for p in parameters],  # type: ignore[misc]
-            [self._state(p, "exp_avg") for p in parameters],
-            [self._state(p, "exp_avg_sq") for p in parameters],
+            gradients,
+            averages,
+            squares,
             [],
-            [self.state[p]["step"] for p in parameters],
+            steps,
             fused=fused,
             foreach=not fused,
             found_inf=self.found_inf if fused else None,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=lr,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
         )
+
+    def _adamw_tensors(self, group: dict[str, Any], parameters: list[Tensor]) -> list[list[Tensor]]:
+        """Return gradients, parameters, both moments and step counts."""
+        for p in parameters:
+            if not self.state[p]:
+                # The fused kernel keeps the step count on the device of the parameter.
+                device = p.device if group["fused"] else torch.device("cpu")
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        names = ("exp_avg", "exp_avg_sq", "step")
+        gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        return [gradients, parameters, *([self._state(p, name) for p in parameters] for name in names)]
 
     def _state(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]

@@ -32,7 +32,7 @@ def _lerp(start, end, weight):
 
 @triton.jit(do_not_specialize=_SHAPE)
 def update_momentum(
-    addresses, found_inf, nesterov, sums, nonzero, first, tensors, matrices, size, blocks, momentum, rest,
+    addresses, found_inf, numbers, nesterov, sums, nonzero, first, tensors, matrices, size, blocks,
     ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the momenta in place; write Nesterov's, (n, m, R, C) bf16, and its sums of squares, (n·m, B).
@@ -42,11 +42,11 @@ def update_momentum(
     Where `found_inf`, (), is not 0 the momenta do not change and Nesterov's are 0.
 
     Args:
+        numbers: (4,) float32: momentum, 1 - momentum, and those of `update_parameters`.
         first: table index of the first of the n tensors.
         tensors: N.
         matrices: m.
         size: R·C.
-        rest: 1 - momentum.
     """
     program = tl.program_id(0)
     matrix = program // blocks
@@ -58,7 +58,8 @@ def update_momentum(
     gradient = tl.load(_tensor(row, ALIGNMENT) + start + at, mask=inside, other=0.0)
     old = tl.load(here, mask=inside, other=0.0)
     apply = tl.load(found_inf) == 0.0
-    new = _lerp(old, gradient, rest)
+    momentum = tl.load(numbers)
+    new = _lerp(old, gradient, tl.load(numbers + 1))
     tl.store(here, new, mask=at < tl.where(apply, size, 0))
     value = tl.where(apply, _lerp(gradient, new, momentum), 0.0)
     tl.store(nesterov + matrix.to(tl.int64) * size + at, value.to(nesterov.dtype.element_ty), mask=inside)
@@ -68,10 +69,10 @@ def update_momentum(
 
 @triton.jit(do_not_specialize=_SHAPE)
 def update_parameters(
-    addresses, found_inf, active, factors, directions, columns, first, tensors, matrices, size, blocks,
-    retained, rate, NORMALIZE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
+    addresses, found_inf, numbers, active, factors, directions, columns, first, tensors, matrices, size,
+    blocks, NORMALIZE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Set each parameter to retained·parameter - rate·direction; directions are (n, m, R, C) bf16.
+    """Set each parameter to numbers[2]·parameter - numbers[3]·direction; directions are (n, m, R, C) bf16.
 
     With NORMALIZE each row of a direction is multiplied by its element of `factors`, (n, m, R) float32. Where
     `found_inf`, (), is not 0 or `active`, (n·m,), is 0 parameters do not change. `columns` is C, the other
@@ -88,4 +89,4 @@ def update_parameters(
     if NORMALIZE:
         direction *= tl.load(factors + matrix * (size // columns) + at // columns, mask=inside, other=0.0)
     old = tl.load(here, mask=inside, other=0.0)
-    tl.store(here, old * retained - rate * direction, mask=inside)
+    tl.store(here, old * tl.load(numbers + 2) - tl.load(numbers + 3) * direction, mask=inside)

@@ -248,7 +248,7 @@ def measure_steps(
             accelerator,
             grad_clip=config.grad_clip,
             balance=expert_balance(accelerator, inputs.model_config),
-            graph=parts.graph,
+            graphs=parts.graphs,
             timer=timer,
         )
         return waited

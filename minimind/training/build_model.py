@@ -27,11 +27,12 @@ from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
+from ..optim.muon import Muon
 from ..tokenizer import Tokenizer, check_vocab
-from .cuda_graph import ForwardBackwardGraph
+from .cuda_graph import ForwardBackwardGraph, StepGraphs, UpdateGraph
 from .cuda_graph import unsupported_reason as graph_unsupported_reason
 from .peak_flops import peak_flops_of
-from .step import forward_backward
+from .step import forward_backward, update
 from .step_timer import PhaseMarks
 
 # Compiling delays the start by 10 to 17 s and gains 1% where CUDA graphs are used: it pays for a run that
@@ -268,7 +269,10 @@ def compile_and_wrap(
     if optimizer_factory is not None:
         optimizer = build_custom_optimizer(optimizer_factory, model, config)
     else:
-        optimizer = build_optimizer(model, config, accelerator.device, kernels=compiled or fused)
+        group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+        optimizer = build_optimizer(
+            model, config, accelerator.device, kernels=compiled or fused, process_group=group
+        )
     check_same_on_all_ranks(
         accelerator,
         {"starting weights": weights_fingerprint(model), "compilation": "on" if compiled else "off"},
@@ -284,18 +288,21 @@ def compile_and_wrap(
     return prepared_model, prepared_optimizer, compiled
 
 
-def build_graph(
+def build_graphs(
     config: PretrainConfig,
     model_config: MiniMindConfig,
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     *,
     compiled: bool,
     note: Callable[[str], None] = lambda sentence: None,
-) -> ForwardBackwardGraph | None:
-    """Return the CUDA graph of a run's forward and backward pass; None where there is none.
+) -> StepGraphs | None:
+    """Return the CUDA graphs of a run's steps; None where there are none.
 
     Args:
+        model: prepared.
+        optimizer: prepared.
         compiled: whether the model is compiled.
         note: gets a sentence where --cuda-graphs has no effect.
     """
@@ -310,12 +317,20 @@ def build_graph(
     def run(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
         return forward_backward(model, batch, scale, accelerator, timer=marks)
 
-    return ForwardBackwardGraph(
+    graph = ForwardBackwardGraph(
         run,
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         note=note,
         always=bool(config.cuda_graphs),
     )
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if type(inner) is not Muon:
+        return StepGraphs(graph)
+
+    def update_weights(sums: torch.Tensor, limit: float | torch.Tensor) -> torch.Tensor:
+        return update(model, optimizer, sums, accelerator, config.grad_clip, limit)
+
+    return StepGraphs(graph, UpdateGraph(update_weights, inner.prepare_step, graph, note=note))
 
 
 def compiling_pays(

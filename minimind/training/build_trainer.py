@@ -153,7 +153,7 @@ class TrainerBuilder:
                 accelerator, parts.model, parts.loader, inputs.tokenizer, session.folder.spikes
             ),
             callbacks=self.callbacks,
-            graph=parts.graph,
+            graphs=parts.graphs,
             profiler=self._profiler(state),
             budget=budget_clock(config, model_config.num_parameters(), state.budget_seconds),
             forecast=RunForecast(model_config, self.data) if config.budget and validation else None,

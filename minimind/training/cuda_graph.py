@@ -1,13 +1,15 @@
-"""Forward and backward pass of a micro-batch as one CUDA graph.
+"""Forward and backward pass of a micro-batch as one CUDA graph, clipping and update as another.
 
-Launching a block kernel by kernel takes the host about 2 ms, however small the micro-batch: a GPU finishes a
-small one sooner and idles. A graph is one launch, without gaps between kernels.
+Launching a block kernel by kernel takes the host about 2 ms, however small the micro-batch, and the update
+some 5 ms, however small the model: a GPU finishes them sooner and idles. A graph is one launch, without gaps
+between kernels.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +23,15 @@ WARMUP = 2
 # A graph reserves the memory of its activations, which evaluation and optimizer cannot use. Above this share
 # of the GPU's memory there is no graph; micro-batches of such a run are large enough to do without.
 LARGEST_SHARE = 0.6
+# The update is captured again after a checkpoint was loaded, say, but not again and again.
+MOST_CAPTURES = 4
 
 # Forward and backward pass of a micro-batch, given the factor of its loss and what marks the end of the
 # forward pass; returns the summed loss, a float32 scalar.
 ForwardBackward = Callable[[MicroBatch, float | Tensor, PhaseMarks | None], Tensor]
+# Clipping and update of a step, given `sums` and the highest loss that is not skipped; returns what
+# `step.update` does.
+Update = Callable[[Tensor, float | Tensor], Tensor]
 
 
 def unsupported_reason(
@@ -97,6 +104,11 @@ class ForwardBackwardGraph:
         """Whether micro-batches run as a graph by now."""
         return self._graph is not None
 
+    @property
+    def pool(self) -> Any:
+        """The memory pool, for graphs that are replayed between replays of this one; None without a graph."""
+        return None if self._graph is None else self._graph.pool()
+
     def __call__(self, batch: MicroBatch, scale: float, timer: StepTimer | None = None) -> Tensor:
         """Run forward and backward and return the summed loss, a scalar that the next call may overwrite.
 
@@ -163,8 +175,7 @@ class ForwardBackwardGraph:
         except RuntimeError as error:
             self._given_up = True
             torch.cuda.synchronize()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._note(f"CUDA graphs are not used: {reason}")
+            self._note(f"CUDA graphs are not used: {_first_line(error)}")
         else:
             self._graph = graph
             # A parameter that the loss does not depend on has no gradient, and the optimizer skips it.
@@ -172,6 +183,91 @@ class ForwardBackwardGraph:
             self._gradients = [p.grad for p in parameters if p.grad is not None]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
+
+
+class UpdateGraph:
+    """Clips the gradient and updates the weights as `update` does, after some steps as a CUDA graph.
+
+    The graph is replayed where gradients, weights and states have the addresses of its capture. It uses the
+    memory of the activations, which are not needed any more.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        prepare: Callable[[], tuple[int, ...]],
+        forward_backward: ForwardBackwardGraph,
+        *,
+        note: Callable[[str], None],
+    ) -> None:
+        """Capture nothing yet.
+
+        Args:
+            update: run eagerly at first, and captured.
+            prepare: copies what changes from step to step to the device, and returns the addresses; none
+                where the update cannot be captured.
+            forward_backward: captured before the update, in whose memory it runs.
+            note: gets one sentence where capturing fails.
+        """
+        self._update, self._prepare, self._note = update, prepare, note
+        self._forward_backward = forward_backward
+        self._addresses: tuple[int, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captures = 0
+        self._sums: Tensor
+        self._limit: Tensor
+        self._values: Tensor
+
+    @property
+    def captured(self) -> bool:
+        """Whether updates run as a graph by now."""
+        return self._graph is not None
+
+    def __call__(self, sums: Tensor, limit: float) -> Tensor:
+        """Clip and update; see `step.update`."""
+        addresses = self._prepare()
+        if addresses != self._addresses:
+            # The graph is of no use any more. The next step may have these addresses too.
+            self._addresses, self._graph = addresses, None
+            return self._update(sums, limit)
+        if self._graph is None and (self._forward_backward.pool is None or not addresses):
+            return self._update(sums, limit)
+        if self._graph is None and (self._captures >= MOST_CAPTURES or not self._capture(sums)):
+            return self._update(sums, limit)
+        assert self._graph is not None
+        self._sums.copy_(sums)
+        self._limit.fill_(min(limit, torch.finfo(torch.float32).max))
+        self._graph.replay()
+        # The next replay of the forward pass may overwrite them.
+        return self._values.clone()
+
+    def _capture(self, sums: Tensor) -> bool:
+        self._captures += 1
+        self._sums, self._limit = sums.clone(), torch.zeros((), device=sums.device)
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        try:
+            with torch.cuda.graph(graph, pool=self._forward_backward.pool, capture_error_mode="thread_local"):
+                self._values = self._update(self._sums, self._limit)
+        except RuntimeError as error:
+            self._captures = MOST_CAPTURES
+            torch.cuda.synchronize()
+            self._note(f"the update is not a CUDA graph: {_first_line(error)}")
+            return False
+        self._graph = graph
+        return True
+
+
+@dataclass(frozen=True)
+class StepGraphs:
+    """The CUDA graphs of a step.
+
+    Attributes:
+        update: None where the optimizer cannot be captured.
+    """
+
+    forward_backward: ForwardBackwardGraph
+    update: UpdateGraph | None = None
 
 
 class _ForwardEnd:
@@ -196,3 +292,7 @@ def _tensors(batch: MicroBatch) -> list[Tensor]:
 
 def _shapes(batch: MicroBatch) -> list[torch.Size | None]:
     return [None if tensor is None else tensor.shape for tensor in _fields(batch)]
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

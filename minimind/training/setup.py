@@ -29,8 +29,8 @@ from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
 from .auto_batch_size import resolve_batch_size
-from .build_model import build_graph, build_model, compile_and_wrap, resolve_model_config
-from .cuda_graph import ForwardBackwardGraph
+from .build_model import build_graphs, build_model, compile_and_wrap, resolve_model_config
+from .cuda_graph import StepGraphs
 from .custom_parts import CustomParts
 
 # Held while `pretrain` runs.
@@ -185,7 +185,7 @@ class TrainingParts:
         optimizer: prepared.
         compiled: whether the model is compiled.
         loader: of the training split.
-        graph: CUDA graph of forward and backward pass; None without one.
+        graphs: CUDA graphs of a step; None without.
         custom_model: description of a model that is not exactly a MiniMindForCausalLM, else None.
         custom_names: see `CustomParts.names`.
     """
@@ -195,7 +195,7 @@ class TrainingParts:
     optimizer: torch.optim.Optimizer
     compiled: bool
     loader: Loader
-    graph: ForwardBackwardGraph | None
+    graphs: StepGraphs | None
     custom_model: str | None
     custom_names: dict[str, str | None]
 
@@ -249,9 +249,9 @@ def build_training(
         trim=not compiled,
         weights=weights,
     )
-    graph = build_graph(config, model_config, model, accelerator, compiled=compiled, note=note)
+    graphs = build_graphs(config, model_config, model, optimizer, accelerator, compiled=compiled, note=note)
     names = custom.names(kind)
-    return TrainingParts(plan, model, optimizer, compiled, loader, graph, description, names)
+    return TrainingParts(plan, model, optimizer, compiled, loader, graphs, description, names)
 
 
 def _describe(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from ..data.loader import MicroBatch, StepBatch
 from ..distributed.shutdown import StopRequest
 from ..optim.build import skip_if_nonfinite
-from .cuda_graph import ForwardBackwardGraph
+from .cuda_graph import StepGraphs
 from .load_balancing import ExpertBalance
 from .step_timer import PhaseMarks, StepTimer
 
@@ -25,7 +25,7 @@ def train_step(
     grad_clip: float,
     loss_limit: float = math.inf,
     balance: ExpertBalance | None = None,
-    graph: ForwardBackwardGraph | None = None,
+    graphs: StepGraphs | None = None,
     stop: StopRequest | None = None,
     decay_steps: int = 0,
     timer: StepTimer | None = None,
@@ -42,6 +42,7 @@ def train_step(
         grad_clip: maximum norm of the gradient; 0 for no clipping.
         loss_limit: summed loss above which the update is skipped too.
         balance: load balancing of this step; None for a model without experts.
+        graphs: of the step; None to run it eagerly.
         stop: whether this rank was asked to stop.
         decay_steps: steps that this rank asks to decay from now on; 0 for none.
         timer: gets the times of `forward`, `backward` and `optimizer`.
@@ -57,8 +58,8 @@ def train_step(
         with accelerator.accumulate(model):
             if timer is not None:
                 timer.start()
-            if graph is not None:
-                loss_sum += graph(micro_batch, scale, timer)
+            if graphs is not None:
+                loss_sum += graphs.forward_backward(micro_batch, scale, timer)
             else:
                 loss_sum += forward_backward(model, micro_batch, scale, accelerator, balance, timer)
             if accelerator.sync_gradients:
@@ -68,13 +69,14 @@ def train_step(
                 asked = torch.full_like(loss_sum, float(stop is not None and stop.reason is not None))
                 decay = torch.full_like(loss_sum, float(decay_steps))
                 sums = accelerator.reduce(torch.stack((loss_sum, asked, decay)), reduction="sum")
-                norm = clip_gradient(model, accelerator, grad_clip)
-                skip_if_nonfinite(optimizer, norm, sums[0], limit=loss_limit)
-            optimizer.step()
+                if graphs is not None and graphs.update is not None:
+                    values = graphs.update(sums, loss_limit)
+                else:
+                    values = update(model, optimizer, sums, accelerator, grad_clip, loss_limit)
             optimizer.zero_grad()
     if timer is not None:
         timer.mark("optimizer")
-    return torch.cat((sums, norm.float().reshape(1), *(() if balance is None else balance.sums())))
+    return values if balance is None else torch.cat((values, *balance.sums()))
 
 
 def forward_backward(
@@ -122,6 +124,30 @@ def forward_loss(model: nn.Module, batch: MicroBatch, balance: ExpertBalance | N
         # A subclass may return no routing.
         balance.note(getattr(output, "routing", None))
     return output.loss
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sums: torch.Tensor,
+    accelerator: Accelerator,
+    grad_clip: float,
+    loss_limit: float | torch.Tensor,
+) -> torch.Tensor:
+    """Clip the gradient and update the weights, unless loss or gradient is not finite or the loss too high.
+
+    Args:
+        sums: (3,) float32, the first of which is the loss summed over all ranks.
+        grad_clip: maximum norm of the gradient; 0 for no clipping.
+        loss_limit: highest summed loss that is not skipped.
+
+    Returns:
+        (4,) float32: `sums` and the norm of the gradient before clipping.
+    """
+    norm = clip_gradient(model, accelerator, grad_clip)
+    skip_if_nonfinite(optimizer, norm, sums[0], limit=loss_limit)
+    optimizer.step()
+    return torch.cat((sums, norm.float().reshape(1)))
 
 
 def clip_gradient(model: nn.Module, accelerator: Accelerator, grad_clip: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..modeling.config import MiniMindConfig
 from ..optim.build import set_schedule
 from .async_metrics import AsyncScalars
 from .callbacks import Callbacks
-from .cuda_graph import ForwardBackwardGraph
+from .cuda_graph import StepGraphs
 from .evaluator import Evaluator
 from .forecast import RunForecast
 from .garbage_collection import manual_gc
@@ -59,7 +59,7 @@ class Trainer(TimeLimits):
         evaluator: None without validation data.
         spikes: writes the documents of loss spikes; None for no reports and no rewinds.
         callbacks: of the caller.
-        graph: CUDA graph of forward and backward pass; None without one.
+        graphs: CUDA graphs of a step; None without.
         profiler: None without --profile.
         budget: clock of a time budget; None without one.
         forecast: extrapolates evaluations; None without --budget.
@@ -77,7 +77,7 @@ class Trainer(TimeLimits):
     evaluator: Evaluator | None = None
     spikes: SpikeReporter | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
-    graph: ForwardBackwardGraph | None = None
+    graphs: StepGraphs | None = None
     profiler: ProfileTrace | None = None
     forecast: RunForecast | None = None
     stop_after: int | None = None
@@ -162,7 +162,7 @@ class Trainer(TimeLimits):
             grad_clip=self.config.grad_clip,
             loss_limit=limit if self.config.on_spike == "skip" else math.inf,
             balance=expert_balance(self.accelerator, self.model_config),
-            graph=self.graph,
+            graphs=self.graphs,
             stop=self.stop,
             decay_steps=self._decay_steps(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,14 @@ import torch
 from training import test_async_metrics, test_auto_batch_size
 
 from minimind.config.options import PretrainConfig
+from minimind.data.shards import random_shards
+from minimind.distributed.accelerator import close_accelerator, start_accelerator
+from minimind.optim.build import set_schedule
 from minimind.training.async_metrics import AsyncScalars
+from minimind.training.cuda_graph import StepGraphs
 from minimind.training.pretrain import pretrain
+from minimind.training.setup import build_training, resolve_run
+from minimind.training.step import train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +70,60 @@ def test_a_gpu_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: pytes
     assert config.batch_size in (1, 2, 4, 8)
     assert "measured: " in sentence
     assert torch.cuda.memory_allocated() - before < 1e6
+
+
+def graphs_and_weights(
+    tmp_path: Path, *, update: bool, accumulation: int
+) -> tuple[StepGraphs, list[torch.Tensor], list[list[float]]]:
+    """Train some steps; return the graphs, the weights and the values of each step."""
+    config = PretrainConfig(
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_seq_len=128,
+        batch_size=4,
+        accumulation_steps=accumulation,
+        compile=False,
+        output_dir=str(tmp_path),
+    )
+    accelerator = start_accelerator(config)
+    try:
+        inputs = resolve_run(config)
+        shards = random_shards(tmp_path / f"tokens-{update}", inputs.model_config.vocab_size)
+        parts = build_training(inputs, shards, accelerator)
+        assert parts.graphs is not None
+        graphs = parts.graphs if update else StepGraphs(parts.graphs.forward_backward)
+        values = []
+        for step, batch in zip(range(12), parts.loader.steps(0), strict=False):
+            set_schedule(parts.optimizer, 1e-3 * (1 + step), step)
+            # A loss above the limit skips one of the steps that are captured.
+            limit = 1.0 if step == 9 else math.inf
+            done = train_step(
+                parts.model,
+                parts.optimizer,
+                batch,
+                accelerator,
+                grad_clip=1.0,
+                loss_limit=limit,
+                graphs=graphs,
+            )
+            values.append(done.tolist())
+        return graphs, [p.detach().clone() for p in parts.model.parameters()], values
+    finally:
+        close_accelerator(accelerator)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_updates_in_a_graph_equal_those_without(tmp_path: Path, accumulation: int) -> None:
+    graphs, weights, values = graphs_and_weights(tmp_path, update=True, accumulation=accumulation)
+    assert graphs.update is not None
+    assert graphs.update.captured
+    _, wanted, expected = graphs_and_weights(tmp_path, update=False, accumulation=accumulation)
+    for step, (ours, theirs) in enumerate(zip(values, expected, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), step
+    for ours, theirs in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

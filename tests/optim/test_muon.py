@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict
 from minimind.checkpoint.store import CheckpointStore
@@ -33,7 +33,8 @@ from minimind.optim.build import (
     set_schedule,
     skip_if_nonfinite,
 )
-from minimind.optim.muon import Muon, orthogonalize
+from minimind.optim.muon import Muon
+from minimind.optim.orthogonalize import assign, orthogonalize
 from minimind.training.pretrain import pretrain
 from support import muon_cases, topologies
 
@@ -205,15 +206,50 @@ def test_a_step_without_gradients_for_all_experts_changes_none() -> None:
     assert torch.equal(weight, before)
 
 
-def train_shards(rank: int, store: str, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    shards = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in stacks()]
+# Numbers of matrices and of rows that three ranks do not share evenly.
+SHARED_SHAPES = [(7, 5), (7, 5), (4, 9), (2, 3), (6, 6), (6, 6), (6, 6), (6, 6), (5, 4, 3)]
+
+
+def steps_of_matrices(
+    parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None
+) -> list[nn.Parameter]:
+    """Take three steps of NorMuon with gradients that are the same however the parameters are sharded."""
+    groups = [{"params": parameters, "algorithm": "muon", "weight_decay": 0.1, "normalize_rows": True}]
+    optimizer = Muon(groups, lr=0.1, process_group=group)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(10 + step)
+        for p in parameters:
+            gradient = torch.randn(p.shape, generator=generator)
+            if isinstance(p, DTensor):
+                gradient = distribute_tensor(gradient, p.device_mesh, p.placements)
+            p.grad = gradient
+        optimizer.step()
+    return parameters
+
+
+def random_matrices() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHARED_SHAPES]
+
+
+def train_on_three_ranks(rank: int, store: str, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    mesh = init_device_mesh("cpu", (3,))
+
+    def sharded(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        return [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters]
+
+    shards = sharded(stacks())
     for _ in steps_with_an_idle_expert(shards, whole=False):
         pass
-    found = [p.full_tensor() for p in shards]
-    if rank == 0:
-        torch.save(found, file)
+    rows = steps_of_matrices(sharded(random_matrices()))
+    found = {
+        "stacks": [p.full_tensor() for p in shards],
+        "rows": [p.full_tensor() for p in rows],
+        "shared": [p.detach() for p in steps_of_matrices(random_matrices(), group=dist.group.WORLD)],
+    }
+    torch.save(found, f"{file}{rank}")
     # A process whose peer has left already may abort in gloo's threads.
     dist.barrier()
     dist.destroy_process_group()
@@ -221,13 +257,27 @@ def train_shards(rank: int, store: str, file: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_shards_of_stacks_with_an_idle_expert_move_as_whole_stacks_do(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_shards, (str(tmp_path / "store"), str(tmp_path / "found")), nprocs=2)
+def test_ranks_that_share_the_work_make_the_updates_of_one_process(tmp_path: Path) -> None:
+    file = str(tmp_path / "found")
+    torch.multiprocessing.spawn(train_on_three_ranks, (str(tmp_path / "store"), file), nprocs=3)
     whole = stacks()
     for _ in steps_with_an_idle_expert(whole):
         pass
-    for ours, expected in zip(torch.load(tmp_path / "found"), whole, strict=True):
-        torch.testing.assert_close(ours, expected.detach())
+    matrices = steps_of_matrices(random_matrices())
+    first = torch.load(f"{file}0")
+    for name, expected in (("stacks", whole), ("rows", matrices), ("shared", matrices)):
+        for ours, wanted in zip(first[name], expected, strict=True):
+            torch.testing.assert_close(ours, wanted.detach(), rtol=0, atol=2e-6)
+        for rank in (1, 2):
+            assert all(map(torch.equal, torch.load(f"{file}{rank}")[name], first[name]))
+
+
+@pytest.mark.parametrize(("costs", "ranks"), [([5, 4, 3, 3, 3], 2), ([1, 1], 3), ([7.0], 1)])
+def test_each_matrix_has_one_rank_and_none_much_more_than_its_share(costs: list[float], ranks: int) -> None:
+    items = assign(costs, ranks)
+    assert sorted(item for own in items for item in own) == list(range(len(costs)))
+    largest = max(sum(costs[item] for item in own) for own in items)
+    assert largest <= 4 / 3 * max(*costs, sum(costs) / ranks)
 
 
 def test_a_vector_is_refused_for_muon() -> None:

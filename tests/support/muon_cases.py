@@ -56,7 +56,7 @@ def run(
         kernels=kernels,
     )
     if kernels:
-        optimizer._muon_reference = None  # must not be used instead
+        optimizer._with_pytorch = None  # must not be used instead
     updates = []
     for step in range(STEPS):
         before = [p.detach().clone() for p in taken]
@@ -117,5 +117,5 @@ if __name__ == "__main__":
         device = "cpu"
         # So that small matrices have several blocks.
         muon._BLOCK = 256
-        muon._kernels_supported = lambda tensors: True
+        muon.kernels_supported = lambda tensors: True
     print(json.dumps(all_cases(device)))

@@ -16,11 +16,12 @@ from minimind.data.batch_plan import BatchPlan, max_training_tokens
 from minimind.distributed.accelerator import wants_compile
 from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
+from minimind.optim.build import build_optimizer
 from minimind.training import build_model as prepared_model
 from minimind.training.build_model import (
     SHORT_RUN,
     USUAL_MFU,
-    build_graph,
+    build_graphs,
     compile_and_wrap,
     compiling_pays,
 )
@@ -140,8 +141,11 @@ def test_a_model_that_is_not_known_has_a_graph_only_where_it_compiled(
     model: type, compiled: bool, captured: bool
 ) -> None:
     built = model(SHAPE) if issubclass(model, MiniMindForCausalLM) else model()
-    graph = build_graph(PretrainConfig(), SHAPE, built, machine(), compiled=compiled, note=pytest.fail)
-    assert (graph is not None) == captured
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters())
+    graphs = build_graphs(
+        PretrainConfig(), SHAPE, built, optimizer, machine(), compiled=compiled, note=pytest.fail
+    )
+    assert (graphs is not None) == captured
 
 
 def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +155,19 @@ def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: p
 
 def test_without_cuda_graphs_there_is_none() -> None:
     config = PretrainConfig(cuda_graphs=False)
-    assert build_graph(config, SHAPE, MiniMindForCausalLM(SHAPE), machine(), compiled=True) is None
+    model = MiniMindForCausalLM(SHAPE)
+    optimizer = build_optimizer(model, config, "cpu")
+    assert build_graphs(config, SHAPE, model, optimizer, machine(), compiled=True) is None
+
+
+def test_only_an_optimizer_whose_rates_are_on_the_device_is_captured() -> None:
+    model = MiniMindForCausalLM(SHAPE)
+    for name, captured in (("normuon", True), ("adamw", False)):
+        config = PretrainConfig(optimizer=name)
+        optimizer = build_optimizer(model, config, "cpu")
+        graphs = build_graphs(config, SHAPE, model, optimizer, machine(), compiled=True)
+        assert graphs is not None
+        assert (graphs.update is not None) == captured
 
 
 @pytest.mark.parametrize(

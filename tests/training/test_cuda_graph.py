@@ -1,4 +1,4 @@
-"""Forward and backward as a CUDA graph: gradients, losses, accumulation, other shapes, where it is used."""
+"""CUDA graphs of a step: gradients, losses, accumulation, other shapes, updates, where they are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from minimind.data.loader import MicroBatch
-from minimind.training.cuda_graph import WARMUP, ForwardBackwardGraph, unsupported_reason
+from minimind.training.cuda_graph import (
+    MOST_CAPTURES,
+    WARMUP,
+    ForwardBackwardGraph,
+    UpdateGraph,
+    unsupported_reason,
+)
 
 
 class RecordedGraph:
@@ -25,6 +31,9 @@ class RecordedGraph:
     def replay(self) -> None:
         self.replays += 1
         self.compute()
+
+    def pool(self) -> str:
+        return "pool"
 
 
 class Model:
@@ -188,6 +197,118 @@ def test_where_capturing_fails_one_warning_is_given_and_training_continues(
     _, wanted = by_hand(model, list(range(WARMUP + 3)), 1.0)
     for a, b in zip(found[:2], wanted[:2], strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Updates:
+    """Adds the sum and the limit to a weight; what was captured is computed again by its replay."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = Model(monkeypatch)
+        self.forward_backward = self.model.graph()
+        self.weight = 0.0
+        self.addresses: tuple[int, ...] = (1, 2)
+        self.eager = 0
+        self.pools: list[Any] = []
+        self.recorded: list[RecordedGraph] = []
+        self.fails = False
+        monkeypatch.setattr(torch.cuda, "graph", self.captures)
+        self._given: tuple[Tensor, float | Tensor, Tensor] | None = None
+        self.graph = UpdateGraph(
+            self.update, lambda: self.addresses, self.forward_backward, note=self.model.notes.append
+        )
+
+    def update(self, sums: Tensor, limit: float | Tensor) -> Tensor:
+        self.eager += 1
+        self.weight += float(sums[0]) + float(limit)
+        values = torch.stack((sums[0], torch.tensor(self.weight)))
+        self._given = sums, limit, values
+        return values
+
+    @contextmanager
+    def captures(self, graph: RecordedGraph, capture_error_mode: str, pool: Any = None) -> Iterator[None]:
+        if pool is None:
+            with self.model.captures(graph, capture_error_mode):
+                yield
+            return
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        before = self.weight
+        yield
+        # A capture computes nothing.
+        self.weight, self.eager = before, self.eager - 1
+        assert self._given is not None
+        sums, limit, values = self._given
+
+        def compute() -> None:
+            values.copy_(self.update(sums, limit))
+            self.eager -= 1
+
+        graph.compute = compute
+        self.pools.append(pool)
+        self.recorded.append(graph)
+
+    def capture_micro_batches(self) -> None:
+        for number in range(WARMUP + 1):
+            self.forward_backward(batch(number), 1.0)
+
+    def step(self, number: float) -> list[float]:
+        return self.graph(torch.tensor([number, 0.0, 0.0]), number / 10).tolist()
+
+
+def test_updates_are_captured_after_micro_batches_and_replayed_with_the_values_of_their_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updates = Updates(monkeypatch)
+    for number in range(3):
+        updates.step(number)
+    assert (updates.eager, updates.graph.captured) == (3, False)
+    updates.capture_micro_batches()
+    kept = [updates.step(number) for number in range(3, 6)]
+    assert (updates.eager, updates.graph.captured, updates.pools) == (3, True, ["pool"])
+    assert updates.weight == pytest.approx(1.1 * sum(range(6)))
+    # A later replay does not change what an earlier one returned.
+    assert [values[0] for values in kept] == [3, 4, 5]
+    assert kept[1][1] == pytest.approx(1.1 * sum(range(5)))
+
+
+def test_an_update_of_other_addresses_runs_eagerly_and_is_captured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updates = Updates(monkeypatch)
+    updates.capture_micro_batches()
+    for number in range(3 * MOST_CAPTURES):
+        if number % 3 == 0:
+            updates.addresses = (number, 2)
+        updates.step(1)
+    assert len(updates.recorded) == MOST_CAPTURES
+    assert updates.eager == MOST_CAPTURES
+    for _ in range(3):
+        updates.addresses = (-1,)
+        updates.step(1)
+    assert len(updates.recorded) == MOST_CAPTURES
+    assert updates.weight == pytest.approx(1.1 * (3 * MOST_CAPTURES + 3))
+
+
+def test_an_update_without_addresses_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = Updates(monkeypatch)
+    updates.capture_micro_batches()
+    updates.addresses = ()
+    for _ in range(4):
+        updates.step(1)
+    assert (updates.eager, updates.recorded) == (4, [])
+
+
+def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = Updates(monkeypatch)
+    updates.capture_micro_batches()
+    updates.fails = True
+    for _ in range(4):
+        updates.step(1)
+    assert updates.eager == 4
+    assert updates.weight == pytest.approx(4.4)
+    assert updates.model.notes == [
+        "the update is not a CUDA graph: operation not permitted when stream is capturing"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""Orthogonal factors of many matrices by Newton-Schulz iteration, on one rank or shared by all ranks.
+
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Shapes: n matrices of one shape, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+
+# The quintic a·x + b·x³ + c·x⁵ with the largest slope at zero whose iteration stays within about 30% of 1
+# (Jordan et al. 2024). More steps do not improve it.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+# Lower bound of a norm, for zero matrices.
+MIN_NORM = 1e-12
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Return approximately the orthogonal factor U·Vᵀ of each matrix U·S·Vᵀ, by Newton-Schulz iteration.
+
+    Singular values end between about 0.7 and 1.2; those far below a thousandth of the norm end lower, and a
+    zero matrix stays zero. Computed in bf16 on a GPU, which is enough for a direction, else in the input's
+    dtype.
+
+    Args:
+        matrices: (n, R, C), or (n, m, R, C) for n stacks of m.
+
+    Returns:
+        Same shape and dtype.
+    """
+    return newton_schulz(normalized(matrices)).to(matrices.dtype).view(matrices.shape)
+
+
+def normalized(matrices: Tensor) -> Tensor:
+    """Return (n, R, C) matrices divided by their norms, of (n, R, C) or (n, m, R, C); in bf16 on a GPU."""
+    x = matrices.flatten(0, -3)
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=MIN_NORM)
+    if x.is_cuda:
+        x, norm = x.bfloat16(), norm.bfloat16()
+    return x / norm
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Return the last iterate, contiguous, for (n, R, C) matrices of norm at most 1."""
+    a, b, c = _QUINTIC
+    wide = x.shape[-2] <= x.shape[-1]
+    for _ in range(_STEPS):
+        # Square the smaller side, which costs less.
+        square = x @ x.mT if wide else x.mT @ x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        first, second = (polynomial, x) if wide else (x, polynomial)
+        x = torch.baddbmm(x, first, second, beta=a)
+    return x
+
+
+def assign(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Return which items each rank computes, ascending: the largest first, each to the least loaded rank.
+
+    The largest load is at most 4/3 of the best possible (Graham 1969, doi 10.1137/0117039).
+
+    Args:
+        costs: of the items.
+        ranks: how many ranks there are.
+    """
+    loads = [0.0] * ranks
+    items: list[list[int]] = [[] for _ in range(ranks)]
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[item]
+        items[rank].append(item)
+    return [sorted(own) for own in items]
+
+
+class SharedOrthogonalization:
+    """Newton-Schulz iterations of which each rank computes a part; every rank gets all results.
+
+    Every rank has all matrices, as under DDP. All ranks call it with the same shapes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Share the work among the ranks of a process group."""
+        self._group = group
+        self._assigned: dict[tuple[torch.Size, ...], list[list[int]]] = {}
+
+    def start(self, stacks: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Compute this rank's part and start to gather the others.
+
+        Args:
+            stacks: (n, R, C) matrices of norm at most 1, of one dtype and device.
+
+        Returns:
+            A function that waits and returns the results, contiguous, in the shapes of `stacks`.
+        """
+        matrices = [matrix for stack in stacks for matrix in stack.unbind()]
+        assigned = self._assignment(stacks, matrices)
+        sizes = [sum(matrices[item].numel() for item in own) for own in assigned]
+        sent = matrices[0].new_empty(max(sizes))
+        end = 0
+        for same in _runs_of_one_shape(assigned[self._group.rank()], matrices):
+            results = newton_schulz(torch.stack([matrices[item] for item in same])).flatten()
+            sent[end : end + len(results)] = results
+            end += len(results)
+        received = sent.new_empty((len(assigned), len(sent)))
+        work = dist.all_gather_into_tensor(received.view(-1), sent, group=self._group, async_op=True)
+
+        def finish() -> list[Tensor]:
+            work.wait()
+            results = list(matrices)
+            for own, part in zip(assigned, received, strict=True):
+                end = 0
+                for item in own:
+                    begin, end = end, end + matrices[item].numel()
+                    results[item] = part[begin:end].view(matrices[item].shape)
+            ordered = iter(results)
+            return [torch.stack([next(ordered) for _ in stack]) for stack in stacks]
+
+        return finish
+
+    def _assignment(self, stacks: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[list[int]]:
+        key = tuple(stack.shape for stack in stacks)
+        if key not in self._assigned:
+            costs = [_flops(*matrix.shape) for matrix in matrices]
+            self._assigned[key] = assign(costs, self._group.size())
+        return self._assigned[key]
+
+
+def _flops(rows: int, columns: int) -> float:
+    """Return the multiplications of one iteration."""
+    small, large = sorted((rows, columns))
+    return small * small * (2 * large + small)
+
+
+def _runs_of_one_shape(items: Sequence[int], matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Return the items in lists of consecutive ones of one shape."""
+    runs: list[list[int]] = []
+    for item in items:
+        if runs and matrices[runs[-1][0]].shape == matrices[item].shape:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
+
+
+class StackLayout:
+    """Where n parameters of one shape are: on this rank, or sharded by rows over the ranks of FSDP2.
+
+    Sharded matrices are redistributed by an all-to-all, so that each rank has all rows of some matrices and
+    the ranks share the orthogonalization. The matrices of a stack are whole on each rank: FSDP2 shards the
+    first dimension of a parameter.
+    """
+
+    def __init__(self, count: int, like: Tensor) -> None:
+        """Describe `count` parameters that are sharded like `like`."""
+        self._count, self._like = count, like
+        self._rows: list[Placement] = []
+        self._whole: list[Placement] = []
+        if isinstance(like, DTensor):
+            self._rows = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
+            self._whole = self._rows
+            if like.ndim == 2:
+                self._whole = [Shard(0) if isinstance(p, Shard) else p for p in like.placements]
+
+    def whole(self, shards: Tensor) -> Tensor:
+        """Return this rank's whole matrices, from its shards of all n parameters."""
+        return self._moved(shards, self._rows, self._whole)
+
+    def shards(self, matrices: Tensor) -> Tensor:
+        """Return this rank's shards of all n parameters, from its whole matrices."""
+        return self._moved(matrices, self._whole, self._rows)
+
+    def all_rows(self, values: Tensor) -> Tensor:
+        """Return one value for each row of all matrices, from those of this rank's whole matrices."""
+        return values if not self._rows else self._distributed(values, self._whole, values=True).full_tensor()
+
+    def shard_rows(self, values: Tensor) -> Tensor:
+        """Return the values of the rows in this rank's shards, from those of all rows."""
+        if not isinstance(self._like, DTensor):
+            return values
+        # No source rank: every rank has all values.
+        return distribute_tensor(values, self._like.device_mesh, self._rows, src_data_rank=None).to_local()
+
+    def _moved(self, local: Tensor, before: list[Placement], after: list[Placement]) -> Tensor:
+        if before == after:
+            return local
+        return self._distributed(local, before).redistribute(placements=after).to_local()
+
+    def _distributed(self, local: Tensor, placements: list[Placement], *, values: bool = False) -> DTensor:
+        assert isinstance(self._like, DTensor)
+        shape = torch.Size((self._count, *self._like.shape[: -1 if values else None]))
+        stride = torch.empty(shape, device="meta").stride()
+        mesh = self._like.device_mesh
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
