@@ -35,8 +35,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
-# What today's code does. A process of several has no CUDA graph and orthogonalizes all matrices.
-MUON_SHARED = False
+# What the code does: each process orthogonalizes a share of the matrices, and several have no CUDA graph.
+MUON_SHARED = True
 GRAPHS = False
 
 # Bytes/s of a GPU to the others of its node by NVLink, in one direction; data sheets state the sum of both.
@@ -270,8 +270,8 @@ def fsdp2_step(
     if one.muon is not None and not muon_shared:
         muon = all_gather_seconds(4 * one.muon.elements, shards)
     elif one.muon is not None:
-        # Momentum in float32 to its owner and directions in bf16 back: each process sends its shard.
-        muon = all_gather_seconds(6 * one.muon.elements / shards.num_processes, shards)
+        # Momentum to its owner and directions back, in float32: each process sends its shard.
+        muon = all_gather_seconds(8 * one.muon.elements / shards.num_processes, shards)
         muon -= one.muon.saved(shards.num_processes)
     return _step(one, cluster, communication, muon, graphs)
 
