@@ -295,4 +295,5 @@ def _single_gpu(
         layers=model_config.num_hidden_layers,
         embedding_parameters=embeddings * (1 if model_config.tie_word_embeddings else 2),
         muon=muon,
+        gradient_bytes=2 if inputs.config.reduce_dtype == "bf16" else 4,
     )

@@ -284,6 +284,7 @@ def compile_and_wrap(
         optimizer,
         tied=model.tied if isinstance(model, TransformersModel) else tied,
         accumulation_steps=plan.accumulation_steps,
+        reduce_dtype=config.reduce_dtype,
     )
     return prepared_model, prepared_optimizer, compiled
 
