@@ -200,8 +200,8 @@ class RunConfig:
     cuda_graphs: Annotated[
         bool | None,
         FieldInfo(
-            "Capture forward and backward in a CUDA graph (reserves their memory).",
-            default_text="on a single GPU, for runs that need at most 60% of its memory",
+            "Capture the steps in CUDA graphs (reserves their memory).",
+            default_text="on GPUs, for runs that need at most 60% of their memory",
         ),
     ] = None
     activation_checkpointing: Annotated[

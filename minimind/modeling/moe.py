@@ -20,7 +20,7 @@ from .config import MiniMindConfig
 from .kernels import dispatch as fused
 
 # F.grouped_mm needs both dimensions of a matrix to be multiples of this (16 bytes of bf16).
-_ALIGNMENT = 8
+ALIGNMENT = 8
 
 
 class MixtureOfExperts(nn.Module):
@@ -124,7 +124,7 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         (S, F).
     """
-    aligned = weights.shape[1] % _ALIGNMENT == 0 and weights.shape[2] % _ALIGNMENT == 0
+    aligned = weights.shape[1] % ALIGNMENT == 0 and weights.shape[2] % ALIGNMENT == 0
     if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
         return F.grouped_mm(x, weights.mT, offs=ends)
     return looped_linear(x, weights, ends)

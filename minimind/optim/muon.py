@@ -89,6 +89,8 @@ class Muon(torch.optim.Optimizer):
     sharded, and the ranks exchange rows for whole matrices; see `StackLayout`.
     """
 
+    # What ranks with equal parameters share; None where each orthogonalizes all matrices.
+    shared: SharedOrthogonalization | None
     # Set by `skip_if_nonfinite`.
     found_inf: Tensor | None = None
 
@@ -125,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         rows = {"normalize_rows": False, "row_decay": 0.95}
         super().__init__(params, {**defaults, **rows, "algorithm": "adamw", "fused": fused})
         self._kernels = kernels
-        self._shared = None if process_group is None else SharedOrthogonalization(process_group)
+        self.shared = None if process_group is None else SharedOrthogonalization(process_group)
         self._arguments: KernelArguments | None = None
         # By group index: ids of the parameters with a gradient, and these parameters grouped by shape.
         self._batches: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
@@ -220,12 +222,12 @@ class Muon(torch.optim.Optimizer):
             halves = self._with_kernels(index, group, batches, self._arguments)
         else:
             halves = self._with_pytorch(group, batches)
-        if self._shared is None or isinstance(parameters[0], DTensor):
+        if self.shared is None or isinstance(parameters[0], DTensor):
             for matrices, update in halves:
                 update(newton_schulz(matrices))
             return lambda: None
         begun = list(halves)
-        gather = self._shared.start([matrices for matrices, _ in begun])
+        gather = self.shared.start([matrices for matrices, _ in begun])
 
         def finish() -> None:
             for directions, (_, update) in zip(gather(), begun, strict=True):

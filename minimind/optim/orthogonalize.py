@@ -18,6 +18,8 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 # Lower bound of a norm, for zero matrices.
 MIN_NORM = 1e-12
+# Renamed in PyTorch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -53,8 +55,13 @@ def newton_schulz(x: Tensor) -> Tensor:
         # Square the smaller side, which costs less.
         square = x @ x.mT if wide else x.mT @ x
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        first, second = (polynomial, x) if wide else (x, polynomial)
-        x = torch.baddbmm(x, first, second, beta=a)
+        if x.is_cuda:
+            # There baddbmm first copies the matrices that it adds to; a diagonal is smaller.
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+            x = polynomial @ x if wide else x @ polynomial
+        else:
+            first, second = (polynomial, x) if wide else (x, polynomial)
+            x = torch.baddbmm(x, first, second, beta=a)
     return x
 
 
@@ -106,7 +113,7 @@ class SharedOrthogonalization:
             sent[end : end + len(results)] = results
             end += len(results)
         received = sent.new_empty((len(assigned), len(sent)))
-        work = dist.all_gather_into_tensor(received.view(-1), sent, group=self._group, async_op=True)
+        work = _all_gather(received.view(-1), sent, group=self._group, async_op=True)
 
         def finish() -> list[Tensor]:
             work.wait()

@@ -159,6 +159,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
                 folder / f"tokens-{accelerator.process_index}", inputs.model_config.vocab_size
             )
             parts = build_training(inputs, shards, accelerator)
+            closing.callback(parts.release)
             times = measure_steps(inputs, parts, accelerator, seconds)
         except torch.OutOfMemoryError as error:
             raise TooLargeError(

@@ -32,6 +32,7 @@ from ..formatting import count
 from ..io.atomic import write_text
 from ..io.reading import read_json
 from ..modeling.config import MiniMindConfig
+from ..optim.muon import Muon
 from ..version import __version__
 from .build_model import compile_and_wrap
 from .load_balancing import expert_balance
@@ -263,6 +264,8 @@ class SpeedTrial:
         self._model: Any = model.train()
         # Not the wrapper of Accelerate: these steps must not change the scale of fp16.
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.shared = None  # ranks may take different numbers of steps
 
     def seconds(self, size: int) -> float:
         """Return the time of a micro-batch of `size` sequences; infinite where it does not fit."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config.naming import flag_of
 from ..config.options import ModelConfig, PretrainConfig
@@ -17,13 +19,16 @@ from ..config.schema import schema_of
 from ..data.batch_plan import BatchPlan
 from ..data.loader import MicroBatch
 from ..distributed.accelerator import cast_weights_only, prepare, wants_compile
+from ..distributed.collectives import any_process
 from ..distributed.consistency import check_same_on_all_ranks, weights_fingerprint
+from ..distributed.gradient_reduction import GradientReduction
 from ..errors import ConfigError
 from ..formats.open_model import ModelSource, open_model
 from ..formats.transformers_folder import load_model
 from ..formats.transformers_model import TransformersModel
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
+from ..modeling.moe import ALIGNMENT
 from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
@@ -31,6 +36,7 @@ from ..optim.muon import Muon
 from ..tokenizer import Tokenizer, check_vocab
 from .cuda_graph import ForwardBackwardGraph, StepGraphs, UpdateGraph
 from .cuda_graph import unsupported_reason as graph_unsupported_reason
+from .load_balancing import ExpertBalance
 from .peak_flops import peak_flops_of
 from .step import forward_backward, update
 from .step_timer import PhaseMarks
@@ -309,20 +315,49 @@ def build_graphs(
     """
     if config.cuda_graphs is False:
         return None
-    reason = _graph_unsupported(config, model_config, accelerator, model, compiled=compiled)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    reason = _graph_unsupported(config, model_config, accelerator, bare, compiled=compiled)
     if reason is not None:
         if config.cuda_graphs:
             note(f"--cuda-graphs has no effect: {reason}.")
         return None
 
-    def run(batch: MicroBatch, scale: float | torch.Tensor, marks: PhaseMarks | None) -> torch.Tensor:
-        return forward_backward(model, batch, scale, accelerator, timer=marks)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+    reduction = None if group is None else GradientReduction(parameters, group)
+    accumulates = accelerator.gradient_accumulation_steps > 1
+
+    def run(
+        batch: MicroBatch,
+        scale: float | torch.Tensor,
+        balance: ExpertBalance | None,
+        marks: PhaseMarks | None,
+    ) -> torch.Tensor:
+        return forward_backward(model, batch, scale, accelerator, balance, marks)
+
+    def captured(
+        batch: MicroBatch,
+        scale: float | torch.Tensor,
+        balance: ExpertBalance | None,
+        marks: PhaseMarks | None,
+    ) -> torch.Tensor:
+        # DDP averages, `reduction` sums.
+        scale = scale / accelerator.num_processes
+        with reduction if reduction is not None and not accumulates else nullcontext():
+            return forward_backward(bare, batch, scale, accelerator, balance, marks)
+
+    def finish() -> None:
+        if reduction is not None and accumulates and accelerator.sync_gradients:
+            reduction.reduce()
 
     graph = ForwardBackwardGraph(
         run,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
         note=note,
         always=bool(config.cuda_graphs),
+        captured=captured,
+        finish=finish,
+        agree=lambda holds: not any_process(not holds, accelerator),
     )
     inner = getattr(optimizer, "optimizer", optimizer)
     if type(inner) is not Muon:
@@ -368,10 +403,21 @@ def _graph_unsupported(
         accelerator.device,
         packing=config.packing,
         use_moe=bool(config.use_moe),
-        num_processes=accelerator.num_processes,
+        grouped=not (config.use_moe and compiled) or _groups_products(model_config, accelerator.device),
+        sharded=accelerator.is_fsdp2,
         precision=accelerator.mixed_precision,
         fused=known and _uses_kernels(config, model_config, accelerator, model),
         compiled=compiled,
+    )
+
+
+def _groups_products(model_config: MiniMindConfig, device: torch.device) -> bool:
+    """Whether the products of experts are computed without the host reading how many tokens each has."""
+    widths = model_config.hidden_size, model_config.moe_intermediate_size or 0
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and not any(width % ALIGNMENT for width in widths)
     )
 
 

@@ -37,8 +37,12 @@ class ExpertBalance:
         self._experts_per_token = experts_per_token
         self._coefficient = coefficient
         self._routing: torch.Tensor | None = None  # (L, 2, E) of this rank in this micro-batch
-        self._counts: torch.Tensor | None = None  # (L, E) of all micro-batches so far
+        self._counts: torch.Tensor | None = None  # (L·E,) of all micro-batches so far
         self._loss: torch.Tensor | None = None  # of all micro-batches so far, summed over tokens and layers
+
+    def empty(self) -> ExpertBalance:
+        """Return one of the same options that has recorded nothing."""
+        return ExpertBalance(self._accelerator, self._experts_per_token, self._coefficient)
 
     def inputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the mask of the tokens that are routed and counted: those that have a target.
@@ -62,9 +66,14 @@ class ExpertBalance:
             return loss
         counts, sums = self._accelerator.reduce(routing.detach(), reduction="sum").unbind(1)
         whole = balance_loss(counts, sums, self._experts_per_token)
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._loss = whole if self._loss is None else self._loss + whole
+        self.add(torch.cat((whole.detach().reshape(1), counts.flatten())))
         return loss + self._coefficient * balance_loss(counts, routing[:, 1], self._experts_per_token)
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Record a micro-batch by the (1 + L·E,) sums of an ExpertBalance that saw no other."""
+        loss, counts = sums[0], sums[1:]
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._loss = loss if self._loss is None else self._loss + loss
 
     def sums(self) -> tuple[torch.Tensor, ...]:
         """Return a (1 + L·E,) float32 tensor on the device, or nothing before the first micro-batch.
@@ -74,7 +83,7 @@ class ExpertBalance:
         """
         if self._counts is None or self._loss is None:
             return ()
-        return (torch.cat((self._loss.reshape(1), self._counts.flatten())),)
+        return (torch.cat((self._loss.reshape(1), self._counts)),)
 
 
 def expert_metrics(

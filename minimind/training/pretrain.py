@@ -82,6 +82,7 @@ def pretrain(
             custom=custom,
             note=progress.note,
         )
+        closing.callback(parts.release)
         total_steps = inputs.total_steps(parts.loader, parts.plan)
         builder = TrainerBuilder(session, inputs, parts, data, accelerator, total_steps, custom, callbacks)
         if options.config.resume == AUTO and not branch:

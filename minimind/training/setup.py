@@ -199,6 +199,11 @@ class TrainingParts:
     custom_model: str | None
     custom_names: dict[str, str | None]
 
+    def release(self) -> None:
+        """Destroy the CUDA graphs, before the process group."""
+        if self.graphs is not None:
+            self.graphs.release()
+
 
 def build_training(
     inputs: RunInputs,

@@ -59,7 +59,7 @@ def train_step(
             if timer is not None:
                 timer.start()
             if graphs is not None:
-                loss_sum += graphs.forward_backward(micro_batch, scale, timer)
+                loss_sum += graphs.forward_backward(micro_batch, scale, balance, timer)
             else:
                 loss_sum += forward_backward(model, micro_batch, scale, accelerator, balance, timer)
             if accelerator.sync_gradients:

@@ -16,6 +16,7 @@ from minimind.training.cuda_graph import (
     MOST_CAPTURES,
     WARMUP,
     ForwardBackwardGraph,
+    StepGraphs,
     UpdateGraph,
     unsupported_reason,
 )
@@ -34,6 +35,9 @@ class RecordedGraph:
 
     def pool(self) -> str:
         return "pool"
+
+    def reset(self) -> None:
+        self.was_reset = True
 
 
 class Model:
@@ -59,7 +63,7 @@ class Model:
         monkeypatch.setattr(torch.cuda, "graph", self.captures)
         self._last: tuple[MicroBatch, Any, Tensor] | None = None
 
-    def passes(self, batch: MicroBatch, scale: float | Tensor, marks: Any) -> Tensor:
+    def passes(self, batch: MicroBatch, scale: float | Tensor, balance: Any, marks: Any) -> Tensor:
         self.eager += 1
         weight, bias, _ = self.parameters
         loss = ((weight[batch.input_ids] + bias) ** 2 * batch.shift_labels[..., None]).sum()
@@ -83,7 +87,7 @@ class Model:
             kept = [p.grad for p in used]
             for p in used:
                 p.grad = None
-            loss.copy_(self.passes(batch, scale, None))
+            loss.copy_(self.passes(batch, scale, None, None))
             for p, mine, before in zip(used, own, kept, strict=True):
                 assert mine is not None
                 assert p.grad is not None
@@ -112,7 +116,7 @@ def batch(seed: int, sequences: int = 2) -> MicroBatch:
 
 
 def by_hand(model: Model, seeds: list[int], scale: float) -> tuple[list[float], list[Tensor | None]]:
-    losses = [float(model.passes(batch(seed), scale, None)) for seed in seeds]
+    losses = [float(model.passes(batch(seed), scale, None, None)) for seed in seeds]
     return losses, model.take_gradients()
 
 
@@ -164,8 +168,8 @@ def test_sequences_of_another_shape_run_eagerly(monkeypatch: pytest.MonkeyPatch)
     # And go together with those of the graph in one step.
     graph(batch(8), 1.0)
     found = model.take_gradients()
-    model.passes(other, 1.0, None)
-    model.passes(batch(8), 1.0, None)
+    model.passes(other, 1.0, None, None)
+    model.passes(batch(8), 1.0, None, None)
     for a, b in zip(found[:2], model.take_gradients()[:2], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -311,12 +315,86 @@ def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pyte
     ]
 
 
+class Balance:
+    """Stands for ExpertBalance: keeps the sums of the micro-batches."""
+
+    def __init__(self) -> None:
+        self.added: list[Tensor] = []
+
+    def empty(self) -> Balance:
+        return Balance()
+
+    def add(self, sums: Tensor) -> None:
+        self.added.append(sums)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self.added[-1],)
+
+
+def test_the_choice_of_experts_is_recorded_for_each_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch)
+    plain = model.passes
+
+    def passes(batch: MicroBatch, scale: float | Tensor, balance: Any, marks: Any) -> Tensor:
+        if balance is not None:
+            balance.add(batch.input_ids.sum().reshape(1))
+        return plain(batch, scale, balance, marks)
+
+    model.passes = passes  # type: ignore[method-assign]
+    graph = model.graph()
+    balance: Any = Balance()
+    for number in range(WARMUP + 2):
+        graph(batch(number), 1.0, balance)
+    assert len(balance.added) == WARMUP + 2
+    eager = [float(batch(number).input_ids.sum()) for number in range(WARMUP)]
+    assert [float(sums) for sums in balance.added[:WARMUP]] == eager
+    # The memory of the graph is overwritten by the next replay.
+    assert balance.added[-1] is not balance.added[-2]
+    assert balance.added[-1].data_ptr() != balance.added[-2].data_ptr()
+
+
+@pytest.mark.parametrize("agreed", [[True, True], [False], [True, False]])
+def test_all_ranks_run_a_graph_or_none_does(monkeypatch: pytest.MonkeyPatch, agreed: list[bool]) -> None:
+    model = Model(monkeypatch)
+    answers, asked = iter(agreed), []
+
+    def agree(holds: bool) -> bool:
+        asked.append(holds)
+        return next(answers)
+
+    graph = model.graph(agree=agree)
+    for number in range(WARMUP + 2):
+        graph(batch(number), 1.0)
+    assert asked == [True] * len(agreed)
+    assert graph.captured == all(agreed)
+    expected = ["CUDA graphs are not used: another rank could not capture"] * (agreed == [True, False])
+    assert model.notes == expected
+    found = model.take_gradients()
+    _, wanted = by_hand(model, list(range(WARMUP + 2)), 1.0)
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_released_graph_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = Updates(monkeypatch)
+    updates.capture_micro_batches()
+    for _ in range(3):
+        updates.step(1)
+    graphs = StepGraphs(updates.forward_backward, updates.graph)
+    eager = updates.model.eager, updates.eager
+    graphs.release()
+    updates.forward_backward(batch(0), 1.0)
+    updates.step(1)
+    assert (updates.model.eager, updates.eager) == (eager[0] + 1, eager[1] + 1)
+    assert all(graph.was_reset for graph in (*updates.recorded, *updates.model.recorded))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, None),
         ({"device": "cpu"}, "CUDA graphs need a CUDA GPU"),
-        ({"num_processes": 2}, "CUDA graphs need a single process"),
+        ({"sharded": True}, "CUDA graphs do not support FSDP2"),
         ({"precision": "fp16"}, "CUDA graphs need bf16 and fused kernels"),
         ({"fused": False}, "CUDA graphs need bf16 and fused kernels"),
         ({"compiled": False}, None),
@@ -325,18 +403,24 @@ def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pyte
             {"compiled": False, "packing": False},
             "CUDA graphs need --packing where the model is not compiled",
         ),
-        ({"use_moe": True}, "CUDA graphs do not support experts"),
+        ({"use_moe": True}, None),
+        ({"use_moe": True, "compiled": False}, "CUDA graphs of experts need --compile"),
+        (
+            {"use_moe": True, "grouped": False},
+            "CUDA graphs of experts need compute capability 9.0, and widths that are multiples of 8",
+        ),
     ],
 )
 def test_what_hinders_a_graph_is_named(change: dict[str, Any], reason: str | None) -> None:
     options = {
         "device": "cuda",
-        "num_processes": 1,
+        "sharded": False,
         "precision": "bf16",
         "fused": True,
         "compiled": True,
         "packing": True,
         "use_moe": False,
+        "grouped": True,
     } | change
     device = torch.device(options.pop("device"))
     assert unsupported_reason(device, **options) == reason
