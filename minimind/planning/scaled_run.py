@@ -26,8 +26,6 @@ from ..training.setup import RunInputs
 from .benchmark import BenchmarkResult, micro_batch_flops
 from .step_time import (
     GPUS_PER_NODE,
-    GRAPHS,
-    MUON_SHARED,
     NETWORK_GBITS_PER_GPU,
     Cluster,
     MuonWork,
@@ -103,6 +101,7 @@ class ScaledRun:
     Attributes:
         gpu: name of the GPU.
         measured: the step of one GPU was measured here; otherwise it is estimated from the peak of `gpu`.
+        graphs: DDP trains with CUDA graphs.
         one: the step of one GPU.
         steps: by strategy, `DDP`, `FSDP2` and between nodes `HSDP`.
         step_tokens: input tokens of a global batch.
@@ -112,6 +111,7 @@ class ScaledRun:
 
     gpu: str
     measured: bool
+    graphs: bool
     cluster: Cluster
     one: SingleGPU
     steps: Mapping[str, StepTime]
@@ -120,12 +120,12 @@ class ScaledRun:
     other_seconds: float
 
     @classmethod
-    def predict(cls, cluster: Cluster, one: SingleGPU, **values: Any) -> ScaledRun:
+    def predict(cls, cluster: Cluster, one: SingleGPU, *, graphs: bool, **values: Any) -> ScaledRun:
         """Return the prediction for a step of one GPU; `values` are the other attributes."""
-        steps = {"DDP": ddp_step(one, cluster), "FSDP2": fsdp2_step(one, cluster)}
+        steps = {"DDP": ddp_step(one, cluster, graphs=graphs), "FSDP2": fsdp2_step(one, cluster)}
         if 1 < cluster.nodes < cluster.num_processes:
             steps["HSDP"] = fsdp2_step(one, cluster, hybrid=True)
-        return cls(cluster=cluster, one=one, steps=steps, **values)
+        return cls(cluster=cluster, one=one, graphs=graphs, steps=steps, **values)
 
     def tokens_per_second(self, strategy: str) -> float:
         """Return the throughput of all GPUs."""
@@ -150,6 +150,7 @@ class ScaledRun:
         return {
             "gpu": self.gpu,
             "measured": self.measured,
+            "cuda_graphs": self.graphs,
             **dataclasses.asdict(self.cluster),
             "total_steps": self.total_steps,
             "step_tokens": self.step_tokens,
@@ -176,8 +177,7 @@ class ScaledRun:
             f", network {self.cluster.network_bandwidth * 8 / 1e9:g} Gbit/s per node" if nodes > 1 else ""
         )
         speed = "measured here" if self.measured else "estimated at 40% of its peak"
-        how = ("" if GRAPHS else "no ") + "CUDA graphs with several processes, Muon "
-        how += "shared by them" if MUON_SHARED else "done by each of them"
+        how = "CUDA graphs with DDP only" if self.graphs else "no CUDA graphs"
         yield (
             "assuming",
             f"the step of one GPU {speed}, {self.cluster.link_bandwidth / 1e9:g} GB/s between GPUs of a node"
@@ -234,6 +234,7 @@ def scale_run(
         one,
         gpu=gpu,
         measured=measured is not None,
+        graphs=config.cuda_graphs is not False and (measured is None or measured.precision == "bf16"),
         step_tokens=scaled.global_batch_size * config.max_seq_len,
         total_steps=max(total_steps - first_step, 0),
         other_seconds=start + evaluations * one.forward_seconds,

@@ -10,8 +10,8 @@ that has the lower latency, which NCCL does for all-reduce only.
 A step of DDP, in the order of `StepTime`:
 
 - one GPU: the measured step, with its CUDA graph where it has one.
-- launches: kernels of processes without a CUDA graph have gaps between them, and the host may take longer
-  than the GPU.
+- launches: kernels of processes without a CUDA graph (FSDP2) have gaps between them, and the host may take
+  longer than the GPU.
 - communication: DDP reduces buckets of gradients while the backward pass of the last micro-batch computes the
   next ones (Li et al. 2020, arXiv:2006.15704). The last bucket, with the embedding, is not hidden, nor is
   what takes longer than the backward pass. While NCCL runs hidden, it takes a share of the GPU from compute.
@@ -35,10 +35,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
-# What the code does: each process orthogonalizes a share of the matrices, and several have no CUDA graph.
-MUON_SHARED = True
-GRAPHS = False
-
 # Bytes/s of a GPU to the others of its node by NVLink, in one direction; data sheets state the sum of both.
 # NVIDIA HGX B200, H100, H200, H800, A100, A800 and V100 data sheets.
 _LINKS: tuple[tuple[str, float], ...] = (
@@ -61,8 +57,8 @@ _NETWORK_EFFICIENCY = 0.94
 # Seconds of NCCL's protocol Simple (tuning.cc of NCCL 2.27): at the start, per hop in a node, and per hop
 # between nodes.
 _START, _LINK_HOP, _NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6
-# Bytes of a float32 bucket of DDP, its default.
-_BUCKET = 25 << 20
+# Bytes of a float32 bucket: in a CUDA graph, and the default of DDP.
+_GRAPH_BUCKET, _BUCKET = 16 << 20, 25 << 20
 # NCCL's share of a Hopper GPU: up to 24 of its 132 multiprocessors.
 _CONTENTION = 0.18
 
@@ -202,19 +198,18 @@ def all_gather_seconds(num_bytes: float, cluster: Cluster) -> float:
     return latency + (n - 1) / n * num_bytes / cluster.bus_bandwidth
 
 
-def ddp_step(
-    one: SingleGPU, cluster: Cluster, *, muon_shared: bool = MUON_SHARED, graphs: bool = GRAPHS
-) -> StepTime:
+def ddp_step(one: SingleGPU, cluster: Cluster, *, muon_shared: bool = True, graphs: bool = True) -> StepTime:
     """Return the step with DDP.
 
     Args:
         muon_shared: each process orthogonalizes a share of the matrices, and bf16 directions are gathered.
         graphs: the processes train with CUDA graphs.
     """
-    buckets = math.ceil(4 * one.parameters / _BUCKET)
+    bucket = _GRAPH_BUCKET if graphs else _BUCKET
+    buckets = math.ceil(4 * one.parameters / bucket)
     scale = one.gradient_bytes / 4
     last = all_reduce_seconds(
-        scale * min(max(4 * one.embedding_parameters, _BUCKET), 4 * one.parameters), cluster
+        scale * min(max(4 * one.embedding_parameters, bucket), 4 * one.parameters), cluster
     )
     each = all_reduce_seconds(scale * 4 * one.parameters / buckets, cluster)
     hidden = max(buckets * each - last, 0.0)
@@ -231,8 +226,8 @@ def fsdp2_step(
     cluster: Cluster,
     *,
     hybrid: bool = False,
-    muon_shared: bool = MUON_SHARED,
-    graphs: bool = GRAPHS,
+    muon_shared: bool = True,
+    graphs: bool = False,
 ) -> StepTime:
     """Return the step with FSDP2 in half precision, with blocks as units.
 

@@ -376,7 +376,8 @@ def test_more_gpus_are_planned_from_the_measured_step(
     plan = plan_run(config, price_per_hour=3600.0, scale=ScaleRequest(2), quiet=True)
     scaled = plan.scaled
     assert scaled is not None
-    assert (scaled.gpu, scaled.measured) == ("NVIDIA H200", True)
+    # The step was measured in float32, which has no CUDA graph.
+    assert (scaled.gpu, scaled.measured, scaled.graphs) == ("NVIDIA H200", True, False)
     # Four micro-batches here, of which two were measured in a second; two on each of two GPUs.
     assert plan.batches.accumulation_steps == 4
     assert (scaled.one.micro_batches, scaled.one.seconds) == (2, pytest.approx(1.0))
@@ -401,7 +402,7 @@ def test_without_a_gpu_more_gpus_are_planned_by_the_peak_of_an_h100(
     config = tiny_runs.tiny(corpus, tmp_path / "out", optimizer="muon")
     scaled = plan_run(config, scale=ScaleRequest(2), quiet=True).scaled
     assert scaled is not None
-    assert (scaled.gpu, scaled.measured) == ("NVIDIA H100 80GB HBM3", False)
+    assert (scaled.gpu, scaled.measured, scaled.graphs) == ("NVIDIA H100 80GB HBM3", False, True)
     # So small a model is limited by its launches: 1.1 ms per layer and micro-batch.
     layers, rounds = scaled.one.layers, scaled.one.micro_batches
     assert scaled.one.seconds == pytest.approx(rounds * layers * 8 * 512 / 462e3 / 8)

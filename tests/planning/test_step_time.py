@@ -99,7 +99,7 @@ def test_what_makes_a_step_faster_and_slower() -> None:
     assert ddp_step(ONE, nodes(4), muon_shared=True, graphs=False).muon < 0
     graphs = ddp_step(ONE, nodes(4), muon_shared=False, graphs=True)
     assert graphs.launches == 0
-    assert graphs.stragglers < step.stragglers < ddp_step(ONE, nodes(128)).stragglers
+    assert graphs.stragglers < step.stragglers < ddp_step(ONE, nodes(128), graphs=False).stragglers
     half = ddp_step(replace(ONE, gradient_bytes=2), nodes(4), muon_shared=False, graphs=False)
     # Without the latency it would be half.
     assert 0.5 < half.communication / step.communication < 0.75
@@ -161,7 +161,14 @@ def test_gpus_that_make_no_cluster_are_refused(request_: ScaleRequest, problem: 
 
 def test_rows_and_json_of_a_prediction() -> None:
     run = ScaledRun.predict(
-        nodes(2), ONE, gpu="A GPU", measured=True, step_tokens=1 << 20, total_steps=100, other_seconds=5.0
+        nodes(2),
+        ONE,
+        gpu="A GPU",
+        measured=True,
+        graphs=True,
+        step_tokens=1 << 20,
+        total_steps=100,
+        other_seconds=5.0,
     )
     assert set(run.steps) == {"DDP", "FSDP2", "HSDP"}
     step = run.steps["DDP"].seconds
@@ -171,7 +178,16 @@ def test_rows_and_json_of_a_prediction() -> None:
     assert dict(run.rows())["scaled to"].startswith("16 x A GPU on 2 nodes: 100 steps of 1.05M tokens")
     assert run.to_dict()["strategies"]["DDP"]["tokens_per_second"] == (1 << 20) / step
     one_node = ScaledRun.predict(
-        nodes(1), ONE, gpu="A GPU", measured=False, step_tokens=1, total_steps=1, other_seconds=0.0
+        nodes(1),
+        ONE,
+        gpu="A GPU",
+        measured=False,
+        graphs=False,
+        step_tokens=1,
+        total_steps=1,
+        other_seconds=0.0,
     )
     assert "network" not in dict(one_node.rows())["assuming"]
+    assert run.steps["DDP"].launches == 0 < one_node.steps["DDP"].launches
+    assert "no CUDA graphs" in dict(one_node.rows())["assuming"]
     assert "estimated at 40%" in dict(one_node.rows())["assuming"]
