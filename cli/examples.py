@@ -21,6 +21,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "minimind-train pretrain --config runs/mine/config.toml --seed 7 --output-dir runs/seed7",
         "minimind-train pretrain --resume --output-dir runs/mine",
         "minimind-train pretrain --preset 350m --data corpus.jsonl --plan --price-per-hour 2.5",
+        "minimind-train pretrain --preset 350m --data corpus.jsonl --plan --num-processes 64",
         "accelerate launch -m minimind_cli pretrain --data corpus.jsonl --preset minimind-3",
     ),
     "decay": (

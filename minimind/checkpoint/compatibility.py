@@ -59,6 +59,7 @@ CHANGED: Mapping[str, str] = {
         "takes effect from the next step",
     ),
     "mixed_precision": "losses may differ in the last digits",
+    "reduce_dtype": "losses may differ in the last digits",
     "val_data": "validation losses before and after are not comparable",
 }
 

@@ -183,6 +183,13 @@ class RunConfig:
             common=True,
         ),
     ] = "auto"
+    reduce_dtype: Annotated[
+        Literal["float32", "bf16"],
+        FieldInfo(
+            "Precision in which DDP sums gradients over processes: bf16 halves the communication and rounds.",
+            synonyms=(("bfloat16", "bf16"),),
+        ),
+    ] = "float32"
     compile: Annotated[
         bool | None,
         FieldInfo(

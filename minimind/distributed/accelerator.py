@@ -21,6 +21,7 @@ from accelerate.utils import (
 )
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
@@ -120,6 +121,10 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
             "--activation-checkpointing is not supported with FSDP2, which has its own; launch with "
             "--fsdp_activation_checkpointing true instead."
         )
+    if accelerator.is_fsdp2 and config.reduce_dtype != "float32":
+        raise ConfigError(
+            "--reduce-dtype bf16 is for DDP; FSDP2 reduces gradients in float32: omit the option."
+        )
     if accelerator.is_fsdp2:
         configure_fsdp2(accelerator)
     return accelerator
@@ -201,6 +206,7 @@ def prepare(
     *,
     tied: bool,
     accumulation_steps: int,
+    reduce_dtype: str = "float32",
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Wrap model and optimizer with Accelerate, and check the result.
 
@@ -209,6 +215,7 @@ def prepare(
         optimizer: over its parameters.
         tied: embedding and output layer share one parameter.
         accumulation_steps: micro-batches per step.
+        reduce_dtype: in which DDP sums gradients, `float32` or `bf16`.
 
     Raises:
         ConfigError: if the model was wrapped in an unexpected class, or was untied.
@@ -228,6 +235,9 @@ def prepare(
             f"Accelerate wrapped the model as {type(model).__name__} instead of {expected.__name__}; "
             "check accelerate config, or launch with --multi_gpu only."
         )
+    if reduce_dtype == "bf16" and isinstance(model, DistributedDataParallel):
+        # torch and Accelerate refuse the hook by its name unless the backend is NCCL; gloo reduces bf16 too.
+        model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     unwrapped: Any = model.module if isinstance(model, DistributedDataParallel) else model
     if tied and unwrapped.get_output_embeddings().weight is not unwrapped.get_input_embeddings().weight:
         raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -22,14 +23,17 @@ class GradientReduction:
     Used as a context manager around the backward pass. Every rank does the same passes.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: ProcessGroup) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], group: ProcessGroup, dtype: torch.dtype | None = None
+    ) -> None:
         """Form the buckets.
 
         Args:
             parameters: all that get a gradient, in the order of the forward pass.
             group: ranks that have the same parameters.
+            dtype: in which gradients are summed, by default their own; they are rounded to it before.
         """
-        self._group = group
+        self._group, self._dtype = group, dtype
         self._buckets: list[list[nn.Parameter]] = [[]]
         size = 0
         # Gradients arrive in the reverse order of the forward pass.
@@ -41,7 +45,8 @@ class GradientReduction:
             size += parameter.numel() * parameter.element_size()
         self._hooks: list[Any] = []
         self._left: list[list[nn.Parameter]] = []
-        self._begun: list[Any] = []
+        # The reduction of a bucket, what it sums, and where the sums belong.
+        self._begun: list[tuple[Any, list[Tensor], list[Tensor]]] = []
 
     def __enter__(self) -> GradientReduction:
         self._left = list(self._buckets)
@@ -74,12 +79,15 @@ class GradientReduction:
         self._left = [other for other in self._left if other is not bucket]
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         if gradients:
-            self._begun.append(self._group.allreduce_coalesced(gradients))
+            summed = gradients if self._dtype is None else [tensor.to(self._dtype) for tensor in gradients]
+            self._begun.append((self._group.allreduce_coalesced(summed), summed, gradients))
 
     def _finish(self) -> None:
         # Those with a parameter that has no gradient.
         for bucket in self._left:
             self._begin(bucket)
-        for work in self._begun:
+        for work, summed, gradients in self._begun:
             work.wait()
+            if summed is not gradients:
+                torch._foreach_copy_(gradients, summed)
         self._begun.clear()

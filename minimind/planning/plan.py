@@ -11,7 +11,6 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..checkpoint.checkpointer import check_settings
 from ..checkpoint.compatibility import settings_of_run
@@ -24,14 +23,13 @@ from ..data.loader import Loader
 from ..data.prepare import PreparedData, cache_folder, prepare_data
 from ..data.shards import token_dtype
 from ..distributed.accelerator import choose_precision
-from ..formats.transformers_folder import build_network, stored_dtype
+from ..formats.transformers_folder import stored_dtype
 from ..formats.transformers_model import matrices_of
 from ..formatting import parse_duration, size
 from ..launch_env import device_type, is_main_process, is_set, world_size
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.parameter_count import count_parts
-from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..run_folder import RunFolder
 from ..schedule import warmup_problem, warmup_steps
@@ -42,6 +40,7 @@ from ..training.setup import RunInputs, resolve_batch_size_alone, resolve_run
 from .benchmark import BenchmarkResult, TooLargeError, benchmark, micro_batch_flops
 from .memory import Compiled, MemoryEstimate, estimate_memory, optimizer_bytes
 from .plan_report import RunPlan
+from .scaled_run import ScaleRequest, empty_model, scale_run
 
 # Seconds of measuring whole steps.
 SECONDS = 4.0
@@ -56,6 +55,7 @@ def plan_run(
     config: PretrainConfig,
     *,
     price_per_hour: float | None = None,
+    scale: ScaleRequest | None = None,
     seconds: float = SECONDS,
     quiet: bool = False,
 ) -> RunPlan:
@@ -67,12 +67,15 @@ def plan_run(
     Args:
         config: of the run.
         price_per_hour: of all machines together.
+        scale: GPUs to predict the run on, besides planning it for this machine.
         seconds: how long to measure whole steps.
         quiet: show no progress.
 
     Raises:
         UserError: what the run itself would raise before its first step.
     """
+    if scale is not None:
+        scale.check()
     check_trackers(config)
     inputs, batches, data = _resolve(config, quiet=quiet)
     model_config = inputs.model_config
@@ -84,14 +87,13 @@ def plan_run(
     measured, too_large = _measure(inputs.config, batches, seconds)
     memory = _estimate(inputs.config, _estimated_sizes(model_config), batches, measured)
     device_memory = _device_memory()
-    step_seconds, micro_batch_seconds = _times(inputs.config, model_config, batches, measured)
+    times = step_seconds, micro_batch_seconds = _times(inputs.config, model_config, batches, measured)
+    scaled = None
+    if scale is not None:
+        scaled = scale_run(scale, inputs, data, batches, first_step, measured, times, _evaluation_batches)
     evaluation_batches = _evaluation_batches(inputs.config, data, batches, first_step, total_steps)
     checkpoint = 4 * model_config.num_parameters() + _optimizer_bytes(model_config, inputs.config.optimizer)
-    weight_bytes = _FINAL_MODEL_BYTES
-    if isinstance(model_config, TransformersConfig):
-        weight_bytes = stored_dtype(model_config).itemsize
-    final_model = weight_bytes * model_config.num_parameters()
-    disk, free = _disk(inputs.config, data, checkpoint, final_model, total_steps)
+    disk, free = _disk(inputs.config, data, checkpoint, _final_model_bytes(model_config), total_steps)
     plan = RunPlan(
         config=inputs.config,
         batches=batches,
@@ -114,6 +116,7 @@ def plan_run(
         disk_bytes=disk,
         disk_free=free,
         price_per_hour=price_per_hour,
+        scaled=scaled,
         problems=(
             *damaged,
             *([too_large] if too_large else []),
@@ -193,21 +196,21 @@ def _optimizer_bytes(model_config: MiniMindConfig, optimizer: str) -> int:
     if not isinstance(model_config, TransformersConfig):
         return optimizer_bytes(model_config, optimizer)
     both = 2 * 4 * model_config.num_parameters()
-    matrices = sum(matrix.numel() for matrix in matrices_of(_empty_model(model_config)))
+    matrices = sum(matrix.numel() for matrix in matrices_of(empty_model(model_config)))
     return both if optimizer == "adamw" else both - 4 * matrices
 
 
-def _empty_model(model_config: MiniMindConfig) -> nn.Module:
-    """Return the model without memory for its weights."""
-    with torch.device("meta"):
-        if isinstance(model_config, TransformersConfig):
-            return build_network(model_config)
-        return MiniMindForCausalLM(model_config)
+def _final_model_bytes(model_config: MiniMindConfig) -> int:
+    """Return the bytes of the weights that the run writes at its end."""
+    weight = _FINAL_MODEL_BYTES
+    if isinstance(model_config, TransformersConfig):
+        weight = stored_dtype(model_config).itemsize
+    return weight * model_config.num_parameters()
 
 
 def _count_parts(model_config: MiniMindConfig) -> dict[str, int]:
     """Return the parameters of the model by part."""
-    model = _empty_model(model_config)
+    model = empty_model(model_config)
     return count_parts({name: p.shape for name, p in model.named_parameters()})
 
 

@@ -14,6 +14,7 @@ from ..data.prepare import PreparedData
 from ..formatting import count, duration, size
 from .benchmark import BenchmarkResult
 from .memory import MemoryEstimate
+from .scaled_run import ScaledRun
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RunPlan:
         disk_bytes: peak size of all checkpoints, and the model.
         disk_free: free space of the output folder's disk.
         price_per_hour: of all machines together, None where not given.
+        scaled: the prediction for more GPUs, None where not asked for.
         problems: sentences about what would go wrong.
     """
 
@@ -64,6 +66,7 @@ class RunPlan:
     disk_bytes: int
     disk_free: int
     price_per_hour: float | None
+    scaled: ScaledRun | None
     problems: tuple[str, ...]
 
     @property
@@ -81,8 +84,13 @@ class RunPlan:
 
     @property
     def cost(self) -> float | None:
-        """The cost of the run in the currency of the price, None without price or measurement."""
+        """The cost of the run in the currency of the price, None without price or measurement.
+
+        Where more GPUs were asked for, the price is theirs, and the run is the one with DDP.
+        """
         seconds, price = self.seconds, self.price_per_hour
+        if self.scaled is not None:
+            seconds = self.scaled.seconds("DDP")
         return None if seconds is None or price is None else seconds / 3600 * price
 
     @property
@@ -122,6 +130,7 @@ class RunPlan:
             "mfu": None if self.measured is None else self.measured.mfu,
             "price_per_hour": self.price_per_hour,
             "cost": self.cost,
+            "scaled": None if self.scaled is None else self.scaled.to_dict(),
             "checkpoint_bytes": self.checkpoint_bytes,
             "disk_bytes": self.disk_bytes,
             "disk_free_bytes": self.disk_free,
@@ -131,7 +140,13 @@ class RunPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as pairs of a key and a value."""
-        return [*self._sizes(), *self._memory_rows(), *self._time_rows(), *self._disk_rows()]
+        rows = [*self._sizes(), *self._memory_rows(), *self._time_rows(), *self._disk_rows()]
+        if self.scaled is not None:
+            rows += self.scaled.rows()
+        if self.cost is not None:
+            which = " with DDP" if self.scaled is not None else ""
+            rows.append(("cost", f"{self.cost:,.2f} at {self.price_per_hour:g} per hour{which}"))
+        return rows
 
     def _sizes(self) -> Iterator[tuple[str, str]]:
         tied = " (tied)" if self.config.tie_word_embeddings else ""
@@ -198,8 +213,6 @@ class RunPlan:
         parts += f", evaluations {duration(self.evaluation_seconds or 0.0)}"
         parts += f", start {duration(measured.start_seconds)}"
         yield "time", f"{duration(seconds)}: {parts}"
-        if self.cost is not None:
-            yield "cost", f"{self.cost:,.2f} at {self.price_per_hour:g} per hour"
 
     def _disk_rows(self) -> Iterator[tuple[str, str]]:
         yield (

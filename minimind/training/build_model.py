@@ -290,6 +290,7 @@ def compile_and_wrap(
         optimizer,
         tied=model.tied if isinstance(model, TransformersModel) else tied,
         accumulation_steps=plan.accumulation_steps,
+        reduce_dtype=config.reduce_dtype,
     )
     return prepared_model, prepared_optimizer, compiled
 
@@ -323,7 +324,8 @@ def build_graphs(
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
-    reduction = None if group is None else GradientReduction(parameters, group)
+    dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else None
+    reduction = None if group is None else GradientReduction(parameters, group, dtype)
     accumulates = accelerator.gradient_accumulation_steps > 1
 
     def run(

@@ -231,6 +231,8 @@ def build_training(
     """
     config, model_config, custom = inputs.config, inputs.model_config, custom or CustomParts()
     plan = plan_batches(config, accelerator.num_processes)
+    if config.reduce_dtype != "float32" and accelerator.num_processes == 1:
+        note(f"--reduce-dtype {config.reduce_dtype} has no effect: one process has no gradients to sum.")
     bare = build_model(config, model_config, custom.model_factory, note)
     # A subclass may compute anything.
     known = type(bare) in (MiniMindForCausalLM, TransformersModel)

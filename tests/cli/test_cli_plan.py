@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from minimind.planning.scaled_run import ScaleRequest
+
 Command = Callable[..., Any]
 
 TINY = (
@@ -26,8 +28,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Put a fake plan in place of the real one; the list holds what it was asked for."""
     calls: list[tuple[Any, ...]] = []
 
-    def plan_run(config: Any, *, price_per_hour: float | None, quiet: bool) -> SimpleNamespace:
-        calls.append((config, price_per_hour, quiet))
+    def plan_run(config: Any, *, price_per_hour: float | None, scale: Any, quiet: bool) -> SimpleNamespace:
+        calls.append((config, price_per_hour, quiet, scale))
         return SimpleNamespace(
             rows=lambda: [("model", "small"), ("", "indeed")],
             problems=("no room.",),
@@ -45,7 +47,7 @@ def test_rows_and_warnings_are_printed_and_nothing_is_trained(
     assert done.code == 0, done.err
     assert done.out.splitlines() == ["model:       small", "             indeed", "warning: no room."]
     assert planned[0][0].hidden_size == 32
-    assert planned[0][1:] == (2.5, False)
+    assert planned[0][1:] == (2.5, False, None)
     assert trained == []
 
 
@@ -55,12 +57,40 @@ def test_json_is_all_there_is_on_standard_output(run: Command, planned: list[Any
     assert planned[0][2] is True
 
 
-@pytest.mark.parametrize("args", [("--json",), ("--price-per-hour", "1")])
+@pytest.mark.parametrize(
+    "args",
+    [("--json",), ("--price-per-hour", "1"), ("--num-processes", "8"), ("--nodes", "2")],
+)
 def test_options_of_a_plan_are_refused_without_it(run: Command, trained: list[Any], args: Any) -> None:
     done = run("pretrain", "--hidden-size", "32", *args)
     assert done.code == 2
     assert "--plan" in done.err
     assert trained == []
+
+
+def test_more_gpus_may_be_asked_for_as_of_accelerate(run: Command, planned: list[Any]) -> None:
+    args = ("--num_processes", "64", "--num_machines", "4", "--network-bandwidth", "800")
+    assert run(*TINY, *args).code == 0
+    assert run(*TINY, "--num-processes", "64", "--nodes", "4", "--network-bandwidth", "800").code == 0
+    assert planned[0][3] == planned[1][3] == ScaleRequest(64, 4, 800.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (("--nodes", "2"), "--nodes and --network-bandwidth need --num-processes"),
+        (("--num-processes", "0"), "--num-processes"),
+        (("--num-processes", "16", "--network-bandwidth", "nan"), "--network-bandwidth nan is not"),
+        (("--num-processes", "16", "--network-bandwidth", "0"), "--network-bandwidth 0 is not"),
+    ],
+)
+def test_what_is_no_number_of_gpus_is_refused(
+    run: Command, planned: list[Any], args: tuple[str, ...], problem: str
+) -> None:
+    done = run(*TINY, *args)
+    assert (done.code, planned) == (2, [])
+    assert problem in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("price", ["-1", "nan", "inf", "abc"])
@@ -128,6 +158,9 @@ def test_the_price_of_a_budget_is_part_of_it(run: Command, budgets: list[Any]) -
     done = run("pretrain", "--budget", "30m", "--plan", "--price-per-hour", "2")
     assert done.code == 2
     assert "$3 at $2.50/h" in done.err
+    done = run("pretrain", "--budget", "30m", "--plan", "--num-processes", "2")
+    assert done.code == 2
+    assert "does not go with --budget" in done.err
     assert not budgets
 
 

@@ -6,19 +6,23 @@ import itertools
 import re
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from minimind.config.options import PretrainConfig
+from minimind.data.shards import random_shards
 from minimind.distributed import accelerator as module
 from minimind.distributed.accelerator import check_launch, choose_precision, prepare, start_accelerator
 from minimind.distributed.launch_checks import launch_problems
 from minimind.errors import ConfigError
 from minimind.launch_env import is_main_process, is_set, restarts, world_size
+from minimind.training.setup import build_training, resolve_run
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -233,6 +237,33 @@ def test_untied_embeddings_are_refused(tie: bool) -> None:
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+
+
+def test_reducing_gradients_in_bf16_is_for_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    monkeypatch.setattr(module, "configure_fsdp2", lambda accelerator: None)
+    try:
+        start_accelerator(PretrainConfig())
+        with pytest.raises(ConfigError, match="--reduce-dtype bf16 is for DDP"):
+            start_accelerator(PretrainConfig(reduce_dtype="bf16"))
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+def test_one_process_says_that_it_reduces_no_gradients(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for dtype, notes in (("float32", 0), ("bf16", 1)):
+        inputs = resolve_run(PretrainConfig(reduce_dtype=dtype, num_key_value_heads=1, batch_size=2, **shape))
+        said: list[str] = []
+        try:
+            accelerator = start_accelerator(inputs.config)
+            shards = random_shards(tmp_path / dtype, inputs.model_config.vocab_size)
+            build_training(inputs, shards, accelerator, note=said.append)
+        finally:
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
+        assert [sentence.split(":")[0] for sentence in said] == ["--reduce-dtype bf16 has no effect"] * notes
 
 
 def test_a_launcher_without_a_precision_leaves_the_choice_to_the_device(

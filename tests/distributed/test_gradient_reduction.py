@@ -18,10 +18,12 @@ class Group:
     def __init__(self) -> None:
         self.calls: list[list[torch.Size]] = []
         self.unfinished = 0
+        self.dtypes: set[torch.dtype] = set()
 
     def allreduce_coalesced(self, tensors: list[torch.Tensor]) -> Group:
         self.calls.append([tensor.shape for tensor in tensors])
         self.unfinished += 1
+        self.dtypes |= {tensor.dtype for tensor in tensors}
         for tensor in tensors:
             tensor.mul_(RANKS)
         return self
@@ -91,6 +93,19 @@ def test_accumulated_gradients_are_summed_at_once(model: nn.Sequential) -> None:
     assert group.unfinished == 0
     for ours, expected in zip(gradients(model), before, strict=True):
         torch.testing.assert_close(ours, RANKS * expected)
+
+
+def test_gradients_may_be_summed_in_bf16(model: nn.Sequential) -> None:
+    inputs = torch.randn(5, 2)
+    model(inputs).sum().backward()
+    exact = gradients(model)
+    group = Group()
+    with GradientReduction(list(model.parameters()), group, torch.bfloat16):  # type: ignore[arg-type]
+        model(inputs).sum().backward()
+    assert group.dtypes == {torch.bfloat16}
+    for ours, expected in zip(gradients(model), exact, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, (expected.bfloat16() * RANKS).float(), rtol=0, atol=0)
 
 
 def test_an_error_of_the_backward_pass_leaves_no_hook(model: nn.Sequential) -> None:

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import minimind.planning.plan as module
+import minimind.planning.scaled_run as scaled_run
 from minimind.config.options import PretrainConfig
 from minimind.data.batch_plan import BatchPlan, plan_batches
 from minimind.data.prepare import prepare_data
-from minimind.errors import CheckpointError
+from minimind.errors import CheckpointError, ConfigError
 from minimind.planning.benchmark import BenchmarkResult, TooLargeError
 from minimind.planning.memory import MemoryEstimate
 from minimind.planning.plan import plan_run
 from minimind.planning.plan_report import RunPlan
+from minimind.planning.scaled_run import ScaleRequest
 from minimind.training.pretrain import pretrain
 from minimind.training.setup import resolve_run
 from support import tiny_runs, topologies
@@ -305,7 +307,13 @@ def screen(**changes: Any) -> dict[str, str]:
         **{"first_step": 0, "total_steps": 130, "total_tokens": 200_000},
         **{"cache_folder": Path("cache"), "cache_bytes": 250_000, "memory": memory, "device_memory": None},
         **{"measured": RESULT, "step_seconds": 0.5, "evaluation_seconds": 8.0, "checkpoint_bytes": 30 * MB},
-        **{"disk_bytes": 95 * MB, "disk_free": 2000 * MB, "price_per_hour": None, "problems": ()},
+        **{
+            "disk_bytes": 95 * MB,
+            "disk_free": 2000 * MB,
+            "price_per_hour": None,
+            "problems": (),
+            "scaled": None,
+        },
     }
     return dict(RunPlan(**{**values, **changes}).rows())
 
@@ -355,3 +363,65 @@ def test_the_screen_of_a_plan() -> None:
         "cost": "6.88 at 90 per hour",
     }
     assert changed(device_memory=80_000 * MB)[""] == "measured 1.50 GB, of 80.0 GB on the GPU"
+
+
+def test_more_gpus_are_planned_from_the_measured_step(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaled_run, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    config = tiny_runs.tiny(
+        corpus, tmp_path / "out", accumulation_steps=None, global_batch_size=16, optimizer="muon"
+    )
+    plan = plan_run(config, price_per_hour=3600.0, scale=ScaleRequest(2), quiet=True)
+    scaled = plan.scaled
+    assert scaled is not None
+    # The step was measured in float32, which has no CUDA graph.
+    assert (scaled.gpu, scaled.measured, scaled.graphs) == ("NVIDIA H200", True, False)
+    # Four micro-batches here, of which two were measured in a second; two on each of two GPUs.
+    assert plan.batches.accumulation_steps == 4
+    assert (scaled.one.micro_batches, scaled.one.seconds) == (2, pytest.approx(1.0))
+    assert (scaled.one.forward_seconds, scaled.one.backward_seconds) == (0.2, pytest.approx(0.2))
+    assert (scaled.step_tokens, scaled.total_steps) == (16 * config.max_seq_len, plan.total_steps)
+    assert scaled.one.muon is not None
+    assert scaled.one.muon.seconds == 0.2  # at most what the optimizer took
+    # The same evaluations by two processes, as far as micro-batches divide.
+    assert scaled.other_seconds < plan.evaluation_seconds + 7.0
+    assert plan.cost == pytest.approx(scaled.seconds("DDP"))
+    assert json.loads(json.dumps(plan.to_dict()))["scaled"]["num_processes"] == 2
+    rows = dict(plan.rows())
+    assert rows["scaled to"].startswith("2 x NVIDIA H200 on 1 node")
+    assert rows["cost"].endswith("per hour with DDP")
+    with pytest.raises(ConfigError, match="16 is not a multiple of 12 sequences"):
+        plan_run(config, scale=ScaleRequest(3), quiet=True)
+
+
+def test_without_a_gpu_more_gpus_are_planned_by_the_peak_of_an_h100(
+    corpus: Path, tmp_path: Path, asked: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.tiny(corpus, tmp_path / "out", optimizer="muon")
+    scaled = plan_run(config, scale=ScaleRequest(2), quiet=True).scaled
+    assert scaled is not None
+    assert (scaled.gpu, scaled.measured, scaled.graphs) == ("NVIDIA H100 80GB HBM3", False, True)
+    # So small a model is limited by its launches: 1.1 ms per layer and micro-batch.
+    layers, rounds = scaled.one.layers, scaled.one.micro_batches
+    assert scaled.one.seconds == pytest.approx(rounds * layers * 8 * 512 / 462e3 / 8)
+    assert scaled.one.muon is not None
+    large = dataclasses.replace(config, hidden_size=4096, num_attention_heads=32, batch_size=512)
+    scaled = plan_run(large, scale=ScaleRequest(2), quiet=True).scaled
+    assert scaled is not None
+    flops = scaled.step_tokens / 2 * scaled_flops(large)
+    assert scaled.one.seconds == pytest.approx(flops / (0.4 * 989.4e12))
+    tied = scaled.one.embedding_parameters
+    untied = dataclasses.replace(config, tie_word_embeddings=False, optimizer="adamw")
+    scaled = plan_run(untied, scale=ScaleRequest(2), quiet=True).scaled
+    assert scaled is not None
+    assert scaled.one.embedding_parameters == 2 * tied * config.hidden_size // 4096
+    assert scaled.one.muon is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start --plan without a launcher"):
+        plan_run(config, scale=ScaleRequest(2), quiet=True)
+
+
+def scaled_flops(config: PretrainConfig) -> int:
+    return resolve_run(config).model_config.flops_per_token(config.max_seq_len)
