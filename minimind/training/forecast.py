@@ -35,6 +35,7 @@ class RunForecast:
             observed=bits_per_byte,
             num_bytes=self._worth(tokens / share),
             share=share,
+            epochs=tokens / share / self._unique_tokens,
         )
 
     def _worth(self, tokens: float) -> float:

@@ -78,6 +78,9 @@ def test_a_forecast_on_the_way_subtracts_what_the_rest_of_the_run_gains() -> Non
         intervals.append(found.high - found.low)
     assert intervals == sorted(intervals, reverse=True)
     assert LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=1e7, share=1.0).bits_per_byte == 2.5
+    # The last of many epochs gain less.
+    few, many = (LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=1e7, share=0.5, epochs=n) for n in (2, 8))
+    assert 2.5 - many.bits_per_byte == pytest.approx((2.5 - few.bits_per_byte) / 2)
     # A run shorter than those of the fit gains less, and less surely.
     long, short = (LAW_OF_TESTS.during(1e6, observed=2.5, num_bytes=d, share=0.5) for d in (6e5, 1.5e5))
     assert long.bits_per_byte < short.bits_per_byte < 2.5
