@@ -1,8 +1,8 @@
 """Fit the scaling law of `--budget` to the points of benchmarks/scaling_grid.py, and say how far off it is.
 
 The law and its variables are in minimind/evaluation/scaling_law.py. Residuals are logarithms of bits/byte,
-with a Huber loss; weak priors hold exponents that few points cannot determine. The error before the start is
-that with the difficulty of a text taken from the others; during a run it is that of its evaluations.
+with a Huber loss; weak priors hold what few points cannot determine. The difficulty of each data set may
+differ from its bits of a bigram model, by a few percent.
 
     python benchmarks/fit_scaling_law.py grid.jsonl more.jsonl --write      # the law in the package
     python benchmarks/fit_scaling_law.py grid.jsonl --check new_runs.jsonl     # errors of the packaged law
@@ -21,25 +21,28 @@ from typing import Any
 
 import torch
 
-from minimind.config.recipe import effective_tokens
-from minimind.evaluation.scaling_law import LAW, ScalingLaw, packaged_law
+from minimind.config.recipe import effective_tokens, useful_tokens
+from minimind.evaluation.scaling_law import LAW, TYPICAL, Difficulty, ScalingLaw, packaged_law
 
-# Means and deviations of the priors: E, ln A at N = 1M, a, ln B at D = 1 MB, b, v.
+# Means and deviations of the priors: E, ln A at N = 1M, a, ln B at D = 1 MB, b, v, ln U. No run of a minute
+# comes near E; that of Hoffmann et al. is a quarter of what a bigram model reaches.
 PRIOR = {
-    "E": (0.45, 0.15),
-    "lnA": (math.log(0.5), 1.0),
-    "a": (0.30, 0.08),
-    "lnB": (math.log(0.8), 1.0),
-    "b": (0.30, 0.08),
-    "v": (0.03, 0.02),
+    "E": (0.12, 0.04),
+    "lnA": (-0.7, 1.0),
+    "a": (0.30, 0.15),
+    "lnB": (0.7, 1.0),
+    "b": (0.40, 0.15),
+    "v": (0.04, 0.02),
+    "lnU": (0.3, 0.5),
 }
+# Deviations of the difficulty over that by its bigrams, in logarithms, and where these are unknown.
+DIFFICULTY, UNKNOWN_DIFFICULTY = 0.03, 0.5
 # A residual of this size costs as much as one deviation of a prior; beyond it the loss is linear.
 NOISE = 0.01
 REFERENCE = 1e6
 SHARES = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
-SMALLEST_SIGMA = 0.003
-# Before the start, where there are too few texts to leave one out.
-UNTESTED_SIGMA = 0.05
+# Smallest deviations: of log L before the start, and in bits/byte during a run.
+SMALLEST_SIGMA, SMALLEST_SIGMA_DURING = 0.02, 0.003
 
 
 def main() -> None:
@@ -47,24 +50,28 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--check", nargs="+", type=Path, default=[], help="runs that the law did not see")
     parser.add_argument(
-        "--unigram", nargs="+", default=[], metavar="TEXT=BITS", help="of points without unigram_bits"
+        "--difficulty", nargs="+", default=[], metavar="TEXT=BITS,SLOPE", help="of points without it"
     )
     parser.add_argument("--write", action="store_true", help=f"write {LAW.name} of the package")
     options = parser.parse_args()
-    known = {name: float(bits) for name, bits in (word.split("=") for word in options.unigram)}
+    known = {
+        name: tuple(map(float, values.split(",")))
+        for name, values in (word.split("=") for word in options.difficulty)
+    }
     if options.files:
         points = read(options.files, known)
-        law = describe(points)
-        print(json.dumps(law, indent=1))
+        values = describe(points)
+        print(json.dumps(values, indent=1))
         if options.write:
             LAW.parent.mkdir(exist_ok=True)
-            LAW.write_text(json.dumps(law, indent=1) + "\n")
+            LAW.write_text(json.dumps(values, indent=1) + "\n")
     if options.check:
-        law_used = ScalingLaw.from_dict(law) if options.files else packaged_law()
-        check(read(options.check, known), law_used)
+        law = ScalingLaw.from_dict(values) if options.files else packaged_law()
+        for name, found in errors(read(options.check, known), law).items():
+            print(f"{name}: rms {rms(found):.4f}, largest {max(map(abs, found)):.4f} bits/byte")
 
 
-def read(files: Sequence[Path], known: dict[str, float]) -> list[dict[str, Any]]:
+def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
     """Return the points of files, with the bytes that their tokens are worth."""
     points = []
     for file in files:
@@ -72,8 +79,10 @@ def read(files: Sequence[Path], known: dict[str, float]) -> list[dict[str, Any]]
             point = json.loads(line)
             if point.get("rate", 1.0) != 1.0 or not math.isfinite(point["bits_per_byte"]):
                 continue
-            point.setdefault("unigram_bits", known.get(point["text"]))
-            point["bytes"] = worth(point, point["tokens"])
+            difficulty = known.get(point["text"], point.get("difficulty"))
+            point["difficulty"] = Difficulty(*difficulty) if difficulty else None
+            useful = useful_tokens(point["tokens"], point.get("batch", 0))
+            point["bytes"] = worth(point, useful)
             points.append(point)
     return points
 
@@ -84,41 +93,47 @@ def worth(point: dict[str, Any], tokens: float) -> float:
 
 
 def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the constants of the law, and s of each text; the first text has s = 1."""
-    texts = list(dict.fromkeys(point["text"] for point in points))
+    """Return the constants of the law, and the difficulty of each data set over that by its bigrams."""
+    sets = list(dict.fromkeys(point["text"] for point in points))
+    known = {point["text"] for point in points if point["difficulty"]}
     names = list(PRIOR)
     theta = torch.tensor([PRIOR[name][0] for name in names], dtype=torch.float64, requires_grad=True)
-    scales = torch.zeros(len(texts), dtype=torch.float64, requires_grad=True)
+    free = torch.zeros(len(sets), dtype=torch.float64, requires_grad=True)
     size, amount, vocabulary, reached = (
         torch.tensor([float(value(point)) for point in points], dtype=torch.float64)
         for value in (
             lambda p: p["block_parameters"] / REFERENCE,
             lambda p: p["bytes"] / REFERENCE,
             lambda p: p["model_vocab"] / 6400,
-            lambda p: math.log(p["bits_per_byte"]),
+            lambda p: math.log(p["bits_per_byte"] / (p["difficulty"] or TYPICAL).at(p["bytes"])),
         )
     )
-    text = torch.tensor([texts.index(point["text"]) for point in points])
+    index = torch.tensor([sets.index(point["text"]) for point in points])
     mean, deviation = (torch.tensor([PRIOR[n][k] for n in names], dtype=torch.float64) for k in (0, 1))
+    spread = torch.tensor(
+        [DIFFICULTY if name in known else UNKNOWN_DIFFICULTY for name in sets], dtype=torch.float64
+    )
     optimizer = torch.optim.LBFGS(
-        [theta, scales], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+        [theta, free], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        floor, ln_a, a, ln_b, b, v = theta
-        law = floor.clamp(min=0.01) + ln_a.exp() * size**-a + ln_b.exp() * amount**-b
-        # s of the first text stays 1: it would be exchangeable with E, A and B.
-        free = scales * torch.tensor([0.0] + [1.0] * (len(texts) - 1), dtype=torch.float64)
-        residual = (law.log() - v * vocabulary.log() + free[text] - reached) / NOISE
+        floor, ln_a, a, ln_b, b, v, ln_u = theta
+        power_law = floor.clamp(min=0.01) + ln_a.exp() * size**-a + ln_b.exp() * amount**-b
+        law = 1 / ((-ln_u).exp() + 1 / power_law)
+        residual = (law.log() - v * vocabulary.log() + free[index] - reached) / NOISE
         fitted = torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="sum")
-        total = fitted + 0.5 * (((theta - mean) / deviation) ** 2).sum() + 0.5 * (free / 0.5).square().sum()
+        prior = ((theta - mean) / deviation).square().sum() + (free / spread).square().sum()
+        total = fitted + prior / 2
         total.backward()
         return total
 
-    optimizer.step(loss)
+    for _ in range(3):  # a line search may end early
+        optimizer.step(loss)
     values = dict(zip(names, theta.tolist(), strict=True))
     law = {
+        "U": math.exp(values["lnU"]),
         "E": max(values["E"], 0.01),
         "A": math.exp(values["lnA"]) * REFERENCE ** values["a"],
         "a": values["a"],
@@ -126,57 +141,45 @@ def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, f
         "b": values["b"],
         "v": values["v"],
     }
-    found = {name: math.exp(value) for name, value in zip(texts, scales.tolist(), strict=True)}
-    found[texts[0]] = 1.0
-    return law, found
+    return law, {name: math.exp(value) for name, value in zip(sets, free.tolist(), strict=True)}
 
 
-def relative(law: dict[str, float], point: dict[str, Any], num_bytes: float) -> float:
-    """Return L/s of a point after some bytes."""
-    reached = law["E"] + law["A"] * point["block_parameters"] ** -law["a"] + law["B"] * num_bytes ** -law["b"]
-    return reached * (point["model_vocab"] / 6400) ** -law["v"]
-
-
-def difficulty(scales: dict[str, float], points: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return the line from the unigram bits per byte to s; a constant for fewer than three texts."""
-    bits = {point["text"]: point["unigram_bits"] for point in points if point["unigram_bits"] is not None}
-    texts = [text for text in scales if text in bits]
-    x, y = [bits[text] for text in texts], [scales[text] for text in texts]
-    if len(texts) < 3:
-        return fmean(scales.values()), 0.0
-    mean_x, mean_y = fmean(x), fmean(y)
-    spread = sum((value - mean_x) ** 2 for value in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (spread + 0.1)
-    return mean_y - slope * mean_x, slope
-
-
-def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
+def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[str, Any]:
     """Return the law as the package stores it: constants, errors and provenance."""
-    law, scales = fit(points)
-    line = difficulty(scales, points)
-    residuals = [
-        math.log(scales[p["text"]] * relative(law, p, p["bytes"]) / p["bits_per_byte"]) for p in points
-    ]
-    unseen = left_out(law, scales, points)
-    curve = [on_curve(law, points, share) for share in SHARES]
-    devices = sorted({f"{point['device']}, torch {point['torch']}" for point in points})
-    return {
-        "form": "bits/byte = s (V/6400)^-v (E + A N^-a + B D^-b)",
-        **{name: round(value, 6) for name, value in law.items()},
-        "difficulty": [round(value, 5) for value in line],
-        "sigma": round(max(rms(unseen), UNTESTED_SIGMA if not unseen else SMALLEST_SIGMA), 5),
-        "curve": [[round(value, 5) for value in point] for point in curve],
-        "texts": {name: round(scale, 4) for name, scale in scales.items()},
+    constants, ratios = fit(points)
+    values: dict[str, Any] = {
+        "form": "bits/byte = s (V/6400)^-v / (1/U + 1/(E + A N^-a + B D^-b))",
+        **{name: round(value, 6) for name, value in constants.items()},
+        "sigma": SMALLEST_SIGMA,
+        **{"g": 0.0, "h": 0.0, "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]]},
+    }
+    values["g"], values["h"] = (round(value, 5) for value in gains(ScalingLaw.from_dict(values), points))
+    law = ScalingLaw.from_dict(values)
+    values["curve"] = [[round(value, 5) for value in on_curve(law, points, share)] for share in SHARES]
+    if not errors_too:
+        return values
+    residuals = [math.log(ratios[p["text"]]) + log_error(law, p) for p in points]
+    before, half = left_out(points)
+    values["sigma"] = round(max(rms(before), SMALLEST_SIGMA), 5)
+    return values | {
+        "texts": {
+            name: {
+                "difficulty": next(p["difficulty"] for p in points if p["text"] == name),
+                "over_it": round(ratio, 4),
+            }
+            for name, ratio in ratios.items()
+        },
         "fit": {
             "points": len(points),
             "rms_log_residual": round(rms(residuals), 5),
-            "rms_log_error_of_texts_of_unseen_difficulty": round(rms(unseen), 5) if unseen else None,
+            "rms_log_error_of_texts_left_out": round(rms(before), 5),
+            "rms_error_at_half_time_of_texts_left_out": round(rms(half), 5),
             "parameters": [min(p["parameters"] for p in points), max(p["parameters"] for p in points)],
             "tokens": [min(p["tokens"] for p in points), max(p["tokens"] for p in points)],
         },
         "provenance": {
             "command": "benchmarks/scaling_grid.py, then benchmarks/fit_scaling_law.py",
-            "devices": devices,
+            "devices": sorted({f"{point['device']}, torch {point['torch']}" for point in points}),
             "optimizers": sorted({point.get("optimizer", "muon") for point in points}),
             "dates": sorted({point["date"] for point in points}),
             "fitted": str(datetime.date.today()),
@@ -184,59 +187,91 @@ def describe(points: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def left_out(law: dict[str, float], scales: dict[str, float], points: list[dict[str, Any]]) -> list[float]:
-    """Return the errors of log L on each text, with its difficulty from the line through the others."""
-    errors: list[float] = []
-    for text in scales if len(scales) > 3 else ():
-        others = {name: scale for name, scale in scales.items() if name != text}
-        first, slope = difficulty(others, points)
+def log_error(law: ScalingLaw, point: dict[str, Any]) -> float:
+    """Return the error of log L before the start."""
+    scale = (point["difficulty"] or TYPICAL).at(point["bytes"])
+    relative = law.relative(point["block_parameters"], point["bytes"], point["model_vocab"])
+    return math.log(scale * relative / point["bits_per_byte"])
+
+
+def left_out(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return the errors on each data set of a law fitted without it: of log L, and at half time in bits."""
+    before: list[float] = []
+    half: list[float] = []
+    for name in dict.fromkeys(point["text"] for point in points if point["difficulty"]):
+        others = [point for point in points if point["text"] != name]
+        law = ScalingLaw.from_dict(describe(others, errors_too=False))
         for point in points:
-            if point["text"] == text and point["unigram_bits"] is not None:
-                scale = first + slope * point["unigram_bits"]
-                errors.append(math.log(scale * relative(law, point, point["bytes"]) / point["bits_per_byte"]))
-    return errors
+            if point["text"] == name:
+                before.append(log_error(law, point))
+                half += [error for error in [half_time_error(law, point)] if error is not None]
+    return before, half
 
 
-def on_curve(law: dict[str, float], points: list[dict[str, Any]], share: float) -> tuple[float, float, float]:
-    """Return a share of a run, how far log L lies above the law there, and the deviation of the forecast."""
+def finished(point: dict[str, Any]) -> float:
+    """Return the final bits/byte on the documents of the evaluations on the way, which may be fewer."""
+    tokens, bits = point["evaluations"][-1]
+    return bits if tokens > 0.97 * point["tokens"] else point["bits_per_byte"]
+
+
+def evaluation(point: dict[str, Any], share: float) -> tuple[float, float]:
+    """Return the share of the run at the evaluation nearest to a share, and its bits/byte."""
+    tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - share))
+    return tokens / point["tokens"], bits
+
+
+def gains(law: ScalingLaw, points: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return g and h of `ScalingLaw.gain`, from what the second half of the runs gained."""
+    known = [point for point in points if point["evaluations"]]
+    rows = []
+    for point in known:
+        reached = law.relative(point["block_parameters"], worth(point, point["tokens"]))
+        rows.append([1.0, -math.log(worth(point, point["tokens"]) / 1e6), -reached])
+    gained = [[evaluation(point, 0.5)[1] - finished(point)] for point in known]
+    inputs, outputs = (torch.tensor(values, dtype=torch.float64) for values in (rows, gained))
+    d, dg, dh = torch.linalg.lstsq(inputs, outputs).solution.flatten().tolist()
+    return dg / d, dh / d
+
+
+def on_curve(law: ScalingLaw, points: list[dict[str, Any]], share: float) -> tuple[float, float, float]:
+    """Return a share of a run, d of `ScalingLaw.gain` there, and the deviation of the forecast."""
     if share == 1.0:
-        return share, 0.0, SMALLEST_SIGMA
-    above = []
-    for point in points:
-        if not point["evaluations"]:
-            continue
-        tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - share))
-        done = relative(law, point, worth(point, tokens)) / relative(law, point, point["bytes"])
-        above.append(math.log(bits / point["bits_per_byte"] / done))
-    mean = fmean(above)
-    sigma = rms([value - mean for value in above])
-    return share, mean, max(sigma * (2 if share == 0.0 else 1), SMALLEST_SIGMA)
+        return share, 0.0, SMALLEST_SIGMA_DURING
+    known = [point for point in points if point["evaluations"]]
+    expected = [law.gain(p["block_parameters"], worth(p, p["tokens"])) for p in known]
+    gained = [evaluation(point, share)[1] - finished(point) for point in known]
+    d = sum(a * b for a, b in zip(expected, gained, strict=True)) / sum(a * a for a in expected)
+    sigma = rms([d * a - b for a, b in zip(expected, gained, strict=True)])
+    return share, d, max(sigma * (2 if share == 0.0 else 1), SMALLEST_SIGMA_DURING)
 
 
-def check(points: list[dict[str, Any]], law: ScalingLaw) -> None:
-    """Print the errors of forecasts before the start and at half time, in bits/byte."""
+def half_time_error(law: ScalingLaw, point: dict[str, Any]) -> float | None:
+    """Return the error of the forecast from the evaluation at half time; None without one."""
+    if not point["evaluations"]:
+        return None
+    share, bits = evaluation(point, 0.5)
+    forecast = law.during(
+        point["block_parameters"],
+        observed=bits,
+        num_bytes=worth(point, point["tokens"]),
+        share=share,
+    )
+    return forecast.bits_per_byte - finished(point)
+
+
+def errors(points: list[dict[str, Any]], law: ScalingLaw) -> dict[str, list[float]]:
+    """Return the errors of forecasts in bits/byte, by when they are made, and print a table of them."""
     print("| point | text | bits/byte | before the start | at half time |\n|---|---|---|---|---|")
-    errors: list[tuple[float, float]] = []
+    found: dict[str, list[float]] = {"before the start": [], "at half time": []}
     for point in points:
-        reached, size = point["bits_per_byte"], point["block_parameters"]
-        before = law.before_start(size, point["bytes"], point["model_vocab"], point["unigram_bits"])
-        half = before
-        if point["evaluations"]:
-            tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - 0.5))
-            half = law.during(
-                size,
-                observed=bits,
-                bytes_done=worth(point, tokens),
-                num_bytes=point["bytes"],
-                share=tokens / point["tokens"],
-            )
-        errors.append((before.bits_per_byte - reached, half.bits_per_byte - reached))
-        print(
-            f"| {point['point']} V={point['model_vocab']} | {point['text']} | {reached:.4f} "
-            f"| {errors[-1][0]:+.4f} | {errors[-1][1]:+.4f} |"
-        )
-    for name, column in zip(("before the start", "at half time"), zip(*errors, strict=True), strict=True):
-        print(f"{name}: rms {rms(column):.4f}, largest {max(map(abs, column)):.4f} bits/byte")
+        reached = point["bits_per_byte"]
+        before = reached * math.expm1(log_error(law, point)) if point["difficulty"] else None
+        half = half_time_error(law, point)
+        for name, error in zip(found, (before, half), strict=True):
+            found[name] += [error] if error is not None else []
+        shown = " | ".join(f"{error:+.4f}" if error is not None else "" for error in (before, half))
+        print(f"| {point['point']} V={point['model_vocab']} | {point['text']} | {reached:.4f} | {shown} |")
+    return found
 
 
 def rms(values: Sequence[float]) -> float:

@@ -103,7 +103,7 @@ class Grid:
         if options.cache_dir:
             self.base["cache_dir"] = options.cache_dir
         sample = read_sample(PretrainConfig(**self.base))
-        self.unigram_bits = text_size(PretrainConfig(), sample, choose_tokenizer=False).unigram_bits
+        self.difficulty = text_size(PretrainConfig(), sample, choose_tokenizer=False).difficulty
         if options.vocab_size:
             tokenizer = train_tokenizer(_documents(options.data), options.vocab_size, max_bytes=8_000_000)
             tokenizer.save(folder / "tokenizer")
@@ -213,7 +213,7 @@ class Grid:
             "weight_decay": config.weight_decay,
             "seconds": round(seconds, 2),
             "tokens_per_second": round(trained / seconds),
-            "unigram_bits": self.unigram_bits,
+            "difficulty": self.difficulty,
             "bits_per_byte": final.bits_per_byte,
             "val_loss": final.loss,
             "curve": [

@@ -22,6 +22,8 @@ ANCHOR_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-
 # B ∝ D^0.383: Power Lines (Bergsma et al. 2025, arXiv:2505.13738), which nanochat uses too.
 BATCH_EXPONENT = 0.383
 SMALLEST_BATCH, LARGEST_BATCH = 1024, 1 << 22
+# How many times the batch of the rule a batch may be larger until it needs about twice the tokens.
+BATCH_TOLERANCE = 12.0
 # lr ∝ D^-0.32 at a fixed batch (Bjorck et al. 2024, arXiv:2409.19913, and arXiv:2603.28743 for Muon), and
 # lr ∝ B^0.5 (Malladi et al. 2022, arXiv:2205.10782).
 RATE_HORIZON_EXPONENT = -0.32
@@ -116,9 +118,24 @@ def global_batch_tokens(tokens: float) -> int:
     A power of two, for sequences of a power of two. At the anchor twice the batch was worse by 0.0075
     bits/byte.
     """
-    wanted = ANCHOR_BATCH * (max(tokens, 1.0) / ANCHOR_TOKENS) ** BATCH_EXPONENT
-    power = 1 << max(round(math.log2(wanted)), 0)
+    power = 1 << max(round(math.log2(_wanted_batch(tokens))), 0)
     return min(max(power, SMALLEST_BATCH), LARGEST_BATCH)
+
+
+def _wanted_batch(tokens: float) -> float:
+    return ANCHOR_BATCH * (max(tokens, 1.0) / ANCHOR_TOKENS) ** BATCH_EXPONENT
+
+
+def useful_tokens(tokens: float, batch_tokens: float) -> float:
+    """Return how many tokens in batches of the rule are worth as much as `tokens` in these batches.
+
+    Smaller batches are not worth more. Up to a constant 12 + m times the tokens are needed with m times the
+    batch, after the form of McCandlish et al. 2018 (arXiv:1812.06162). Measured with a hidden size of 512:
+    26% more for 65536 in place of 16384 tokens at a horizon of 30M (here 30%), 20% for 32768 in place of
+    16384 at 20M (11%), and 4% at 61M (8%).
+    """
+    excess = max(batch_tokens / _wanted_batch(tokens), 1.0)
+    return tokens * (1 + 1 / BATCH_TOLERANCE) / (1 + excess / BATCH_TOLERANCE)
 
 
 def sequence_length(batch_tokens: int) -> int:

@@ -1,9 +1,10 @@
 """Forecast of validation bits per byte from model size and amount of text, fitted to runs of this project.
 
-The law is L = s·(V/6400)^-v·(E + A/N^a + B/D^b), after Hoffmann et al. 2022 (arXiv:2203.15556): N parameters
-inside the blocks, D bytes of text, with repeated text discounted, V entries of the vocabulary, and s the
-difficulty of the text, by default from the entropy of its tokens. benchmarks/fit_scaling_law.py writes the
-constants with their provenance.
+The law is L = s·(V/6400)^-v / (1/U + 1/(E + A/N^a + B/D^b)): N parameters inside the blocks, D bytes of text,
+with repeated text discounted, V entries of the vocabulary, and s the difficulty of the text, from what a
+bigram model reaches on it. The sum is that of Hoffmann et al. 2022 (arXiv:2203.15556). U is where a model of
+no size or no text would begin, without which the sum is far off for the smallest runs.
+benchmarks/fit_scaling_law.py writes the constants with their provenance.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LAW = Path(__file__).parents[1] / "assets" / "scaling_law" / "law.json"
 # Of the interval that contains 90% of the forecasts, if residuals are normally distributed.
 _DEVIATIONS = 1.645
 # Entries of the tokenizer in the package.
 REFERENCE_VOCABULARY = 6400
+# Bounds of what the rest of a run gains: as a share of the loss, and in units of d. No run that was measured
+# is near them.
+_LARGEST_GAIN, _SMALLEST_GAIN = 0.4, 0.1
+# Bytes of the shortest run of the fit. Two of a third of that gained about half as much.
+_SMALLEST_RUN = 6e5
+# Token before the first of a document.
+_START = -1
 
 
 @dataclass(frozen=True)
@@ -50,39 +58,70 @@ class Forecast:
         return f"{self.bits_per_byte:.3f} ({self.low:.2f} to {self.high:.2f})"
 
 
+class Difficulty(NamedTuple):
+    """How hard data is to predict, by a bigram model.
+
+    Attributes:
+        bits: bits per byte of a model that counts 1 MB.
+        slope: exponent of the bytes counted with which they fall.
+    """
+
+    bits: float
+    slope: float
+
+    def at(self, num_bytes: float) -> float:
+        """Return s for D bytes: models learn faster where the bigram model does.
+
+        Relative to documentation, whose slope the constants of the law contain. Far beyond what the bigram
+        model counts the difference is unknown, and text that is repeated adds nothing to it.
+        """
+        slope = min(max(self.slope, _SLOPES[0]), _SLOPES[1])
+        return self.bits * (min(max(num_bytes, 1.0), _MOST_BYTES) / _COUNTED_BYTES) ** (TYPICAL.slope - slope)
+
+
+# Documentation in English.
+TYPICAL = Difficulty(2.5, 0.073)
+# The slopes of data in English and Chinese and of Python were from 0.04 to 0.1.
+_SLOPES = (0.03, 0.12)
+_COUNTED_BYTES, _MOST_BYTES = 1e6, 3e6
+
+
 @dataclass(frozen=True)
 class ScalingLaw:
     """The constants of the law, and how far off it was.
 
     Attributes:
+        beginning: U.
         floor: E.
         size: A and a.
         text: B and b.
         vocabulary: v.
-        difficulty: s is the first of these plus the second times the unigram bits per byte.
-        sigma: standard deviation of log L before the start, on texts that were left out of the fit.
-        curve: at shares of a run, how far log L lies above the law of a finished run, and the standard
-            deviation of the forecast from there; ascending.
+        sigma: standard deviation of log L before the start, on data that the fit did not see.
+        rest: g and h, see `gain`.
+        curve: at shares of a run, d of `gain`, and the standard deviation of the forecast from there in
+            bits/byte; ascending.
     """
 
+    beginning: float
     floor: float
     size: tuple[float, float]
     text: tuple[float, float]
     vocabulary: float
-    difficulty: tuple[float, float]
     sigma: float
+    rest: tuple[float, float]
     curve: tuple[tuple[float, float, float], ...]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ScalingLaw:
         """Return the law that `to_dict` described; other keys are its provenance."""
         return cls(
+            beginning=values["U"],
             floor=values["E"],
             size=(values["A"], values["a"]),
             text=(values["B"], values["b"]),
             vocabulary=values["v"],
-            difficulty=tuple(values["difficulty"]),
             sigma=values["sigma"],
+            rest=(values["g"], values["h"]),
             curve=tuple(tuple(point) for point in values["curve"]),
         )
 
@@ -95,40 +134,46 @@ class ScalingLaw:
             vocab_size: V.
         """
         (a_factor, a), (b_factor, b) = self.size, self.text
-        reached = self.floor + a_factor * parameters**-a + b_factor * max(num_bytes, 1.0) ** -b
+        power_law = self.floor + a_factor * parameters**-a + b_factor * max(num_bytes, 1.0) ** -b
+        reached = 1 / (1 / self.beginning + 1 / power_law)
         return reached * (vocab_size / REFERENCE_VOCABULARY) ** -self.vocabulary
 
-    def scale(self, unigram_bits: float | None) -> float:
-        """Return s of a text by its unigram bits per byte; that of typical text where None."""
-        first, slope = self.difficulty
-        return max(first + slope * unigram_bits, 0.05) if unigram_bits is not None else 1.0
-
     def before_start(
-        self, parameters: float, num_bytes: float, vocab_size: int, unigram_bits: float | None
+        self, parameters: float, num_bytes: float, vocab_size: int, difficulty: Difficulty | None
     ) -> Forecast:
-        """Return the forecast of a run that has not begun; without `unigram_bits` a wide one."""
-        sigma = self.sigma if unigram_bits is not None else 2 * self.sigma
+        """Return the forecast of a run that has not begun; of unknown difficulty a wide one."""
         relative = self.relative(parameters, num_bytes, vocab_size)
-        return Forecast.of(self.scale(unigram_bits) * relative, sigma)
+        scale = (difficulty or TYPICAL).at(num_bytes)
+        return Forecast.of(scale * relative, self.sigma if difficulty else 5 * self.sigma)
 
-    def during(
-        self, parameters: float, *, observed: float, bytes_done: float, num_bytes: float, share: float
-    ) -> Forecast:
-        """Return the forecast from an evaluation on the way: it gives the difficulty of the text.
+    def during(self, parameters: float, *, observed: float, num_bytes: float, share: float) -> Forecast:
+        """Return the forecast from an evaluation on the way.
 
         Args:
             parameters: N.
             observed: bits per byte of the evaluation.
-            bytes_done: D up to the evaluation.
             num_bytes: D of the whole run.
             share: of the run that is done, from 0 to 1.
         """
-        above, sigma = self._on_curve(share)
-        expected = self.relative(parameters, bytes_done) * math.exp(above)
-        return Forecast.of(observed * self.relative(parameters, num_bytes) / expected, sigma)
+        d, sigma = self._on_curve(share)
+        known = min(num_bytes / _SMALLEST_RUN, 1.0)
+        gain = d * self.gain(parameters, num_bytes) * known**0.5
+        sigma /= max(known, 0.1)
+        final = observed - min(gain, _LARGEST_GAIN * observed)
+        return Forecast(final, max(final - _DEVIATIONS * sigma, 0.0), final + _DEVIATIONS * sigma)
+
+    def gain(self, parameters: float, num_bytes: float) -> float:
+        """Return 1 - g ln(D / 1 MB) - h L/s: the bits/byte that the rest of a run gains, up to d.
+
+        With text of any difficulty it was about the same; larger models gain more, and long runs less. The
+        factor d depends on the share of the run that is done.
+        """
+        g, h = self.rest
+        relative = self.relative(parameters, num_bytes)
+        return max(1 - g * math.log(max(num_bytes, 1.0) / 1e6) - h * relative, _SMALLEST_GAIN)
 
     def _on_curve(self, share: float) -> tuple[float, float]:
-        """Return how far log L lies above the law at a share of a run, and the deviation from there."""
+        """Return d at a share of a run, and the deviation of the forecast from there in bits/byte."""
         start, *values = self.curve[0]
         for end, *following in self.curve:
             if end >= share:
@@ -145,16 +190,34 @@ def packaged_law() -> ScalingLaw:
     return ScalingLaw.from_dict(json.loads(LAW.read_text(encoding="utf-8")))
 
 
-def unigram_bits(ids: Iterable[Sequence[int]], num_bytes: int) -> float:
-    """Return the entropy of the tokens of some documents, in bits per byte of their text.
+def bigram_bits(
+    training: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], num_bytes: int
+) -> float:
+    """Return the bits per byte of a bigram model on held-out documents.
 
-    The measure of a text's difficulty: what a model without context would reach.
+    The model is interpolated by the method of Witten and Bell (1991, IEEE Trans. Inf. Theory 37(4)): the
+    more different tokens have followed one, the more likely is a token that has not.
 
     Args:
-        ids: token ids of each document.
-        num_bytes: UTF-8 bytes of all documents.
+        training: token ids of the documents that are counted.
+        held_out: those of the documents to predict.
+        num_bytes: UTF-8 bytes of the latter.
     """
-    counts = Counter(token for document in ids for token in document)
-    total = counts.total()
-    entropy = -sum(n * math.log2(n / total) for n in counts.values())
-    return entropy / max(num_bytes, 1)
+    pairs = Counter(pair for ids in training for pair in zip((_START, *ids), ids, strict=False))
+    before: Counter[int] = Counter()
+    followers: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    for (first, second), number in pairs.items():
+        before[first] += number
+        followers[first] += 1
+        tokens[second] += number
+    total, kinds = tokens.total(), max(len(tokens), 1)
+    bits = 0.0
+    for ids in held_out:
+        for pair in zip((_START, *ids), ids, strict=False):
+            first, second = pair
+            alone = (tokens[second] + kinds / REFERENCE_VOCABULARY) / (total + kinds)
+            new = followers[first]
+            probability = (pairs[pair] + new * alone) / (before[first] + new) if new else alone
+            bits -= math.log2(probability)
+    return bits / max(num_bytes, 1)

@@ -53,7 +53,9 @@ from .text_sample import TextSample, read_sample, text_size, trained_tokenizer
 
 # Seconds to measure the steps of a candidate, and all candidates: a share of a time budget, within limits.
 _MEASURE_SECONDS = 0.4
-_SEARCH_SHARE, _SEARCH_SECONDS = 0.1, (4.0, 40.0)
+_SEARCH_SHARE, _SEARCH_SECONDS = 0.1, 40.0
+# A short budget has as many candidates to measure: 8 s, or a larger share where that is too much.
+_SHORT_SEARCH_SHARE, _SHORT_SEARCH_SECONDS = 0.4, 8.0
 # Compiling takes 10 to 20 s. With fused kernels in a CUDA graph it gains little, elsewhere much.
 _COMPILE_AFTER = {True: 1200.0, False: 300.0}
 
@@ -215,8 +217,9 @@ def _decide(
     text = text_size(config, sample(), choose_tokenizer=choose_tokenizer)
     recompute = config.activation_checkpointing
     chooser = Chooser(budget, text, machine, packaged_law(), kept, config.optimizer, recompute)
-    low, high = _SEARCH_SECONDS
-    end = time.monotonic() + min(max(_SEARCH_SHARE * (budget.seconds or 3600.0), low), high)
+    seconds = budget.seconds or 3600.0
+    least = min(_SHORT_SEARCH_SHARE * seconds, _SHORT_SEARCH_SECONDS)
+    end = time.monotonic() + min(max(_SEARCH_SHARE * seconds, least), _SEARCH_SECONDS)
     ranked = yield from search(chooser, lambda: end - time.monotonic())
     yield _Outcome(_with_alternatives(ranked), text, machine)
 

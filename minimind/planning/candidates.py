@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..config import recipe
 from ..config.budget import Budget
 from ..config.recipe import ModelShape
-from ..evaluation.scaling_law import Forecast
+from ..evaluation.scaling_law import Difficulty, Forecast
 
 # Evaluations of a run, and the share of the budget that one may take.
 EVALUATIONS = 6
@@ -40,12 +40,12 @@ class TextSize:
 
     Attributes:
         num_bytes: UTF-8 bytes, about.
-        unigram_bits: see `scaling_law.unigram_bits`; None where unknown.
+        difficulty: None where unknown.
         tokenizers: at least one.
     """
 
     num_bytes: float
-    unigram_bits: float | None
+    difficulty: Difficulty | None
     tokenizers: tuple[TokenizerChoice, ...]
 
 
@@ -117,9 +117,9 @@ class Candidate:
         return self.steps * self.step_seconds
 
     @property
-    def key(self) -> tuple[ModelShape, int]:
-        """What the speed of a step depends on besides the batch."""
-        return self.shape, self.tokenizer.vocab_size
+    def key(self) -> tuple[ModelShape, int, int]:
+        """What the time of a step depends on."""
+        return self.shape, self.tokenizer.vocab_size, self.batch_tokens
 
 
 class BatchChoice(NamedTuple):

@@ -36,14 +36,14 @@ _GPU_EFFICIENCY, _GPU_EFFICIENCY_WIDTH = 0.75, 150
 _CPU_EFFICIENCY = 0.6
 _LAUNCH_SECONDS = {"cuda": 4e-4}
 _LAUNCH_SECONDS_ELSEWHERE = 2e-4
-# With twice the batch of the rule, 12% more tokens are needed to the same loss (docs/experiments.md).
-_BATCH_TOLERANCE = 7.0
 # Batches to compare, as multiples of that of the rule.
 BATCHES = (1, 2, 4)
 # FLOPs of Newton-Schulz per weight and column of a matrix: five iterations of three products.
 _ORTHOGONALIZE = 30
 # A trained tokenizer must lower the expected bits per byte by this much.
 WORTHWHILE = 0.003
+# Candidates that are worse by no more than this are measured, too.
+_CLOSE = 0.05
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Chooser:
         law: forecasts the result.
         kept: options that are set, by name.
         optimizer: name.
-        speeds: measured seconds over expected seconds, by shape and vocabulary.
+        speeds: measured seconds over expected seconds, by shape, vocabulary and batch.
         too_large: shapes, vocabularies and micro-batches that did not fit into memory.
     """
 
@@ -68,7 +68,7 @@ class Chooser:
     kept: Mapping[str, Any]
     optimizer: str = "normuon"
     recompute: bool = False
-    speeds: dict[tuple[ModelShape, int], float] = field(default_factory=dict)
+    speeds: dict[tuple[ModelShape, int, int], float] = field(default_factory=dict)
     too_large: set[tuple[ModelShape, int, int]] = field(default_factory=set)
 
     def ranked(self) -> list[Candidate]:
@@ -91,6 +91,23 @@ class Chooser:
         if self.budget.tokens is not None:
             ordered = self._compute_optimal(ordered)
         return self._prefer_packaged(ordered)
+
+    def next_to_measure(self) -> Candidate | None:
+        """Return the best candidate until it is measured, then close ones of other shapes or another batch.
+
+        The expected speeds are wrong by different factors, so that a close candidate may be the best.
+        """
+        ranked = self.ranked()
+        best = ranked[0]
+        if not best.measured:
+            return best
+        if self.budget.seconds is None:
+            return None  # speed decides nothing
+        shapes = {shape for shape, _, _ in self.speeds}
+        batches = (c for c in self._candidates() if (c.shape, c.tokenizer) == (best.shape, best.tokenizer))
+        contenders = [*(c for c in ranked if c.shape not in shapes), *sorted(batches, key=_badness)]
+        limit = (1 + _CLOSE) * _badness(best)
+        return next((c for c in contenders if not c.measured and _badness(c) <= limit), None)
 
     def learn(self, candidate: Candidate, step_seconds: float) -> None:
         """Note the measured time of a step of a candidate, with the batch that the candidate has."""
@@ -130,8 +147,9 @@ class Chooser:
         for shape, tokenizer in itertools.product(shapes, self.text.tokenizers):
             most = recipe.MOST_PARAMETERS_PER_TOKEN * self._unique_tokens(tokenizer)
             if shape in shapes[:3] or shape.block_parameters <= most:
+                rule = self._rule_batch(shape, tokenizer)
                 for multiple in (1,) if given else BATCHES:
-                    if (candidate := self._candidate(shape, tokenizer, multiple)) is not None:
+                    if (candidate := self._candidate(shape, tokenizer, multiple * rule)) is not None:
                         yield candidate
 
     def _shapes(self) -> list[ModelShape]:
@@ -151,19 +169,36 @@ class Chooser:
         ]
         return list(dict.fromkeys(valid or shapes))
 
-    def _candidate(self, shape: ModelShape, tokenizer: TokenizerChoice, multiple: int) -> Candidate | None:
-        """Return a candidate; None where it does not fit into memory, or into the budget."""
-        unique = self._unique_tokens(tokenizer)
-        limit = unique * (self.kept.get("epochs") or recipe.MOST_EPOCHS)
-        tokens = min(unique, 1e6)
+    def _rule_batch(self, shape: ModelShape, tokenizer: TokenizerChoice) -> int:
+        """Return the tokens of a batch by the rule, for the horizon of the budget."""
+        tokens = min(self._unique_tokens(tokenizer), 1e6)
         # The batch follows from the tokens, and with the speed the tokens from the batch.
         for _ in range(4):
-            plan = self._batch(shape, tokenizer, tokens, multiple)
+            batch_tokens = recipe.global_batch_tokens(tokens)
+            plan = self._batch(shape, tokenizer, batch_tokens)
             if plan is None:
-                return None
-            step_seconds = self._step_seconds(shape, tokenizer, plan)
-            tokens = min(self._affordable_tokens(shape, tokenizer, plan, step_seconds), limit)
-        assert plan is not None
+                break
+            tokens = self._horizon(shape, tokenizer, plan)
+        return batch_tokens
+
+    def _horizon(self, shape: ModelShape, tokenizer: TokenizerChoice, plan: BatchChoice) -> float:
+        """Return the tokens that the budget and the limit of epochs allow."""
+        affordable = self._affordable_tokens(
+            shape, tokenizer, plan, self._step_seconds(shape, tokenizer, plan)
+        )
+        return min(affordable, self._most_tokens(tokenizer))
+
+    def _most_tokens(self, tokenizer: TokenizerChoice) -> float:
+        return self._unique_tokens(tokenizer) * (self.kept.get("epochs") or recipe.MOST_EPOCHS)
+
+    def _candidate(
+        self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int
+    ) -> Candidate | None:
+        """Return a candidate; None where it does not fit into memory, or into the budget."""
+        plan = self._batch(shape, tokenizer, batch_tokens)
+        if plan is None:
+            return None
+        tokens = self._horizon(shape, tokenizer, plan)
         steps = int(tokens / plan.batch_tokens)
         if steps < 1:
             return None
@@ -174,11 +209,11 @@ class Chooser:
             tokenizer=tokenizer,
             global_batch_size=plan.batch_tokens // plan.seq_len,
             steps=steps,
-            epochs=done / unique,
-            step_seconds=step_seconds,
+            epochs=done / self._unique_tokens(tokenizer),
+            step_seconds=self._step_seconds(shape, tokenizer, plan),
             forecast=self._forecast(shape, tokenizer, done, plan.batch_tokens),
-            measured=(shape, tokenizer.vocab_size) in self.speeds,
-            limited=tokens >= limit,
+            measured=(shape, tokenizer.vocab_size, plan.batch_tokens) in self.speeds,
+            limited=tokens >= self._most_tokens(tokenizer),
         )
 
     def _unique_tokens(self, tokenizer: TokenizerChoice) -> float:
@@ -214,19 +249,15 @@ class Chooser:
     def _forecast(
         self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, batch_tokens: int
     ) -> Forecast:
-        excess = max(batch_tokens / recipe.global_batch_tokens(tokens), 1.0)
-        useful = tokens * (1 + 1 / _BATCH_TOLERANCE) / (1 + excess / _BATCH_TOLERANCE)
+        useful = recipe.useful_tokens(tokens, batch_tokens)
         worth = recipe.effective_tokens(useful, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
-            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.unigram_bits
+            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.difficulty
         )
 
-    def _batch(
-        self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, multiple: int
-    ) -> BatchChoice | None:
-        """Return the batch for a horizon; None where not even one sequence fits into memory."""
-        batch_tokens = multiple * recipe.global_batch_tokens(tokens)
+    def _batch(self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int) -> BatchChoice | None:
+        """Return the sizes of a step of so many tokens; None where not one sequence fits into memory."""
         seq_len = self.kept.get("max_seq_len") or recipe.sequence_length(batch_tokens)
         processes = self.machine.processes
         micro, accumulation = self.kept.get("batch_size"), self.kept.get("accumulation_steps")
@@ -270,10 +301,15 @@ class Chooser:
         expected = self._expected_step_seconds(shape, tokenizer, plan)
         if not self.speeds:
             return expected
-        key = shape, tokenizer.vocab_size
+        size = math.log(shape.parameters(tokenizer.vocab_size))
+
+        def distance(key: tuple[ModelShape, int, int]) -> tuple[bool, float, float]:
+            other, vocab_size, batch_tokens = key
+            apart = abs(math.log(other.parameters(vocab_size)) - size)
+            return other != shape, apart, abs(math.log(batch_tokens / plan.batch_tokens))
+
         # What was not measured is off by as much as what was measured nearest to it.
-        nearest = min(self.speeds, key=lambda k: (k[0] != shape, abs(_log_size(k) - _log_size(key))))
-        return expected * self.speeds[nearest]
+        return expected * self.speeds[min(self.speeds, key=distance)]
 
     def _expected_step_seconds(
         self, shape: ModelShape, tokenizer: TokenizerChoice, plan: BatchChoice | Candidate
@@ -296,15 +332,10 @@ def _badness(candidate: Candidate) -> float:
     return candidate.forecast.bits_per_byte
 
 
-def _log_size(key: tuple[ModelShape, int]) -> float:
-    shape, vocab_size = key
-    return math.log(shape.parameters(vocab_size))
-
-
 def search(
     chooser: Chooser, time_left: Callable[[], float]
 ) -> Generator[Candidate, float | None, list[Candidate]]:
-    """Yield the best candidates one after another to be measured, and return all, ranked.
+    """Yield the best and close candidates one after another to be measured, and return all, ranked.
 
     Send the seconds of a step for each; None for one that does not fit into memory.
 
@@ -313,7 +344,7 @@ def search(
         time_left: seconds left for measuring. One candidate is measured whatever it takes.
     """
     longest = 0.0
-    while not (candidate := chooser.ranked()[0]).measured:
+    while (candidate := chooser.next_to_measure()) is not None:
         before = time_left()
         if chooser.speeds and before < longest:
             break

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
+import math
+import random
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +20,16 @@ from ..config.options import PretrainConfig
 from ..data.builtin_corpus import builtin_documents
 from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
-from ..data.sources import read_sources
+from ..data.sources import DataSource, read_sources
 from ..errors import DataError
-from ..evaluation.scaling_law import unigram_bits
+from ..evaluation.scaling_law import TYPICAL, Difficulty, bigram_bits
 from ..io.lock import LockedError, hold_lock
 from ..io.reading import parse_json
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 from .candidates import TextSize, TokenizerChoice
 
 # Text that is read, from files spread over all, and of it the text that a tokenizer is trained on.
-SAMPLE_BYTES = 4_000_000
+SAMPLE_BYTES = 8_000_000
 SAMPLE_FILES = 64
 # Read so much of a file to know how much text it holds.
 _AHEAD_BYTES = 2_000_000
@@ -33,6 +38,10 @@ _PLACES = 32
 # Vocabularies to choose from. One needs about 400 bytes of sample per entry for its entries to be common.
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384)
 BYTES_PER_ENTRY = 400
+# Bytes of the documents that the bigram model counts.
+_BIGRAM_BYTES = 1_000_000
+# Of fewer documents than this, pieces of so many characters are counted and predicted in their place.
+_FEW_DOCUMENTS, _PIECE = 16, 2000
 # Every so many documents one is kept from training the tokenizer, to count its tokens.
 _HELD_OUT = 8
 _LOCK_SECONDS = 600.0
@@ -67,7 +76,9 @@ class TextSample:
 
 
 def read_sample(config: PretrainConfig) -> TextSample:
-    """Read a sample of the training text: the first documents of files spread evenly over all of them.
+    """Read a sample of the training text: documents of files spread evenly over all of them.
+
+    A file has the share of the sample that it has of the run: by its size, or the weight of its source.
 
     Raises:
         DataError: for data that is missing or unreadable.
@@ -78,10 +89,12 @@ def read_sample(config: PretrainConfig) -> TextSample:
     sources = read_sources(config.data, text_key=config.text_key)
     files = [path for source in sources for path in source.paths]
     chosen = files[:: -(-len(files) // SAMPLE_FILES)]
-    quota = SAMPLE_BYTES / len(chosen)
+    shares = _shares(sources)
+    each = SAMPLE_BYTES / sum(shares[path] for path in chosen)
     documents_read: list[str] = []
     text_bytes = file_bytes = 0.0
     for path in chosen:
+        quota = each * shares[path]
         if path.suffix == ".jsonl" and path.stat().st_size > 2 * quota:
             kept, done = _spread(path, config.text_key, quota)
             read = _bytes(kept)
@@ -95,6 +108,16 @@ def read_sample(config: PretrainConfig) -> TextSample:
     return TextSample(tuple(documents_read), max(text_bytes / file_bytes * total, text_bytes))
 
 
+def _shares(sources: Sequence[DataSource]) -> dict[Path, float]:
+    """Return the share of each file in the training tokens, in any unit."""
+    shares: dict[Path, float] = {}
+    for source in sources:
+        sizes = {path: max(path.stat().st_size, 1) for path in source.paths}
+        unit = 1.0 if source.weight is None else source.weight / sum(sizes.values())
+        shares |= {path: size * unit for path, size in sizes.items()}
+    return shares
+
+
 def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: bool) -> TextSize:
     """Return the size of the text of a run, and its tokens with each tokenizer to choose from.
 
@@ -102,7 +125,6 @@ def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: b
     """
     held_out = sample.held_out
     num_bytes = _bytes(held_out)
-    ids = load_tokenizer().encode_batch(held_out)
     # Every document ends with a token of no bytes, and begins with one.
     marks = 2 * len(held_out)
     given = load_tokenizer(config.tokenizer)
@@ -116,7 +138,29 @@ def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: b
             tokens = sum(map(len, _of_size(rules, size).encode_batch(held_out))) + marks
             found.append(TokenizerChoice(size, num_bytes / tokens, trained=True))
     share = 1.0 if config.val_data else 1 - config.val_fraction
-    return TextSize(share * sample.num_bytes, unigram_bits(ids, num_bytes), tuple(found))
+    return TextSize(share * sample.num_bytes, _difficulty(sample), tuple(found))
+
+
+def _difficulty(sample: TextSample) -> Difficulty:
+    """Return what a bigram model of the sample reaches on other documents of it."""
+    documents = list(sample.documents)
+    if len(documents) < _FEW_DOCUMENTS:
+        pieces = (text[k : k + _PIECE] for text in documents for k in range(0, len(text), _PIECE))
+        documents = list(pieces) or documents
+    # Documents that are neighbours in a file are alike.
+    random.Random(0).shuffle(documents)
+    ends = list(itertools.accumulate(_bytes([text]) for text in documents))
+    most = min(_BIGRAM_BYTES, 0.75 * ends[-1])
+    half, full, last = (bisect.bisect_left(ends, n) + 1 for n in (most / 2, most, most + _BIGRAM_BYTES))
+    tokenizer = load_tokenizer()
+    training = tokenizer.encode_batch(documents[:full])
+    held_out = documents[full:last] or documents
+    ids, num_bytes = tokenizer.encode_batch(held_out), _bytes(held_out)
+    bits, earlier = (bigram_bits(training[:n], ids, num_bytes) for n in (full, half))
+    slope = TYPICAL.slope
+    if bits > 0 and ends[half - 1] < ends[full - 1]:
+        slope = math.log(earlier / bits) / math.log(ends[full - 1] / ends[half - 1])
+    return Difficulty(bits * (max(most, 1.0) / _BIGRAM_BYTES) ** TYPICAL.slope, slope)
 
 
 def trained_tokenizer(config: PretrainConfig, sample: TextSample, vocab_size: int) -> str:

@@ -33,7 +33,6 @@ class RunForecast:
         return self._law.during(
             self._parameters,
             observed=bits_per_byte,
-            bytes_done=self._worth(tokens),
             num_bytes=self._worth(tokens / share),
             share=share,
         )

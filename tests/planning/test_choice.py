@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from minimind.config import recipe
 from minimind.config.budget import BUDGET_OPTIONS, Budget
 from minimind.config.options import PretrainConfig
 from minimind.errors import ConfigError
-from minimind.evaluation.scaling_law import Forecast, packaged_law
+from minimind.evaluation.scaling_law import Difficulty, Forecast, packaged_law
 from minimind.formats.huggingface import save_model
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -34,7 +35,7 @@ from minimind.planning.choice import USABLE, Chooser, search
 GPU = Machine("cuda", "a GPU", 1, matmul_flops=6e14, memory=80e9, precision="bf16", fused=True)
 CPU = Machine("cpu", "CPU", 1, matmul_flops=8e10, memory=8e9, precision="no")
 PACKAGED, TRAINED = TokenizerChoice(6400, 3.0), TokenizerChoice(8192, 3.6, trained=True)
-TEXT = TextSize(160e6, 3.5, (PACKAGED, TRAINED))
+TEXT = TextSize(160e6, Difficulty(2.7, 0.07), (PACKAGED, TRAINED))
 ENDLESS = dataclasses.replace(TEXT, num_bytes=160e9)
 
 
@@ -49,9 +50,9 @@ def options(of: Chooser) -> dict[str, Any]:
 
 def test_more_time_buys_a_larger_model_more_tokens_and_fewer_bits() -> None:
     best = [chooser(Budget(seconds=s), text=ENDLESS).ranked()[0] for s in (20, 60, 180, 1800, 4 * 3600)]
-    for name in ("tokens", "batch_tokens"):
-        values = [getattr(candidate, name) for candidate in best]
-        assert values == sorted(values)
+    tokens = [candidate.tokens for candidate in best]
+    assert tokens == sorted(tokens)
+    assert best[0].batch_tokens < best[-1].batch_tokens
     sizes = [candidate.shape.block_parameters for candidate in best]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
@@ -163,7 +164,11 @@ def random_cases() -> list[tuple[Budget, TextSize, dict[str, Any], float, int]]:
         budget = draw.choice(
             [Budget(seconds=10 ** draw.uniform(1, 5)), Budget(tokens=10 ** draw.uniform(6, 10))]
         )
-        text = TextSize(10 ** draw.uniform(6, 11), draw.uniform(2.5, 4.5), (PACKAGED, TRAINED))
+        text = TextSize(
+            10 ** draw.uniform(6, 11),
+            Difficulty(draw.uniform(2, 4), draw.uniform(0.02, 0.1)),
+            (PACKAGED, TRAINED),
+        )
         kept = {"max_seq_len": draw.choice([128, 512, 2048, 8192])} if draw.random() < 0.6 else {}
         cases.append((budget, text, kept, draw.choice([6e9, 12e9, 24e9, 80e9]), draw.choice([1, 1, 2, 8])))
     return cases
@@ -206,6 +211,46 @@ def test_the_search_measures_until_the_best_is_measured(slower: float, too_large
     assert len(asked) < 30
     refused = [(c.shape, c.tokenizer.vocab_size, c.micro_batch_size) for c in asked[:too_large]]
     assert (ranked[0].shape, ranked[0].tokenizer.vocab_size, ranked[0].micro_batch_size) not in refused
+
+
+def measured(found: Chooser, factor: Callable[[Candidate], float]) -> tuple[list[Candidate], Candidate]:
+    """Return what a search asks to measure, and its choice, if a step takes `factor` times as expected."""
+    asked: list[Candidate] = []
+    running = search(found, lambda: 1e9)
+    answer: float | None = None
+    try:
+        while True:
+            asked.append(running.send(answer))
+            last = asked[-1]
+            expected = found._expected_step_seconds(last.shape, last.tokenizer, last)
+            answer = expected * factor(last)
+    except StopIteration as end:
+        return asked, end.value[0]
+
+
+def test_a_shape_or_a_batch_that_is_faster_than_expected_is_found() -> None:
+    first = chooser(Budget(seconds=60)).ranked()[0]
+
+    def larger_is_faster(candidate: Candidate) -> float:
+        return 0.5 if candidate.shape.hidden_size > first.shape.hidden_size else 1.0
+
+    asked, best = measured(chooser(Budget(seconds=60)), larger_is_faster)
+    assert asked[0] == first
+    assert best.measured
+    assert best.shape.hidden_size > first.shape.hidden_size
+
+    def other_batch_is_faster(candidate: Candidate) -> float:
+        return 1.0 if candidate.batch_tokens == first.batch_tokens else 0.7
+
+    asked, best = measured(chooser(Budget(seconds=60)), other_batch_is_faster)
+    assert best.measured
+    assert best.batch_tokens != first.batch_tokens
+    assert len({candidate.key for candidate in asked}) == len(asked) < 20
+
+
+def test_one_measurement_is_enough_where_speed_decides_nothing() -> None:
+    asked, best = measured(chooser(Budget(tokens=50e6)), lambda candidate: 3.0)
+    assert [candidate.shape for candidate in asked] == [best.shape]
 
 
 def test_a_search_without_time_measures_one() -> None:
@@ -291,14 +336,13 @@ def test_processes_share_the_batches_of_an_evaluation() -> None:
     assert (alone["eval_batches"], four["eval_batches"]) == (34, 8)
 
 
-def test_twice_the_batch_needs_an_eighth_more_tokens() -> None:
+def test_a_batch_larger_than_that_of_the_rule_costs_tokens() -> None:
     found, shape = chooser(Budget(seconds=200), text=ENDLESS), recipe.ModelShape.of(512, 8)
     batch = recipe.global_batch_tokens(61e6)
-    of_the_rule = found._forecast(shape, PACKAGED, 61e6, batch)
-    assert found._forecast(shape, PACKAGED, 61e6 * 9 / 8, 2 * batch).bits_per_byte == pytest.approx(
-        of_the_rule.bits_per_byte
-    )
-    assert found._forecast(shape, PACKAGED, 61e6, batch // 2) == of_the_rule
+    assert recipe.useful_tokens(61e6, batch // 2) == recipe.useful_tokens(61e6, batch) == 61e6
+    assert recipe.useful_tokens(61e6, 4 * batch) == pytest.approx(61e6 * 13 / 16)
+    bits = [found._forecast(shape, PACKAGED, 61e6, m * batch).bits_per_byte for m in (1, 2, 4)]
+    assert bits[0] < bits[1] < bits[2] < 1.05 * bits[0]
 
 
 def test_a_text_too_small_for_any_model_is_tried_with_the_three_smallest() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from minimind import PretrainConfig, load_tokenizer
+from minimind.evaluation.scaling_law import TYPICAL, Difficulty
 from minimind.planning import text_sample
 from minimind.planning.text_sample import TextSample, _spread, read_sample, text_size, trained_tokenizer
 
@@ -72,6 +74,47 @@ def test_a_file_of_up_to_twice_the_sample_is_read_from_its_beginning(
     sample = read_sample(config(path)).documents
     assert (sample == tuple(texts[: len(sample)])) == (not spread)
     assert len(sample) < 300
+
+
+@pytest.mark.parametrize(("weights", "share"), [(("", ""), 0.25), ((":0.6", ":0.4"), 0.6)])
+def test_a_file_has_the_share_of_the_sample_that_it_has_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[str, str], share: float
+) -> None:
+    first = write(tmp_path / "a.jsonl", ["first " + text for text in documents(1000)])
+    second = write(tmp_path / "b.jsonl", ["other " + text for text in documents(3000)])
+    monkeypatch.setattr(text_sample, "SAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(text_sample, "_AHEAD_BYTES", 10_000)
+    data = tuple(f"{path}{weight}" for path, weight in zip((first, second), weights, strict=True))
+    sample = read_sample(PretrainConfig(data=data)).documents
+    number = sum(text.startswith("first") for text in sample)
+    assert number / len(sample) == pytest.approx(share, abs=0.05)
+
+
+def test_the_difficulty_is_that_of_other_documents_and_falls_with_more_to_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = random.Random(0)
+
+    def difficulty(words: int, number: int = 400) -> Difficulty:
+        texts = (" ".join(WORDS[draw.randrange(words)] for _ in range(60)) for _ in range(number))
+        return text_sample._difficulty(TextSample(tuple(texts), 1e6))
+
+    easy, hard = difficulty(3), difficulty(17)
+    assert 0 < easy.bits < hard.bits < 8
+    assert 0 < hard.slope < 0.3
+    # From few documents it is what 1 MB would reach.
+    draw.seed(1)
+    few = difficulty(17, 50)
+    monkeypatch.setattr(text_sample, "_BIGRAM_BYTES", 16_000_000)
+    draw.seed(1)
+    assert difficulty(17, 50).bits == pytest.approx(few.bits / 16**TYPICAL.slope)
+
+
+@pytest.mark.parametrize("texts", [("",), ("a",), ("word " * 4000,), ("", "x" * 50)])
+def test_few_documents_have_a_difficulty(texts: tuple[str, ...]) -> None:
+    found = text_sample._difficulty(TextSample(texts, 1e6))
+    assert 0 <= found.bits < 20
+    assert found.at(1e5) == pytest.approx(found.bits, rel=0.5)
 
 
 def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
