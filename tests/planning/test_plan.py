@@ -413,11 +413,12 @@ def test_without_a_gpu_more_gpus_are_planned_by_the_peak_of_an_h100(
     flops = scaled.step_tokens / 2 * scaled_flops(large)
     assert scaled.one.seconds == pytest.approx(flops / (0.4 * 989.4e12))
     tied = scaled.one.embedding_parameters
-    untied = dataclasses.replace(config, tie_word_embeddings=False, optimizer="adamw")
+    untied = dataclasses.replace(config, tie_word_embeddings=False, optimizer="adamw", reduce_dtype="bf16")
     scaled = plan_run(untied, scale=ScaleRequest(2), quiet=True).scaled
     assert scaled is not None
     assert scaled.one.embedding_parameters == 2 * tied * config.hidden_size // 4096
     assert scaled.one.muon is None
+    assert (tied, scaled.one.gradient_bytes) == (6400 * 4096, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="start --plan without a launcher"):
         plan_run(config, scale=ScaleRequest(2), quiet=True)
