@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -224,7 +227,8 @@ def prepare(
     with warnings.catch_warnings():
         # Accelerate still passes the old name of the option.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        model, optimizer = accelerator.prepare(model, optimizer)
+        with _on_capture_stream(accelerator):
+            model, optimizer = accelerator.prepare(model, optimizer)
     expected: type = nn.Module
     if accelerator.is_fsdp2:
         expected = FSDPModule
@@ -250,6 +254,30 @@ def prepare(
             f"{accumulation_steps}; remove gradient_accumulation_steps from its configuration."
         )
     return model, optimizer
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which steps are captured in CUDA graphs, the same on every call."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _on_capture_stream(accelerator: Accelerator) -> Iterator[None]:
+    """Wrap the model in DDP on the stream of later captures.
+
+    DDP keeps the nodes that accumulate gradients, and they keep the stream of their creation: on another one
+    a backward pass could not be captured. Passes on other streams synchronize with it.
+    """
+    if accelerator.device.type != "cuda" or accelerator.num_processes == 1 or accelerator.is_fsdp2:
+        yield
+        return
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    stream, current = capture_stream(accelerator.device), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def _init_process_group(timeout: timedelta) -> None:

@@ -158,15 +158,13 @@ def build_optimizer(
         groups.append({"params": routers, "weight_decay": config.weight_decay, "lr_scale": ROUTER_SCALE})
         used = [group for group in groups if group["params"]]
         lr = config.peak_learning_rate
-        return Muon(
-            used,
-            lr,
-            betas=betas,
-            momentum=MOMENTUM,
-            fused=fused,
-            kernels=kernels,
-            process_group=process_group,
-        )
+        options: dict[str, Any] = {
+            "momentum": MOMENTUM,
+            "fused": fused,
+            "kernels": kernels,
+            "process_group": process_group,
+        }
+        return Muon(used, lr, betas=betas, **options)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.peak_learning_rate,

@@ -35,7 +35,7 @@ from ..run_folder import RunFolder
 from ..schedule import warmup_problem, warmup_steps
 from ..tracking.console import Progress
 from ..tracking.trackers import check_trackers
-from ..training.build_model import compile_mode
+from ..training.compilation import compile_mode
 from ..training.setup import RunInputs, resolve_batch_size_alone, resolve_run
 from .benchmark import BenchmarkResult, TooLargeError, benchmark, micro_batch_flops
 from .memory import Compiled, MemoryEstimate, estimate_memory, optimizer_bytes

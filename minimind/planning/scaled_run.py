@@ -20,7 +20,7 @@ from ..modeling.config import MiniMindConfig
 from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import build_optimizer
-from ..training.build_model import USUAL_MFU
+from ..training.compilation import USUAL_MFU
 from ..training.peak_flops import device_peak_flops
 from ..training.setup import RunInputs
 from .benchmark import BenchmarkResult, micro_batch_flops

@@ -8,7 +8,8 @@ between kernels.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loader import MicroBatch
+from ..distributed.accelerator import capture_stream
 from .load_balancing import ExpertBalance
 from .step_timer import PhaseMarks, StepTimer
 
@@ -213,8 +215,7 @@ class ForwardBackwardGraph:
         # Reference cycles may hold memory, or an autograd graph of another stream.
         gc.collect()
         try:
-            # The prefetch thread keeps copying to the device meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _captured(graph, batch.input_ids.device):
                 marks = _ForwardEnd(self._forward_end)
                 own = None if balance is None else balance.empty()
                 self._loss = self._captured(self._batch, self._scale, own, marks)
@@ -305,7 +306,7 @@ class UpdateGraph:
         graph = torch.cuda.CUDAGraph()
         gc.collect()
         try:
-            with torch.cuda.graph(graph, pool=self._forward_backward.pool, capture_error_mode="thread_local"):
+            with _captured(graph, sums.device, self._forward_backward.pool):
                 self._values = self._update(self._sums, self._limit)
         except RuntimeError as error:
             self._captures = MOST_CAPTURES
@@ -332,6 +333,19 @@ class StepGraphs:
         self.forward_backward.release()
         if self.update is not None:
             self.update.release()
+
+
+@contextmanager
+def _captured(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
+    """Capture what is done in the context."""
+    before = torch.cuda.current_stream(device)
+    try:
+        # The prefetch thread keeps copying to the device meanwhile.
+        with torch.cuda.graph(graph, pool, capture_stream(device), capture_error_mode="thread_local"):
+            yield
+    finally:
+        # After a failure the stream of the capture would remain the current one.
+        torch.cuda.set_stream(before)
 
 
 class _ForwardEnd:

@@ -29,7 +29,8 @@ from ..modeling.transformer import MiniMindForCausalLM
 from ..run_folder import RunFolder
 from ..tokenizer import Tokenizer
 from .auto_batch_size import resolve_batch_size
-from .build_model import build_graphs, build_model, compile_and_wrap, resolve_model_config
+from .build_model import build_model, compile_and_wrap, resolve_model_config
+from .compilation import build_graphs
 from .cuda_graph import StepGraphs
 from .custom_parts import CustomParts
 

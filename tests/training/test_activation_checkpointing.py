@@ -15,7 +15,8 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.training.build_model import compile_and_wrap, compile_mode
+from minimind.training.build_model import compile_and_wrap
+from minimind.training.compilation import compile_mode
 from support import topologies
 
 

@@ -18,13 +18,9 @@ from minimind.modeling.kernels import dispatch as fused
 from minimind.optim import build as optim
 from minimind.optim.build import build_optimizer
 from minimind.training import build_model as prepared_model
-from minimind.training.build_model import (
-    SHORT_RUN,
-    USUAL_MFU,
-    build_graphs,
-    compile_and_wrap,
-    compiling_pays,
-)
+from minimind.training import compilation
+from minimind.training.build_model import compile_and_wrap
+from minimind.training.compilation import SHORT_RUN, USUAL_MFU, build_graphs, compiling_pays
 from support.cycle_corpus import write_corpus
 
 SHAPE = MiniMindConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -51,9 +47,7 @@ def machine(device: str = "cuda", processes: int = 1, precision: str = "bf16") -
 @pytest.fixture(autouse=True)
 def known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_BUILDABLE", True)
-    monkeypatch.setattr(
-        prepared_model, "peak_flops_of", lambda device: PEAK if device.type == "cuda" else None
-    )
+    monkeypatch.setattr(compilation, "peak_flops_of", lambda device: PEAK if device.type == "cuda" else None)
 
 
 def pays(tokens: int, accelerator: Any, model: type = MiniMindForCausalLM, **changes: Any) -> bool:
@@ -150,7 +144,7 @@ def test_a_model_that_is_not_known_has_a_graph_only_where_it_compiled(
 
 
 def test_on_a_gpu_whose_speed_is_not_known_short_runs_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_model, "peak_flops_of", lambda device: None)
+    monkeypatch.setattr(compilation, "peak_flops_of", lambda device: None)
     assert pays(1000, machine())
 
 

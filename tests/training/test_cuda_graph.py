@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.data.loader import MicroBatch
+from minimind.training import cuda_graph
 from minimind.training.cuda_graph import (
     MOST_CAPTURES,
     WARMUP,
@@ -61,6 +62,10 @@ class Model:
         monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda: None))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         monkeypatch.setattr(torch.cuda, "graph", self.captures)
+        self.stream = "main"
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        monkeypatch.setattr(cuda_graph, "capture_stream", lambda device: "capture")
         self._last: tuple[MicroBatch, Any, Tensor] | None = None
 
     def passes(self, batch: MicroBatch, scale: float | Tensor, balance: Any, marks: Any) -> Tensor:
@@ -74,7 +79,10 @@ class Model:
         return loss.detach()
 
     @contextmanager
-    def captures(self, graph: RecordedGraph, capture_error_mode: str) -> Iterator[None]:
+    def captures(
+        self, graph: RecordedGraph, pool: Any, stream: str, capture_error_mode: str
+    ) -> Iterator[None]:
+        self.stream = stream
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
         yield
@@ -197,6 +205,7 @@ def test_where_capturing_fails_one_warning_is_given_and_training_continues(
     for number in range(WARMUP + 3):
         graph(batch(number), 1.0)
     assert model.notes == ["CUDA graphs are not used: operation not permitted when stream is capturing"]
+    assert model.stream == "main"
     found = model.take_gradients()
     _, wanted = by_hand(model, list(range(WARMUP + 3)), 1.0)
     for a, b in zip(found[:2], wanted[:2], strict=True):
@@ -229,9 +238,11 @@ class Updates:
         return values
 
     @contextmanager
-    def captures(self, graph: RecordedGraph, capture_error_mode: str, pool: Any = None) -> Iterator[None]:
+    def captures(
+        self, graph: RecordedGraph, pool: Any, stream: str, capture_error_mode: str
+    ) -> Iterator[None]:
         if pool is None:
-            with self.model.captures(graph, capture_error_mode):
+            with self.model.captures(graph, pool, stream, capture_error_mode):
                 yield
             return
         if self.fails:
