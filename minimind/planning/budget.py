@@ -240,8 +240,7 @@ def _plan(
     if best.tokenizer.trained:
         options["tokenizer"] = trained_tokenizer(config, sample(), best.tokenizer.vocab_size)
     if "compile" not in kept and machine.device == "cuda":
-        alone = machine.fused and machine.processes == 1
-        options["compile"] = (budget.seconds or best.seconds) > _COMPILE_AFTER[alone]
+        options["compile"] = (budget.seconds or best.seconds) > _COMPILE_AFTER[machine.fused]
     if config.val_data:
         options.pop("val_fraction", None)
     if kept.get("lr_schedule", "wsd") != "wsd":
@@ -295,7 +294,7 @@ def measure_machine(accelerator: Accelerator, config: PretrainConfig) -> Machine
     flops = matmul_flops(device, accelerator.mixed_precision)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        limit = total * torch.cuda.get_per_process_memory_fraction(device)
+        limit = total * torch.cuda.get_per_process_memory_fraction(device.index)
         memory = float(min(free, limit))
         name = torch.cuda.get_device_name(device)
     else:
@@ -353,5 +352,7 @@ def measure_candidate(config: PretrainConfig, candidate: Candidate, accelerator:
             gc.collect()
             if accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
+                # A run that follows decides about its CUDA graphs by its own memory.
+                torch.cuda.reset_peak_memory_stats(accelerator.device)
     micro_batches = candidate.global_batch_size / candidate.micro_batch_size / max(world_size(), 1)
     return times.step_seconds + (micro_batches - 1) * (times.forward_seconds + times.backward_seconds)
