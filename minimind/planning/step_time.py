@@ -11,7 +11,7 @@ A step of DDP, in the order of `StepTime`:
 
 - one GPU: the measured step, with its CUDA graph where it has one.
 - launches: kernels of processes without a CUDA graph (FSDP2) have gaps between them, and the host may take
-  longer than the GPU.
+  longer than the GPU. With a graph: what is exchanged outside of it.
 - communication: DDP reduces buckets of gradients while the backward pass of the last micro-batch computes the
   next ones (Li et al. 2020, arXiv:2006.15704). The last bucket, with the embedding, is not hidden, nor is
   what takes longer than the backward pass. While NCCL runs hidden, it takes a share of the GPU from compute.
@@ -68,9 +68,9 @@ _CONTENTION = 0.18
 _LAUNCH_GAPS = 1.5e-3 / 8
 _HOST_LAUNCHES = 37.7e-3 / 8
 # Standard deviation of a rank's step. Without a graph: seconds, least squares over the four DDP measurements
-# with 128 sequences and of `350m`. With one: a share of the step, from the spread of three parts of 119 steps
-# on one H100 (1,042,423 to 1,043,629 tokens/s); not measured on several GPUs.
-_SPREAD, _GRAPH_SPREAD = 3.9e-3, 0.0075
+# with 128 sequences and of `350m`. With one: a share of the step, and the seconds that a step of any size
+# takes longer, both from the two measurements of 2 H200 with graphs.
+_SPREAD, _GRAPH_SPREAD, _GRAPH_EXCHANGE = 3.9e-3, 0.038, 1.0e-3
 # Muon's products reach this share of the speed of a large one: 2.1 ms for `minimind-3` on one H100. What it
 # does besides, another 1.3 ms there, is not counted as shared.
 _MUON_EFFICIENCY = 0.63
@@ -278,7 +278,7 @@ def _step(one: SingleGPU, cluster: Cluster, communication: float, muon: float, g
         return StepTime(one.seconds, 0.0, 0.0, 0.0, 0.0)
     rounds = one.layers * one.micro_batches
     busy = one.seconds + rounds * _LAUNCH_GAPS
-    launches = 0.0 if graphs else max(busy, rounds * _HOST_LAUNCHES) - one.seconds
+    launches = _GRAPH_EXCHANGE if graphs else max(busy, rounds * _HOST_LAUNCHES) - one.seconds
     slowest = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
     spread = _GRAPH_SPREAD * one.seconds if graphs else _SPREAD
     return StepTime(one.seconds, launches, communication, muon, slowest * spread)

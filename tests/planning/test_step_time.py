@@ -98,8 +98,10 @@ def test_what_makes_a_step_faster_and_slower() -> None:
     assert step.muon == 0
     assert ddp_step(ONE, nodes(4), muon_shared=True, graphs=False).muon < 0
     graphs = ddp_step(ONE, nodes(4), muon_shared=False, graphs=True)
-    assert graphs.launches == 0
-    assert graphs.stragglers < step.stragglers < ddp_step(ONE, nodes(128), graphs=False).stragglers
+    assert graphs.launches < step.launches
+    # In a graph stragglers grow with the step, without one they do not.
+    assert graphs.stragglers == pytest.approx(ddp_step(replace(ONE, seconds=0.03), nodes(4)).stragglers * 2)
+    assert step.stragglers < ddp_step(ONE, nodes(128), graphs=False).stragglers
     half = ddp_step(replace(ONE, gradient_bytes=2), nodes(4), muon_shared=False, graphs=False)
     # Without the latency it would be half.
     assert 0.5 < half.communication / step.communication < 0.75
@@ -188,6 +190,6 @@ def test_rows_and_json_of_a_prediction() -> None:
         other_seconds=0.0,
     )
     assert "network" not in dict(one_node.rows())["assuming"]
-    assert run.steps["DDP"].launches == 0 < one_node.steps["DDP"].launches
+    assert run.steps["DDP"].launches < one_node.steps["DDP"].launches
     assert "no CUDA graphs" in dict(one_node.rows())["assuming"]
     assert "estimated at 40%" in dict(one_node.rows())["assuming"]
