@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from minimind.checkpoint.resume import run_to_resume
+from minimind.config.budget import BUDGET_OPTIONS
 from minimind.config.options import PretrainConfig
 from minimind.config.presets import PRESETS, SHAPE_OPTIONS, default_preset, size_text
 from minimind.formatting import printable
@@ -28,6 +29,11 @@ Preset = Annotated[
     ),
 ]
 
+# Of a run without options on a GPU.
+DEFAULT_BUDGET = "60s"
+# A run with one of these is not the default one.
+_CHOOSES_A_RUN = frozenset({"data", "max_steps", "max_tokens", "max_time", *BUDGET_OPTIONS})
+
 ConfigFile = Annotated[
     str | None,
     typer.Option(
@@ -42,7 +48,7 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     """Return the configuration of a command line.
 
     Without --preset and --config, a resumed run keeps its options, and a run without a GPU or a model size
-    uses the preset `tiny`. A budget chooses the size.
+    uses the preset `tiny`. A budget chooses the size. A run without any such option on a GPU has one.
     """
     flags, problems, notes = upstream_flags.translate(ctx)
     typed = {**flags, **typed_values(ctx)}
@@ -61,10 +67,17 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
         _print_note(note)
     shape_given = bool(preset or file or config.budget or SHAPE_OPTIONS & typed.keys())
     # Looking for a GPU loads torch, which takes seconds.
-    default = default_preset(shape_given, has_gpu=shape_given or has_gpu())
+    gpu = shape_given or has_gpu()
+    default = default_preset(shape_given, has_gpu=gpu)
     if default is not None:
         _print_note(f"No GPU found: using --preset {default}; --preset or --hidden-size choose another size.")
         config = parse_config(ctx, preset=default, flags=flags)
+    elif not shape_given and not _CHOOSES_A_RUN & typed.keys():
+        # A model of the usual size would see the built-in text for a few steps only.
+        _print_note(
+            f"GPU found: using --budget {DEFAULT_BUDGET} for the built-in text; --data trains on yours."
+        )
+        config = parse_config(ctx, flags={**flags, "budget": DEFAULT_BUDGET})
     if ctx.params["use_wandb"] and "wandb" not in config.tracker:
         config = dataclasses.replace(config, tracker=(*config.tracker, "wandb"))
     return config

@@ -49,6 +49,9 @@ SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
 # Beyond four epochs a repeated token is worth visibly less than a new one (Muennighoff et al. 2023,
 # arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.
 MOST_EPOCHS = 8
+# With more parameters inside the blocks than tokens of unique text fewer epochs, ∝ (N/U)^-0.5: at N/U = 4.6
+# the validation loss rose after 4 epochs, at 6 after 4 to 5 (docs/experiments.md).
+EPOCHS_EXPONENT = -0.5
 # R* there: the number of repetitions after which all further ones together are worth 1/e of what those before
 # were.
 REPETITION_SCALE = 15.4
@@ -176,6 +179,16 @@ def weight_decay(rate: float, steps: int) -> float:
     """
     decay = DECAY_TIME / (rate * max(steps, 1))
     return float(f"{min(max(decay, SMALLEST_DECAY), LARGEST_DECAY):.2g}")
+
+
+def most_epochs(parameters: float, unique_tokens: float) -> int:
+    """Return the epochs after which a model would begin to learn the text by heart, at least 1.
+
+    Args:
+        parameters: N, inside the blocks.
+        unique_tokens: U.
+    """
+    return max(round(MOST_EPOCHS * max(parameters / unique_tokens, 1.0) ** EPOCHS_EXPONENT), 1)
 
 
 def effective_tokens(tokens: float, unique_tokens: float) -> float:

@@ -155,14 +155,13 @@ def chosen_options(
     evaluation_batches = None
     if evaluation_tokens * forward > EVALUATION_SHARE * total:
         evaluation_batches = max(int(EVALUATION_SHARE * total / forward / per_batch / processes), 4)
+    most = recipe.most_epochs(candidate.shape.block_parameters, candidate.tokens / candidate.epochs)
     options = {
         **candidate.shape.options(),
         "max_seq_len": candidate.seq_len,
         "batch_size": candidate.micro_batch_size,
         # A limit: the clock ends a time budget, also on a machine that turns out faster.
-        "epochs": recipe.MOST_EPOCHS
-        if budget.seconds
-        else min(math.ceil(candidate.epochs), recipe.MOST_EPOCHS),
+        "epochs": most if budget.seconds else min(math.ceil(candidate.epochs), most),
         "learning_rate": rate,
         "lr_schedule": "wsd",
         "warmup_steps": min(max(round(0.02 * steps), 1), 1000),

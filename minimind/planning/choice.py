@@ -186,10 +186,11 @@ class Chooser:
         affordable = self._affordable_tokens(
             shape, tokenizer, plan, self._step_seconds(shape, tokenizer, plan)
         )
-        return min(affordable, self._most_tokens(tokenizer))
+        return min(affordable, self._most_tokens(shape, tokenizer))
 
-    def _most_tokens(self, tokenizer: TokenizerChoice) -> float:
-        return self._unique_tokens(tokenizer) * (self.kept.get("epochs") or recipe.MOST_EPOCHS)
+    def _most_tokens(self, shape: ModelShape, tokenizer: TokenizerChoice) -> float:
+        unique = self._unique_tokens(tokenizer)
+        return unique * (self.kept.get("epochs") or recipe.most_epochs(shape.block_parameters, unique))
 
     def _candidate(
         self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int
@@ -213,7 +214,7 @@ class Chooser:
             step_seconds=self._step_seconds(shape, tokenizer, plan),
             forecast=self._forecast(shape, tokenizer, done, plan.batch_tokens),
             measured=(shape, tokenizer.vocab_size, plan.batch_tokens) in self.speeds,
-            limited=tokens >= self._most_tokens(tokenizer),
+            limited=tokens >= self._most_tokens(shape, tokenizer),
         )
 
     def _unique_tokens(self, tokenizer: TokenizerChoice) -> float:

@@ -18,6 +18,7 @@ from minimind.config.presets import PRESETS, resolve
 from minimind.config.schema import schema_of, write_toml
 from minimind.errors import ConfigError
 from minimind.run_folder import RunFolder
+from minimind_cli.config_options import DEFAULT_BUDGET
 
 Command = Callable[..., Any]
 SHAPED = "--hidden-size 512"
@@ -52,6 +53,40 @@ def test_without_a_size_a_machine_without_gpu_trains_the_tiny_preset(
     assert trained == [resolve(preset=preset, flags={"epochs": 1, "batch_size": 128, "learning_rate": 1e-3})]
     assert len(done.err.splitlines()) == (0 if has_gpu else 1)
     assert ("--preset tiny" in done.err) is not has_gpu
+
+
+@pytest.mark.parametrize("options", ["", "--seed 7", "--output-dir elsewhere"])
+def test_a_run_without_options_on_a_gpu_has_a_budget(
+    run: Command,
+    trained: list[PretrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    options: str,
+    has_gpu: bool,
+) -> None:
+    configs: list[PretrainConfig] = []
+
+    def follow(config: PretrainConfig, **_: Any) -> PretrainConfig:
+        configs.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("minimind.planning.budget.follow_budget", follow)
+    done = run("pretrain", *options.split())
+    if has_gpu:
+        assert [config.budget for config in configs] == [DEFAULT_BUDGET]
+        assert "GPU found: using --budget 60s" in done.err
+        assert trained == []
+    else:
+        assert configs == []
+        assert [config.budget for config in trained] == [None]
+
+
+@pytest.mark.parametrize("option", ["--data a.jsonl", "--max-steps 5", "--epochs 1", "--hidden-size 64"])
+def test_options_of_the_run_leave_no_default_budget(
+    run: Command, trained: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("minimind_cli.config_options.has_gpu", lambda: True)
+    assert run("pretrain", *option.split()).code == 0
+    assert [config.budget for config in trained] == [None]
 
 
 @pytest.mark.usefixtures("has_gpu")

@@ -98,6 +98,16 @@ def test_repeated_tokens_are_worth_less_than_new_ones_and_never_harm(
         assert worth[1] == many
 
 
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "epochs"),
+    [(1e6, 1e6, 8), (1e3, 1e9, 8), (4e6, 1e6, 4), (16e6, 1e6, 2), (1e12, 1e6, 1)],
+)
+def test_a_model_that_is_large_for_its_text_sees_it_less_often(
+    parameters: float, tokens: float, epochs: int
+) -> None:
+    assert recipe.most_epochs(parameters, tokens) == epochs
+
+
 def test_four_epochs_are_worth_almost_as_much_as_new_tokens() -> None:
     assert recipe.effective_tokens(4e6, 1e6) == pytest.approx(3.73e6, rel=0.01)
 
