@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,8 @@ from .mixture import MixedOrder
 from .packing import PackedSequences, PaddedSequences, Piece, SequenceArrays, WindowSequences
 from .sampler import SequenceOrder, Window
 from .shards import TokenShards
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +73,22 @@ class StepBuilder:
         """Yield this process's part of each step from `first_sequence` to the end of the epoch.
 
         Counts over all processes come from document lengths. Without packing, only the tokens of this
-        process's sequences are read.
+        process's sequences are read. A thread cuts the next window meanwhile, which takes tenths of a second.
         """
-        windows = self.order.windows(epoch, first_sequence)
+        windows = ((window, self._cut(window).load()) for window in self.order.windows(epoch, first_sequence))
+        with ThreadPoolExecutor(1, "windows") as executor:
+            yield from self._steps(epoch, first_sequence, _one_ahead(windows, executor))
+
+    def _steps(
+        self, epoch: int, first_sequence: int, windows: Iterator[tuple[Window, WindowSequences]]
+    ) -> Iterator[StepSequences]:
         opened: list[tuple[Window, WindowSequences]] = []
         own = self._own_positions()
         content = self.shards.content
         for start in range(first_sequence, self.order.num_sequences, self.plan.global_batch_size):
             stop = min(start + self.plan.global_batch_size, self.order.num_sequences)
             while not opened or opened[-1][0].end_sequence < stop:
-                window = next(windows)
-                opened.append((window, self._cut(window)))
+                opened.append(next(windows))
             opened = [pair for pair in opened if pair[0].end_sequence > start]
             arrays = self._blank(len(own))
             num_targets = num_tokens = 0
@@ -161,3 +170,11 @@ class StepBuilder:
         plan = self.plan
         shape = (plan.accumulation_steps, plan.num_processes, plan.micro_batch_size)
         return np.arange(plan.global_batch_size).reshape(shape)[:, self.process_index].ravel()
+
+
+def _one_ahead(items: Iterator[Item], executor: Executor) -> Iterator[Item]:
+    """Yield the items of an iterator, each made in the executor while the one before is used."""
+    future = executor.submit(next, items, None)
+    while (item := future.result()) is not None:
+        future = executor.submit(next, items, None)
+        yield item

@@ -99,6 +99,11 @@ class PackedSequences:
             (documents[head], edges[:-1] - starts[head], documents[tail], last + 1 - starts[tail]), axis=1
         )
 
+    def load(self) -> PackedSequences:
+        """Read the tokens of the window, which the first `fill` does otherwise; return the object."""
+        _ = self._tokens
+        return self
+
     def fill(self, arrays: SequenceArrays, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
         """Write the sequences `which` of the window to the positions `at` of `arrays`."""
         assert arrays.narrow is not None
@@ -148,6 +153,10 @@ class PaddedSequences:
         self.targets = self.inputs
         ids = window.documents
         self.identities = np.stack((ids, np.zeros_like(ids), ids, self.inputs), axis=1)
+
+    def load(self) -> PaddedSequences:
+        """Return the object: tokens are read with each step."""
+        return self
 
     def fill(self, arrays: SequenceArrays, at: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
         """Write the sequences `which` of the window to the positions `at` of `arrays`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -131,6 +132,8 @@ class TokenShards:
         self._ends = np.cumsum(index.shard_tokens, dtype=np.int64)
         self._begins = self._ends - np.array(index.shard_tokens, np.int64)
         self._maps: WeakSet[mmap.mmap] = WeakSet()
+        # The next window is read in another thread.
+        self._maps_lock = threading.Lock()
         # Mapped on first use; limited because each map keeps a file open.
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(
             lambda number: self._open(folder / _shard_name(split, number), self._dtype)
@@ -145,7 +148,8 @@ class TokenShards:
     def _open(self, path: Path, dtype: np.dtype[Any]) -> CheckedArray:
         opened = CheckedArray(path, dtype, self._unchecked.get(path))
         self._unchecked[path] = opened.unchecked
-        self._maps.add(opened.mapped)
+        with self._maps_lock:
+            self._maps.add(opened.mapped)
         return opened
 
     def bytes_per_token(self, tokenizer: Any) -> NDArray[np.float32]:
@@ -201,7 +205,9 @@ class TokenShards:
     def release_pages(self) -> None:
         """Drop resident pages, so that resident memory does not grow with what was read."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in list(self._maps):
+            with self._maps_lock:
+                maps = list(self._maps)
+            for mapped in maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minimind.data.batch_plan import BatchPlan
+from minimind.data.batching import StepBuilder
 from minimind.data.loader import Loader, evaluation_batches, prefetch
 
 
@@ -171,6 +172,10 @@ def _prefetch_threads():
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
+def _window_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("windows")]
+
+
 def test_an_error_in_the_thread_reaches_the_consumer():
     def items():
         yield 1
@@ -195,6 +200,45 @@ def test_closing_stops_the_thread_and_it_runs_only_so_far_ahead(shards):
     assert _prefetch_threads()
     steps.close()
     assert not _prefetch_threads()
+    assert not _window_threads()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_next_window_and_no_further_one_is_cut_meanwhile(make_shards, monkeypatch, packing):
+    blocks = make_shards([40] * 400, block_tokens=1000)
+    cut, cut_now = [], StepBuilder._cut
+
+    def record(builder, window):
+        cut.append((window.first_sequence, threading.current_thread().name))
+        return cut_now(builder, window)
+
+    monkeypatch.setattr(StepBuilder, "_cut", record)
+    loader = Loader(
+        blocks, seq_len=16, packing=packing, plan=BatchPlan(1, 1, 1), seed=0, process_index=0,
+        device="cpu", window_blocks=2,
+    )  # fmt: skip
+    steps = loader._builder.steps(0)
+    first = next(steps)
+    deadline = time.monotonic() + 5
+    while len(cut) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert first.step_in_epoch == 0
+    assert len(cut) == 2
+    assert all(name.startswith("windows") for _, name in cut)
+    assert len(list(steps)) == loader.steps_per_epoch - 1
+    assert [position for position, _ in cut] == sorted(position for position, _ in cut)
+    assert not _window_threads()
+
+
+def test_an_error_while_a_window_is_cut_reaches_the_consumer(shards, monkeypatch):
+    def fails(builder, window):
+        raise OSError("a shard is gone")
+
+    monkeypatch.setattr(StepBuilder, "_cut", fails)
+    with pytest.raises(OSError, match="a shard is gone"):
+        next(loader_for(shards).steps(0))
+    assert not _window_threads()
 
 
 @pytest.mark.parametrize("packing", [True, False])
