@@ -55,6 +55,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
         # The only queue whose `put` a signal handler may call.
         self._signals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._finished = False
 
     @property
     def reason(self) -> str | None:
@@ -80,12 +81,16 @@ class StopRequest:
         self.has_launcher = False
         self.request("the end of its launcher")
 
+    def finish(self) -> None:
+        """Announce no further signal: there is no step left after which to stop."""
+        self._finished = True
+
     @contextmanager
     def announced(self, show: Callable[[str], object]) -> Iterator[None]:
         """Call `show` with a sentence as soon as a signal asks to stop, from another thread."""
 
         def announce() -> None:
-            if (name := self._signals.get()) is not None:
+            if (name := self._signals.get()) is not None and not self._finished:
                 again = "press Ctrl-C again" if name == "SIGINT" else f"send {name} again"
                 show(f"Stopping after this step and saving; {again} to quit without saving.")
 

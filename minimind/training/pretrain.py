@@ -109,6 +109,8 @@ def pretrain(
         finish = store.wait if config.on_save_error == "stop" else store.wait_until_written
         run_on_main_and_broadcast(accelerator, finish)
         sample = "" if trainer.state.stopping else _save_final(trainer, parts, inputs, session.folder)
+        # A launcher ends a rank when another one has ended.
+        stop.finish()
         result = summarize(trainer, parts, session.folder, started, sample)
         # Only a run that completed waits for the other ranks.
         accelerator.wait_for_everyone()

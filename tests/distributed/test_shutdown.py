@@ -104,6 +104,16 @@ def test_a_signal_is_answered_at_once_and_once() -> None:
     assert "signals" not in [thread.name for thread in threading.enumerate()]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_signal_after_the_last_step_is_not_announced() -> None:
+    shown: list[str] = []
+    with StopRequest() as stop, stop.announced(shown.append):
+        stop.finish()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+    assert shown == []
+
+
 def test_other_threads_do_not_set_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []
