@@ -44,7 +44,7 @@ from ..training.build_model import ModelFactory
 from ..training.callbacks import Callback
 from ..training.custom_parts import CustomParts
 from ..training.result import PretrainResult
-from ..training.setup import RunInputs, build_training
+from ..training.setup import RunInputs, TrainingParts, build_training
 from .benchmark import matmul_flops, measure_steps
 from .budget_report import BudgetPlan
 from .candidates import Candidate, Machine, TextSize, chosen_options
@@ -340,6 +340,7 @@ def measure_candidate(config: PretrainConfig, candidate: Candidate, accelerator:
     names = {field.name for field in dataclasses.fields(MiniMindConfig)} & schema_of(ModelConfig).keys()
     model_config = MiniMindConfig(**{name: getattr(small, name) for name in names})
     inputs = RunInputs(small, model_config, load_tokenizer())
+    parts: TrainingParts | None = None
     with tempfile.TemporaryDirectory() as folder:
         try:
             shards = random_shards(Path(folder) / "tokens", model_config.vocab_size)
@@ -348,7 +349,9 @@ def measure_candidate(config: PretrainConfig, candidate: Candidate, accelerator:
         except torch.OutOfMemoryError:
             return None
         finally:
-            parts = None  # type: ignore[assignment]
+            if parts is not None:
+                parts.release()
+            parts = None
             gc.collect()
             if accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()

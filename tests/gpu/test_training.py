@@ -15,6 +15,7 @@ from minimind.config.options import PretrainConfig
 from minimind.data.shards import random_shards
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
 from minimind.optim.build import set_schedule
+from minimind.planning.budget import plan_budget
 from minimind.training.async_metrics import AsyncScalars
 from minimind.training.cuda_graph import StepGraphs
 from minimind.training.pretrain import pretrain
@@ -72,6 +73,18 @@ def test_a_gpu_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: pytes
     assert "measured: " in sentence
     torch._C._cuda_clearCublasWorkspaces()
     assert torch.cuda.memory_allocated() - before < 1e6
+
+
+def test_a_budget_measures_a_gpu_whose_index_is_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    config = PretrainConfig(
+        budget="10s", output_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), tracker=("none",)
+    )
+    plan = plan_budget(config, quiet=True)
+    assert plan.machine.device == "cuda"
+    assert plan.best.measured
 
 
 def graphs_and_weights(
