@@ -130,7 +130,8 @@ def test_any_sequence_of_100_billion_tokens_is_found_at_once_and_in_little_memor
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (step.epoch, step.step_in_epoch, step.num_sequences) == (epoch, first_sequence // 8, 8)
-        assert peak < 200e6
+        # One window, and the next one while it is cut.
+        assert peak < 300e6
     # About 0.3 s; a machine that is busy with other work takes longer.
     assert min(seconds) < 3
     # Two windows of 64 blocks are some 34,000 documents; each is asked for a few times.
