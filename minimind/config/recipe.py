@@ -58,7 +58,7 @@ REPETITION_SCALE = 15.4
 # R_N* there, the same for parameters beyond those that the text can use; here one per token of unique text.
 EXCESS_SCALE = 5.31
 # A model with more parameters than this per token of unique text is not considered: in several epochs it
-# learns the text by heart, which the formula does not know.
+# overfits, which the formula does not know.
 MOST_PARAMETERS_PER_TOKEN = 8
 
 
@@ -182,7 +182,7 @@ def weight_decay(rate: float, steps: int) -> float:
 
 
 def most_epochs(parameters: float, unique_tokens: float) -> int:
-    """Return the epochs after which a model would begin to learn the text by heart, at least 1.
+    """Return the epochs after which a model would begin to overfit, at least 1.
 
     Args:
         parameters: N, inside the blocks.

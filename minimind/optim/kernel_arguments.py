@@ -45,7 +45,7 @@ class KernelArguments:
     alignment: int
 
     @classmethod
-    def sent(
+    def on_device(
         cls,
         addresses: dict[int, list[list[int]]],
         rows: list[tuple[float, float, float, float]],
@@ -55,7 +55,7 @@ class KernelArguments:
     ) -> KernelArguments:
         """Return the arguments on the device, in the memory of those of the step before."""
 
-        def send(values: list[Any], dtype: torch.dtype, onto: Tensor | None) -> Tensor:
+        def copy(values: list[Any], dtype: torch.dtype, onto: Tensor | None) -> Tensor:
             # Copied from pinned memory without a synchronization; PyTorch reuses it after the copy only.
             host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
             if onto is None or onto.shape != host.shape:
@@ -66,8 +66,8 @@ class KernelArguments:
         # A gradient may start anywhere in a DDP bucket.
         aligned = not any(address % 16 for table in addresses.values() for row in table for address in row)
         return cls(
-            {index: send(table, torch.int64, old.get(index)) for index, table in addresses.items()},
-            send(rows, torch.float32, None if before is None else before.rows),
+            {index: copy(table, torch.int64, old.get(index)) for index, table in addresses.items()},
+            copy(rows, torch.float32, None if before is None else before.rows),
             first_row,
             16 if aligned else 4,
         )

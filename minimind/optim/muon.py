@@ -199,7 +199,7 @@ class Muon(torch.optim.Optimizer):
             return ()
         addresses = {index: [[t.data_ptr() for t in row] for row in table] for index, table in tables.items()}
         device = groups[0][2][0].device
-        self._arguments = KernelArguments.sent(addresses, rows, first_row, device, self._arguments)
+        self._arguments = KernelArguments.on_device(addresses, rows, first_row, device, self._arguments)
         return (*chain(*chain(*addresses.values())), *(tensor.data_ptr() for tensor in others))
 
     def _by_shape(self, index: int, parameters: list[Tensor]) -> list[list[Tensor]]:

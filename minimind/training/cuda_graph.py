@@ -129,6 +129,11 @@ class ForwardBackwardGraph:
         self._graph, self._given_up = None, True
 
     @property
+    def given_up(self) -> bool:
+        """Whether no micro-batch will run as a graph."""
+        return self._given_up
+
+    @property
     def pool(self) -> Any:
         """The memory pool, for graphs that are replayed between replays of this one; None without a graph."""
         return None if self._graph is None else self._graph.pool()
@@ -284,6 +289,8 @@ class UpdateGraph:
 
     def __call__(self, sums: Tensor, limit: float) -> Tensor:
         """Clip and update; see `step.update`."""
+        if self._graph is None and (self._captures >= MOST_CAPTURES or self._forward_backward.given_up):
+            return self._update(sums, limit)
         addresses = self._prepare()
         if addresses != self._addresses:
             # The graph is of no use any more. The next step may have these addresses too.
@@ -291,7 +298,7 @@ class UpdateGraph:
             return self._update(sums, limit)
         if self._graph is None and (self._forward_backward.pool is None or not addresses):
             return self._update(sums, limit)
-        if self._graph is None and (self._captures >= MOST_CAPTURES or not self._capture(sums)):
+        if self._graph is None and not self._capture(sums):
             return self._update(sums, limit)
         assert self._graph is not None
         self._sums.copy_(sums)

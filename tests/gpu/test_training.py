@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_seq_len": 128,
+    "batch_size": 4,
+}
 
 
 def test_on_a_gpu_values_arrive_a_fixed_number_of_puts_later() -> None:
@@ -92,12 +102,7 @@ def graphs_and_weights(
 ) -> tuple[StepGraphs, list[torch.Tensor], list[list[float]]]:
     """Train some steps; return the graphs, the weights and the values of each step."""
     config = PretrainConfig(
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_seq_len=128,
-        batch_size=4,
+        **SMALL,
         accumulation_steps=accumulation,
         compile=False,
         output_dir=str(tmp_path),
@@ -147,12 +152,7 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumul
     ways = {"with": (True, True), "without": (True, False), "with, not compiled": (False, True)}
     for name, (compiled, graphs) in ways.items():
         config = PretrainConfig(
-            hidden_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_seq_len=128,
-            batch_size=4,
+            **SMALL,
             accumulation_steps=accumulation,
             max_steps=12,
             eval_interval=5,
