@@ -272,7 +272,9 @@ def test_ranks_that_share_the_work_make_the_updates_of_one_process(tmp_path: Pat
             assert all(map(torch.equal, torch.load(f"{file}{rank}")[name], first[name]))
 
 
-@pytest.mark.parametrize(("costs", "ranks"), [([5, 4, 3, 3, 3], 2), ([1, 1], 3), ([7.0], 1)])
+@pytest.mark.parametrize(
+    ("costs", "ranks"), [([5, 4, 3, 3, 3], 2), ([8, *[1] * 8], 2), ([1, 1], 3), ([7.0], 1)]
+)
 def test_each_matrix_has_one_rank_and_none_much_more_than_its_share(costs: list[float], ranks: int) -> None:
     items = assign(costs, ranks)
     assert sorted(item for own in items for item in own) == list(range(len(costs)))

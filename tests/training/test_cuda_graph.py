@@ -221,14 +221,19 @@ class Updates:
         self.weight = 0.0
         self.addresses: tuple[int, ...] = (1, 2)
         self.eager = 0
+        self.prepared = 0
         self.pools: list[Any] = []
         self.recorded: list[RecordedGraph] = []
         self.fails = False
         monkeypatch.setattr(torch.cuda, "graph", self.captures)
         self._given: tuple[Tensor, float | Tensor, Tensor] | None = None
         self.graph = UpdateGraph(
-            self.update, lambda: self.addresses, self.forward_backward, note=self.model.notes.append
+            self.update, self.prepare, self.forward_backward, note=self.model.notes.append
         )
+
+    def prepare(self) -> tuple[int, ...]:
+        self.prepared += 1
+        return self.addresses
 
     def update(self, sums: Tensor, limit: float | Tensor) -> Tensor:
         self.eager += 1
@@ -284,6 +289,9 @@ def test_updates_are_captured_after_micro_batches_and_replayed_with_the_values_o
     # A later replay does not change what an earlier one returned.
     assert [values[0] for values in kept] == [3, 4, 5]
     assert kept[1][1] == pytest.approx(1.1 * sum(range(5)))
+    tensor = updates.graph(torch.tensor([6.0, 0.0, 0.0]), 0.6)
+    updates.step(7)
+    assert tensor[0] == 6
 
 
 def test_an_update_of_other_addresses_runs_eagerly_and_is_captured_again(
@@ -311,6 +319,16 @@ def test_an_update_without_addresses_is_not_captured(monkeypatch: pytest.MonkeyP
     for _ in range(4):
         updates.step(1)
     assert (updates.eager, updates.recorded) == (4, [])
+
+
+def test_an_update_is_not_prepared_where_no_micro_batch_runs_as_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updates = Updates(monkeypatch)
+    updates.forward_backward.release()
+    for _ in range(3):
+        updates.step(1)
+    assert (updates.eager, updates.prepared) == (3, 0)
 
 
 def test_where_capturing_the_update_fails_one_warning_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
