@@ -19,6 +19,8 @@ IGNORED = -100
 # Elsewhere logits are float32 and larger chunks are not faster.
 _LOGITS_ON_CUDA = 1 << 26
 _LOGITS_ELSEWHERE = 1 << 24
+# A sum of 2^11 normed hidden states is far below 65504, the largest number of fp16.
+_LOG_TOKENS_IN_FP16 = 11
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -27,6 +29,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Products use the autocast dtype, or the weight's dtype without autocast; softmax and sums are float32.
     If a gradient is needed, it is computed in the forward pass, chunk by chunk, and only scaled in the
     backward pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989), so logits are computed once.
+    Loss scaling has no effect on these products, so in fp16 they sum smaller numbers.
 
     Args:
         hidden: (N, C) hidden states.
@@ -88,7 +91,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad.scatter_(1, ids, at_target)
             grad_hidden.append((grad @ low_weight).to(hidden.dtype))
-            grad_weight += grad.T @ h
+            divisor = 1
+            if dtype == torch.float16:
+                # Exact for all but the smallest hidden states, which are far below the rounding of others.
+                divisor <<= max((len(h) - 1).bit_length() - _LOG_TOKENS_IN_FP16, 0)
+                h = h / divisor
+            grad_weight.add_(grad.T @ h, alpha=divisor)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
         return loss
 
