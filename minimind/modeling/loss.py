@@ -57,6 +57,18 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tenso
     return list(zip(hidden.split(tokens), targets.split(tokens), strict=True))
 
 
+def _summable(hidden: Tensor) -> tuple[Tensor, int]:
+    """Return (N, C) normed hidden states divided by a power of two, and that divisor.
+
+    In fp16 it is so large that a sum over the tokens is finite; for other dtypes it is 1. The quotients are
+    exact, except for hidden states far below the rounding error of the others.
+    """
+    if hidden.dtype != torch.float16:
+        return hidden, 1
+    divisor = 1 << max((len(hidden) - 1).bit_length() - _LOG_TOKENS_IN_FP16, 0)
+    return hidden / divisor, divisor
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` with both gradients computed in the forward pass."""
 
@@ -69,10 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for h, t in _chunks(hidden, weight, targets):
             h = h.to(dtype)
             logits = h @ low_weight.T
+            small, divisor = _summable(h)
             if fused.supported(h, low_weight):
                 loss = loss + fused.cross_entropy_(logits, t, IGNORED).sum()
                 grad_hidden.append((logits @ low_weight).to(hidden.dtype))
-                grad_weight += logits.T @ h
+                grad_weight.add_(logits.T @ small, alpha=divisor)
                 continue
             logits = logits.float()
             ids, ignored = t.clamp(min=0)[:, None], (t == IGNORED)[:, None]
@@ -91,12 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad.scatter_(1, ids, at_target)
             grad_hidden.append((grad @ low_weight).to(hidden.dtype))
-            divisor = 1
-            if dtype == torch.float16:
-                # Exact for all but the smallest hidden states, which are far below the rounding of others.
-                divisor <<= max((len(h) - 1).bit_length() - _LOG_TOKENS_IN_FP16, 0)
-                h = h / divisor
-            grad_weight.add_(grad.T @ h, alpha=divisor)
+            grad_weight.add_(grad.T @ small, alpha=divisor)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
         return loss
 
