@@ -1,28 +1,125 @@
-"""The decoding step that is compiled on a GPU, run as it is: its logits are those of the other step."""
+"""The decoding step of fixed shapes, run eagerly on the CPU: it gives the logits and tokens of the other."""
 
 from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from test_engine import build, some_ids
 
+from minimind.generation import decode_graph
 from minimind.generation.engine import InferenceEngine
+from minimind.generation.generate import generate, stream
+from minimind.generation.sampling import Sampling
+from support import decoding_cases
+
+PROMPTS = [some_ids(length, length) for length in (5, 2, 7)]
 
 
-@pytest.mark.parametrize("lengths", [(5, 5), (5, 2, 7)])
-def test_the_step_of_fixed_shapes_gives_the_logits_of_the_other(
-    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
-) -> None:
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> InferenceEngine:
+    """Return an engine that decodes as on a GPU, in blocks of three steps."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setitem(decode_graph._BLOCK, "cpu", 3)
+    return InferenceEngine(build(), compiled=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2, 7)])
+def test_the_step_of_fixed_shapes_gives_the_logits_of_the_other(lengths: tuple[int, ...]) -> None:
     model = build()
     prompts = [some_ids(length, seed) for seed, length in enumerate(lengths)]
-    fixed, plain = InferenceEngine(model, compiled=True), InferenceEngine(model)
-    # Twice, for the cache is used again.
-    for _ in range(2):
-        (ours, logits), (theirs, expected) = (one.begin(prompts, 20) for one in (fixed, plain))
+    plain = InferenceEngine(model)
+    (ours, logits), (theirs, expected) = (plain.begin(prompts, capacity) for capacity in (30, 20))
+    padding = torch.tensor([max(lengths) - length for length in lengths])
+    for seed in range(6):
+        tokens = torch.tensor(some_ids(len(prompts), 10 + seed))
+        logits = plain.fixed_step(tokens, torch.tensor([max(lengths) + seed]), padding, ours.cache)
+        expected = plain.step(theirs, tokens)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        for seed in range(6):
-            tokens = torch.tensor(some_ids(len(prompts), 10 + seed))
-            logits, expected = fixed.step(ours, tokens), plain.step(theirs, tokens)
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-            assert ours.length == theirs.length
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0), Sampling(repetition_penalty=1.3), Sampling(top_k=None, top_p=0.8, min_p=0.05)],
+)
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_blocks_hold_the_tokens_of_single_steps(
+    fixed: InferenceEngine, sampling: Sampling, count: int
+) -> None:
+    plain = InferenceEngine(fixed.model)
+    # Twice, for cache and buffers are used again.
+    for seed in (1, 2):
+        ours, theirs = (
+            generate(engine, PROMPTS, sampling, max_new_tokens=count, seed=seed) for engine in (fixed, plain)
+        )
+        assert ours == theirs
+    assert {len(tokens) for tokens in ours} == {count}
+
+
+def test_what_is_decoded_after_a_stop_token_is_dropped(fixed: InferenceEngine) -> None:
+    plain = InferenceEngine(fixed.model)
+    whole = generate(plain, PROMPTS, max_new_tokens=20, seed=3)
+    for stop in ([whole[0][4]], [tokens[9] for tokens in whole]):
+        options = {"max_new_tokens": 20, "stop_ids": stop, "seed": 3}
+        ours = generate(fixed, PROMPTS, **options)
+        assert ours == generate(plain, PROMPTS, **options)
+        assert ours != whole
+
+
+def test_sequences_end_at_the_last_position(fixed: InferenceEngine) -> None:
+    prompts = [some_ids(5), some_ids(60)]
+    tokens = generate(fixed, prompts, max_new_tokens=1000, seed=0)
+    assert tokens == generate(InferenceEngine(fixed.model), prompts, max_new_tokens=1000, seed=0)
+    assert [len(of_one) for of_one in tokens] == [64 - 5, 64 - 60]
+
+
+def test_a_batch_within_another_has_its_own_buffers(fixed: InferenceEngine) -> None:
+    expected = generate(fixed, PROMPTS, max_new_tokens=10, seed=1)
+    outer = []
+    for tokens in stream(fixed, PROMPTS, max_new_tokens=10, seed=1):
+        outer.append(tokens)
+        generate(fixed, PROMPTS[::-1], max_new_tokens=4, seed=9)
+    assert [list(of_one) for of_one in zip(*outer, strict=True)] == expected
+
+
+def test_an_abandoned_batch_leaves_nothing_to_the_next(fixed: InferenceEngine) -> None:
+    penalty = Sampling(repetition_penalty=2.0)
+    expected = generate(fixed, PROMPTS, penalty, max_new_tokens=10, seed=1)
+    steps = stream(fixed, PROMPTS[::-1], penalty, max_new_tokens=10, seed=5)
+    next(steps)
+    steps.close()
+    graph = fixed._idle
+    assert generate(fixed, PROMPTS, penalty, max_new_tokens=10, seed=1) == expected
+    assert fixed._idle is graph
+
+
+def test_buffers_are_kept_for_similar_capacity_only(fixed: InferenceEngine) -> None:
+    graphs = []
+    for prompts, count, sampling in [
+        (PROMPTS, 5, Sampling()),
+        (PROMPTS, 9, Sampling()),
+        (PROMPTS, 9, Sampling(top_k=3)),
+        (PROMPTS[:1], 9, Sampling(top_k=3)),
+    ]:
+        generate(fixed, prompts, sampling, max_new_tokens=count)
+        graphs.append(fixed._idle)
+    assert [a is b for a, b in itertools.pairwise(graphs)] == [True, False, False]
+
+
+def test_interpreted_kernels_give_the_logits_of_the_step() -> None:
+    if find_spec("triton") is None or not version("triton").startswith("3.6."):
+        pytest.skip("needs triton 3.6: pip install '.[interpreter]'")
+    program = Path(decoding_cases.__file__)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) == len(decoding_cases.CASES)
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
