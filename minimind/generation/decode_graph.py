@@ -9,6 +9,7 @@ import gc
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,45 +24,73 @@ _BLOCK = {"cuda": 8}
 # Appends (B,) tokens at a slot, (1,) int64, of a cache with (B,) int64 padding slots before each sequence;
 # returns (B, V) float32 logits.
 FixedStep = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
+# See `sample`.
+Sample = Callable[[Tensor, Sampling, "DecodeState"], None]
+
+
+class DecodeState:
+    """What decoding needs beside the weights, in memory that does not move; S slots.
+
+    Attributes:
+        cache: of all layers.
+        slot: (1,) int64, where the next token is stored.
+        padding: (B,) int64, padding slots of each sequence.
+        number: (B,) int64, number of tokens chosen so far, the same for each sequence.
+        tokens: (B,) int64, last chosen.
+        history: (S, B) int64, chosen tokens.
+        uniform: (S, B) float32, uniform random numbers.
+        seen: (B, V) bool, tokens that occurred; None without a repetition penalty.
+    """
+
+    def __init__(self, cache: KVCache, sampling: Sampling, vocab_size: int) -> None:
+        batch_size, device = len(cache.layers[0].keys), cache.layers[0].keys.device
+        integers = partial(torch.zeros, dtype=torch.int64, device=device)
+        self.cache, self.device = cache, device
+        self.slot, self.padding, self.number = integers(1), integers(batch_size), integers(batch_size)
+        self.tokens, self.history = integers(batch_size), integers(cache.capacity, batch_size)
+        self.uniform = torch.zeros(cache.capacity, batch_size, device=device)
+        self.seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
+
+
+def sample(logits: Tensor, sampling: Sampling, state: DecodeState) -> None:
+    """Choose the next tokens from (B, V) logits and record them; the next step is at the next slot."""
+    number = state.number[:1]
+    chosen = choose(logits, sampling, state.seen, state.uniform.index_select(0, number)[0])
+    state.tokens.copy_(chosen)
+    state.history.index_copy_(0, number, chosen[None])
+    if state.seen is not None:
+        state.seen.scatter_(1, chosen[:, None], True)
+    state.number.add_(1)
+    state.slot.add_(1)
 
 
 class DecodeGraph:
-    """Decodes one batch at a time: each step samples the next token and appends it.
+    """Decodes one batch at a time: each step appends a token to each sequence and samples the next.
 
-    Slot, tokens, random numbers and the tokens so far are in device memory, so the host enqueues steps ahead
-    and reads the tokens in blocks: the device does not wait for the host.
-
-    Attributes:
-        cache: filled by the caller with the prompts, before `run`.
+    All that a step needs is in device memory, so the host enqueues steps ahead and reads the tokens in
+    blocks: the device does not wait for the host.
     """
 
-    def __init__(self, step: FixedStep, cache: KVCache, sampling: Sampling, vocab_size: int) -> None:
-        """Allocate, and on CUDA capture the step; where that fails, steps run eagerly, with a warning."""
-        keys = cache.layers[0].keys
-        self.cache, self._sampling = cache, sampling
-        self._step, self._device = step, keys.device
-        batch_size, device = len(keys), keys.device
-        shape = cache.capacity, batch_size
-        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._number = torch.zeros(1, dtype=torch.int64, device=device)
-        self._padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._uniform = torch.zeros(shape, device=device)
-        self._history = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._on_host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._seen: Tensor | None = None
-        if sampling.repetition_penalty != 1:
-            self._seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
-        self._graph = self._capture() if device.type == "cuda" else None
+    def __init__(
+        self, step: FixedStep, state: DecodeState, sampling: Sampling, sample: Sample = sample
+    ) -> None:
+        """On CUDA, capture a step; where that fails, steps run eagerly, with a warning."""
+        self.state = state
+        self._step, self._sample, self._sampling = step, sample, sampling
+        on_gpu = state.device.type == "cuda"
+        self._on_host = torch.zeros(state.history.shape, dtype=torch.int64, pin_memory=on_gpu)
+        self._graph = self._capture() if on_gpu else None
+
+    def fits(self, batch_size: int, capacity: int, sampling: Sampling) -> bool:
+        """Whether this graph is for such batches."""
+        return self._sampling == sampling and self.state.history.shape == (capacity, batch_size)
 
     @property
     def captured(self) -> bool:
         """Whether steps run as a CUDA graph."""
         return self._graph is not None
-
-    def fits(self, batch_size: int, capacity: int, sampling: Sampling) -> bool:
-        """Whether this graph is for such batches."""
-        return (self.cache.capacity, len(self._tokens), self._sampling) == (capacity, batch_size, sampling)
 
     def run(
         self, logits: Tensor, length: int, padding: Sequence[int], uniform: Tensor, seen: Tensor | None
@@ -75,15 +104,16 @@ class DecodeGraph:
             uniform: (steps, B) uniform random numbers, on any device.
             seen: (B, V) bool, tokens of the prompts; for a repetition penalty.
         """
-        count = len(uniform)
-        self._slot.fill_(length)
-        self._number.zero_()
-        self._padding.copy_(torch.tensor(padding))
-        self._uniform[:count].copy_(uniform)
-        if self._seen is not None and seen is not None:
-            self._seen.copy_(seen)
-        self._sample(logits)
-        size = _BLOCK.get(self._device.type, 1)
+        count, state = len(uniform), self.state
+        # Sampling moves it to the next slot.
+        state.slot.fill_(length - 1)
+        state.number.zero_()
+        state.padding.copy_(torch.tensor(padding))
+        state.uniform[:count].copy_(uniform)
+        if state.seen is not None and seen is not None:
+            state.seen.copy_(seen)
+        self._sample(logits, self._sampling, state)
+        size = _BLOCK.get(self.state.device.type, 1)
         ahead = 2 if size > 1 else 1
         blocks = deque([self._copy(0, 1)])
         enqueued = 1
@@ -98,20 +128,10 @@ class DecodeGraph:
                 done.synchronize()
             yield from self._on_host[start:end].tolist()
 
-    def _sample(self, logits: Tensor) -> None:
-        """Choose the next tokens and record them."""
-        uniform = self._uniform.index_select(0, self._number)[0]
-        chosen = choose(logits, self._sampling, self._seen, uniform)
-        self._tokens.copy_(chosen)
-        self._history.index_copy_(0, self._number, chosen[None])
-        if self._seen is not None:
-            self._seen.scatter_(1, chosen[:, None], True)
-        self._number.add_(1)
-
     def _append_and_sample(self) -> None:
-        logits = self._step(self._tokens, self._slot, self._padding, self.cache)
-        self._slot.add_(1)
-        self._sample(logits)
+        state = self.state
+        logits = self._step(state.tokens, state.slot, state.padding, state.cache)
+        self._sample(logits, self._sampling, state)
 
     def _advance(self) -> None:
         if self._graph is None:
@@ -121,17 +141,17 @@ class DecodeGraph:
 
     def _copy(self, start: int, end: int) -> tuple[int, int, torch.cuda.Event | None]:
         """Start to copy the tokens of some steps to the host."""
-        self._on_host[start:end].copy_(self._history[start:end], non_blocking=True)
-        if self._device.type != "cuda":
+        self._on_host[start:end].copy_(self.state.history[start:end], non_blocking=True)
+        if self.state.device.type != "cuda":
             return start, end, None
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self.state.device))
         return start, end, event
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
-        before = torch.cuda.current_stream(self._device)
-        with torch.cuda.device(self._device):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.state.device)
+        before = torch.cuda.current_stream(self.state.device)
+        with torch.cuda.device(self.state.device):
             stream.wait_stream(before)
             # Compiles kernels and initializes libraries, which a capture must not.
             with torch.cuda.stream(stream):

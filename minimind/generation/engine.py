@@ -21,7 +21,7 @@ from ..modeling.feed_forward import SwiGLU
 from ..modeling.kv_cache import KVCache
 from ..modeling.rope import Rotary
 from ..modeling.transformer import MiniMindBlock, MiniMindForCausalLM
-from .decode_graph import DecodeGraph, FixedStep
+from .decode_graph import DecodeGraph, DecodeState, FixedStep
 from .fused_step import FusedStep, LayerWeights, supported
 from .packed_linear import ConcatLinear, pack_weights
 from .sampling import Sampling
@@ -157,7 +157,7 @@ class InferenceEngine:
         """
         graph = self._decode_graph(len(prompts), capacity, sampling)
         try:
-            batch, logits = self._prefill(prompts, graph.cache)
+            batch, logits = self._prefill(prompts, graph.state.cache)
             padding = [batch.length - len(prompt) for prompt in prompts]
             yield from graph.run(logits, batch.length, padding, uniform, seen)
         finally:
@@ -172,17 +172,18 @@ class InferenceEngine:
             return graph
         # Free its memory first.
         del graph
-        cache = self._new_cache(batch_size, capacity)
-        assert self._fixed_step is not None
+        state = DecodeState(self._new_cache(batch_size, capacity), sampling, self.config.vocab_size)
+        step = self._fixed_step
+        assert step is not None
+        if not isinstance(step, FusedStep):
+            return DecodeGraph(step, state, sampling)
         try:
-            return DecodeGraph(self._fixed_step, cache, sampling, self.config.vocab_size)
+            return DecodeGraph(step, state, sampling, step.sample)
         except Exception as error:
             # Triton needs a C compiler, for one. Its errors have no common type.
-            if not isinstance(self._fixed_step, FusedStep):
-                raise
             warnings.warn(f"generation is slower without fused kernels: {error}", stacklevel=2)
-            self._fixed_step = self.fixed_step
-            return DecodeGraph(self._fixed_step, cache, sampling, self.config.vocab_size)
+        self._fixed_step = self.fixed_step
+        return DecodeGraph(self._fixed_step, state, sampling)
 
     def _new_cache(self, batch_size: int, capacity: int) -> KVCache:
         weight = self._embedding.weight

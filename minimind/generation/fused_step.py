@@ -18,7 +18,9 @@ from torch import Tensor
 from ..modeling.config import MiniMindConfig
 from ..modeling.kv_cache import KVCache, LayerCache
 from ..modeling.rope import RotaryTable
+from .decode_graph import DecodeState, sample
 from .packed_linear import ConcatLinear
+from .sampling import Sampling
 
 # Up to this batch size products are computed by `kernels.linear`, which reads the weights once per sequence
 # (after the first one from the L2 cache); cuBLAS multiplies larger batches.
@@ -30,6 +32,8 @@ _TILE = 4096
 # Programs that fill a large GPU.
 _PROGRAMS = 256
 _LARGEST_HEAD = 256
+# Logits that a program of `kernels.sample` holds in registers.
+_LARGEST_VOCABULARY = 16384
 
 
 def supported(device: torch.device, head_dim: int) -> bool:
@@ -194,6 +198,24 @@ class FusedStep:
         if splits > 1:
             kernels.combine[(heads, batch_size)](parts, peaks, sums, out, SPLITS=splits, num_warps=4, **shape)
         return out
+
+    def sample(self, logits: Tensor, sampling: Sampling, state: DecodeState) -> None:
+        """Choose the next tokens and record them, as `decode_graph.sample` does."""
+        batch_size, vocab_size = logits.shape
+        if sampling.top_p < 1 or vocab_size > _LARGEST_VOCABULARY:
+            sample(logits, sampling, state)
+            return
+        from . import kernels
+
+        block = _power_of_two(vocab_size)
+        kernels.sample[(batch_size,)](
+            logits, state.number if state.seen is None else state.seen.view(torch.uint8), state.uniform,
+            state.number, state.slot, state.tokens, state.history,
+            float(sampling.temperature), float(sampling.repetition_penalty), float(sampling.min_p),
+            GREEDY=sampling.greedy, PENALIZE=state.seen is not None, VOCABULARY=vocab_size, BLOCK=block,
+            TOP_K=0 if sampling.top_k is None else min(sampling.top_k, vocab_size),
+            num_warps=min(max(block // 512, 4), 32),
+        )  # fmt: skip
 
 
 def _splits(capacity: int, programs: int) -> int:

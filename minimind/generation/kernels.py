@@ -173,3 +173,55 @@ def combine(
     value = tl.load(here, mask=(at < DIM)[None, :], other=0.0) * rescale[:, None]
     result = (tl.sum(value, 0) / total).to(out.dtype.element_ty)
     tl.store(out + (batch * HEADS + head) * DIM + at, result, mask=at < DIM)
+
+
+@triton.jit
+def sample(
+    logits, seen, uniform, number, slot, tokens, history, temperature, penalty, min_p,
+    GREEDY: tl.constexpr, PENALIZE: tl.constexpr, TOP_K: tl.constexpr, VOCABULARY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Choose the next token of (B, V) float32 logits as `sampling.choose` does, and record it.
+
+    One program per sequence. `number`, (B,) int64, counts the steps; the random number is in that row of
+    `uniform`, (steps, B), and the token is written to that row of `history` and to `tokens`, (B,) int64.
+    `seen` is (B, V) uint8, used where PENALIZE. TOP_K is 0 for all tokens. 1 is added to `slot`, (1,) int64.
+    """
+    row = tl.program_id(0)
+    step = tl.load(number + row) * tl.num_programs(0) + row
+    at = tl.arange(0, BLOCK)
+    inside = at < VOCABULARY
+    value = tl.load(logits + row * VOCABULARY + at, mask=inside, other=float("-inf"))
+    if PENALIZE:
+        known = tl.load(seen + row * VOCABULARY + at, mask=inside, other=0) != 0
+        value = tl.where(known, tl.where(value < 0, value * penalty, value / penalty), value)
+    likeliest = tl.argmax(value, 0)
+    token = likeliest
+    if not GREEDY:
+        value = value / temperature
+        if TOP_K > 0:
+            # Integers in the order of the numbers. The K-th largest is found bit by bit: the largest integer
+            # that K integers reach.
+            bits = value.to(tl.int32, bitcast=True)
+            key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            smallest = tl.full((), -(2**31), tl.int64)
+            for bit in tl.static_range(31, -1, -1):
+                larger = smallest + (1 << bit)
+                reached = tl.sum((key >= larger.to(tl.int32)).to(tl.int32), 0)
+                smallest = tl.where(reached >= TOP_K, larger, smallest)
+            kept = key >= smallest.to(tl.int32)
+            value = tl.where(value < tl.min(tl.where(kept, value, float("inf")), 0), float("-inf"), value)
+        share = tl.exp(value - tl.max(value, 0))
+        share = tl.where(share < min_p, 0.0, share)
+        sums = tl.cumsum(share, 0)
+        target = tl.load(uniform + step) * tl.max(sums, 0)
+        token = tl.min(tl.where((sums > target) & (share > 0), at, BLOCK), 0)
+        # None, where rounding made the sums too small.
+        token = tl.where(token == BLOCK, likeliest, token)
+    tl.store(tokens + row, token)
+    tl.store(history + step, token)
+    tl.store(number + row, tl.load(number + row) + 1)
+    if PENALIZE:
+        tl.store(seen + row * VOCABULARY + token, 1)
+    if row == 0:
+        tl.store(slot, tl.load(slot) + 1)

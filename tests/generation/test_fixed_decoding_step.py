@@ -114,12 +114,12 @@ def test_buffers_are_kept_for_similar_capacity_only(fixed: InferenceEngine) -> N
     assert [a is b for a, b in itertools.pairwise(graphs)] == [True, False, False]
 
 
-def test_interpreted_kernels_give_the_logits_of_the_step() -> None:
+def test_interpreted_kernels_give_logits_and_tokens_of_the_step() -> None:
     if find_spec("triton") is None or not version("triton").startswith("3.6."):
         pytest.skip("needs triton 3.6: pip install '.[interpreter]'")
     program = Path(decoding_cases.__file__)
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) == len(decoding_cases.CASES)
+    assert len(errors) == len(decoding_cases.CASES) + len(decoding_cases.SAMPLINGS)
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}

@@ -67,17 +67,31 @@ def test_tokens_in_float32_are_those_of_the_plain_engine(
     model = decoding_cases.build(WIDE, initializer_range=0.1).cuda()
     given = prompts(5, 6400)
     for size in (5, 2):
-        ours, plain = (
-            generate(InferenceEngine(model, capture=capture), given[-size:], GREEDY, max_new_tokens=30)
-            for capture in (True, False)
-        )
-        assert ours == plain
+        for sampling in (GREEDY, Sampling(), Sampling(top_k=None, min_p=0.01, repetition_penalty=1.2)):
+            ours, plain = (
+                generate(
+                    InferenceEngine(model, capture=capture),
+                    given[-size:],
+                    sampling,
+                    max_new_tokens=30,
+                    seed=1,
+                )
+                for capture in (True, False)
+            )
+            assert ours == plain
 
 
 @pytest.mark.parametrize("name", decoding_cases.CASES)
 def test_fused_kernels_give_the_logits_of_the_step(name: str) -> None:
     lengths, splits, changes = decoding_cases.CASES[name]
     assert decoding_cases.error(decoding_cases.build(changes), lengths, splits, device="cuda") < 1e-5
+
+
+@pytest.mark.parametrize("name", decoding_cases.SAMPLINGS)
+def test_fused_sampling_chooses_the_same_tokens(name: str) -> None:
+    sampling = decoding_cases.SAMPLINGS[name]
+    for vocabulary in (6400, 16000):
+        assert decoding_cases.sampled_differently(sampling, vocabulary=vocabulary, device="cuda") == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])

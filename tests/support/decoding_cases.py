@@ -1,7 +1,7 @@
 """The fused decoding step against the plain one.
 
 As a program it runs the kernels on the CPU in Triton's interpreter, which must be chosen before Triton is
-loaded, and prints the largest relative error of the logits of each case.
+loaded, and prints the largest relative error of the logits of each case, and how many tokens differ.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from unittest import mock
 
 import torch
 
-from minimind.generation import fused_step
+from minimind.generation import decode_graph, fused_step
+from minimind.generation.decode_graph import DecodeState
 from minimind.generation.engine import InferenceEngine
+from minimind.generation.sampling import Sampling
 from minimind.modeling.config import MiniMindConfig
+from minimind.modeling.kv_cache import KVCache
 from minimind.modeling.transformer import MiniMindForCausalLM
 
 # Lengths of the prompts, splits of the keys, and changes to the model.
@@ -71,17 +74,43 @@ def error(
     return worst
 
 
+SAMPLINGS = {
+    "greedy": Sampling(temperature=0, repetition_penalty=1.5),
+    "top-k": Sampling(top_k=7),
+    "top-k of all": Sampling(top_k=1000, temperature=2),
+    "min-p": Sampling(top_k=None, min_p=0.1, repetition_penalty=0.7),
+    "top-p": Sampling(top_p=0.5),
+}
+
+
+@torch.inference_mode()
+def sampled_differently(sampling: Sampling, *, vocabulary: int, device: str = "cpu") -> int:
+    """Return how many numbers differ in the states after some steps of sampling."""
+    generator = torch.Generator().manual_seed(0)
+    states = []
+    model = build({})
+    fused = InferenceEngine(model.to(device), compiled=True).fused_step()
+    for _ in range(2):
+        cache = KVCache(model.config, 8, batch_size=5, device=device)
+        state = DecodeState(cache, sampling, vocabulary)
+        state.uniform.copy_(torch.rand(state.uniform.shape, generator=generator.manual_seed(1)))
+        states.append(state)
+    for _ in range(3):
+        # Some are equal.
+        logits = (torch.randn(5, vocabulary, generator=generator) * 8).round().to(device) / 4
+        fused.sample(logits, sampling, states[0])
+        decode_graph.sample(logits, sampling, states[1])
+    names = ("slot", "number", "tokens", "history", "seen")
+    pairs = [[getattr(state, name) for state in states] for name in names]
+    return sum(int((a != b).sum()) for a, b in pairs if a is not None)
+
+
 if __name__ == "__main__":
     from fused_cases import interpret
 
     interpret()
     # So that one program reads several blocks of keys.
     fused_step._TILE = 0
-    print(
-        json.dumps(
-            {
-                name: error(build(changes), lengths, splits)
-                for name, (lengths, splits, changes) in CASES.items()
-            }
-        )
-    )
+    found: dict[str, float] = {name: error(build(more), *shape) for name, (*shape, more) in CASES.items()}
+    found |= {name: sampled_differently(kind, vocabulary=40) for name, kind in SAMPLINGS.items()}
+    print(json.dumps(found))
