@@ -7,7 +7,7 @@ Parts:
               of two replicas; AdamW in float32 and Muon in bf16
     resume    the same steps in three parts: 1, N and N/2 GPUs; DDP, FSDP2 and DDP
     killed    a process ended by SIGKILL: the others end in time and name it, --max_restarts resumes
-    speed     tokens/s of `minimind-3` against N times one GPU, Muon against AdamW, slowest report
+    speed     tokens/s of `minimind-3` against N single GPUs, Muon against AdamW, slowest report
     large     the same for `350m` with DDP and FSDP2, and `1b` with FSDP2 and HSDP
     experts   the same for `minimind-3-moe`
     saves     what a checkpoint every 50 steps costs
@@ -16,9 +16,9 @@ Parts:
     python benchmarks/several_gpus.py --gpus 4 --parts speed large experts --json result.json
     python benchmarks/several_gpus.py --gpus 2 --cpu
 
-The first three parts share the GPUs, the others follow one after another. The runs on one GPU that others are
-compared with run at the same time, each on another GPU. A part that takes longer than its limit, or a call
-longer than --minutes, ends with failed rows.
+The first three parts share the GPUs, the others follow one after another. The tokens/s of several GPUs are
+compared with the sum of what each of them reaches alone, all at the same time. A part that takes longer than
+its limit, or a call longer than --minutes, ends with failed rows.
 
 With --cpu processes on CPUs train tiny models, and FSDP2 runs over gloo, which Accelerate itself does not
 offer. Speed is then measured only if asked for, and not judged.
@@ -73,6 +73,8 @@ OPTIMIZERS = {
 }
 NAMES = {"no": "float32", "bf16": "bf16"}
 NEVER = 1_000_000_000
+# At least what a token of the packaged tokenizer takes of the text that Python carries.
+BYTES_PER_TOKEN = 5
 # Seconds within which processes that hang end the others.
 DIST_TIMEOUT = 60
 AS_FSDP2 = "as-fsdp2-on-cpu"
@@ -93,6 +95,15 @@ class Way(NamedTuple):
 ONE = Way("DDP", 1)
 
 
+class Model(NamedTuple):
+    """What a timed run trains: options, sequences of a micro-batch, tokens of a sequence, and steps."""
+
+    options: str
+    batch_size: int
+    seq_len: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What differs between GPUs and a proof on CPUs; speeds are judged on GPUs only.
@@ -101,14 +112,14 @@ class Sizes:
         small: the model whose losses are compared.
         small_batch: sequences of its micro-batch; a step is at least four of them.
         small_len: tokens of its sequences.
-        models: options and steps of the runs that are timed.
+        models: of the runs that are timed.
         save_every: steps between two checkpoints of the run that saves.
     """
 
     small: str
     small_batch: int
     small_len: int
-    models: dict[str, tuple[str, int]]
+    models: dict[str, Model]
     save_every: int = 50
 
 
@@ -117,19 +128,19 @@ GPU = Sizes(
     small_batch=8,
     small_len=512,
     models={
-        "minimind-3, 128": ("--preset minimind-3 --batch-size 128", 180),
-        "minimind-3, 32": ("--preset minimind-3 --batch-size 32", 600),
-        "350m, 16 x 2048": ("--preset 350m --batch-size 16 --max-seq-len 2048", 60),
-        "1b, 8 x 2048": ("--preset 1b --batch-size 8 --max-seq-len 2048", 40),
-        "minimind-3-moe, 128": ("--preset minimind-3-moe --batch-size 128", 140),
+        "minimind-3, 128": Model("--preset minimind-3", 128, 512, 180),
+        "minimind-3, 32": Model("--preset minimind-3", 32, 512, 600),
+        "350m, 16 x 2048": Model("--preset 350m", 16, 2048, 60),
+        "1b, 8 x 2048": Model("--preset 1b", 8, 2048, 40),
+        "minimind-3-moe, 128": Model("--preset minimind-3-moe", 128, 512, 140),
     },
 )
-TINY = "--preset tiny --max-seq-len 64 --batch-size 4"
+TINY = "--preset tiny"
 CPU = Sizes(
     small="--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --num-key-value-heads 2",
     small_batch=2,
     small_len=64,
-    models={name: (f"{TINY} --use-moe" if "moe" in name else TINY, 40) for name in GPU.models},
+    models={name: Model(f"{TINY} --use-moe" if "moe" in name else TINY, 4, 64, 40) for name in GPU.models},
     save_every=15,
 )
 
@@ -200,7 +211,7 @@ class Bench:
     deadline: float
     pool: ThreadPoolExecutor
     jobs: dict[object, Future[Any]] = field(default_factory=dict)
-    speeds: dict[tuple[str, Way, str], Speed | RunError] = field(default_factory=dict)
+    speeds: dict[tuple[str, Way, str, int | None], Speed | RunError] = field(default_factory=dict)
     part_deadline: float = 0.0
     sizes: Sizes = field(init=False)
 
@@ -213,7 +224,10 @@ class Bench:
         # Short enough that an epoch, and with it a short step, ends within the steps compared.
         tokens = self.options.steps * 2 // 3 * self.small_step * self.sizes.small_len
         self.short = write_corpus(self.folder / "short.jsonl", 3 * tokens)
-        self.long = write_corpus(self.folder / "long.jsonl", None)
+        # A timed run ends within an epoch: the last step of an epoch is short.
+        longest = max(model.batch_size * model.seq_len * model.steps for model in self.sizes.models.values())
+        timed = not set(self.options.parts) <= set(UNTIMED)
+        self.long = write_corpus(self.folder / "long.jsonl", BYTES_PER_TOKEN * longest * self.gpus * timed)
         all_of = [Way(strategy, self.gpus) for strategy in ("DDP", "FSDP2")]
         two = [Way(strategy, 2) for strategy in ("DDP", "FSDP2")] if self.gpus > 2 else []
         self.hsdp = [Way("HSDP", self.gpus)] if self.gpus >= 4 and self.gpus % 2 == 0 else []
@@ -326,37 +340,33 @@ class Bench:
             rows = self.run("-".join(map(str, ways)), way, self.small("no", last, "--resume"), deadline)
         return rows
 
-    def measure_at_once(self, *runs: tuple[str, Way, str]) -> None:
-        """Time some runs on one GPU each, as many at once as there are GPUs."""
-        workers = 1 if self.options.cpu else self.gpus
-        with ThreadPoolExecutor(workers) as pool:
-            free = list(range(workers))
-
-            def one(run: tuple[str, Way, str]) -> None:
-                device = free.pop()
-                self.measure(*run, device=device)
-                free.append(device)
-
-            list(pool.map(one, runs))
+    def measure_alone(self, model: str) -> list[Speed | RunError]:
+        """Time a run on each GPU at once, once per call; on CPUs one run stands for all."""
+        devices = [None] if self.options.cpu else list(range(self.gpus))
+        with ThreadPoolExecutor(len(devices)) as pool:
+            list(pool.map(lambda device: self.measure(model, ONE, device=device), devices))
+        found = [self.speeds[model, ONE, "", device] for device in devices]
+        return found * (self.gpus // len(found))
 
     def measure(self, model: str, way: Way, more: str = "", device: int | None = None) -> None:
         """Time a run by the clock, after its first fifth, once per call."""
-        if (model, way, more) in self.speeds:
+        key = (model, way, more, device)
+        if key in self.speeds:
             return
-        options, steps = self.sizes.models[model]
-        compiled = () if self.options.cpu else ("--compile",)
-        args = self.args(self.long, *options.split(), "--max-steps", steps, *compiled)
+        options, batch_size, seq_len, steps = self.sizes.models[model]
+        size = ("--batch-size", batch_size, "--max-seq-len", seq_len, "--max-steps", steps)
+        args = self.args(self.long, *options.split(), *size)
         often = ("--save-interval", NEVER, "--log-interval", max(steps // 20, 1), *more.split())
-        name = f"speed-{model}-{way}{more}".replace("--", "-")
+        name = f"speed-{model}-{way}{more}-{device}".replace("--", "-")
         try:
             rows = self.run(name, way, (*args, *often), self.part_deadline, device)
         except RunError as error:
-            self.speeds[model, way, more] = error
+            self.speeds[key] = error
             return
         steady = [row for row in rows if steps // 5 <= row["step"] < steps]
         times = [(b["tokens"] - a["tokens"]) / (b["elapsed"] - a["elapsed"]) for a, b in pairwise(steady)]
         first, last = steady[0], steady[-1]
-        self.speeds[model, way, more] = Speed(
+        self.speeds[key] = Speed(
             tokens=(last["tokens"] - first["tokens"]) / (last["elapsed"] - first["elapsed"]),
             slowest=min(times) / median(times),
             memory=max(row["memory_gb"] for row in rows),
@@ -369,7 +379,7 @@ class Bench:
             RunError: where the run ended badly.
         """
         self.measure(model, way, more)
-        speed = self.speeds[model, way, more]
+        speed = self.speeds[model, way, more, None]
         if isinstance(speed, RunError):
             raise speed
         return speed
@@ -452,7 +462,6 @@ class Bench:
         """Scaling of `minimind-3`, the cost of Muon, and whether reports vary."""
         large, small = "minimind-3, 128", "minimind-3, 32"
         ddp, adamw = Way("DDP", self.gpus), "--optimizer adamw"
-        self.measure_at_once((large, ONE, ""), (small, ONE, ""))
         yield self.scaled("speed", large, ddp, self.goals.large_batch)
         yield self.scaled("speed", small, ddp, self.goals.small_batch)
         what, wanted = f"{ddp}, {large}", self.goals
@@ -471,7 +480,6 @@ class Bench:
     def large(self) -> Iterator[Row]:
         """`350m` and `1b`."""
         medium, large = "350m, 16 x 2048", "1b, 8 x 2048"
-        self.measure_at_once((medium, ONE, ""))
         yield self.scaled("large", medium, Way("DDP", self.gpus), self.goals.ddp_350m)
         yield self.scaled("large", medium, Way("FSDP2", self.gpus), self.goals.fsdp2_350m)
         for way in (Way("FSDP2", self.gpus), *self.hsdp):
@@ -488,7 +496,6 @@ class Bench:
     def experts(self) -> Iterator[Row]:
         """A mixture of experts."""
         model = "minimind-3-moe, 128"
-        self.measure_at_once((model, ONE, ""))
         yield self.scaled("experts", model, Way("DDP", self.gpus), self.goals.experts)
 
     def saves(self) -> Iterator[Row]:
@@ -505,15 +512,20 @@ class Bench:
         yield self.row("saves", what, measured, share, least=self.goals.saving)
 
     def scaled(self, part: str, model: str, way: Way, least: float) -> Row:
-        """Return a row of the tokens/s of several GPUs against as many times those of one."""
+        """Return a row of the tokens/s of several GPUs against the sum of what each reaches alone."""
         what = f"{way}, {model}"
+        alone = []
+        for speed in self.measure_alone(model):
+            if isinstance(speed, RunError):
+                return failed(part, what, speed)
+            alone.append(speed.tokens)
         try:
-            one, several = self.timed(model, ONE), self.timed(model, way)
+            several = self.timed(model, way)
         except RunError as error:
             return failed(part, what, error)
-        share = several.tokens / (self.gpus * one.tokens)
-        measured = f"{several.tokens:,.0f} / ({self.gpus} x {one.tokens:,.0f}) = {share:.1%}"
-        measured += f", slowest report {several.slowest:.0%}"
+        share = several.tokens / sum(alone)
+        measured = f"{several.tokens:,.0f} / ({min(alone):,.0f} to {max(alone):,.0f} each) = {share:.1%}"
+        measured += f", slowest report {several.slowest:.0%}, {several.memory:.1f} GB"
         return self.row(part, what, measured, share, least=least)
 
     def row(
@@ -559,13 +571,14 @@ def last_words(text: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def write_corpus(path: Path, size: int | None) -> Path:
-    """Write the text that Python carries as JSONL, or about `size` bytes of it."""
+def write_corpus(path: Path, size: int) -> Path:
+    """Write the text that Python carries as JSONL, repeated to at least `size` bytes."""
     with path.open("w", encoding="utf-8") as file:
-        for text in builtin_documents():
-            if size is not None and file.tell() >= size:
-                break
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        while file.tell() < size:
+            for text in builtin_documents():
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                if file.tell() >= size:
+                    break
     return path
 
 
@@ -708,7 +721,7 @@ def main() -> None:
 def show(row: Row, began: float) -> None:
     verdict = {True: "PASS", False: "FAIL", None: "-"}[row.passed]
     clock = f"{time.monotonic() - began:4.0f} s"
-    print(f"{verdict:<5}{clock}  {row.part:<9} {row.what:<44} {row.measured:<50} {row.wanted}", flush=True)
+    print(f"{verdict:<5}{clock}  {row.part:<9} {row.what:<44} {row.measured:<66} {row.wanted}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Shapes: A accumulation steps, B sequences of a micro-batch, W processes, G = A*B
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,15 +70,29 @@ class StepBuilder:
     process_index: int
     pad_token_id: int = 0
 
-    def steps(self, epoch: int, first_sequence: int = 0) -> Iterator[StepSequences]:
-        """Yield this process's part of each step from `first_sequence` to the end of the epoch.
+    def steps(
+        self, epoch: int, first_sequence: int = 0, *, epochs: int | None = 1
+    ) -> Iterator[StepSequences]:
+        """Yield this process's part of each step from `first_sequence` of an epoch on.
 
         Counts over all processes come from document lengths. Without packing, only the tokens of this
-        process's sequences are read. A thread cuts the next window meanwhile, which takes tenths of a second.
+        process's sequences are read. A thread cuts the next window meanwhile, which takes tenths of a second,
+        also that of the next epoch.
+
+        Args:
+            epochs: epochs to yield, the first one included; None for no end.
         """
-        windows = ((window, self._cut(window).load()) for window in self.order.windows(epoch, first_sequence))
+        numbers = range(epoch, sys.maxsize if epochs is None else epoch + epochs)
+        starts = {epoch: first_sequence}
+        windows = (
+            (window, self._cut(window).load())
+            for number in numbers
+            for window in self.order.windows(number, starts.get(number, 0))
+        )
         with ThreadPoolExecutor(1, "windows") as executor:
-            yield from self._steps(epoch, first_sequence, _one_ahead(windows, executor))
+            ahead = _one_ahead(windows, executor)
+            for number in numbers:
+                yield from self._steps(number, starts.get(number, 0), ahead)
 
     def _steps(
         self, epoch: int, first_sequence: int, windows: Iterator[tuple[Window, WindowSequences]]

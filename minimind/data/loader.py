@@ -123,9 +123,16 @@ class Loader:
             lengths, counts = shards.length_counts
             self.tokens_per_epoch = int((lengths - 1).clip(max=seq_len) @ counts)
 
-    def steps(self, epoch: int, first_sequence: int = 0) -> Generator[StepBatch, None, None]:
-        """Yield the steps of an epoch from the global position `first_sequence`, which is found directly."""
-        steps = self._builder.steps(epoch, first_sequence)
+    def steps(
+        self, epoch: int, first_sequence: int = 0, *, epochs: int | None = 1
+    ) -> Generator[StepBatch, None, None]:
+        """Yield the steps of epochs from the global position `first_sequence` of the first, found directly.
+
+        Args:
+            epochs: how many; None for no end. The first steps of an epoch are built during the last steps of
+                the one before.
+        """
+        steps = self._builder.steps(epoch, first_sequence, epochs=epochs)
         for step, tensors in self._prefetched((step, step.arrays) for step in steps):
             counts = {field.name: getattr(step, field.name) for field in fields(StepCounts)}
             yield StepBatch(micro_batches=self._micro_batches(tensors), **counts)

@@ -302,14 +302,11 @@ class Trainer(TimeLimits):
     def _batches(self) -> Iterator[StepBatch]:
         """Yield the steps from the state's position on, epoch after epoch."""
         state = self.state
-        epoch, sequence = state.epoch, state.sequence
-        while True:
-            for batch in self.loader.steps(epoch, sequence):
-                if state.excludes(batch):
-                    state.skip(batch, self.loader.sequences_per_epoch)
-                else:
-                    yield batch
-            epoch, sequence = epoch + 1, 0
+        for batch in self.loader.steps(state.epoch, state.sequence, epochs=None):
+            if state.excludes(batch):
+                state.skip(batch, self.loader.sequences_per_epoch)
+            else:
+                yield batch
 
     def _loss_limit(self, batch: StepBatch) -> float:
         """Return the summed loss above which the step is a spike, in float32 as the device compares it."""

@@ -231,6 +231,37 @@ def test_the_next_window_and_no_further_one_is_cut_meanwhile(make_shards, monkey
     assert not _window_threads()
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_first_window_of_the_next_epoch_is_cut_during_the_last_steps_of_an_epoch(
+    shards, monkeypatch, packing
+):
+    loader = loader_for(shards, packing=packing)
+    each = [(step.epoch, step.digest) for epoch in (3, 4, 5) for step in loader.steps(epoch)]
+    windows = len(list(loader._builder.order.windows(3)))
+    cut, cut_now = [], StepBuilder._cut
+
+    def record(builder, window):
+        cut.append(threading.current_thread().name)
+        return cut_now(builder, window)
+
+    monkeypatch.setattr(StepBuilder, "_cut", record)
+    steps = loader._builder.steps(3, 24, epochs=None)
+    seen = []
+    for step in steps:
+        seen.append((step.epoch, step.digest))
+        if step.step_in_epoch == loader.steps_per_epoch - 1:
+            deadline = time.monotonic() + 5
+            while len(cut) <= windows * (step.epoch - 2) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(cut) == windows * (step.epoch - 2) + 1
+        if len(seen) == len(each) - 1:
+            steps.close()
+    assert seen == each[1:]
+    assert all(name.startswith("windows") for name in cut)
+    assert not _window_threads()
+    assert [(step.epoch, step.digest) for step in loader.steps(3, 24, epochs=3)] == seen
+
+
 def test_an_error_while_a_window_is_cut_reaches_the_consumer(shards, monkeypatch):
     def fails(builder, window):
         raise OSError("a shard is gone")

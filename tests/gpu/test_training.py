@@ -50,8 +50,9 @@ def test_on_a_gpu_values_arrive_a_fixed_number_of_puts_later() -> None:
 
 def test_putting_does_not_wait_for_a_busy_gpu() -> None:
     readback: AsyncScalars[int] = AsyncScalars(torch.device("cuda"))
-    values = torch.ones(2, device="cuda")
-    readback.enqueue(0, values)  # the first pinned allocation may wait
+    values = torch.zeros(2, device="cuda")
+    values += 1
+    readback.enqueue(0, values)  # the first pinned allocation, and loading a kernel, may wait
     torch.cuda.synchronize()
     torch.cuda._sleep(500_000_000)
     values += 1

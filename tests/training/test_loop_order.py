@@ -53,7 +53,7 @@ def looped(total_steps: int, **options: Any) -> tuple[Trainer, list[str]]:
         trainer, lambda limit: done.append("evaluate") or [step_batch(5, 8).micro_batches[0]]
     )
     trainer.loader = SimpleNamespace(
-        sequences_per_epoch=1000, steps=lambda epoch, first: (step_batch(k, 8) for k in range(100))
+        sequences_per_epoch=1000, steps=lambda epoch, first, epochs: (step_batch(k, 8) for k in range(100))
     )
     return trainer, done
 

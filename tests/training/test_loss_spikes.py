@@ -207,7 +207,8 @@ def everything(run: Trainer) -> list[torch.Tensor]:
 
 def train_on(run: Trainer, seeds: list[int]) -> TrainState:
     run.loader = SimpleNamespace(
-        sequences_per_epoch=10**6, steps=lambda epoch, sequence: iter([step_batch(seed, 8) for seed in seeds])
+        sequences_per_epoch=10**6,
+        steps=lambda epoch, sequence, epochs: iter([step_batch(seed, 8) for seed in seeds]),
     )
     run.total_steps = len(seeds)
     rng = np.random.default_rng(0)
@@ -258,7 +259,8 @@ def test_a_reported_spike_is_trained_on() -> None:
 def test_skipping_step_after_step_ends_with_advice() -> None:
     run = adamw_run("skip")
     run.loader = SimpleNamespace(
-        sequences_per_epoch=10**6, steps=lambda epoch, sequence: (step_batch(seed, 8) for seed in range(100))
+        sequences_per_epoch=10**6,
+        steps=lambda epoch, sequence, epochs: (step_batch(seed, 8) for seed in range(100)),
     )
     run.total_steps = 100
     with pytest.raises(TrainingError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row.*--learning-rate"):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -292,9 +293,9 @@ def test_the_loop_saves_evaluates_and_reports_when_due() -> None:
     )
     trainer.loader = SimpleNamespace(
         sequences_per_epoch=4 * SEQUENCES,
-        steps=lambda epoch, sequence: (
-            dataclasses.replace(step_batch(10 * epoch + k, 8), epoch=epoch)
-            for k in range(sequence // SEQUENCES, 4)
+        steps=lambda epoch, sequence, epochs: (
+            dataclasses.replace(step_batch(10 * (k // 4) + k % 4, 8), epoch=k // 4)
+            for k in count(4 * epoch + sequence // SEQUENCES)
         ),
     )
     state = TrainState()
@@ -311,7 +312,9 @@ def test_a_report_is_the_mean_over_all_targets_since_the_last_one() -> None:
     trainer = make_trainer(tiny_model(), log_interval=3)
     trainer.total_steps = 3
     batches = [step_batch(seed, 8) for seed in (1, 2, 3)]
-    trainer.loader = SimpleNamespace(sequences_per_epoch=1000, steps=lambda epoch, sequence: iter(batches))
+    trainer.loader = SimpleNamespace(
+        sequences_per_epoch=1000, steps=lambda epoch, sequence, epochs: iter(batches)
+    )
     train(trainer, TrainState())
     losses, _ = reference_steps([1, 2, 3])
     targets = [batch.num_targets for batch in batches]
@@ -329,7 +332,7 @@ def test_a_report_covers_the_steps_before_a_checkpoint_that_fell_between_two_rep
             trainer.total_steps, trainer.stop_after = 4, state.step + part
             trainer.loader = SimpleNamespace(
                 sequences_per_epoch=1000,
-                steps=lambda epoch, sequence: (step_batch(seed, 8) for seed in seeds),
+                steps=lambda epoch, sequence, epochs: (step_batch(seed, 8) for seed in seeds),
             )
             train(trainer, state)
             state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
@@ -363,7 +366,7 @@ def test_a_requested_to_stop_ends_the_loop_after_a_save() -> None:
     now = [0.0]
     trainer.stop = StopRequest(5, started=0.0, clock=lambda: now[0])
 
-    def batches(epoch: int, sequence: int) -> Any:
+    def batches(epoch: int, sequence: int, epochs: None) -> Any:
         while True:
             now[0] += 1.0
             yield step_batch(int(now[0]), 8)
@@ -390,7 +393,7 @@ def test_an_evaluation_is_left_when_a_stop_is_requesteded_and_the_state_is_saved
 
     trainer.evaluator = BatchEvaluator(trainer, validation)
     trainer.loader = SimpleNamespace(
-        sequences_per_epoch=1000, steps=lambda epoch, sequence: (step_batch(k, 8) for k in range(100))
+        sequences_per_epoch=1000, steps=lambda epoch, sequence, epochs: (step_batch(k, 8) for k in range(100))
     )
     state = TrainState()
     train(trainer, state)
