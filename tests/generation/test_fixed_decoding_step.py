@@ -64,6 +64,12 @@ def test_blocks_hold_the_tokens_of_single_steps(
     assert {len(tokens) for tokens in ours} == {count}
 
 
+def test_no_more_tokens_are_decoded_than_random_numbers_are_given(fixed: InferenceEngine) -> None:
+    for count in (1, 3, 5):
+        steps = fixed.decode(PROMPTS, 20, Sampling(), torch.rand(count, 3), None)
+        assert len(list(steps)) == count
+
+
 def test_what_is_decoded_after_a_stop_token_is_dropped(fixed: InferenceEngine) -> None:
     plain = InferenceEngine(fixed.model)
     whole = generate(plain, PROMPTS, max_new_tokens=20, seed=3)
