@@ -21,7 +21,7 @@ from ..modeling.feed_forward import SwiGLU
 from ..modeling.kv_cache import KVCache
 from ..modeling.rope import Rotary
 from ..modeling.transformer import MiniMindBlock, MiniMindForCausalLM
-from .decode_graph import DecodeGraph, DecodeState, FixedStep
+from .decode_graph import DecodeGraph, DecodeState, FixedStep, sample
 from .fused_step import FusedStep, LayerWeights, supported
 from .packed_linear import ConcatLinear, pack_weights
 from .sampling import Sampling
@@ -73,8 +73,8 @@ class InferenceEngine:
     """Decodes one token at a time, without dropout.
 
     On CUDA the decoding step and the sampling are captured as a CUDA graph, which takes some tenths of a
-    second: once for each batch size, sampling and capacity in units of 256 tokens. Where Triton is installed
-    the step consists of fused kernels (see `fused_step`).
+    second. It is kept for later batches of the same size and sampling, up to a capacity of the same multiple
+    of 256 tokens. Where Triton is installed the step consists of fused kernels (see `fused_step`).
 
     On the CPU the weights are copied at construction (see `packed_linear.pack_weights`). With a CUDA graph or
     compiled code those of queries, keys and values, and of gate and up, are copied too, so that each is one
@@ -159,7 +159,7 @@ class InferenceEngine:
         try:
             batch, logits = self._prefill(prompts, graph.state.cache)
             padding = [batch.length - len(prompt) for prompt in prompts]
-            yield from graph.run(logits, batch.length, padding, uniform, seen)
+            yield from graph.run(logits, sampling, batch.length, padding, uniform, seen)
         finally:
             # Until here another batch gets a graph of its own.
             self._idle = graph
@@ -168,22 +168,29 @@ class InferenceEngine:
         """Return a graph that no other batch uses."""
         capacity = -(-capacity // _FIXED_SLOTS) * _FIXED_SLOTS
         graph, self._idle = self._idle, None
-        if graph is not None and graph.fits(batch_size, capacity, sampling):
-            return graph
-        # Free its memory first.
-        del graph
-        state = DecodeState(self._new_cache(batch_size, capacity), sampling, self.config.vocab_size)
-        step = self._fixed_step
-        assert step is not None
-        if not isinstance(step, FusedStep):
-            return DecodeGraph(step, state, sampling)
+        # Masked slots cost time, and may change the rounding; the fused kernels read used slots only.
+        larger = isinstance(self._fixed_step, FusedStep)
+        if graph is None or not graph.fits(batch_size, capacity, larger=larger):
+            # Free its memory first.
+            graph = None
+            state = DecodeState(self._new_cache(batch_size, capacity), self.config.vocab_size)
+            graph = self._new_graph(state)
         try:
-            return DecodeGraph(step, state, sampling, step.sample)
+            graph.prepare(sampling)
         except Exception as error:
             # Triton needs a C compiler, for one. Its errors have no common type.
+            if not isinstance(self._fixed_step, FusedStep):
+                raise
             warnings.warn(f"generation is slower without fused kernels: {error}", stacklevel=2)
-        self._fixed_step = self.fixed_step
-        return DecodeGraph(self._fixed_step, state, sampling)
+            self._fixed_step = self.fixed_step
+            graph = self._new_graph(graph.state)
+            graph.prepare(sampling)
+        return graph
+
+    def _new_graph(self, state: DecodeState) -> DecodeGraph:
+        step = self._fixed_step
+        assert step is not None
+        return DecodeGraph(step, state, step.sample if isinstance(step, FusedStep) else sample)
 
     def _new_cache(self, batch_size: int, capacity: int) -> KVCache:
         weight = self._embedding.weight

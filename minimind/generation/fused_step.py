@@ -25,11 +25,9 @@ from .sampling import Sampling
 # Up to this batch size products are computed by `kernels.linear`, which reads the weights once per sequence
 # (after the first one from the L2 cache); cuBLAS multiplies larger batches.
 SMALL_BATCH = 4
-# Keys that an attention program reads at least, before they are split over more programs.
-_KEYS_PER_SPLIT = 256
 # Numbers of keys that an attention program reads at once.
 _TILE = 4096
-# Programs that fill a large GPU.
+# Programs over which the keys of a small batch are split, so that they fill a large GPU.
 _PROGRAMS = 256
 _LARGEST_HEAD = 256
 # Logits that a program of `kernels.sample` holds in registers.
@@ -183,7 +181,7 @@ class FusedStep:
         dim, batch_size, capacity = self._config.head_dim, len(qkv), cached.keys.shape[2]
         width = _power_of_two(dim)
         shape: dict[str, Any] = {"HEADS": heads, "DIM": dim, "BLOCK": width}
-        splits = _splits(capacity, batch_size * heads)
+        splits = _splits(batch_size * heads)
         out = qkv.new_empty(batch_size, heads * dim)
         parts, peaks, sums = out, out, out
         if splits > 1:
@@ -209,19 +207,21 @@ class FusedStep:
 
         block = _power_of_two(vocab_size)
         kernels.sample[(batch_size,)](
-            logits, state.number if state.seen is None else state.seen.view(torch.uint8), state.uniform,
-            state.number, state.slot, state.tokens, state.history,
+            logits, state.seen.view(torch.uint8), state.uniform, state.number, state.slot, state.tokens,
+            state.history,
             float(sampling.temperature), float(sampling.repetition_penalty), float(sampling.min_p),
-            GREEDY=sampling.greedy, PENALIZE=state.seen is not None, VOCABULARY=vocab_size, BLOCK=block,
-            TOP_K=0 if sampling.top_k is None else min(sampling.top_k, vocab_size),
+            GREEDY=sampling.greedy, PENALIZE=sampling.repetition_penalty != 1, VOCABULARY=vocab_size,
+            TOP_K=0 if sampling.top_k is None else min(sampling.top_k, vocab_size), BLOCK=block,
             num_warps=min(max(block // 512, 4), 32),
         )  # fmt: skip
 
 
-def _splits(capacity: int, programs: int) -> int:
-    """Return over how many programs the keys of a head are split, a power of two."""
-    most = min(capacity // _KEYS_PER_SPLIT, _PROGRAMS // programs, 64)
-    return 1 << max(most.bit_length() - 1, 0)
+def _splits(programs: int) -> int:
+    """Return over how many programs the keys of a head are split, a power of two.
+
+    It is independent of the capacity, on which the rounding must not depend.
+    """
+    return 1 << (max(_PROGRAMS // programs, 1).bit_length() - 1)
 
 
 def _power_of_two(number: int) -> int:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import build, some_ids
+from test_engine import SHAPE, build, some_ids
 
 from minimind.generation import decode_graph
+from minimind.generation.decode_graph import DecodeGraph, DecodeState
 from minimind.generation.engine import InferenceEngine
 from minimind.generation.generate import generate, stream
 from minimind.generation.sampling import Sampling
+from minimind.modeling.kv_cache import KVCache
 from support import decoding_cases
 
 PROMPTS = [some_ids(length, length) for length in (5, 2, 7)]
@@ -117,7 +119,31 @@ def test_buffers_are_kept_for_similar_capacity_only(fixed: InferenceEngine) -> N
     ]:
         generate(fixed, prompts, sampling, max_new_tokens=count)
         graphs.append(fixed._idle)
-    assert [a is b for a, b in itertools.pairwise(graphs)] == [True, False, False]
+    assert [a is b for a, b in itertools.pairwise(graphs)] == [True, True, False]
+
+
+def test_each_sampling_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = []
+    monkeypatch.setattr(DecodeGraph, "_capture", lambda graph, sampling: captures.append(sampling))
+    graph = DecodeGraph(pytest.fail, DecodeState(KVCache(SHAPE, 512, batch_size=2), 40))
+    graph.prepare(Sampling())
+    assert captures == [], "no CUDA graphs on a CPU"
+    graph.state.device = torch.device("cuda")
+    many = [Sampling(top_k=number) for number in range(1, decode_graph._MOST_GRAPHS + 2)]
+    for sampling in (many[0], many[1], many[0], *many):
+        graph.prepare(sampling)
+    assert captures == many
+    # The first one was dropped.
+    graph.prepare(many[-1])
+    graph.prepare(many[0])
+    assert captures == [*many, many[0]]
+
+
+def test_a_state_fits_batches_of_its_size_and_where_allowed_smaller_capacity() -> None:
+    graph = DecodeGraph(pytest.fail, DecodeState(KVCache(SHAPE, 512, batch_size=2), 40))
+    cases = [(2, 512, False), (2, 256, False), (2, 256, True), (2, 768, True), (1, 512, True)]
+    fitting = [graph.fits(size, capacity, larger=larger) for size, capacity, larger in cases]
+    assert fitting == [True, False, True, False, False]
 
 
 def test_interpreted_kernels_give_logits_and_tokens_of_the_step() -> None:

@@ -51,12 +51,31 @@ def test_a_graph_gives_the_tokens_of_its_steps(
     assert captured._idle is not None
     assert captured._idle.captured
     with monkeypatch.context() as patch:
-        patch.setattr(DecodeGraph, "_capture", lambda self: None)
+        patch.setattr(DecodeGraph, "_capture", lambda *_: None)
         assert generate(eager, given, sampling, **options) == whole
         # Sequences that stop early, in one graph and in the other.
         options["stop_ids"] = [whole[0][10], whole[-1][25]]
         stopped = generate(eager, given, sampling, **options)
     assert generate(captured, given, sampling, **options) == stopped != whole
+
+
+def test_later_batches_use_the_graphs_of_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = []
+    capture = DecodeGraph._capture
+    monkeypatch.setattr(
+        DecodeGraph, "_capture", lambda graph, given: captures.append(given) or capture(graph, given)
+    )
+    model = decoding_cases.build(WIDE).cuda().bfloat16()
+    engine = InferenceEngine(model)
+    long = prompts(5, 6400)
+    short = [prompt[:9] for prompt in long]
+    for given, sampling in [(long, GREEDY), (long, Sampling()), (short, GREEDY), (short, Sampling())]:
+        ours = generate(engine, given, sampling, max_new_tokens=30, seed=2)
+        seen_by_one = len(captures)
+        # A graph of a smaller capacity gives the same tokens.
+        assert generate(InferenceEngine(model), given, sampling, max_new_tokens=30, seed=2) == ours
+        del captures[seen_by_one:]
+    assert captures == [GREEDY, Sampling()]
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -93,10 +93,9 @@ def sampled_differently(sampling: Sampling, *, vocabulary: int, device: str = "c
     fused = InferenceEngine(model.to(device), compiled=True).fused_step()
     for _ in range(2):
         cache = KVCache(model.config, 8, batch_size=5, device=device)
-        state = DecodeState(cache, sampling, vocabulary)
+        state = DecodeState(cache, vocabulary)
         state.uniform.copy_(torch.rand(state.uniform.shape, generator=generator.manual_seed(1)))
-        if state.seen is not None:
-            state.seen[:, ::3] = True
+        state.seen[:, ::3] = True
         states.append(state)
     for _ in range(3):
         # Some are equal, and most negative.
@@ -105,7 +104,7 @@ def sampled_differently(sampling: Sampling, *, vocabulary: int, device: str = "c
         decode_graph.sample(logits, sampling, states[1])
     names = ("slot", "number", "tokens", "history", "seen")
     pairs = [[getattr(state, name) for state in states] for name in names]
-    return sum(int((a != b).sum()) for a, b in pairs if a is not None)
+    return sum(int((a != b).sum()) for a, b in pairs)
 
 
 if __name__ == "__main__":
