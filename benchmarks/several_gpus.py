@@ -4,7 +4,7 @@ Every run is the `minimind-train` command, started by `accelerate launch` where 
 Parts:
 
     equality  losses and order of the same steps on 1, 2 and N GPUs, with DDP, FSDP2 and, on 4 or more, HSDP
-              of two replicas; AdamW in float32 and Muon in bf16
+              of two replicas; AdamW and Muon in float32, and Muon in bf16
     resume    the same steps in three parts: 1, N and N/2 GPUs; DDP, FSDP2 and DDP
     killed    a process ended by SIGKILL: the others end in time and name it, --max_restarts resumes
     speed     tokens/s of `minimind-3` against N single GPUs, Muon against AdamW, slowest report
@@ -64,14 +64,24 @@ LIMITS = {
 }
 PARTS = tuple(LIMITS)
 UNTIMED = PARTS[:3]
-TOLERANCES = {"no": 1e-5, "bf16": 1e-2}
+
+
+class Steps(NamedTuple):
+    """How the steps whose losses are compared are computed, and how far the losses may be apart."""
+
+    name: str
+    precision: str
+    optimizer: str
+    tolerance: float
+
+
 # Rates so low that training does not blow up the rounding of sums in another order: with AdamW at 1e-3 it
 # grows from 1e-7 to 1e-3 within 30 steps, also in one process that cuts a step into other micro-batches.
-OPTIMIZERS = {
-    "no": "--optimizer adamw --learning-rate 1e-4",
-    "bf16": "--optimizer muon --learning-rate 5e-4",
+STEPS = {
+    "no": Steps("float32", "no", "--optimizer adamw --learning-rate 1e-4", 1e-5),
+    "no-muon": Steps("float32, Muon", "no", "--optimizer muon --learning-rate 5e-4", 1e-4),
+    "bf16": Steps("bf16", "bf16", "--optimizer muon --learning-rate 5e-4", 1e-2),
 }
-NAMES = {"no": "float32", "bf16": "bf16"}
 NEVER = 1_000_000_000
 # At least what a token of the packaged tokenizer takes of the text that Python carries.
 BYTES_PER_TOKEN = 5
@@ -300,11 +310,16 @@ class Bench:
         quiet = ("--tracker", "none", "--epochs", 1_000_000, "--dist-timeout", f"{DIST_TIMEOUT}s")
         return (*places, *quiet, *more)
 
-    def small(self, precision: str, last_step: int, *more: object) -> Args:
-        """Return the options of a run whose losses are compared, up to a step."""
+    def small(self, kind: str, last_step: int, *more: object) -> Args:
+        """Return the options of a run whose losses are compared, up to a step.
+
+        Args:
+            kind: of `STEPS`.
+        """
+        precision = STEPS[kind].precision
         shape = (*self.sizes.small.split(), "--max-seq-len", self.sizes.small_len)
         # The schedule is constant, so that where a part ends has no effect on it.
-        rate = ("--lr-schedule", "constant", "--warmup-steps", 5, *OPTIMIZERS[precision].split())
+        rate = ("--lr-schedule", "constant", "--warmup-steps", 5, *STEPS[kind].optimizer.split())
         size = ("--batch-size", self.sizes.small_batch, "--global-batch-size", self.small_step)
         # In float32 nothing but the processes shall differ; bf16 is compiled on GPUs, as it would be trained.
         how = ("--mixed-precision", precision, *(("--no-compile",) if precision == "no" else ()))
@@ -317,11 +332,11 @@ class Bench:
         # Processes on CPUs are as slow as the machine is busy.
         limits = {part: math.inf if self.options.cpu else now + LIMITS[part] for part in UNTIMED}
         equality = self.options.precision if "equality" in parts else []
-        for precision in dict.fromkeys([*equality, *(["no"] if "resume" in parts else [])]):
-            for way in (ONE, *(self.ways if precision in equality else ())):
-                name, args = f"{way}-{precision}", self.small(precision, steps)
+        for kind in dict.fromkeys([*equality, *(["no"] if "resume" in parts else [])]):
+            for way in (ONE, *(self.ways if kind in equality else ())):
+                name, args = f"{way}-{kind}", self.small(kind, steps)
                 self.submit(
-                    (way, precision),
+                    (way, kind),
                     lambda n=name, w=way, o=args: self.run(n, w, o, limits["equality"]),
                 )
         for chain in self.chains if "resume" in parts else ():
@@ -388,10 +403,10 @@ class Bench:
 
     def equality(self) -> Iterator[Row]:
         """The same steps by one process and by several."""
-        for precision in self.options.precision:
+        for kind in self.options.precision:
             for way in self.ways:
-                what = f"{way} as 1 GPU, {self.options.steps} steps, {NAMES[precision]}"
-                yield self.compared("equality", what, (way, precision), precision)
+                what = f"{way} as 1 GPU, {self.options.steps} steps, {STEPS[kind].name}"
+                yield self.compared("equality", what, (way, kind), kind)
 
     def resume(self) -> Iterator[Row]:
         """The same steps in three parts."""
@@ -402,13 +417,13 @@ class Bench:
         """See `kill_twice`."""
         yield from self.jobs["killed"].result()
 
-    def compared(self, part: str, what: str, job: object, precision: str) -> Row:
+    def compared(self, part: str, what: str, job: object, kind: str) -> Row:
         """Return a row on how far losses are from those of one GPU, and whether the order is the same."""
         try:
-            rows, reference = self.jobs[job].result(), self.jobs[ONE, precision].result()
+            rows, reference = self.jobs[job].result(), self.jobs[ONE, kind].result()
         except RunError as error:
             return failed(part, what, error)
-        tolerance = TOLERANCES[precision]
+        tolerance = STEPS[kind].tolerance
         wanted = f"<= {tolerance:g}, same order"
         if [row["step"] for row in rows] != [row["step"] for row in reference]:
             return Row(part, what, f"{len(rows)} steps instead of {len(reference)}", wanted, False)
@@ -670,7 +685,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to use (default: all; 2 with --cpu)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts to run (default: all)")
     parser.add_argument("--steps", type=int, default=30, help="of the runs whose losses are compared")
-    parser.add_argument("--precision", nargs="+", choices=tuple(NAMES), default=tuple(NAMES))
+    parser.add_argument("--precision", nargs="+", choices=tuple(STEPS), default=tuple(STEPS))
     parser.add_argument("--minutes", type=float, default=9.5, help="that all parts together may take")
     parser.add_argument("--cpu", action="store_true", help="processes on CPUs, with tiny shapes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")

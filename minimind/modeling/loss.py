@@ -19,6 +19,8 @@ IGNORED = -100
 # Elsewhere logits are float32 and larger chunks are not faster.
 _LOGITS_ON_CUDA = 1 << 26
 _LOGITS_ELSEWHERE = 1 << 24
+# A sum of 2^11 normed hidden states is far below 65504, the largest number of fp16.
+_LOG_TOKENS_IN_FP16 = 11
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -27,6 +29,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Products use the autocast dtype, or the weight's dtype without autocast; softmax and sums are float32.
     If a gradient is needed, it is computed in the forward pass, chunk by chunk, and only scaled in the
     backward pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989), so logits are computed once.
+    Loss scaling has no effect on these products, so in fp16 they sum smaller numbers.
 
     Args:
         hidden: (N, C) hidden states.
@@ -54,6 +57,18 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tenso
     return list(zip(hidden.split(tokens), targets.split(tokens), strict=True))
 
 
+def _summable(hidden: Tensor) -> tuple[Tensor, int]:
+    """Return (N, C) normed hidden states divided by a power of two, and that divisor.
+
+    In fp16 it is so large that a sum over the tokens is finite; for other dtypes it is 1. The quotients are
+    exact, except for hidden states far below the rounding error of the others.
+    """
+    if hidden.dtype != torch.float16:
+        return hidden, 1
+    divisor = 1 << max((len(hidden) - 1).bit_length() - _LOG_TOKENS_IN_FP16, 0)
+    return hidden / divisor, divisor
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` with both gradients computed in the forward pass."""
 
@@ -66,10 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for h, t in _chunks(hidden, weight, targets):
             h = h.to(dtype)
             logits = h @ low_weight.T
+            small, divisor = _summable(h)
             if fused.supported(h, low_weight):
                 loss = loss + fused.cross_entropy_(logits, t, IGNORED).sum()
                 grad_hidden.append((logits @ low_weight).to(hidden.dtype))
-                grad_weight += logits.T @ h
+                grad_weight.add_(logits.T @ small, alpha=divisor)
                 continue
             logits = logits.float()
             ids, ignored = t.clamp(min=0)[:, None], (t == IGNORED)[:, None]
@@ -88,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 grad.scatter_(1, ids, at_target)
             grad_hidden.append((grad @ low_weight).to(hidden.dtype))
-            grad_weight += grad.T @ h
+            grad_weight.add_(grad.T @ small, alpha=divisor)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
         return loss
 

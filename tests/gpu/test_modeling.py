@@ -13,6 +13,8 @@ from torch import Tensor
 from minimind.modeling import moe
 from minimind.modeling.attention import attend, document_block_mask, document_mask
 from minimind.modeling.config import MiniMindConfig
+from minimind.modeling.documents import documents as document_boundaries
+from minimind.modeling.kernels import dispatch as kernels
 from minimind.modeling.moe import looped_linear
 from minimind.modeling.transformer import MiniMindForCausalLM
 from support import fused_cases
@@ -59,6 +61,79 @@ def test_kernels_on_a_gpu_agree_with_float64() -> None:
     of_norms = {name for name in errors if name.startswith("attention") and name[-1] in "12"}
     limits = {name: SUMS_OF_ROUNDED if name in of_norms else ROUNDING for name in errors}
     assert {name: error for name, error in errors.items() if not error < limits[name]} == {}
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, piece: int = 1024) -> list[Tensor]:
+    """Return causal attention (H, T, D) in the dtype of its inputs, and the gradients of q, k and v.
+
+    Computes the scores of `piece` queries at a time.
+
+    Args:
+        q: (H, T, D).
+        k: (K, T, D).
+        v: (K, T, D).
+        grad: (H, T, D) gradient of the output.
+    """
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    heads, length, width = q.shape
+    at = torch.arange(length, device=q.device)
+    out = torch.empty_like(grad)
+    for first in range(0, length, piece):
+        end = min(first + piece, length)
+        keys, values = (x[:, :end].repeat_interleave(heads // len(x), 0) for x in (k, v))
+        scores = q[:, first:end] @ keys.mT / width**0.5
+        part = scores.masked_fill(at[:end] > at[first:end, None], -torch.inf).softmax(-1) @ values
+        part.backward(grad[:, first:end])
+        out[:, first:end] = part.detach()
+    gradients = [x.grad for x in (q, k, v)]
+    return [out, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_attention_of_131072_tokens_agrees_with_float32(width: int) -> None:
+    length, heads, kv_heads = 131_072, 2, 1
+    rng = torch.Generator("cuda").manual_seed(width)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device="cuda")
+
+    # One document in the first sequence; in the second each token is one.
+    document_ids = torch.stack((torch.zeros(length), torch.arange(length))).int().cuda()
+    seen = document_boundaries(document_ids, 2, length, torch.device("cuda"))
+    positions = torch.arange(length, device="cuda") - seen.starts
+    frequencies = 1e6 ** (-torch.arange(0, width, 2, device="cuda") / width)
+    angles = torch.outer(torch.arange(length, device="cuda").float(), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    qkv = random(2, length, (heads + 2 * kv_heads) * width).bfloat16().requires_grad_()
+    weights = [(random(width) + 1).requires_grad_() for _ in range(2)]
+    grad = random(2, length, heads * width).bfloat16()
+    out = kernels.attend(qkv, *weights, cos, sin, positions, seen, heads=heads, eps=1e-6)
+    found = torch.autograd.grad(out, [qkv, *weights], grad)
+
+    # A document of one token: its value.
+    value = qkv.detach()[1, :, -width:]
+    assert torch.equal(out[1], value.repeat(1, heads))
+    to_value = grad[1].float().unflatten(-1, (heads, width)).sum(1)
+    assert fused_cases.error(found[0][1, :, -width:], to_value.double()) < ROUNDING
+    assert found[0][1, :, :-width].abs().max() < 1e-3
+
+    exact = qkv.detach()[0].float().requires_grad_()
+    leaves = [exact, *(weight.detach().requires_grad_() for weight in weights)]
+    q, k, v = exact.unflatten(-1, (-1, width)).transpose(0, 1).split((heads, kv_heads, kv_heads))
+    q, k = (
+        fused_cases.turn(fused_cases.norm(x, weight), cos, sin)
+        for x, weight in zip((q, k), leaves[1:], strict=True)
+    )
+    head_grad = grad[0].float().unflatten(-1, (heads, width)).transpose(0, 1)
+    expected, *gradients = exact_attention(q, k, v, head_grad)
+    wanted = torch.autograd.grad([q, k, v], leaves, gradients)
+    errors = {"output": fused_cases.error(out[0].detach(), expected.transpose(0, 1).flatten(1).double())}
+    parts = (heads * width, kv_heads * width, kv_heads * width)
+    pairs = zip(found[0][0].split(parts, -1), wanted[0].split(parts, -1), strict=True)
+    errors |= {name: fused_cases.error(a, b.double()) for name, (a, b) in zip("qkv", pairs, strict=True)}
+    norms = [fused_cases.error(a, b.double()) for a, b in zip(found[1:], wanted[1:], strict=True)]
+    assert {name: error for name, error in errors.items() if not error < ROUNDING} == {}, errors
+    assert max(norms) < SUMS_OF_ROUNDED, norms
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,22 +1,27 @@
-"""Asynchronous metrics, `--batch-size auto` and CUDA graphs on a CUDA GPU."""
+"""Asynchronous metrics, `--batch-size auto`, CUDA graphs, fp16 and experts on a CUDA GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from training import test_async_metrics, test_auto_batch_size
+from training import test_async_metrics, test_auto_batch_size, test_recompilation
 
 from minimind.config.options import PretrainConfig
-from minimind.data.shards import random_shards
+from minimind.data.builtin_corpus import builtin_documents
+from minimind.data.shards import ShardWriter, TokenShards, random_shards, token_dtype
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
+from minimind.formats.open_model import open_model
 from minimind.optim.build import set_schedule
 from minimind.planning.budget import plan_budget
+from minimind.tokenizer import load_tokenizer
 from minimind.training.async_metrics import AsyncScalars
 from minimind.training.cuda_graph import StepGraphs
 from minimind.training.pretrain import pretrain
@@ -172,3 +177,99 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumul
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-4)
     assert losses["with, not compiled"] == pytest.approx(losses["without"], rel=1e-3)
     assert len(losses["with"]) >= 12
+
+
+def skewed_shards(folder: Path, vocab_size: int) -> TokenShards:
+    """Write 3M random tokens, 60% of which are the same."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    tokens = rng.integers(0, vocab_size, 3_000_000)
+    tokens[rng.random(len(tokens)) < 0.6] = 32
+    writer = ShardWriter(folder, "train", token_dtype(vocab_size))
+    writer.append(tokens.astype(token_dtype(vocab_size)), np.full(3_000, 1_000, np.int64))
+    return TokenShards(folder, "train", writer.close(), "skewed")
+
+
+def test_fp16_with_a_small_vocabulary_and_large_batches_trains_as_bf16_does(tmp_path: Path) -> None:
+    """A gradient that overflows whatever the loss scale would skip every update."""
+    steps, losses, skipped, scale = 40, {}, [], 0.0
+    shards = skewed_shards(tmp_path / "tokens", 256)
+    for precision in ("no", "bf16", "fp16"):
+        options: dict[str, Any] = {**SMALL, "max_seq_len": 512, "batch_size": 512, "compile": False}
+        config = PretrainConfig(**options, mixed_precision=precision, output_dir=str(tmp_path))
+        accelerator = start_accelerator(config)
+        try:
+            inputs = resolve_run(config)
+            inputs = dataclasses.replace(
+                inputs, model_config=dataclasses.replace(inputs.model_config, vocab_size=256)
+            )
+            parts = build_training(inputs, shards, accelerator)
+            batches = itertools.chain.from_iterable(map(parts.loader.steps, itertools.count()))
+            losses[precision] = []
+            for step, batch in zip(range(steps), batches, strict=False):
+                set_schedule(parts.optimizer, 2e-3, step)
+                done = train_step(
+                    parts.model, parts.optimizer, batch, accelerator, grad_clip=1.0, graphs=parts.graphs
+                )
+                losses[precision].append(done[0].item() / batch.num_targets)
+                if precision == "fp16":
+                    skipped.append(parts.optimizer.step_was_skipped)
+                    scale = accelerator.scaler.get_scale()
+            parts.release()
+        finally:
+            close_accelerator(accelerator)
+    assert all(map(math.isfinite, losses["fp16"]))
+    assert not any(skipped[10:]), (skipped, scale)
+    assert scale >= 1
+    assert losses["no"][-1] < losses["no"][0] - 1
+    assert losses["bf16"][-1] == pytest.approx(losses["no"][-1], rel=1e-2)
+    assert losses["fp16"][-1] == pytest.approx(losses["no"][-1], rel=1e-2), skipped
+
+
+def test_ten_evaluations_of_a_compiled_run_of_28_layers_compile_nothing_again(tmp_path: Path) -> None:
+    graphs = test_recompilation.graphs_at_evaluations(tmp_path, hidden_size=64)
+    assert graphs[0] >= 3
+    assert set(graphs[1:]) == {graphs[1]}, graphs
+
+
+def test_no_expert_dies_in_3000_steps_with_little_balancing(tmp_path: Path) -> None:
+    config = PretrainConfig(
+        **SMALL | {"hidden_size": 128, "batch_size": 32},
+        use_moe=True,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        router_aux_loss_coef=0.001,
+        compile=True,
+        cuda_graphs=True,
+        epochs=1_000,
+        max_steps=3_000,
+        log_interval=250,
+        save_interval=1_000_000,
+        val_fraction=0.0,
+        output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        tracker=("none",),
+    )
+    result = pretrain(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    reports = [row for row in rows if "expert_load" in row]
+    assert len(reports) == 12
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in reports)
+    assert reports[-1]["loss"] < reports[0]["loss"]
+    # 4 for an expert that every token is routed to; 2.1 was measured.
+    loads = [row["expert_load"] for row in reports]
+    assert max(loads[1:]) < 3, loads
+    assert all(row["dropped_share"] < 1e-6 for row in reports)
+
+    assert result.model_dir is not None
+    model = open_model(str(result.model_dir)).load().cuda()
+    largest = {name: p.abs().max().item() for name, p in model.named_parameters() if ".mlp." in name}
+    assert max(largest.values()) < 2, largest  # 0.5 was measured
+    tokenizer = load_tokenizer()
+    documents = itertools.islice(builtin_documents(), 100)
+    tokens = list(itertools.chain.from_iterable(map(tokenizer.encode, documents)))[: 128 * 128]
+    with torch.no_grad():
+        output = model(torch.tensor(tokens, device="cuda").view(-1, 128))
+    shares = output.routing[:, 0] / output.routing[:, 0].mean(-1, keepdim=True)
+    assert shares.min() > 0.03, shares  # 0.15 was measured

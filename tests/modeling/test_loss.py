@@ -95,6 +95,21 @@ def test_the_products_run_in_the_autocast_dtype_and_the_gradients_come_back_in_f
         assert 0 < error < 1.2 * (plain_grad - exact_grad).norm() / exact_grad.norm() < 0.02
 
 
+def test_the_gradient_of_the_output_matrix_does_not_overflow_in_fp16() -> None:
+    # As with a small vocabulary, of which one token is frequent: a sum of 2^16 hidden states of 2.
+    tokens = 1 << 16
+    rng = torch.Generator().manual_seed(0)
+    hidden = (torch.full((tokens, 4), 2.0) + 0.1 * torch.randn(tokens, 4, generator=rng)).requires_grad_()
+    weight = torch.randn(8, 4, generator=rng).requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    exact = reference(hidden, weight, targets)
+    assert exact[2].abs().max() > torch.finfo(torch.float16).max
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    for ours, expected in zip(torch.autograd.grad(loss, (hidden, weight)), exact[1:], strict=True):
+        assert (ours - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_a_half_precision_model_scales_its_gradient_in_float32():
     hidden, weight, targets = case(16, ignored=0)
     hidden, weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
