@@ -188,7 +188,10 @@ def sample(
     `seen` is (B, V) uint8, used where PENALIZE. TOP_K is 0 for all tokens. 1 is added to `slot`, (1,) int64.
     """
     row = tl.program_id(0)
-    step = tl.load(number + row) * tl.num_programs(0) + row
+    # Loaded before the reductions, which synchronize the threads, and stored after them.
+    count = tl.load(number + row)
+    last = tl.load(slot)
+    step = count * tl.num_programs(0) + row
     at = tl.arange(0, BLOCK)
     inside = at < VOCABULARY
     value = tl.load(logits + row * VOCABULARY + at, mask=inside, other=float("-inf"))
@@ -220,8 +223,8 @@ def sample(
         token = tl.where(token == BLOCK, likeliest, token)
     tl.store(tokens + row, token)
     tl.store(history + step, token)
-    tl.store(number + row, tl.load(number + row) + 1)
+    tl.store(number + row, count + 1)
     if PENALIZE:
         tl.store(seen + row * VOCABULARY + token, 1)
     if row == 0:
-        tl.store(slot, tl.load(slot) + 1)
+        tl.store(slot, last + 1)

@@ -1,12 +1,7 @@
-"""The fused decoding step against the plain one.
-
-As a program it runs the kernels on the CPU in Triton's interpreter, which must be chosen before Triton is
-loaded, and prints the largest relative error of the logits of each case, and how many tokens differ.
-"""
+"""The fused decoding step and sampling against the plain ones; `fused_cases` runs them in the interpreter."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 from unittest import mock
 
@@ -22,7 +17,7 @@ from minimind.modeling.transformer import MiniMindForCausalLM
 
 # Lengths of the prompts, splits of the keys, and changes to the model.
 CASES: dict[str, tuple[list[int], int, dict[str, Any]]] = {
-    "one prompt": ([17], 1, {}),
+    "one prompt": ([17], 16, {}),
     "padding and splits": ([5, 2, 19], 4, {"num_key_value_heads": 1}),
     "large batch": ([5, 2, 7, 1, 3], 1, {}),
     "experts": ([2, 1], 1, {"use_moe": True, "num_experts": 2, "moe_intermediate_size": 8}),
@@ -107,12 +102,8 @@ def sampled_differently(sampling: Sampling, *, vocabulary: int, device: str = "c
     return sum(int((a != b).sum()) for a, b in pairs)
 
 
-if __name__ == "__main__":
-    from fused_cases import interpret
-
-    interpret()
-    # So that one program reads several blocks of keys.
-    fused_step._TILE = 0
-    found: dict[str, float] = {name: error(build(more), *shape) for name, (*shape, more) in CASES.items()}
-    found |= {name: sampled_differently(kind, vocabulary=40) for name, kind in SAMPLINGS.items()}
-    print(json.dumps(found))
+def all_cases() -> dict[str, float]:
+    """Return the error of each case on the CPU, in the interpreter, and how many numbers differ."""
+    with mock.patch.object(fused_step, "_TILE", 0):  # so that one program reads several blocks of keys
+        found: dict[str, float] = {name: error(build(more), *shape) for name, (*shape, more) in CASES.items()}
+    return found | {name: sampled_differently(kind, vocabulary=40) for name, kind in SAMPLINGS.items()}
