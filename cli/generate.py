@@ -69,7 +69,7 @@ class GenerateOptions:
             synonyms=(("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")),
         ),
     ] = "float32"
-    compile: Annotated[bool, FieldInfo("torch.compile the decoding step; for long outputs on a GPU.")] = False
+    compile: Annotated[bool, FieldInfo("Compile the decoding step; CUDA GPUs have fused kernels.")] = False
 
 
 @with_options(GenerateOptions)

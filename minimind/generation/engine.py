@@ -6,7 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -20,10 +21,13 @@ from ..modeling.feed_forward import SwiGLU
 from ..modeling.kv_cache import KVCache
 from ..modeling.rope import Rotary
 from ..modeling.transformer import MiniMindBlock, MiniMindForCausalLM
-from .packed_linear import concat_weights, pack_weights
+from .decode_graph import DecodeGraph, DecodeState, FixedStep, sample
+from .fused_step import FusedStep, LayerWeights, supported
+from .packed_linear import ConcatLinear, pack_weights
+from .sampling import Sampling
 
-# Compiled code is specialized on the capacity, so round it up to a multiple of this.
-_COMPILED_SLOTS = 256
+# A step of fixed shapes is captured or compiled for one capacity, so it is rounded up to a multiple of this.
+_FIXED_SLOTS = 256
 
 # Appends new keys and values, (B, K, T, D) each, and returns those of all tokens, (B, K, S, D).
 _UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -68,30 +72,40 @@ class Decoder(Protocol):
 class InferenceEngine:
     """Decodes one token at a time, without dropout.
 
-    On the CPU the weights are copied at construction (see `packed_linear.pack_weights`), elsewhere they are
-    shared with the model.
+    On CUDA the decoding step and the sampling are captured as a CUDA graph, which takes some tenths of a
+    second. It is kept for later batches of the same size and sampling, up to a capacity of the same multiple
+    of 256 tokens. Where Triton is installed the step consists of fused kernels (see `fused_step`).
+
+    On the CPU the weights are copied at construction (see `packed_linear.pack_weights`). With a CUDA graph or
+    compiled code those of queries, keys and values, and of gate and up, are copied too, so that each is one
+    product: about half of the model. Elsewhere they are shared with the model.
 
     Args:
         model: on any device, in any precision.
-        compiled: compile the decoding step with fixed shapes into one CUDA graph. The first tokens wait for
-            the compilation, and only one batch is decoded at a time.
+        compiled: compile the decoding step with torch.compile instead of using the fused kernels. The first
+            tokens wait for the compilation.
+        capture: use a CUDA graph; False for few tokens.
     """
 
-    def __init__(self, model: MiniMindForCausalLM, *, compiled: bool = False) -> None:
+    def __init__(self, model: MiniMindForCausalLM, *, compiled: bool = False, capture: bool = True) -> None:
         self.config = model.config
         self.model = model
         self._embedding = model.get_input_embeddings()
         self._eps = torch.tensor(model.config.rms_norm_eps, device=self._embedding.weight.device)
-        fuse = concat_weights if compiled else pack_weights
+        fixed = compiled or (capture and self.device.type == "cuda")
+        fuse: FuseLinears = ConcatLinear if fixed else pack_weights
         layers = cast(Sequence[MiniMindBlock], model.model.layers)
         self._blocks = [_Block(layer, model.config, self._eps, fuse) for layer in layers]
         self._head = fuse([model.get_output_embeddings()])
-        self._compiled: Callable[..., Tensor] | None = None
-        self._compiled_cache: KVCache | None = None
+        # None where shapes depend on the number of tokens.
+        self._fixed_step: FixedStep | None = None
         if compiled:
-            self._compiled = torch.compile(
-                self._fixed_step, mode="reduce-overhead", fullgraph=True, dynamic=False
-            )
+            self._fixed_step = torch.compile(self.fixed_step, fullgraph=True, dynamic=False)
+        elif fixed:
+            fused = supported(self.device, self.config.head_dim)
+            self._fixed_step = self.fused_step() if fused else self.fixed_step
+        # Of the last batch, for the next one.
+        self._idle: DecodeGraph | None = None
 
     @property
     def device(self) -> torch.device:
@@ -109,44 +123,92 @@ class InferenceEngine:
         Returns:
             The batch, and (B, V) float32 logits of the next tokens.
         """
+        return self._prefill(prompts, self._new_cache(len(prompts), capacity))
+
+    @torch.inference_mode()
+    def step(self, batch: DecodeBatch, tokens: Tensor) -> Tensor:
+        """Append one token to each sequence, (B,) int64; return (B, V) float32 logits of the next tokens."""
+        return self._extend(batch, tokens[:, None])
+
+    @property
+    def has_fixed_step(self) -> bool:
+        """Whether `decode` is faster than `begin` and `step`: on CUDA, or compiled."""
+        return self._fixed_step is not None
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        sampling: Sampling,
+        uniform: Tensor,
+        seen: Tensor | None,
+    ) -> Iterator[list[int]]:
+        """Yield the next token of each sequence with a step of fixed shapes; see `DecodeGraph`.
+
+        On CUDA some tokens are decoded ahead of those that are yielded.
+
+        Args:
+            prompts: token ids, at least one each.
+            capacity: maximum length in tokens of prompt and continuation.
+            sampling: sampling parameters.
+            uniform: (steps, B) uniform random numbers.
+            seen: (B, V) bool, tokens of the prompts; for a repetition penalty.
+        """
+        graph = self._decode_graph(len(prompts), capacity, sampling)
+        try:
+            batch, logits = self._prefill(prompts, graph.state.cache)
+            padding = [batch.length - len(prompt) for prompt in prompts]
+            yield from graph.run(logits, sampling, batch.length, padding, uniform, seen)
+        finally:
+            # Until here another batch gets a graph of its own.
+            self._idle = graph
+
+    def _decode_graph(self, batch_size: int, capacity: int, sampling: Sampling) -> DecodeGraph:
+        """Return a graph that no other batch uses."""
+        capacity = -(-capacity // _FIXED_SLOTS) * _FIXED_SLOTS
+        graph, self._idle = self._idle, None
+        # Masked slots cost time, and may change the rounding; the fused kernels read used slots only.
+        larger = isinstance(self._fixed_step, FusedStep)
+        if graph is None or not graph.fits(batch_size, capacity, larger=larger):
+            # Free its memory first.
+            graph = None
+            state = DecodeState(self._new_cache(batch_size, capacity), self.config.vocab_size)
+            graph = self._new_graph(state)
+        try:
+            graph.prepare(sampling)
+        except Exception as error:
+            # Triton needs a C compiler, for one. Its errors have no common type.
+            if not isinstance(self._fixed_step, FusedStep):
+                raise
+            warnings.warn(f"generation is slower without fused kernels: {error}", stacklevel=2)
+            self._fixed_step = self.fixed_step
+            graph = self._new_graph(graph.state)
+            graph.prepare(sampling)
+        return graph
+
+    def _new_graph(self, state: DecodeState) -> DecodeGraph:
+        step = self._fixed_step
+        assert step is not None
+        return DecodeGraph(step, state, step.sample if isinstance(step, FusedStep) else sample)
+
+    def _new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        weight = self._embedding.weight
+        return KVCache(self.config, capacity, batch_size=batch_size, device=weight.device, dtype=weight.dtype)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> tuple[DecodeBatch, Tensor]:
+        # Entries of an earlier batch beyond the new length are masked.
+        for layer in cache.layers:
+            layer.length = 0
         length = max(map(len, prompts))
         padding = [length - len(prompt) for prompt in prompts]
         padded = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-        cache = self._new_cache(len(prompts), capacity)
         batch = DecodeBatch(cache, 0, None, None)
         if any(padding):
             batch.padding = torch.tensor(padding, device=self.device)
             slots = torch.arange(cache.capacity, device=self.device)
             batch.visible = (slots >= batch.padding[:, None])[:, None, None]
         return batch, self._extend(batch, torch.tensor(padded, device=self.device))
-
-    @torch.inference_mode()
-    def step(self, batch: DecodeBatch, tokens: Tensor) -> Tensor:
-        """Append one token to each sequence, (B,) int64; return (B, V) float32 logits of the next tokens."""
-        if self._compiled is None:
-            return self._extend(batch, tokens[:, None])
-        slot = torch.tensor([batch.length], device=self.device)
-        batch.length += 1
-        return self._compiled(tokens[:, None], slot, batch.padding, batch.cache)
-
-    def _new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        weight = self._embedding.weight
-        new = partial(KVCache, self.config, batch_size=batch_size, device=weight.device, dtype=weight.dtype)
-        if self._compiled is None:
-            return new(capacity)
-        capacity = -(-capacity // _COMPILED_SLOTS) * _COMPILED_SLOTS
-        cache = self._compiled_cache
-        if cache is None or (cache.capacity, len(cache.layers[0].keys)) != (capacity, batch_size):
-            cache = new(capacity)
-            for layer in cache.layers:
-                # Otherwise a CUDA graph would copy the whole cache at each step.
-                torch._dynamo.mark_static_address(layer.keys, guard=False)
-                torch._dynamo.mark_static_address(layer.values, guard=False)
-            self._compiled_cache = cache
-        # Entries of an earlier batch beyond the new length are masked.
-        for layer in cache.layers:
-            layer.length = 0
-        return cache
 
     def _extend(self, batch: DecodeBatch, tokens: Tensor) -> Tensor:
         """Append (B, T) tokens, the prompts or one token each."""
@@ -164,17 +226,29 @@ class InferenceEngine:
         rotary = self.model.model.rotary(positions, start, length)
         return self._run(tokens, rotary, mask, [layer.append for layer in batch.cache.layers])
 
-    def _fixed_step(self, tokens: Tensor, slot: Tensor, padding: Tensor | None, cache: KVCache) -> Tensor:
-        """Append (B, 1) tokens at `slot`, a (1,) int64; all shapes and Python numbers are constant."""
+    def fixed_step(self, tokens: Tensor, slot: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
+        """Append one token to each sequence, with shapes that are independent of the number of tokens.
+
+        Args:
+            tokens: (B,) int64.
+            slot: (1,) int64, where they are stored.
+            padding: (B,) int64, padding slots of each sequence.
+            cache: all of its slots are attended, those that are empty masked.
+
+        Returns:
+            (B, V) float32 logits of the next tokens.
+        """
         slots = torch.arange(cache.capacity, device=tokens.device)
-        visible = (slots <= slot)[None]
-        positions = slot[None]
-        if padding is not None:
-            visible = visible & (slots >= padding[:, None])
-            positions = self._positions(slot, padding)
-        rotary = self.model.model.rotary(positions, 0, 1)
+        visible = (slots <= slot) & (slots >= padding[:, None])
+        rotary = self.model.model.rotary(self._positions(slot, padding), 0, 1)
         updates = [partial(layer.put, slot) for layer in cache.layers]
-        return self._run(tokens, rotary, visible[:, None, None], updates)
+        return self._run(tokens[:, None], rotary, visible[:, None, None], updates)
+
+    def fused_step(self) -> FusedStep:
+        """Return `fixed_step` in fused kernels."""
+        layers, norm = [block.weights() for block in self._blocks], self.model.model.norm.weight
+        head = self.model.get_output_embeddings().weight
+        return FusedStep(self.config, self.model.model.rotary, self._embedding.weight, layers, norm, head)
 
     def _positions(self, slots: Tensor, padding: Tensor) -> Tensor:
         """Return (B, T) positions; those of padding, and beyond the last position, are arbitrary."""
@@ -208,7 +282,9 @@ class _Block:
         # (H+K, D)
         self._qk_norm = torch.cat([norm.weight.detach().expand(n, -1) for norm, n in heads]).float()
         self._out = fuse([attention.o_proj])
+        self._norms = attention.q_norm.weight, attention.k_norm.weight
         self._mlp: Callable[[Tensor], Any] = block.mlp
+        self._gate_up = self._down = None
         if isinstance(block.mlp, SwiGLU):
             self._gate_up = fuse([block.mlp.gate_proj, block.mlp.up_proj])
             self._down = fuse([block.mlp.down_proj])
@@ -233,7 +309,18 @@ class _Block:
         # A mixture of experts also returns its routing.
         return x + (out[0] if isinstance(out, tuple) else out)
 
+    def weights(self) -> LayerWeights:
+        """Return what the fused kernels need, after fusing with `ConcatLinear`."""
+        linears = (self._qkv, self._out, self._gate_up, self._down)
+        qkv, out, gate_up, down = (cast(ConcatLinear | None, linear) for linear in linears)
+        assert qkv is not None
+        assert out is not None
+        norms = self._attention_norm, self._mlp_norm, *self._norms
+        return LayerWeights(*norms, qkv, out, gate_up, down, self._mlp)
+
     def _swiglu(self, x: Tensor) -> Tensor:
+        assert self._gate_up is not None
+        assert self._down is not None
         gate, up = self._gate_up(x).chunk(2, dim=-1)
         return self._down(F.silu(gate).mul_(up))
 

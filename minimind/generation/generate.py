@@ -34,7 +34,7 @@ def generate(
     independent of the other prompts, up to float32 rounding.
 
     Args:
-        model: used without dropout. Reuse an `InferenceEngine` for several calls.
+        model: used without dropout. Make an `InferenceEngine` for several calls, or long outputs on a GPU.
         prompts: token ids, at least one each; their lengths may differ.
         sampling: sampling parameters.
         max_new_tokens: maximum length of each continuation.
@@ -60,25 +60,44 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, None for one that has ended; see `generate`."""
-    engine = InferenceEngine(model) if isinstance(model, MiniMindForCausalLM) else model
+    engine = InferenceEngine(model, capture=False) if isinstance(model, MiniMindForCausalLM) else model
     left = _new_tokens(prompts, engine.config.max_position_embeddings, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return
     uniform = _uniforms(len(prompts), max(left), seed).to(engine.device)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = _seen(prompts, engine.config.vocab_size).to(engine.device)
     capacity = max(map(len, prompts)) + max(left)
-    batch, logits = engine.begin(prompts, capacity)
-    seen = _seen(prompts, logits) if sampling.repetition_penalty != 1 else None
-    for number in range(max(left)):
-        chosen = choose(logits, sampling, seen, uniform[number])
-        tokens = chosen.tolist()
+    if isinstance(engine, InferenceEngine) and engine.has_fixed_step:
+        steps = engine.decode(prompts, capacity, sampling, uniform, seen)
+    else:
+        steps = _decode(engine, prompts, capacity, sampling, uniform, seen)
+    for tokens in steps:
         yield [token if count > 0 else None for token, count in zip(tokens, left, strict=True)]
         left = [0 if token in stop_ids else count - 1 for token, count in zip(tokens, left, strict=True)]
         if max(left) <= 0:
             return
+
+
+def _decode(
+    engine: Decoder,
+    prompts: Sequence[Sequence[int]],
+    capacity: int,
+    sampling: Sampling,
+    uniform: Tensor,
+    seen: Tensor | None,
+) -> Iterator[list[int]]:
+    """Yield the next token of each sequence, one step at a time; see `InferenceEngine.decode`."""
+    batch, logits = engine.begin(prompts, capacity)
+    for number, drawn in enumerate(uniform, 1):
+        chosen = choose(logits, sampling, seen, drawn)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
-        # Continue ended sequences too, so that the batch keeps its shape.
-        logits = engine.step(batch, chosen)
+        yield chosen.tolist()
+        if number < len(uniform):
+            # Ended sequences are continued too, so that the batch keeps its shape.
+            logits = engine.step(batch, chosen)
 
 
 def _new_tokens(prompts: Sequence[Sequence[int]], positions: int, limit: int) -> list[int]:
@@ -111,9 +130,9 @@ def _generator(seed: int | None) -> torch.Generator:
     return generator.manual_seed(seed)
 
 
-def _seen(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     """Return (B, V) bool: the tokens that occur in each prompt."""
-    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for sequence, prompt in zip(seen, prompts, strict=True):
         sequence[list(prompt)] = True
-    return seen.to(logits.device)
+    return seen

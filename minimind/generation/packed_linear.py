@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Largest finite float16.
@@ -26,7 +27,7 @@ def pack_weights(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
     """
     first = linears[0].weight
     if first.device.type != "cpu" or first.dtype != torch.float32:
-        return concat_weights(linears)
+        return linears[0] if len(linears) == 1 else lambda x: torch.cat([f(x) for f in linears], dim=-1)
     weight = torch.cat([linear.weight.detach() for linear in linears])
     scale = exact_half_scale(weight) if _has_half_kernel() else None
     if scale is None:
@@ -40,9 +41,20 @@ def pack_weights(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
     return lambda x: multiply(x, packed).mul_(1 / scale)
 
 
-def concat_weights(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    """Return the function of `pack_weights` without copying weights, for compiled code."""
-    return linears[0] if len(linears) == 1 else lambda x: torch.cat([f(x) for f in linears], dim=-1)
+class ConcatLinear:
+    """The function of `pack_weights` as one product, for captured and compiled code.
+
+    Attributes:
+        weight: (N, C), a copy where there are several layers.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        weights = [linear.weight.detach() for linear in linears]
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (..., N) for (..., C)."""
+        return F.linear(x, self.weight)
 
 
 def exact_half_scale(weight: Tensor) -> float | None:

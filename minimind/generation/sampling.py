@@ -40,6 +40,11 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is chosen."""
+        return self.temperature < _GREEDY_BELOW
+
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
             raise ConfigError(problems)
@@ -67,7 +72,7 @@ def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, uniform: Ten
     """
     if sampling.repetition_penalty != 1 and seen is not None:
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature < _GREEDY_BELOW:
+    if sampling.greedy:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
     if sampling.top_k is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from minimind.generation import packed_linear as projection
 from minimind.generation.engine import InferenceEngine
+from minimind.generation.generate import generate
 from minimind.generation.packed_linear import exact_half_scale, pack_weights
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
@@ -93,15 +94,11 @@ def test_a_compiled_step_gives_the_same_whatever_the_length_and_compiles_once():
     plain, compiled = InferenceEngine(model), InferenceEngine(model, compiled=True)
     for number, lengths in enumerate([(5, 3), (9, 2), (4, 20)]):
         prompts = [some_ids(length, length) for length in lengths]
-        # A second batch of the same size finds what the first left in the cache.
-        ours, _ = compiled.begin(prompts, 40)
-        reference, _ = plain.begin(prompts, 40)
-        for token in some_ids(4):
-            tokens = torch.tensor([token, token])
-            with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=number > 0):
-                torch.testing.assert_close(
-                    compiled.step(ours, tokens), plain.step(reference, tokens), atol=2e-5, rtol=1e-5
-                )
+        options = {"max_new_tokens": 6, "seed": number}
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            # A second batch of the same size finds what the first left in the cache.
+            ours = generate(compiled, prompts, **options)
+        assert ours == generate(plain, prompts, **options)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +143,3 @@ def test_packed_products_are_those_of_the_layers(monkeypatch, half_kernel, weigh
             torch.testing.assert_close(
                 f(x).double(), expected, atol=1e-5 * float(expected.abs().max()), rtol=0
             )
-
-
-def test_a_compiled_engine_keeps_its_cache_for_batches_of_similar_capacity():
-    engine = InferenceEngine(build(), compiled=True)
-    first, _ = engine.begin([some_ids(5)], 20)
-    second, _ = engine.begin([some_ids(9)], 40)
-    assert second.cache is first.cache

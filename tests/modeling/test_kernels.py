@@ -14,7 +14,7 @@ import torch
 
 from minimind.modeling.documents import documents
 from minimind.modeling.kernels import dispatch as fused
-from support import fused_cases
+from support import decoding_cases, fused_cases
 
 # bf16 rounds by up to 1/256; an error of this size has been made by rounding alone.
 ROUNDING = 0.01
@@ -33,8 +33,11 @@ def test_interpreted_kernels_agree_with_float64() -> None:
     errors = json.loads(done.stdout)
     assert len(errors) > FEWEST
     assert {name: error for name, error in errors.items() if not error < ROUNDING} == {}
-    exact = [error for name, error in errors.items() if name.startswith("attention")]
-    assert max(exact) < 1e-5  # float32 throughout
+    # float32 throughout
+    exact = {name: error for name, error in errors.items() if name.startswith(("attention", "decoding"))}
+    assert {name: error for name, error in exact.items() if not error < 1e-5} == {}
+    decoding = len(decoding_cases.CASES) + len(decoding_cases.SAMPLINGS)
+    assert sum(name.startswith("decoding") for name in exact) == decoding
 
 
 def test_documents_are_runs_of_equal_ids() -> None:

@@ -184,4 +184,9 @@ if __name__ == "__main__":
 
         # So that rows of few tokens have several tiles, and programs several rows.
         fused._attention_tiles, fused._PROGRAMS = small_tiles, 5
-    print(json.dumps(all_cases("cpu" if "--interpret" in sys.argv else "cuda")))
+        import decoding_cases
+
+        found = {f"decoding {name}": error for name, error in decoding_cases.all_cases().items()}
+        print(json.dumps(all_cases("cpu") | found))
+    else:
+        print(json.dumps(all_cases("cuda")))
