@@ -29,8 +29,8 @@ Preset = Annotated[
     ),
 ]
 
-# Of a run without options on a GPU.
-DEFAULT_BUDGET = "60s"
+# Of a run without options, on a CPU and on a GPU: the built-in text needs no longer.
+DEFAULT_BUDGETS = {"CPU": "3m", "GPU": "60s"}
 # A run with one of these is not the default one.
 _CHOOSES_A_RUN = frozenset({"data", "max_steps", "max_tokens", "max_time", *BUDGET_OPTIONS})
 
@@ -44,11 +44,16 @@ ConfigFile = Annotated[
 ]
 
 
-def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> PretrainConfig:
+def read_config(
+    ctx: typer.Context, preset: str | None, file: str | None, *, default_budget: bool = False
+) -> PretrainConfig:
     """Return the configuration of a command line.
 
     Without --preset and --config, a resumed run keeps its options, and a run without a GPU or a model size
-    uses the preset `tiny`. A budget chooses the size. A run without any such option on a GPU has one.
+    uses the preset `tiny`.
+
+    Args:
+        default_budget: a run without a model size, data or a limit has a budget, which chooses the rest.
     """
     flags, problems, notes = upstream_flags.translate(ctx)
     typed = {**flags, **typed_values(ctx)}
@@ -68,16 +73,13 @@ def read_config(ctx: typer.Context, preset: str | None, file: str | None) -> Pre
     shape_given = bool(preset or file or config.budget or SHAPE_OPTIONS & typed.keys())
     # Looking for a GPU loads torch, which takes seconds.
     gpu = shape_given or has_gpu()
-    default = default_preset(shape_given, has_gpu=gpu)
-    if default is not None:
+    if default_budget and not shape_given and not _CHOOSES_A_RUN & typed.keys():
+        budget = DEFAULT_BUDGETS["GPU" if gpu else "CPU"]
+        _print_note(f"Training on the built-in text with --budget {budget}; --data trains on yours.")
+        config = parse_config(ctx, flags={**flags, "budget": budget})
+    elif (default := default_preset(shape_given, has_gpu=gpu)) is not None:
         _print_note(f"No GPU found: using --preset {default}; --preset or --hidden-size choose another size.")
         config = parse_config(ctx, preset=default, flags=flags)
-    elif not shape_given and not _CHOOSES_A_RUN & typed.keys():
-        # A model of the usual size would see the built-in text for a few steps only.
-        _print_note(
-            f"GPU found: using --budget {DEFAULT_BUDGET} for the built-in text; --data trains on yours."
-        )
-        config = parse_config(ctx, flags={**flags, "budget": DEFAULT_BUDGET})
     if ctx.params["use_wandb"] and "wandb" not in config.tracker:
         config = dataclasses.replace(config, tracker=(*config.tracker, "wandb"))
     return config

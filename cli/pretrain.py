@@ -87,7 +87,7 @@ def pretrain(
         )
     if price_per_hour is not None and not math.isfinite(price_per_hour):
         raise ConfigError(f"--price-per-hour {price_per_hour} is not a price; write for example 2.50.")
-    resolved = read_config(ctx, preset, config)
+    resolved = read_config(ctx, preset, config, default_budget=True)
     if print_config:
         if is_main_process():
             typer.echo(write_toml(resolved, CONFIG_SECTIONS), nl=False)

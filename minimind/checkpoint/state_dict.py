@@ -24,6 +24,9 @@ from .files import StoredCheckpoint
 from .store import Snapshot
 
 _RESERVED = ("param_groups", "scaler", "tied", "versions")
+# Bytes. Pinning takes milliseconds a tensor, and an optimizer has hundreds of scalars and vectors, which are
+# copied as fast to ordinary memory.
+SMALLEST_PINNED = 1 << 16
 
 
 def gather_state_dict(
@@ -75,7 +78,8 @@ def reserve_host_memory(accelerator: Accelerator, model: nn.Module, optimizer: t
     for tensor in weights.values():
         # Every optimizer keeps at most two tensors of a parameter's shape.
         for _ in range(3 if id(tensor) in trained else 1):
-            held.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+            if tensor.nbytes >= SMALLEST_PINNED:
+                held.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
 
 
 def gather_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -163,10 +167,10 @@ def _to_host(
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
             if accelerator.is_main_process:
-                on_cuda = whole.device.type == "cuda"
-                # The caching allocator reuses pinned memory: only the first save pays for it.
-                host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=on_cuda)
-                copied[name] = host.copy_(whole, non_blocking=on_cuda)
+                pinned = whole.device.type == "cuda" and whole.nbytes >= SMALLEST_PINNED
+                # The caching allocator reuses pinned memory.
+                host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=pinned)
+                copied[name] = host.copy_(whole, non_blocking=pinned)
     if accelerator.is_main_process and accelerator.device.type == "cuda":
         torch.cuda.current_stream(accelerator.device).synchronize()
     return copies

@@ -6,8 +6,6 @@ import dataclasses
 import tempfile
 import time
 from contextlib import ExitStack
-from itertools import chain
-from itertools import count as count_from
 from pathlib import Path
 from statistics import fmean
 
@@ -233,8 +231,8 @@ def measure_steps(
     config = inputs.config
     parts.model.train()
     set_schedule(parts.optimizer, config.peak_learning_rate)
-    # Epoch after epoch; all steps have the same shapes.
-    batches = chain.from_iterable(map(parts.loader.steps, count_from()))
+    # All steps have the same shapes.
+    batches = parts.loader.steps(0, epochs=None)
     clock = StepTimer(accelerator.device)
 
     def step(timer: StepTimer | None = None) -> float:

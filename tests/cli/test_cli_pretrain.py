@@ -18,7 +18,7 @@ from minimind.config.presets import PRESETS, resolve
 from minimind.config.schema import schema_of, write_toml
 from minimind.errors import ConfigError
 from minimind.run_folder import RunFolder
-from minimind_cli.config_options import DEFAULT_BUDGET
+from minimind_cli.config_options import DEFAULT_BUDGETS
 
 Command = Callable[..., Any]
 SHAPED = "--hidden-size 512"
@@ -56,7 +56,7 @@ def test_without_a_size_a_machine_without_gpu_trains_the_tiny_preset(
 
 
 @pytest.mark.parametrize("options", ["", "--seed 7", "--output-dir elsewhere"])
-def test_a_run_without_options_on_a_gpu_has_a_budget(
+def test_a_run_without_options_has_a_budget(
     run: Command,
     trained: list[PretrainConfig],
     monkeypatch: pytest.MonkeyPatch,
@@ -71,21 +71,19 @@ def test_a_run_without_options_on_a_gpu_has_a_budget(
 
     monkeypatch.setattr("minimind.planning.budget.follow_budget", follow)
     done = run("pretrain", *options.split())
-    if has_gpu:
-        assert [config.budget for config in configs] == [DEFAULT_BUDGET]
-        assert "GPU found: using --budget 60s" in done.err
-        assert trained == []
-    else:
-        assert configs == []
-        assert [config.budget for config in trained] == [None]
+    budget = DEFAULT_BUDGETS["GPU" if has_gpu else "CPU"]
+    assert [config.budget for config in configs] == [budget]
+    assert f"built-in text with --budget {budget}" in done.err
+    assert trained == []
 
 
 @pytest.mark.parametrize("option", ["--data a.jsonl", "--max-steps 5", "--epochs 1", "--hidden-size 64"])
 def test_options_of_the_run_leave_no_default_budget(
-    run: Command, trained: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch, option: str
+    run: Command, trained: list[PretrainConfig], option: str, has_gpu: bool
 ) -> None:
-    monkeypatch.setattr("minimind_cli.config_options.has_gpu", lambda: True)
-    assert run("pretrain", *option.split()).code == 0
+    done = run("pretrain", *option.split())
+    assert done.code == 0
+    assert "--budget" not in done.err
     assert [config.budget for config in trained] == [None]
 
 
@@ -155,7 +153,7 @@ def test_the_cpu_asked_for_counts_as_no_gpu(
     run: Command, trained: list[PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert run("pretrain").code == 0
+    assert run("pretrain --epochs 1").code == 0
     assert trained[0].hidden_size == PRESETS["tiny"]["hidden_size"]
 
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 from checkpoint import test_state_dict
 
-from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict, reserve_host_memory
+from minimind.checkpoint.state_dict import (
+    SMALLEST_PINNED,
+    gather_state_dict,
+    load_state_dict,
+    reserve_host_memory,
+)
 from minimind.checkpoint.store import CheckpointStore
 from support import topologies
 
@@ -25,7 +30,8 @@ def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
     snapshot = gather_state_dict(accelerator, model, optimizer, {"step": 3})
     losses = topologies.train(accelerator, model, optimizer, 3, 6)
     assert snapshot is not None
-    assert all(tensor.is_pinned() for tensor in snapshot.weights.values())
+    tensors = [*snapshot.weights.values(), *snapshot.optimizer_state.values()]
+    assert [tensor.is_pinned() for tensor in tensors] == [one.nbytes >= SMALLEST_PINNED for one in tensors]
     checkpoint = test_state_dict.saved(tmp_path, snapshot)
     for cpu in (False, True):
         topologies.forget_accelerator()
@@ -40,7 +46,10 @@ def test_a_gpu_and_a_cpu_load_what_the_other_saved(tmp_path: Path) -> None:
         checkpoint = test_state_dict.saved(tmp_path / str(cpu), again)
 
 
-def test_pinned_memory_is_used_again_by_the_next_save(tmp_path: Path) -> None:
+def test_pinned_memory_is_used_again_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind.checkpoint.state_dict.SMALLEST_PINNED", 0)
     accelerator, model, optimizer = topologies.start(cpu=False)
     topologies.train(accelerator, model, optimizer, 0, 1)
     store = CheckpointStore(tmp_path, 1)
