@@ -2,9 +2,9 @@
 
     python benchmarks/budget_curve.py --data train.jsonl --output docs/budget.png
 
-Lines are the forecasts of `--budget` before the start, bands their 90% intervals, from FLOP/s alone: nothing is
-trained. Points are runs that were measured (docs/budget.md). A line ends where more epochs over the text would
-add nothing. Needs matplotlib.
+Lines are the forecasts of `--budget` before the start, bands their 90% intervals, from FLOP/s alone: nothing
+is trained. Points are runs that were measured (docs/budget.md). A line ends where more epochs over the text
+would add nothing. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -54,11 +54,9 @@ def main() -> None:
     lines = {line: list(curve(line.machine, text)) for line in LINES}
     for line, points in lines.items():
         for seconds, best in points:
-            shape, low, high = best.shape, best.forecast.low, best.forecast.high
-            print(
-                f"{line.label:<24}{seconds:>7.0f} s  {shape.hidden_size:>4} x {shape.num_hidden_layers:<3}"
-                f"{best.tokens / 1e6:>7.1f}M tokens  {best.forecast.bits_per_byte:.3f} ({low:.3f} to {high:.3f})"
-            )
+            size = f"{best.shape.hidden_size:>4} x {best.shape.num_hidden_layers:<3}"
+            tokens = f"{best.tokens / 1e6:>7.1f}M tokens"
+            print(f"{line.label:<24}{seconds:>7.0f} s  {size}{tokens}  {best.forecast.text} bits/byte")
     draw(lines, f"{text.num_bytes / 1e6:.0f} MB of documentation", options.output)
 
 

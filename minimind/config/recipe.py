@@ -32,9 +32,12 @@ RATE_BATCH_EXPONENT = 0.5
 # less on the width; the presets from C = 128 to 1792 lie on C^-0.5.
 RATE_WIDTH_EXPONENT: Mapping[str, float] = {"normuon": -0.5, "muon": -0.5, "adamw": -1.0}
 LARGEST_RATES: Mapping[str, float] = {"normuon": 3e-2, "muon": 3e-2, "adamw": 5e-3}
-# Peak rate x weight decay x steps: the time scale of the averaging that AdamW and Muon do over updates
-# (Wang and Aitchison 2024, arXiv:2405.13698). 1.5 at the anchor; 2.6 in the tuned Muon of modded-nanogpt.
+# Peak rate x weight decay x steps of one epoch: the time scale on which AdamW and Muon average over updates.
+# The best one is constant in epochs (Wang and Aitchison 2024, arXiv:2405.13698). 1.5 at the anchor; 2.6 in
+# the tuned Muon of modded-nanogpt. In four epochs, four times the decay of one was better by 0.012 bits/byte
+# (docs/experiments.md).
 DECAY_TIME = 1.5
+# In one epoch.
 SMALLEST_DECAY, LARGEST_DECAY = 0.005, 0.3
 
 # The decay of the learning rate: linear to zero over the second half and more (nanochat: 65%; Bergsma et al.
@@ -170,15 +173,16 @@ def learning_rate(optimizer: str, *, width: int, batch_tokens: float, tokens: fl
     return float(f"{min(rate, LARGEST_RATES[optimizer]):.2g}")
 
 
-def weight_decay(rate: float, steps: int) -> float:
-    """Return the weight decay: peak rate x decay x steps is the same for every horizon.
+def weight_decay(rate: float, steps: int, epochs: float = 1.0) -> float:
+    """Return the weight decay: peak rate x decay x steps is the same for every horizon, and ∝ epochs.
 
     Args:
         rate: peak learning rate.
         steps: optimizer steps of the whole run.
+        epochs: of the whole run; below 1 counts as 1.
     """
-    decay = DECAY_TIME / (rate * max(steps, 1))
-    return float(f"{min(max(decay, SMALLEST_DECAY), LARGEST_DECAY):.2g}")
+    decay = min(max(DECAY_TIME / (rate * max(steps, 1)), SMALLEST_DECAY), LARGEST_DECAY)
+    return float(f"{decay * max(epochs, 1.0):.2g}")
 
 
 def most_epochs(parameters: float, unique_tokens: float) -> int:

@@ -168,7 +168,7 @@ def chosen_options(
         "min_lr_ratio": recipe.FINAL_RATE,
         "decay_ratio": recipe.DECAY_RATIO,
         "decay_shape": "linear",
-        "weight_decay": recipe.weight_decay(rate, steps),
+        "weight_decay": recipe.weight_decay(rate, steps, candidate.epochs),
         "val_fraction": float(f"{held_out:.2g}"),
         "log_interval": _every(min(max(total / 200, 1.5), 30.0), candidate, steps),
         "eval_interval": max(steps // EVALUATIONS, 1),

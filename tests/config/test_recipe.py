@@ -19,6 +19,7 @@ def test_the_anchor_is_reproduced() -> None:
     for optimizer, rate in recipe.ANCHOR_RATES.items():
         assert recipe.learning_rate(optimizer, width=512, batch_tokens=32 * 512, tokens=61e6) == rate
     assert recipe.weight_decay(4e-3, 3732) == pytest.approx(0.1)
+    assert recipe.weight_decay(4e-3, 2 * 3732, epochs=4) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
