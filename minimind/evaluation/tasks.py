@@ -13,9 +13,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..formats.open_model import CausalLM, load_with_tokenizer
+from ..generation.engine import Decoder, InferenceEngine
 from ..generation.sampling import Sampling
 from ..generation.text import choose_device, continue_texts
 from ..launch_env import world_size
+from ..modeling.transformer import MiniMindForCausalLM
 from ..tokenizer import Tokenizer
 from .cloze import LANGUAGES, ClozeScore, cloze_scores
 from .likelihood import log_likelihoods
@@ -187,9 +189,11 @@ def _adapter(
 
         def generate_until(self, requests: Any, **_: Any) -> list[str]:
             texts = []
+            # An engine copies the weights.
+            decoder = InferenceEngine(model) if isinstance(model, MiniMindForCausalLM) else model
             for number, request in enumerate(requests, start=1):
                 prompt, options = request.args
-                texts.append(_until(model, tokenizer, prompt, dict(options)))
+                texts.append(_until(decoder, tokenizer, prompt, dict(options)))
                 progress(number, len(requests))
             return texts
 
@@ -209,7 +213,7 @@ def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[l
     return ids, tokenizer.encode(context + continuation)[len(ids) :]
 
 
-def _until(model: CausalLM, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
+def _until(model: Decoder, tokenizer: Tokenizer, prompt: str, options: dict[str, Any]) -> str:
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else until
     temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
