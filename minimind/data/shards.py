@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -27,6 +28,8 @@ SHARD_TOKENS = 1 << 28
 OPEN_SHARDS = 128
 _GATHER_TOKENS = 1 << 18
 _LONG_SPAN = 128
+# Random tokens of one part.
+_RANDOM_TOKENS = 600_000
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -211,16 +214,23 @@ class TokenShards:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def random_shards(folder: Path, vocab_size: int) -> TokenShards:
-    """Write a few million random tokens to a new folder, for speed measurements; equal on every call."""
+def random_shards(folder: Path, vocab_size: int, lengths: Sequence[int] = ()) -> TokenShards:
+    """Write a few million random tokens to a new folder, for speed measurements; equal on every call.
+
+    Args:
+        lengths: of documents, in tokens, to draw from; by default they are varied, 300 on average.
+    """
     rng = np.random.default_rng(0)
     folder.mkdir()
     writer = ShardWriter(folder, "train", token_dtype(vocab_size))
     for _ in range(4):
-        # Documents of varied lengths, 300 tokens on average.
-        lengths = rng.geometric(1 / 300, size=2000).astype(np.int64) + 2
-        tokens = rng.integers(0, vocab_size, int(lengths.sum())).astype(token_dtype(vocab_size))
-        writer.append(tokens, lengths)
+        if len(lengths):
+            count = max(round(_RANDOM_TOKENS / np.mean(lengths)), 1)
+            drawn = rng.choice(np.asarray(lengths, np.int64), count).clip(max=_RANDOM_TOKENS)
+        else:
+            drawn = rng.geometric(1 / 300, size=_RANDOM_TOKENS // 300).astype(np.int64) + 2
+        tokens = rng.integers(0, vocab_size, int(drawn.sum())).astype(token_dtype(vocab_size))
+        writer.append(tokens, drawn)
     return TokenShards(folder, "train", writer.close(), "random")
 
 

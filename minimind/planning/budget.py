@@ -199,7 +199,8 @@ def _choose(config: PretrainConfig) -> BudgetPlan:
             if found is None:
                 measured: Any = measure_machine(accelerator, config)
             else:
-                times = gather_object([measure_candidate(config, found, accelerator)])
+                lengths = sample().document_lengths(found.tokenizer.bytes_per_token)
+                times = gather_object([measure_candidate(config, found, accelerator, lengths)])
                 # The slowest rank counts; one that runs out of memory counts for all.
                 measured = None if None in times else max(times)
             found = run_on_main_and_broadcast(accelerator, partial(deciding.send, measured))
@@ -315,10 +316,15 @@ def measure_machine(accelerator: Accelerator, config: PretrainConfig) -> Machine
     )
 
 
-def measure_candidate(config: PretrainConfig, candidate: Candidate, accelerator: Accelerator) -> float | None:
+def measure_candidate(
+    config: PretrainConfig, candidate: Candidate, accelerator: Accelerator, lengths: Sequence[int]
+) -> float | None:
     """Return the seconds of a step of a candidate; None where it does not fit into memory.
 
     One micro-batch per step is measured; further ones take as long as its forward and backward pass.
+
+    Args:
+        lengths: of documents of the text, in tokens: attention takes longer in longer documents.
     """
     shape = candidate.shape
     sizes = {
@@ -343,7 +349,7 @@ def measure_candidate(config: PretrainConfig, candidate: Candidate, accelerator:
     parts: TrainingParts | None = None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            shards = random_shards(Path(folder) / "tokens", model_config.vocab_size)
+            shards = random_shards(Path(folder) / "tokens", model_config.vocab_size, lengths)
             parts = build_training(inputs, shards, accelerator)
             times = measure_steps(inputs, parts, accelerator, _MEASURE_SECONDS)
         except torch.OutOfMemoryError:

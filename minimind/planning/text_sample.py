@@ -69,6 +69,10 @@ class TextSample:
         """The documents to count tokens in."""
         return list(self.documents[::_HELD_OUT])
 
+    def document_lengths(self, bytes_per_token: float) -> list[int]:
+        """Return the lengths of the documents in tokens, about."""
+        return [max(round(_bytes([text]) / bytes_per_token), 1) + 1 for text in self.documents]
+
     def vocabularies(self) -> tuple[int, ...]:
         """Return the sizes of vocabulary that the sample is enough for."""
         size = sum(len(text.encode("utf-8", "replace")) for text in self.training)

@@ -32,7 +32,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Put fake measurements in place of real ones; the list holds the widths that were measured."""
     widths: list[int] = []
 
-    def measure(config: Any, candidate: Any, accelerator: Any) -> float:
+    def measure(config: Any, candidate: Any, accelerator: Any, lengths: list[int]) -> float:
+        assert lengths
         widths.append(candidate.shape.hidden_size)
         return 1e-3 * candidate.shape.hidden_size
 

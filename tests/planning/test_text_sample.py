@@ -7,9 +7,11 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minimind import PretrainConfig, load_tokenizer
+from minimind.data.shards import random_shards
 from minimind.evaluation.scaling_law import TYPICAL, Difficulty
 from minimind.planning import text_sample
 from minimind.planning.text_sample import TextSample, _spread, read_sample, text_size, trained_tokenizer
@@ -173,3 +175,16 @@ def test_invalid_lines_are_left_to_the_reader(tmp_path: Path) -> None:
     lines = ["[" * 100_000, '{"text": "\\ud800"}', "5", "", '{"text": "good"}']
     path.write_text("\n".join(lines))
     assert set(_spread(path, "text", 1e9)[0]) == {"good"}
+
+
+def test_a_step_is_measured_on_documents_as_long_as_those_of_the_text(tmp_path: Path) -> None:
+    sample = TextSample(("a" * 299, "é" * 2999, ""), 1e4)
+    lengths = sample.document_lengths(bytes_per_token=2.0)
+    assert lengths == [151, 3000, 2]
+    shards = random_shards(tmp_path / "tokens", 100, lengths)
+    found = set(np.diff(shards.offsets).tolist())
+    assert found == set(lengths)
+    assert 1.5e6 < shards.num_tokens < 3.5e6
+    long = random_shards(tmp_path / "long", 100, [10**9])
+    assert long.num_documents == 4
+    assert long.num_tokens < 3e6
