@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def manual_gc() -> Iterator[None]:
-    """Disable automatic garbage collection inside; call `gc.collect` at a good moment.
+    """Disable automatic garbage collection inside; call `gc.collect(1)` at a good moment.
 
     Automatic collections start at different times on each rank, and all other ranks wait for that one.
     Objects from before the block are frozen, which keeps the collections short. The end restores everything.

@@ -138,7 +138,8 @@ class Trainer(TimeLimits):
             if self.profiler is not None:
                 self.profiler.step()
             if state.step % COLLECT_INTERVAL == 0:
-                gc.collect()
+                # Survivors are not looked at again: what was compiled has 100,000 objects, 80 ms each time.
+                gc.collect(1)
             if last or config.saves_after(state.step):
                 self.save()
             if last or state.step % config.evaluation_interval == 0:

@@ -82,14 +82,29 @@ def test_a_run_trains_without_the_collector_and_gives_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(module, "COLLECT_INTERVAL", 2)
     seen: list[bool] = []
+    cycles: list[weakref.ref[Cycle]] = []
+    collected: list[tuple[int, int]] = []
     train_step = module.train_step
 
     def watched(*args: Any, **options: Any) -> Any:
         seen.append(gc.isenabled())
+        cycles.append(a_cycle())
         return train_step(*args, **options)
 
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            collected.append((len(seen), info["generation"]))
+
     monkeypatch.setattr(module, "train_step", watched)
-    pretrain(tiny(write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "out", max_steps=2))
-    assert seen == [False, False]
+    gc.callbacks.append(note)
+    try:
+        pretrain(tiny(write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "out", max_steps=5))
+    finally:
+        gc.callbacks.remove(note)
+    assert seen == [False] * 5
+    # The objects that survived an earlier collection are not looked at.
+    assert [one for one in collected if 0 < one[0] < 5] == [(2, 1), (4, 1)]
+    assert [cycle() is None for cycle in cycles[:4]] == [True] * 4
     assert gc.isenabled()
