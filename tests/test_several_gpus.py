@@ -104,7 +104,7 @@ def test_single_gpus_are_timed_at_once_each_on_its_own(
     four = bench(script, tmp_path, "--gpus", "4")
     four.options.cpu = False
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    together, seen = Barrier(3), []
+    together, seen = Barrier(4), []
 
     def run(name: str, way: Any, args: Any, deadline: float, device: int) -> list[dict[str, Any]]:
         seen.append(four.environment(device)["CUDA_VISIBLE_DEVICES"])
@@ -114,11 +114,11 @@ def test_single_gpus_are_timed_at_once_each_on_its_own(
         ]
 
     monkeypatch.setattr(four, "run", run)
-    runs = [(model, script.ONE, "") for model in ("minimind-3, 128", "minimind-3, 32", "350m, 16 x 2048")]
-    four.measure_at_once(*runs)
-    assert len(set(seen)) == 3
-    assert set(seen) <= {"3", "5", "6", "7"}
-    speed = four.timed("minimind-3, 32", script.ONE)
+    speeds = four.measure_alone("minimind-3, 32")
+    assert sorted(seen) == ["3", "5", "6", "7"]
+    assert len(speeds) == 4
+    assert four.measure_alone("minimind-3, 32") == speeds
+    speed = speeds[0]
     # Of 40 steps the first fifth and the last are not counted; one takes twice as long.
     assert speed.tokens == pytest.approx(100 * 31 / 32)
     assert (speed.slowest, speed.memory) == (0.5, 2.0)
@@ -127,18 +127,25 @@ def test_single_gpus_are_timed_at_once_each_on_its_own(
 def test_speeds_are_judged_by_the_goals_on_gpus_alone(script: ModuleType, tmp_path: Path) -> None:
     two = bench(script, tmp_path)
     ddp, model = script.Way("DDP", 2), "minimind-3, 128"
-    two.speeds = {
-        (model, script.ONE, ""): script.Speed(100.0, 1.0, 1.0),
-        ("minimind-3, 32", script.ONE, ""): script.RunError("out of time"),
-        (model, ddp, ""): script.Speed(195.0, 0.98, 1.0),
-        (model, ddp, "--optimizer adamw"): script.Speed(200.0, 1.0, 1.0),
-        (model, ddp, "--save-interval 15"): script.Speed(190.0, 1.0, 1.0),
+    # On CPUs one run stands for all that are alone; on GPUs each is measured.
+    alone = {
+        (name, script.ONE, "", device): speed
+        for device in (None, 0, 1)
+        for name, speed in (
+            (model, script.Speed(100.0, 1.0, 1.0)),
+            ("minimind-3, 32", script.RunError("out of time")),
+        )
     }
-    two.measure_at_once = lambda *runs: None
+    two.speeds = alone | {
+        (model, ddp, "", None): script.Speed(195.0, 0.98, 1.0),
+        (model, ddp, "--optimizer adamw", None): script.Speed(200.0, 1.0, 1.0),
+        (model, ddp, "--save-interval 15", None): script.Speed(190.0, 1.0, 1.0),
+    }
     assert {row.passed for row in two.speed()} == {None, False}  # the run that failed
     two.options.cpu = False
     scaling, missing, muon, slowest = two.speed()
-    assert (scaling.measured, scaling.passed) == ("195 / (2 x 100) = 97.5%, slowest report 98%", False)
+    measured = "195 / (100 to 100 each) = 97.5%, slowest report 98%, 1.0 GB"
+    assert (scaling.measured, scaling.passed) == (measured, False)
     assert (missing.measured, missing.passed) == ("out of time", False)
     assert (muon.measured, muon.wanted, muon.passed) == ("2.5% of a step", "<= 3%", True)
     assert (slowest.measured, slowest.passed) == ("98.0% of the median", True)
