@@ -12,8 +12,9 @@ Parts:
     experts   the same for `minimind-3-moe`
     saves     what a checkpoint every 50 steps costs
 
-    python benchmarks/several_gpus.py --gpus 4 --parts equality resume killed saves
-    python benchmarks/several_gpus.py --gpus 4 --parts speed large experts --json result.json
+    python benchmarks/several_gpus.py --gpus 4 --parts equality resume killed
+    python benchmarks/several_gpus.py --gpus 4 --parts speed experts saves --json result.json
+    python benchmarks/several_gpus.py --gpus 4 --parts large
     python benchmarks/several_gpus.py --gpus 2 --cpu
 
 The first three parts share the GPUs, the others follow one after another. The tokens/s of several GPUs are
