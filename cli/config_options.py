@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Annotated
 
 import typer
@@ -75,7 +76,8 @@ def read_config(
     gpu = shape_given or has_gpu()
     if default_budget and not shape_given and not _CHOOSES_A_RUN & typed.keys():
         budget = DEFAULT_BUDGETS["GPU" if gpu else "CPU"]
-        _print_note(f"Training on the built-in text with --budget {budget}; --data trains on yours.")
+        note = f"Training on the built-in text with --budget {shlex.quote(budget)}; --data trains on yours."
+        _print_note(note)
         config = parse_config(ctx, flags={**flags, "budget": budget})
     elif (default := default_preset(shape_given, has_gpu=gpu)) is not None:
         _print_note(f"No GPU found: using --preset {default}; --preset or --hidden-size choose another size.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import string
 import tomllib
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def test_a_run_without_options_has_a_budget(
     done = run("pretrain", *options.split())
     budget = DEFAULT_BUDGETS["GPU" if has_gpu else "CPU"]
     assert [config.budget for config in configs] == [budget]
-    assert f"built-in text with --budget {budget}" in done.err
+    assert f"built-in text with --budget {shlex.quote(budget)}" in done.err
     assert trained == []
 
 
