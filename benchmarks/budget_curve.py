@@ -34,7 +34,11 @@ class Line(NamedTuple):
 
 # FLOP/s of a large product: measured on the CPU and the H100, 90% of the data sheet of an RTX 4090.
 LINES = (
-    Line("laptop: two CPU cores", Machine("cpu", "CPU", 1, 220e9, 16e9, "no")),
+    Line(
+        "laptop: two CPU cores",
+        Machine("cpu", "CPU", 1, 220e9, 16e9, "no"),
+        measured=((60.0, 2.157), (180.0, 1.967)),
+    ),
     Line("consumer GPU: RTX 4090", Machine("cuda", "RTX 4090", 1, 150e12, 24e9, "bf16", fused=True)),
     Line(
         "H100",
