@@ -101,7 +101,15 @@ def test_repeated_tokens_are_worth_less_than_new_ones_and_never_harm(
 
 @pytest.mark.parametrize(
     ("parameters", "tokens", "epochs"),
-    [(1e6, 1e6, 8), (1e3, 1e9, 8), (4e6, 1e6, 4), (16e6, 1e6, 2), (1e12, 1e6, 1)],
+    [
+        (1e6, 1e6, 11),
+        (1e3, 1e9, 11),
+        (1.4e6, 1e6, 9),
+        (2.8e6, 1e6, 6),
+        (4e6, 1e6, 5),
+        (16e6, 1e6, 2),
+        (1e12, 1e6, 1),
+    ],
 )
 def test_a_model_that_is_large_for_its_text_sees_it_less_often(
     parameters: float, tokens: float, epochs: int
