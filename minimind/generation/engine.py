@@ -161,7 +161,7 @@ class InferenceEngine:
             padding = [batch.length - len(prompt) for prompt in prompts]
             yield from graph.run(logits, sampling, batch.length, padding, uniform, seen)
         finally:
-            # Until here another batch gets a graph of its own.
+            # Until here another batch gets another graph.
             self._idle = graph
 
     def _decode_graph(self, batch_size: int, capacity: int, sampling: Sampling) -> DecodeGraph:
