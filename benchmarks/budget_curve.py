@@ -10,6 +10,7 @@ would add nothing. Needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ LINES = (
     ),
     Line("consumer GPU: RTX 4090", Machine("cuda", "RTX 4090", 1, 150e12, 24e9, "bf16", fused=True)),
     Line(
-        "H100",
+        "H100 (points: H200)",
         Machine("cuda", "H100", 1, 800e12, 80e9, "bf16", fused=True),
         measured=((19.8, 1.039), (60.1, 0.864)),
     ),
@@ -55,13 +56,13 @@ def main() -> None:
     options = parser.parse_args()
     config = PretrainConfig(data=tuple(options.data))
     text = text_size(config, read_sample(config), choose_tokenizer=True)
-    lines = {line: list(curve(line.machine, text)) for line in LINES}
+    lines = {line: curve(line.machine, text) for line in LINES}
     for line, points in lines.items():
         for seconds, best in points:
             size = f"{best.shape.hidden_size:>4} x {best.shape.num_hidden_layers:<3}"
             tokens = f"{best.tokens / 1e6:>7.1f}M tokens"
             print(f"{line.label:<24}{seconds:>7.0f} s  {size}{tokens}  {best.forecast.text} bits/byte")
-    draw(lines, f"{text.num_bytes / 1e6:.0f} MB of documentation", options.output)
+    draw(lines, f"{text.num_bytes / 1e6:.0f} MB of text", options.output)
 
 
 def curve(machine: Machine, text: TextSize) -> list[tuple[float, Candidate]]:
@@ -78,8 +79,10 @@ def curve(machine: Machine, text: TextSize) -> list[tuple[float, Candidate]]:
 
 def draw(lines: dict[Line, list[tuple[float, Candidate]]], title: str, path: Path) -> None:
     """Write the picture."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("the picture needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -204,13 +204,10 @@ class Bench:
         }
 
     def _steps(self) -> Iterator[StepBatch]:
-        epoch = 0
-        while True:
-            for batch in self.loader.steps(epoch):
-                # The last step of an epoch is short: its empty sequences would weigh as much as the others.
-                if batch.num_sequences == self.config.batch_size:
-                    yield batch
-            epoch += 1
+        for batch in self.loader.steps(0, epochs=None):
+            # The last step of an epoch is short: its empty sequences would weigh as much as the others.
+            if batch.num_sequences == self.config.batch_size:
+                yield batch
 
 
 def sweep(

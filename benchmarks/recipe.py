@@ -338,12 +338,9 @@ class Bench:
             process_index=0,
             device=device,
         )
-        epoch = 0
-        while True:
-            for batch in loader.steps(epoch):
-                if batch.num_sequences == config.batch_size:
-                    yield batch.micro_batches[0], batch.num_targets
-            epoch += 1
+        for batch in loader.steps(0, epochs=None):
+            if batch.num_sequences == config.batch_size:
+                yield batch.micro_batches[0], batch.num_targets
 
     def _validate(self, config: PretrainConfig, model: torch.nn.Module) -> float | None:
         device = self.accelerator.device

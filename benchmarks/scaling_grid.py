@@ -31,7 +31,6 @@ import torch
 from minimind import PretrainConfig, train_tokenizer
 from minimind.config import recipe
 from minimind.config.recipe import ModelShape
-from minimind.data.loader import Loader, StepBatch
 from minimind.data.prepare import PreparedData, prepare_data
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
 from minimind.optim.build import fit_to_horizon, set_schedule
@@ -172,7 +171,7 @@ class Grid:
         trained = 0
         parts.model.train()
         began = time.perf_counter()
-        for step, batch in zip(range(steps), _endless(parts.loader), strict=False):
+        for step, batch in zip(range(steps), parts.loader.steps(0, epochs=None), strict=False):
             set_schedule(parts.optimizer, rate(step), step)
             values = train_step(
                 parts.model,
@@ -228,13 +227,6 @@ def _parse(point: str) -> tuple[ModelShape, float, int | None]:
     shape, tokens, *batch = point.split(":")
     width, layers = map(int, shape.split("x"))
     return ModelShape.of(width, layers), float(tokens), int(batch[0]) if batch else None
-
-
-def _endless(loader: Loader) -> Iterator[StepBatch]:
-    epoch = 0
-    while True:
-        yield from loader.steps(epoch)
-        epoch += 1
 
 
 def _device_name() -> str:

@@ -30,7 +30,7 @@ Preset = Annotated[
     ),
 ]
 
-# Of a run without options, on a CPU and on a GPU: the built-in text needs no longer.
+# Of a run without options. What FLOPs reach does not depend on how busy a CPU is.
 DEFAULT_BUDGETS = {"CPU": "18e12 FLOPs", "GPU": "60s"}
 # A run with one of these is not the default one.
 _CHOOSES_A_RUN = frozenset({"data", "max_steps", "max_tokens", "max_time", *BUDGET_OPTIONS})
