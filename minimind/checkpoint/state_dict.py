@@ -45,6 +45,8 @@ def gather_state_dict(
     if taken := [key for key in _RESERVED if key in extra]:
         raise ValueError(f"{', '.join(taken)} is reserved for gather_state_dict")
     core = _unwrap_optimizer(optimizer)
+    # Muon keeps the momentum of a matrix up to date on one rank only.
+    getattr(core, "gather_momenta", lambda: None)()
     weights, tied = _named_tensors(model)
     names = {id(tensor): name for name, tensor in weights.items()}
     optimizer_state = {

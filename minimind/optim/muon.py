@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,47 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# Normalized momenta (n, R, C) of one shape, and what updates the parameters from their orthogonal factors.
+def _any_nonzero(matrices: Tensor) -> Tensor:
+    """Return (..., 1, 1) bool: which of the matrices (..., R, C) are not zero."""
+    return matrices.ne(0).flatten(-2).any(-1)[..., None, None]
+
+
+def _nesterov(group: dict[str, Any], matrices: list[Tensor], momenta: list[Tensor], apply: Tensor) -> Tensor:
+    """Update momenta of one shape and return those of Nesterov, of this rank's shards.
+
+    Args:
+        matrices: parameters with their gradients.
+        momenta: one for each.
+        apply: (), bool; where false, no momentum changes and the returned ones are zero.
+    """
+    buffers = [_local(momentum) for momentum in momenta]
+    gradients = torch.stack([_local(p.grad) for p in matrices])  # type: ignore[arg-type]
+    before, momentum = torch.stack(buffers), group["momentum"]
+    updated = torch.lerp(before, gradients, 1 - momentum)
+    nesterov = torch.where(apply, torch.lerp(gradients, updated, momentum), 0.0)
+    torch._foreach_copy_(buffers, list(torch.where(apply, updated, before).unbind()))
+    if nesterov.ndim > 3:
+        # A zero matrix stays zero.
+        nesterov = torch.where(_any_nonzero(gradients), nesterov, 0.0)
+    return nesterov
+
+
+class _Batch(NamedTuple):
+    """Parameters of one shape.
+
+    Attributes:
+        parameters: those of one rank after those of another, where they belong to ranks.
+        own: which are updated from the momentum of this rank.
+        counts: how many belong to each rank; None where all are this rank's.
+    """
+
+    parameters: list[Tensor]
+    own: slice
+    counts: list[int] | None
+
+
+# Normalized momenta (n, R, C) of this rank's matrices of one shape, and what updates the parameters of all
+# ranks from their orthogonal factors.
 _Halves = tuple[Tensor, Callable[[Tensor], None]]
 
 
@@ -84,9 +124,10 @@ class Muon(torch.optim.Optimizer):
     An expert that received no token has a zero gradient, but orthogonalized momentum would still move it at
     full size. A matrix of a stack whose gradient is all zero is therefore not updated; its momentum decays.
 
-    Several ranks share the orthogonalization. With a `process_group`, as under DDP, each orthogonalizes some
-    of the matrices and gathers the others. Parameters may be sharded by FSDP2: weights and momentum stay
-    sharded, and the ranks exchange rows for whole matrices; see `StackLayout`.
+    Several ranks share the work. With a `process_group`, as under DDP, each matrix belongs to one rank, which
+    alone needs its gradient, keeps its momentum up to date and orthogonalizes it; the ranks gather the
+    results. Call `gather_momenta` before the state is read. Parameters may be sharded by FSDP2: weights and
+    momentum stay sharded, and the ranks exchange rows for whole matrices; see `StackLayout`.
     """
 
     # What ranks with equal parameters share; None where each orthogonalizes all matrices.
@@ -117,8 +158,8 @@ class Muon(torch.optim.Optimizer):
             fused: use the fused AdamW kernel of CUDA and CPU; without it `found_inf` is ignored.
             kernels: use the Triton kernels of `muon_kernels.py` around the matrix products, compiled at the
                 first step, where supported: unsharded float32 parameters on a CUDA GPU.
-            process_group: ranks that have equal parameters and gradients and share the orthogonalization;
-                has no effect on sharded parameters.
+            process_group: ranks that have equal parameters and share the work; has no effect on sharded
+                parameters.
 
         Raises:
             ValueError: for a parameter of a `muon` group that is not a matrix.
@@ -130,7 +171,8 @@ class Muon(torch.optim.Optimizer):
         self.shared = None if process_group is None else SharedOrthogonalization(process_group)
         self._arguments: KernelArguments | None = None
         # By group index: ids of the parameters with a gradient, and these parameters grouped by shape.
-        self._batches: dict[int, tuple[list[int], list[list[Tensor]]]] = {}
+        self._batches: dict[int, tuple[list[int], list[_Batch]]] = {}
+        self._owners: tuple[list[int], dict[int, int]] = [], {}
         for group in self.param_groups:
             if group["algorithm"] == "muon" and any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices; put other parameters in a group for adamw.")
@@ -188,8 +230,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             batches = self._by_shape(index, parameters)
             retained, momentum = 1.0 - lr * group["weight_decay"], group["momentum"]
-            rows += [(momentum, 1.0 - momentum, retained, lr * _scale(batch[0].shape)) for batch in batches]
-            ordered = list(chain.from_iterable(batches))
+            shapes = [batch.parameters[0].shape for batch in batches]
+            rows += [(momentum, 1.0 - momentum, retained, lr * _scale(shape)) for shape in shapes]
+            ordered = [p for batch in batches for p in batch.parameters]
             gradients: list[Tensor] = [p.grad for p in ordered]  # type: ignore[misc]
             tables[index] = [gradients, [self._state(p, "momentum_buffer") for p in ordered], ordered]
             if group["normalize_rows"]:
@@ -202,7 +245,31 @@ class Muon(torch.optim.Optimizer):
         self._arguments = KernelArguments.on_device(addresses, rows, first_row, device, self._arguments)
         return (*chain(*chain(*addresses.values())), *(tensor.data_ptr() for tensor in others))
 
-    def _by_shape(self, index: int, parameters: list[Tensor]) -> list[list[Tensor]]:
+    @property
+    def owners(self) -> dict[int, int]:
+        """The rank of each matrix, by the id of the parameter; empty where every rank updates all."""
+        if self.shared is None:
+            return {}
+        matrices = [p for group in self.param_groups if group["algorithm"] == "muon" for p in group["params"]]
+        ids = [id(p) for p in matrices]
+        if self._owners[0] != ids:
+            ranks = self.shared.owners([p.shape for p in matrices])
+            whole = not any(isinstance(p, DTensor) for p in matrices)
+            self._owners = ids, dict(zip(ids, ranks, strict=True)) if whole else {}
+        return self._owners[1]
+
+    @torch.no_grad()
+    def gather_momenta(self) -> None:
+        """Copy the momentum of each matrix from its rank to all ranks. A collective operation."""
+        owners = self.owners
+        owned = [
+            p for group in self.param_groups for p in group["params"] if id(p) in owners and p in self.state
+        ]
+        if self.shared is not None and owned:
+            momenta = [self._state(p, "momentum_buffer") for p in owned]
+            self.shared.broadcast(momenta, [owners[id(p)] for p in owned])
+
+    def _by_shape(self, index: int, parameters: list[Tensor]) -> list[_Batch]:
         """Group parameters by shape, for a few large matrix products instead of many small ones."""
         ids = [id(p) for p in parameters]
         known, batches = self._batches.get(index, ([], []))
@@ -210,9 +277,21 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in parameters:
                 shapes.setdefault(parameter.shape, []).append(parameter)
-            batches = list(shapes.values())
+            batches = [self._batch(some) for some in shapes.values()]
+            if self.owners:
+                # The exchange of the largest matrices takes place while the others are orthogonalized.
+                batches.sort(key=lambda batch: -sum(p.numel() for p in batch.parameters))
             self._batches[index] = ids, batches
         return batches
+
+    def _batch(self, parameters: list[Tensor]) -> _Batch:
+        owners = self.owners
+        if self.shared is None or not owners:
+            return _Batch(parameters, slice(0, len(parameters)), None)
+        parameters = sorted(parameters, key=lambda p: owners[id(p)])
+        counts = self.shared.owned_by([owners[id(p)] for p in parameters])
+        first = sum(counts[: self.shared.rank])
+        return _Batch(parameters, slice(first, first + counts[self.shared.rank]), counts)
 
     def _muon(self, index: int, group: dict[str, Any], parameters: list[Tensor]) -> Callable[[], None]:
         """Update the matrices of a group, or with several ranks begin to; return what finishes it."""
@@ -222,16 +301,18 @@ class Muon(torch.optim.Optimizer):
             halves = self._with_kernels(index, group, batches, self._arguments)
         else:
             halves = self._with_pytorch(group, batches)
-        if self.shared is None or isinstance(parameters[0], DTensor):
-            for matrices, update in halves:
-                update(newton_schulz(matrices))
-            return lambda: None
-        begun = list(halves)
-        gather = self.shared.start([matrices for matrices, _ in begun])
+        exchanged = []
+        for batch, (matrices, update) in zip(batches, halves, strict=True):
+            directions = newton_schulz(matrices)
+            if self.shared is None or batch.counts is None:
+                update(directions)
+                continue
+            stacks = directions.view(-1, *batch.parameters[0].shape)
+            exchanged.append((self.shared.gather(stacks, batch.counts), update))
 
         def finish() -> None:
-            for directions, (_, update) in zip(gather(), begun, strict=True):
-                update(directions)
+            for gathered, update in exchanged:
+                update(gathered().flatten(0, -3))
 
         return finish
 
@@ -262,51 +343,43 @@ class Muon(torch.optim.Optimizer):
             )
         return state["row_mean_square"]
 
-    def _with_pytorch(self, group: dict[str, Any], batches: list[list[Tensor]]) -> Iterator[_Halves]:
+    def _with_pytorch(self, group: dict[str, Any], batches: list[_Batch]) -> Iterator[_Halves]:
         """Update the parameters of each shape with PyTorch operations, nothing where `found_inf` is 1.0."""
-        apply = torch.ones((), dtype=torch.bool, device=batches[0][0].device)
+        apply = torch.ones((), dtype=torch.bool, device=batches[0].parameters[0].device)
         if self.found_inf is not None:
             apply = self.found_inf == 0
-        for batch in batches:
+        for batch, own, _ in batches:
+            buffers = [self._state(p, "momentum_buffer") for p in batch]
             layout = StackLayout(len(batch), batch[0])
-            nesterov = layout.whole(self._nesterov(group, batch, apply))
+            nesterov = batch[0].new_zeros((0, *batch[0].shape))
+            if batch[own]:
+                nesterov = layout.whole(_nesterov(group, batch[own], buffers[own], apply))
 
             def update(
                 x: Tensor, batch: list[Tensor] = batch, layout: StackLayout = layout, like: Tensor = nesterov
             ) -> None:
-                directions = x.to(like.dtype).view(like.shape)
+                directions = x.to(like.dtype).view(-1, *like.shape[1:])
                 factors = None
                 if group["normalize_rows"]:
                     factors = self._row_factors(group, batch, directions, layout)
                 directions = layout.shards(directions)
+                parameters = [_local(p) for p in batch]
+                retained = 1 - apply.to(directions.dtype) * (group["lr"] * group["weight_decay"])
+                if directions.ndim > 3:
+                    # FSDP2 shards the first dimension, so that matrices of a stack are never split.
+                    retained = torch.where(_any_nonzero(directions), retained, 1.0)
+                    torch._foreach_mul_(parameters, list(retained.unbind()))
+                else:
+                    torch._foreach_mul_(parameters, retained)
                 if factors is not None:
                     directions = directions * layout.shard_rows(factors).unsqueeze(-1)
                 rate = group["lr"] * _scale(batch[0].shape)
-                torch._foreach_add_([_local(p) for p in batch], list(directions.unbind()), alpha=-rate)
+                torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
 
             yield normalized(nesterov), update
 
-    def _nesterov(self, group: dict[str, Any], batch: list[Tensor], apply: Tensor) -> Tensor:
-        """Update the momenta of one shape, decay the weights and return this rank's Nesterov momenta."""
-        buffers = [_local(self._state(p, "momentum_buffer")) for p in batch]
-        gradients = torch.stack([_local(p.grad) for p in batch])  # type: ignore[arg-type]
-        parameters = [_local(p) for p in batch]
-        before, momentum = torch.stack(buffers), group["momentum"]
-        updated = torch.lerp(before, gradients, 1 - momentum)
-        nesterov = torch.where(apply, torch.lerp(gradients, updated, momentum), 0.0)
-        torch._foreach_copy_(buffers, list(torch.where(apply, updated, before).unbind()))
-        retained = 1 - apply.to(updated.dtype) * (group["lr"] * group["weight_decay"])
-        if batch[0].ndim > 2:
-            # FSDP2 shards the first dimension, so that matrices of a stack are never split.
-            active = gradients.ne(0).flatten(-2).any(-1)[..., None, None]
-            nesterov = torch.where(active, nesterov, 0.0)  # a zero matrix stays zero
-            torch._foreach_mul_(parameters, list(torch.where(active, retained, 1.0).unbind()))
-        else:
-            torch._foreach_mul_(parameters, retained)
-        return nesterov
-
     def _with_kernels(
-        self, index: int, group: dict[str, Any], batches: list[list[Tensor]], arguments: KernelArguments
+        self, index: int, group: dict[str, Any], batches: list[_Batch], arguments: KernelArguments
     ) -> Iterator[_Halves]:
         """Do what `_with_pytorch` does, reading memory once before the matrix products and once after."""
         from . import muon_kernels
@@ -319,36 +392,45 @@ class Muon(torch.optim.Optimizer):
         first = 0
         # Triton launches kernels on the current device.
         with torch.cuda.device_of(table):
-            for batch, of_step in zip(batches, numbers, strict=False):
+            for (batch, own, counts), of_step in zip(batches, numbers, strict=False):
                 shape = batch[0].shape
-                nesterov = torch.empty((len(batch), *shape), dtype=torch.bfloat16, device=device)
+                nesterov = torch.empty((len(batch[own]), *shape), dtype=torch.bfloat16, device=device)
                 x = nesterov.view(-1, *shape[-2:])
                 size = shape[-2] * shape[-1]
                 blocks = -(-size // _BLOCK)
-                grid = (len(x) * blocks,)
-                layout = first, table.shape[1], len(x) // len(batch), size, blocks
+                stack = shape[:-2].numel()
+                layout = table.shape[1], stack, size, blocks
                 sums, nonzero = torch.empty((2, len(x), blocks), device=device)
-                muon_kernels.update_momentum[grid](
-                    table, found_inf, of_step, nesterov, sums, nonzero, *layout, **constants
-                )
-                active = nonzero.sum(-1) if len(shape) > 2 else torch.ones(len(x), device=device)
+                if len(x):
+                    muon_kernels.update_momentum[(len(x) * blocks,)](
+                        table, found_inf, of_step, nesterov, sums, nonzero, first + own.start, *layout,
+                        **constants,
+                    )  # fmt: skip
                 norm = sums.sum(-1).sqrt_().clamp_(min=MIN_NORM)
                 x /= norm.bfloat16().view(-1, 1, 1)
-                rest = shape[-1], *layout
+                active = torch.ones(len(batch) * stack, device=device)
+                if len(shape) > 2:
+                    active = nonzero.sum(-1)
+                    if counts is not None:
+                        # The other ranks see from the orthogonal factor, then zero, that it is not updated.
+                        x *= active.ne(0).view(-1, 1, 1)
 
                 def update(
                     directions: Tensor,
                     batch: list[Tensor] = batch,
                     of_step: Tensor = of_step,
                     active: Tensor = active,
-                    grid: tuple[int] = grid,
-                    rest: tuple[int, ...] = rest,
+                    shared: bool = counts is not None and len(shape) > 2,
+                    programs: int = len(batch) * stack * blocks,
+                    rest: tuple[int, ...] = (shape[-1], first, *layout),
                 ) -> None:
+                    if shared:
+                        active = _any_nonzero(directions).float()
                     factors = active
                     if normalize:
                         stacks = directions.view(len(batch), *batch[0].shape)
                         factors = self._row_factors(group, batch, stacks, StackLayout(len(batch), batch[0]))
-                    muon_kernels.update_parameters[grid](
+                    muon_kernels.update_parameters[(programs,)](
                         table, found_inf, of_step, active, factors, directions, *rest,
                         NORMALIZE=normalize, **constants,
                     )  # fmt: skip

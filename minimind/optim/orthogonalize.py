@@ -5,6 +5,7 @@ Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Shapes: n matrices of on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,73 +85,73 @@ def assign(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 class SharedOrthogonalization:
-    """Newton-Schulz iterations of which each rank computes a part; every rank gets all results.
+    """Divides matrices among ranks that all have them, as under DDP, and exchanges what the ranks compute.
 
-    Every rank has all matrices, as under DDP. All ranks call it with the same shapes.
+    Each matrix, or stack of matrices, belongs to one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Share the work among the ranks of a process group."""
         self._group = group
-        self._assigned: dict[tuple[torch.Size, ...], list[list[int]]] = {}
 
-    def start(self, stacks: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Compute this rank's part and start to gather the others.
+    def owners(self, shapes: Sequence[torch.Size]) -> list[int]:
+        """Return the rank that each stack (..., R, C) belongs to, the same on all ranks; balanced by cost."""
+        costs = [math.prod(shape[:-2]) * _flops(*shape[-2:]) for shape in shapes]
+        owners = [0] * len(shapes)
+        for rank, own in enumerate(assign(costs, self._group.size())):
+            for item in own:
+                owners[item] = rank
+        return owners
+
+    def owned_by(self, owners: Sequence[int]) -> list[int]:
+        """Return how many of the owned stacks each rank has."""
+        return [owners.count(rank) for rank in range(self._group.size())]
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return self._group.rank()
+
+    def gather(self, own: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
+        """Start to gather what all ranks have computed.
 
         Args:
-            stacks: (n, R, C) matrices of norm at most 1, of one dtype and device.
+            own: of this rank, (counts[rank], ...), contiguous.
+            counts: of each rank.
 
         Returns:
-            A function that waits and returns the results, contiguous, in the shapes of `stacks`.
+            A function that waits and returns (sum of counts, ...), in the order of the ranks.
         """
-        matrices = [matrix for stack in stacks for matrix in stack.unbind()]
-        assigned = self._assignment(stacks, matrices)
-        sizes = [sum(matrices[item].numel() for item in own) for own in assigned]
-        sent = matrices[0].new_empty(max(sizes))
-        end = 0
-        for same in _runs_of_one_shape(assigned[self._group.rank()], matrices):
-            results = newton_schulz(torch.stack([matrices[item] for item in same])).flatten()
-            sent[end : end + len(results)] = results
-            end += len(results)
-        received = sent.new_empty((len(assigned), len(sent)))
-        work = _all_gather(received.view(-1), sent, group=self._group, async_op=True)
+        most = max(counts)
+        sent = own
+        if len(own) < most:
+            sent = own.new_empty((most, *own.shape[1:]))
+            sent[: len(own)] = own
+        received = own.new_empty((len(counts), *sent.shape))
+        work = _all_gather(received.flatten(0, 1), sent, group=self._group, async_op=True)
 
-        def finish() -> list[Tensor]:
+        def finish() -> Tensor:
             work.wait()
-            results = list(matrices)
-            for own, part in zip(assigned, received, strict=True):
-                end = 0
-                for item in own:
-                    begin, end = end, end + matrices[item].numel()
-                    results[item] = part[begin:end].view(matrices[item].shape)
-            ordered = iter(results)
-            return [torch.stack([next(ordered) for _ in stack]) for stack in stacks]
+            if min(counts) == most:
+                return received.flatten(0, 1)
+            return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
 
         return finish
 
-    def _assignment(self, stacks: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[list[int]]:
-        key = tuple(stack.shape for stack in stacks)
-        if key not in self._assigned:
-            costs = [_flops(*matrix.shape) for matrix in matrices]
-            self._assigned[key] = assign(costs, self._group.size())
-        return self._assigned[key]
+    def broadcast(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Copy each tensor from its owner to all ranks, in place."""
+        works = [
+            dist.broadcast(tensor, group=self._group, group_src=owner, async_op=True)
+            for tensor, owner in zip(tensors, owners, strict=True)
+        ]
+        for work in works:
+            work.wait()
 
 
 def _flops(rows: int, columns: int) -> float:
     """Return the multiplications of one iteration."""
     small, large = sorted((rows, columns))
     return small * small * (2 * large + small)
-
-
-def _runs_of_one_shape(items: Sequence[int], matrices: Sequence[Tensor]) -> list[list[int]]:
-    """Return the items in lists of consecutive ones of one shape."""
-    runs: list[list[int]] = []
-    for item in items:
-        if runs and matrices[runs[-1][0]].shape == matrices[item].shape:
-            runs[-1].append(item)
-        else:
-            runs.append([item])
-    return runs
 
 
 class StackLayout:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config.options import PretrainConfig
 from ..data.loader import MicroBatch
 from ..distributed.collectives import any_process
-from ..distributed.gradient_reduction import GradientReduction
+from ..distributed.gradient_reduction import GradientReduction, reduction_is_fast
 from ..modeling.config import MiniMindConfig
 from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.moe import ALIGNMENT
@@ -64,7 +64,16 @@ def build_graphs(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
     dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else None
-    reduction = None if group is None else GradientReduction(parameters, group, dtype)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    reduction = None
+    if group is not None:
+        reduction = GradientReduction(
+            parameters,
+            group,
+            dtype,
+            overlap=not reduction_is_fast(group, accelerator.device),
+            owners=getattr(inner, "owners", {}),
+        )
     accumulates = accelerator.gradient_accumulation_steps > 1
 
     def run(
@@ -99,7 +108,6 @@ def build_graphs(
         finish=finish,
         agree=lambda holds: not any_process(not holds, accelerator),
     )
-    inner = getattr(optimizer, "optimizer", optimizer)
     if type(inner) is not Muon:
         return StepGraphs(graph)
 

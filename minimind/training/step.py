@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..data.loader import MicroBatch, StepBatch
 from ..distributed.shutdown import StopRequest
@@ -144,18 +146,34 @@ def update(
     Returns:
         (4,) float32: `sums` and the norm of the gradient before clipping.
     """
-    norm = clip_gradient(model, accelerator, grad_clip)
+    norm = clip_gradient(model, optimizer, accelerator, grad_clip)
     skip_if_nonfinite(optimizer, norm, sums[0], limit=loss_limit)
     optimizer.step()
     return torch.cat((sums, norm.float().reshape(1)))
 
 
-def clip_gradient(model: nn.Module, accelerator: Accelerator, grad_clip: float) -> torch.Tensor:
+def clip_gradient(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, grad_clip: float
+) -> torch.Tensor:
     """Clip the gradient in place and return its norm before clipping, the same on every rank.
 
+    Gradients that belong to other ranks, as those of Muon's matrices under DDP, are neither read nor clipped.
+
     Args:
+        optimizer: whose attribute `owners`, if it has one, gives the rank of a parameter by its id.
         grad_clip: maximum norm; 0 for no clipping.
     """
-    norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # Under FSDP2 the norm is a DTensor; gathering it is a collective that every rank takes part in.
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    limit = grad_clip or math.inf
+    owners: Mapping[int, int] = getattr(getattr(optimizer, "optimizer", optimizer), "owners", {})
+    if not owners:
+        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+        # Under FSDP2 the norm is a DTensor; gathering it is a collective that every rank takes part in.
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    accelerator.unscale_gradients()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    own = [p for p in parameters if owners.get(id(p)) == accelerator.process_index]
+    replicated = [p for p in parameters if id(p) not in owners]
+    squares = [get_total_norm([p.grad for p in some]).square() for some in (own, replicated)]  # type: ignore[misc]
+    norm = (accelerator.reduce(squares[0].to(accelerator.device), reduction="sum") + squares[1]).sqrt()
+    clip_grads_with_norm_([*own, *replicated], limit, norm)
+    return norm

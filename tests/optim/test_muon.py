@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from minimind.checkpoint.state_dict import gather_state_dict, load_state_dict
 from minimind.checkpoint.store import CheckpointStore
 from minimind.config.options import PretrainConfig
+from minimind.distributed.gradient_reduction import GradientReduction
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
 from minimind.optim.build import (
@@ -212,10 +214,18 @@ SHARED_SHAPES = [(7, 5), (7, 5), (4, 9), (2, 3), (6, 6), (6, 6), (6, 6), (6, 6),
 
 def steps_of_matrices(
     parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None
-) -> list[nn.Parameter]:
-    """Take three steps of NorMuon with gradients that are the same however the parameters are sharded."""
+) -> list[torch.Tensor]:
+    """Take three steps of NorMuon with gradients that are the same however the parameters are sharded.
+
+    Args:
+        group: ranks that share the work; their gradients are summed only where they are needed.
+
+    Returns:
+        The parameters, followed by the momenta.
+    """
     groups = [{"params": parameters, "algorithm": "muon", "weight_decay": 0.1, "normalize_rows": True}]
     optimizer = Muon(groups, lr=0.1, process_group=group)
+    owners = optimizer.owners
     for step in range(3):
         generator = torch.Generator().manual_seed(10 + step)
         for p in parameters:
@@ -223,8 +233,30 @@ def steps_of_matrices(
             if isinstance(p, DTensor):
                 gradient = distribute_tensor(gradient, p.device_mesh, p.placements)
             p.grad = gradient
+        if group is not None:
+            # Ranks 0 to 2 have a sixth, a third and a half of the gradient.
+            torch._foreach_mul_([p.grad for p in parameters], (1 + group.rank()) / 6)
+            before = [p.grad.clone() for p in parameters]
+            with GradientReduction(parameters, group, overlap=False, owners=owners):
+                pass
+            others = [i for i, p in enumerate(parameters) if owners[id(p)] != group.rank()]
+            assert others
+            assert all(torch.equal(parameters[i].grad, before[i]) for i in others)
         optimizer.step()
-    return parameters
+    optimizer.gather_momenta()
+    return [*parameters, *(optimizer.state[p]["momentum_buffer"] for p in parameters)]
+
+
+def check_sums_for_all_ranks(rank: int) -> None:
+    """Sum gradients that belong to no rank, of which ranks 0 to 2 have 1, 2 and 3."""
+    some = [nn.Parameter(torch.zeros(shape)) for shape in ((4,), (3, 2))]
+    reduction = GradientReduction(some, dist.group.WORLD, torch.bfloat16, overlap=False)
+    for p in some:
+        p.grad = torch.full_like(p, rank + 1.0)
+    memory = [p.grad.data_ptr() for p in some]
+    reduction.reduce()
+    assert [p.grad.data_ptr() for p in some] == memory
+    assert all(p.grad.dtype == torch.float32 and bool((p.grad == 6).all()) for p in some)
 
 
 def random_matrices() -> list[nn.Parameter]:
@@ -240,6 +272,7 @@ def train_on_three_ranks(rank: int, store: str, file: str) -> None:
     def sharded(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         return [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters]
 
+    check_sums_for_all_ranks(rank)
     shards = sharded(stacks())
     for _ in steps_with_an_idle_expert(shards, whole=False):
         pass
@@ -247,7 +280,7 @@ def train_on_three_ranks(rank: int, store: str, file: str) -> None:
     found = {
         "stacks": [p.full_tensor() for p in shards],
         "rows": [p.full_tensor() for p in rows],
-        "shared": [p.detach() for p in steps_of_matrices(random_matrices(), group=dist.group.WORLD)],
+        "shared": [p.detach() for p in steps_of_matrices(random_matrices(), dist.group.WORLD)],
     }
     torch.save(found, f"{file}{rank}")
     # A process whose peer has left already may abort in gloo's threads.
@@ -533,10 +566,25 @@ def check_kernels(found: dict[str, dict[str, float]]) -> None:
     assert found["properties"]
 
 
-def test_interpreted_kernels_agree_with_plain_pytorch() -> None:
+def interpreted(*options: str) -> list[Any]:
+    """Return what `muon_cases.py` prints: a JSON value for each line."""
     if find_spec("triton") is None or not version("triton").startswith("3.6."):
         pytest.skip("needs triton 3.6: pip install '.[interpreter]'")
-    command = [sys.executable, muon_cases.__file__, "--interpret"]
+    command = [sys.executable, muon_cases.__file__, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    check_kernels(json.loads(done.stdout))
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_interpreted_kernels_agree_with_plain_pytorch() -> None:
+    check_kernels(*interpreted("--interpret"))
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_ranks_that_share_the_work_of_the_kernels_make_the_updates_of_one_process() -> None:
+    ranks = interpreted("--shared")
+    assert len(ranks) == 2
+    for found in ranks:
+        assert len(found) == 2 * (1 + MATRICES * (muon_cases.STEPS + 1))
+        assert {case: error for case, error in found.items() if not error < 1e-6} == {}

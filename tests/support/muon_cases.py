@@ -1,7 +1,8 @@
 """Prints the relative errors of Muon's kernels compared to plain PyTorch.
 
 With --interpret the kernels run on the CPU in Triton's interpreter. That must be set before Triton is
-imported, hence a separate process.
+imported, hence a separate process. With --shared two such processes share the work and are compared with
+one.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import json
 import math
 import os
 import sys
+import tempfile
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from minimind.optim import muon
 
@@ -46,14 +49,24 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, *, idle: bool) -> 
 
 
 def run(
-    device: str, *, kernels: bool, offset: int = 0, normalize: bool = False
+    device: str,
+    *,
+    kernels: bool,
+    offset: int = 0,
+    normalize: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[list[list[Tensor]], list[Tensor], bool]:
-    """Take some steps; return updates, momenta, and whether a skipped step changed nothing."""
+    """Take some steps; return updates, momenta, and whether a skipped step changed nothing.
+
+    Args:
+        group: ranks that share the work, and have no gradients of the matrices of others.
+    """
     taken = parameters(device, offset)
     optimizer = muon.Muon(
         [{"params": taken, "algorithm": "muon", "weight_decay": 0.1, "normalize_rows": normalize}],
         lr=0.05,
         kernels=kernels,
+        process_group=group,
     )
     if kernels:
         optimizer._with_pytorch = None  # must not be used instead
@@ -61,9 +74,13 @@ def run(
     for step in range(STEPS):
         before = [p.detach().clone() for p in taken]
         give_gradients(taken, 1 + step, idle=step == STEPS - 1)
+        for p in taken:
+            if group is not None and optimizer.owners[id(p)] != group.rank():
+                p.grad.fill_(math.nan)
         optimizer.found_inf = torch.zeros((), device=device)
         optimizer.step()
         updates.append([p.detach() - old for p, old in zip(taken, before, strict=True)])
+    optimizer.gather_momenta()
     momenta = [optimizer.state[p]["momentum_buffer"] for p in taken]
     squares = [optimizer.state[p]["row_mean_square"] for p in taken] if normalize else []
     before = [t.detach().clone() for t in (*taken, *momenta, *squares)]
@@ -110,12 +127,38 @@ def all_cases(device: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def interpret() -> None:
+    """Run the kernels in Triton's interpreter from now on."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    # So that small matrices have several blocks.
+    muon._BLOCK = 256
+    muon.kernels_supported = lambda tensors: True
+
+
+def run_on_rank(rank: int, store: str) -> None:
+    """Print the relative errors of two ranks that share the work, compared with one."""
+    interpret()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found: dict[str, float] = {}
+    for normalize in (False, True):
+        plain, momenta, _ = run("cpu", kernels=True, normalize=normalize)
+        shared, gathered, stayed = run("cpu", kernels=True, normalize=normalize, group=dist.group.WORLD)
+        for step in range(STEPS):
+            found |= errors(f"rows {normalize}, step {step}", shared[step], plain[step])
+        found |= errors(f"rows {normalize}, momenta", gathered, momenta)
+        found[f"rows {normalize}, skipped"] = 0.0 if stayed else math.inf
+    print(json.dumps(found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    device = "cuda"
-    if "--interpret" in sys.argv:
-        os.environ["TRITON_INTERPRET"] = "1"
-        device = "cpu"
-        # So that small matrices have several blocks.
-        muon._BLOCK = 256
-        muon.kernels_supported = lambda tensors: True
-    print(json.dumps(all_cases(device)))
+    if "--shared" in sys.argv:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(run_on_rank, (f"{folder}/store",), nprocs=2)
+    else:
+        device = "cuda"
+        if "--interpret" in sys.argv:
+            interpret()
+            device = "cpu"
+        print(json.dumps(all_cases(device)))
