@@ -173,7 +173,12 @@ def clip_gradient(
     parameters = [p for p in model.parameters() if p.grad is not None]
     own = [p for p in parameters if owners.get(id(p)) == accelerator.process_index]
     replicated = [p for p in parameters if id(p) not in owners]
-    squares = [get_total_norm([p.grad for p in some]).square() for some in (own, replicated)]  # type: ignore[misc]
-    norm = (accelerator.reduce(squares[0].to(accelerator.device), reduction="sum") + squares[1]).sqrt()
+
+    def square(some: list[nn.Parameter]) -> torch.Tensor:
+        if not some:
+            return torch.zeros((), device=accelerator.device)
+        return get_total_norm([p.grad for p in some]).square()  # type: ignore[misc]
+
+    norm = (accelerator.reduce(square(own), reduction="sum") + square(replicated)).sqrt()
     clip_grads_with_norm_([*own, *replicated], limit, norm)
     return norm
