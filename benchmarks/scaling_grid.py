@@ -23,6 +23,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,6 @@ class Grid:
             batch_size=max(batch // length, 1),
             max_steps=steps,
             learning_rate=rate,
-            weight_decay=recipe.weight_decay(rate, steps),
             lr_schedule="wsd",
             decay_ratio=recipe.DECAY_RATIO,
             decay_shape="linear",
@@ -143,6 +143,8 @@ class Grid:
         )
         inputs = resolve_run(config)
         data = prepare_data(inputs.config, inputs.tokenizer)
+        decay = recipe.weight_decay(rate, steps, tokens / data.train.num_tokens)
+        inputs = replace(inputs, config=replace(inputs.config, weight_decay=decay))
         accelerator = start_accelerator(inputs.config)
         try:
             return self._train(inputs, data, accelerator, steps) | {
