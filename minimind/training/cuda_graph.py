@@ -205,8 +205,10 @@ class ForwardBackwardGraph:
 
     def _capture(self, batch: MicroBatch, balance: ExpertBalance | None) -> None:
         parameters = self._parameters
-        total = torch.cuda.get_device_properties(batch.input_ids.device).total_memory
-        if not self._agree(self._always or torch.cuda.max_memory_allocated() <= LARGEST_SHARE * total):
+        device = batch.input_ids.device
+        allowed = LARGEST_SHARE * torch.cuda.get_per_process_memory_fraction(device)
+        most = allowed * torch.cuda.get_device_properties(device).total_memory
+        if not self._agree(self._always or torch.cuda.max_memory_allocated() <= most):
             self._given_up = True
             return
         earlier = [p.grad for p in parameters]

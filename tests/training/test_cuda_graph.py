@@ -58,6 +58,7 @@ class Model:
         properties = SimpleNamespace(total_memory=1000)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000 * memory)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda: None))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)

@@ -247,8 +247,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad_qkv, grad_weights = _attend_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
-        _, query_weight, key_weight, *_ = ctx.saved_tensors
+        # Read once: activation checkpointing recomputes what was saved and gives it once.
+        saved = ctx.saved_tensors
+        _, query_weight, key_weight, *_ = saved
+        grad_qkv, grad_weights = _attend_backward(grad_out.contiguous(), *saved, ctx.eps)
         for_query = grad_weights[:, : ctx.heads].sum((0, 1))
         for_key = grad_weights[:, ctx.heads :].sum((0, 1))
         return grad_qkv, for_query.to(query_weight.dtype), for_key.to(key_weight.dtype), *(None,) * 7
