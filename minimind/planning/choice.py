@@ -245,7 +245,7 @@ class Chooser:
     def _relative(self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float) -> float:
         worth = recipe.effective_tokens(tokens, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
-        return self.law.relative(self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size)
+        return self.law.relative(self._parameters(shape, tokenizer), num_bytes, tokenizer.entries)
 
     def _forecast(
         self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, batch_tokens: int
@@ -254,7 +254,7 @@ class Chooser:
         worth = recipe.effective_tokens(useful, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
-            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.difficulty
+            self._parameters(shape, tokenizer), num_bytes, tokenizer.entries, self.text.difficulty
         )
 
     def _batch(self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int) -> BatchChoice | None:
