@@ -15,7 +15,10 @@ A step of DDP, in the order of `StepTime`:
 - communication: DDP reduces buckets of gradients while the backward pass of the last micro-batch computes the
   next ones (Li et al. 2020, arXiv:2006.15704). The last bucket, with the embedding, is not hidden, nor is
   what takes longer than the backward pass. While NCCL runs hidden, it takes a share of the GPU from compute.
-- Muon: gathering updates, less the time saved where each process orthogonalizes its share of the matrices.
+  With graphs and fast links gradients are summed after the backward pass, those of Muon's matrices on their
+  process only.
+- Muon: gathering updates, while other matrices are orthogonalized, less the time saved where each process
+  orthogonalizes its share of the matrices.
 - stragglers: all wait for the slowest of N, that is, for a normal distribution, the expected maximum of N
   draws (Blom 1958).
 
@@ -34,6 +37,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
+
+from ..distributed.gradient_reduction import FAST
 
 # Bytes/s of a GPU to the others of its node by NVLink, in one direction; data sheets state the sum of both.
 # NVIDIA HGX B200, H100, H200, H800, A100, A800 and V100 data sheets.
@@ -205,6 +210,18 @@ def ddp_step(one: SingleGPU, cluster: Cluster, *, muon_shared: bool = True, grap
         muon_shared: each process orthogonalizes a share of the matrices, and bf16 directions are gathered.
         graphs: the processes train with CUDA graphs.
     """
+    owned = one.muon.elements if muon_shared and one.muon is not None else 0
+    muon = 0.0
+    if owned and one.muon is not None:
+        saved = one.muon.saved(cluster.num_processes)
+        gather = all_gather_seconds(2 * owned, cluster)
+        if graphs:
+            gather = max(gather - (one.muon.seconds - saved), _START)
+        muon = gather - saved
+    if graphs and _algorithm_bandwidth(cluster) >= FAST:
+        communication = all_gather_seconds(one.gradient_bytes * owned, cluster)
+        communication += all_reduce_seconds(one.gradient_bytes * (one.parameters - owned), cluster)
+        return _step(one, cluster, communication, muon, graphs)
     bucket = _GRAPH_BUCKET if graphs else _BUCKET
     buckets = math.ceil(4 * one.parameters / bucket)
     scale = one.gradient_bytes / 4
@@ -215,10 +232,13 @@ def ddp_step(one: SingleGPU, cluster: Cluster, *, muon_shared: bool = True, grap
     hidden = max(buckets * each - last, 0.0)
     exposed = last + max(hidden - one.backward_seconds, 0.0)
     communication = exposed + _CONTENTION * min(hidden, one.backward_seconds)
-    muon = 0.0
-    if muon_shared and one.muon is not None:
-        muon = all_gather_seconds(2 * one.muon.elements, cluster) - one.muon.saved(cluster.num_processes)
     return _step(one, cluster, communication, muon, graphs)
+
+
+def _algorithm_bandwidth(cluster: Cluster) -> float:
+    """Return the bytes/s of a large all-reduce."""
+    n = cluster.num_processes
+    return cluster.bus_bandwidth * n / max(2 * (n - 1), 1)
 
 
 def fsdp2_step(
