@@ -3,7 +3,7 @@
 For each preset and limit the estimate of `minimind/planning/memory.py` names the largest micro-batch that
 fits, and a run of a few steps with it, evaluation and checkpoint included, shows whether it does:
 
-    python benchmarks/limited_memory.py --gigabytes 8 12 24
+    python benchmarks/limited_memory.py --gigabytes 8 12 16 24
 
 Runs share the GPUs: only memory is measured. The limit holds for PyTorch's allocator; a smaller GPU also has
 to hold the CUDA context, half a gigabyte, which is subtracted from it.
@@ -103,7 +103,7 @@ def train(preset: str, gigabytes: float, device: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[8.0, 12.0, 24.0])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[8.0, 12.0, 16.0, 24.0])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--jobs", type=int, default=4, help="runs at once on each GPU")
     options = parser.parse_args()

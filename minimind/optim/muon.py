@@ -9,9 +9,10 @@ Shapes: n matrices of one shape, R rows, C columns; a parameter of more dimensio
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,90 +21,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from .kernel_arguments import KernelArguments, kernels_supported
+from .matrix_batches import Batch, batches_by_shape
+from .matrix_updates import any_nonzero, local, nesterov_momenta, row_factors, update_scale
 from .orthogonalize import MIN_NORM, SharedOrthogonalization, StackLayout, newton_schulz, normalized
 
-# Typical root mean square of an AdamW update (Liu et al. 2025, section 2.2).
-_ADAMW_RMS = 0.2
-
-# Added to the root mean square of a row, for rows that are zero.
-_ROW_EPS = 1e-8
+# Batches whose orthogonal factors are gathered at the same time.
+_GATHERED_AT_ONCE = 2
 
 # Elements per kernel program: 16 for each thread of 8 warps.
 _BLOCK = 4096
 _WARPS = 8
-
-
-def _scale(shape: torch.Size) -> float:
-    """Return the factor of Muon's update for (..., R, C)."""
-    return _ADAMW_RMS * max(shape[-2:]) ** 0.5
-
-
-def row_factors(squares: Tensor, columns: int, mean_squares: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Return NorMuon's factor of each row, and the updated mean squares.
-
-    A row is divided by its running root mean square; one factor for all rows of a matrix then restores the
-    Frobenius norm, so that the learning rate keeps its meaning. For a zero matrix, one that is not updated,
-    the mean squares do not change.
-
-    Args:
-        squares: (..., R) squared norms of the rows of orthogonal factors.
-        columns: C.
-        mean_squares: (..., R) running mean squares, at first zero: a common factor cancels.
-        decay: decay rate of the mean squares.
-
-    Returns:
-        (..., R) factors and mean squares.
-    """
-    updated = torch.lerp(mean_squares, squares / columns, 1 - decay)
-    factors = 1 / (updated.sqrt() + _ROW_EPS)
-    total = squares.sum(-1, keepdim=True)
-    scaled = (squares * factors.square()).sum(-1, keepdim=True)
-    factors = factors * (total / scaled.clamp(min=MIN_NORM)).sqrt()
-    return factors, torch.where(total > 0, updated, mean_squares)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor, or the tensor if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _any_nonzero(matrices: Tensor) -> Tensor:
-    """Return (..., 1, 1) bool: which of the matrices (..., R, C) are not zero."""
-    return matrices.ne(0).flatten(-2).any(-1)[..., None, None]
-
-
-def _nesterov(group: dict[str, Any], matrices: list[Tensor], momenta: list[Tensor], apply: Tensor) -> Tensor:
-    """Update momenta of one shape and return those of Nesterov, of this rank's shards.
-
-    Args:
-        matrices: parameters with their gradients.
-        momenta: one for each.
-        apply: (), bool; where false, no momentum changes and the returned ones are zero.
-    """
-    buffers = [_local(momentum) for momentum in momenta]
-    gradients = torch.stack([_local(p.grad) for p in matrices])  # type: ignore[arg-type]
-    before, momentum = torch.stack(buffers), group["momentum"]
-    updated = torch.lerp(before, gradients, 1 - momentum)
-    nesterov = torch.where(apply, torch.lerp(gradients, updated, momentum), 0.0)
-    torch._foreach_copy_(buffers, list(torch.where(apply, updated, before).unbind()))
-    if nesterov.ndim > 3:
-        # A zero matrix stays zero.
-        nesterov = torch.where(_any_nonzero(gradients), nesterov, 0.0)
-    return nesterov
-
-
-class _Batch(NamedTuple):
-    """Parameters of one shape.
-
-    Attributes:
-        parameters: those of one rank after those of another, where they belong to ranks.
-        own: which are updated from the momentum of this rank.
-        counts: how many belong to each rank; None where all are this rank's.
-    """
-
-    parameters: list[Tensor]
-    own: slice
-    counts: list[int] | None
 
 
 # Normalized momenta (n, R, C) of this rank's matrices of one shape, and what updates the parameters of all
@@ -171,7 +98,7 @@ class Muon(torch.optim.Optimizer):
         self.shared = None if process_group is None else SharedOrthogonalization(process_group)
         self._arguments: KernelArguments | None = None
         # By group index: ids of the parameters with a gradient, and these parameters grouped by shape.
-        self._batches: dict[int, tuple[list[int], list[_Batch]]] = {}
+        self._batches: dict[int, tuple[list[int], list[Batch]]] = {}
         self._owners: tuple[list[int], dict[int, int]] = [], {}
         for group in self.param_groups:
             if group["algorithm"] == "muon" and any(p.ndim < 2 for p in group["params"]):
@@ -231,7 +158,7 @@ class Muon(torch.optim.Optimizer):
             batches = self._by_shape(index, parameters)
             retained, momentum = 1.0 - lr * group["weight_decay"], group["momentum"]
             shapes = [batch.parameters[0].shape for batch in batches]
-            rows += [(momentum, 1.0 - momentum, retained, lr * _scale(shape)) for shape in shapes]
+            rows += [(momentum, 1.0 - momentum, retained, lr * update_scale(shape)) for shape in shapes]
             ordered = [p for batch in batches for p in batch.parameters]
             gradients: list[Tensor] = [p.grad for p in ordered]  # type: ignore[misc]
             tables[index] = [gradients, [self._state(p, "momentum_buffer") for p in ordered], ordered]
@@ -269,29 +196,14 @@ class Muon(torch.optim.Optimizer):
             momenta = [self._state(p, "momentum_buffer") for p in owned]
             self.shared.broadcast(momenta, [owners[id(p)] for p in owned])
 
-    def _by_shape(self, index: int, parameters: list[Tensor]) -> list[_Batch]:
-        """Group parameters by shape, for a few large matrix products instead of many small ones."""
+    def _by_shape(self, index: int, parameters: list[Tensor]) -> list[Batch]:
+        """Return the batches of a group, the same as in the step before where the parameters are."""
         ids = [id(p) for p in parameters]
         known, batches = self._batches.get(index, ([], []))
         if known != ids:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for parameter in parameters:
-                shapes.setdefault(parameter.shape, []).append(parameter)
-            batches = [self._batch(some) for some in shapes.values()]
-            if self.owners:
-                # The exchange of the largest matrices takes place while the others are orthogonalized.
-                batches.sort(key=lambda batch: -sum(p.numel() for p in batch.parameters))
+            batches = batches_by_shape(parameters, self.owners, self.shared)
             self._batches[index] = ids, batches
         return batches
-
-    def _batch(self, parameters: list[Tensor]) -> _Batch:
-        owners = self.owners
-        if self.shared is None or not owners:
-            return _Batch(parameters, slice(0, len(parameters)), None)
-        parameters = sorted(parameters, key=lambda p: owners[id(p)])
-        counts = self.shared.owned_by([owners[id(p)] for p in parameters])
-        first = sum(counts[: self.shared.rank])
-        return _Batch(parameters, slice(first, first + counts[self.shared.rank]), counts)
 
     def _muon(self, index: int, group: dict[str, Any], parameters: list[Tensor]) -> Callable[[], None]:
         """Update the matrices of a group, or with several ranks begin to; return what finishes it."""
@@ -301,7 +213,13 @@ class Muon(torch.optim.Optimizer):
             halves = self._with_kernels(index, group, batches, self._arguments)
         else:
             halves = self._with_pytorch(group, batches)
-        exchanged = []
+        exchanged: deque[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = deque()
+
+        def finish(keep: int = 0) -> None:
+            while len(exchanged) > keep:
+                gathered, update = exchanged.popleft()
+                update(gathered().flatten(0, -3))
+
         for batch, (matrices, update) in zip(batches, halves, strict=True):
             directions = newton_schulz(matrices)
             if self.shared is None or batch.counts is None:
@@ -309,11 +227,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             stacks = directions.view(-1, *batch.parameters[0].shape)
             exchanged.append((self.shared.gather(stacks, batch.counts), update))
-
-        def finish() -> None:
-            for gathered, update in exchanged:
-                update(gathered().flatten(0, -3))
-
+            finish(keep=_GATHERED_AT_ONCE)
         return finish
 
     def _row_factors(
@@ -339,11 +253,11 @@ class Muon(torch.optim.Optimizer):
             # Whole on every rank, also where the parameter is sharded: one number per row.
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             state["row_mean_square"] = torch.zeros(
-                parameter.shape[:-1], dtype=dtype, device=_local(parameter).device
+                parameter.shape[:-1], dtype=dtype, device=local(parameter).device
             )
         return state["row_mean_square"]
 
-    def _with_pytorch(self, group: dict[str, Any], batches: list[_Batch]) -> Iterator[_Halves]:
+    def _with_pytorch(self, group: dict[str, Any], batches: list[Batch]) -> Iterator[_Halves]:
         """Update the parameters of each shape with PyTorch operations, nothing where `found_inf` is 1.0."""
         apply = torch.ones((), dtype=torch.bool, device=batches[0].parameters[0].device)
         if self.found_inf is not None:
@@ -353,7 +267,7 @@ class Muon(torch.optim.Optimizer):
             layout = StackLayout(len(batch), batch[0])
             nesterov = batch[0].new_zeros((0, *batch[0].shape))
             if batch[own]:
-                nesterov = layout.whole(_nesterov(group, batch[own], buffers[own], apply))
+                nesterov = layout.whole(nesterov_momenta(group, batch[own], buffers[own], apply))
 
             def update(
                 x: Tensor, batch: list[Tensor] = batch, layout: StackLayout = layout, like: Tensor = nesterov
@@ -363,23 +277,23 @@ class Muon(torch.optim.Optimizer):
                 if group["normalize_rows"]:
                     factors = self._row_factors(group, batch, directions, layout)
                 directions = layout.shards(directions)
-                parameters = [_local(p) for p in batch]
+                parameters = [local(p) for p in batch]
                 retained = 1 - apply.to(directions.dtype) * (group["lr"] * group["weight_decay"])
                 if directions.ndim > 3:
                     # FSDP2 shards the first dimension, so that matrices of a stack are never split.
-                    retained = torch.where(_any_nonzero(directions), retained, 1.0)
+                    retained = torch.where(any_nonzero(directions), retained, 1.0)
                     torch._foreach_mul_(parameters, list(retained.unbind()))
                 else:
                     torch._foreach_mul_(parameters, retained)
                 if factors is not None:
                     directions = directions * layout.shard_rows(factors).unsqueeze(-1)
-                rate = group["lr"] * _scale(batch[0].shape)
+                rate = group["lr"] * update_scale(batch[0].shape)
                 torch._foreach_add_(parameters, list(directions.unbind()), alpha=-rate)
 
             yield normalized(nesterov), update
 
     def _with_kernels(
-        self, index: int, group: dict[str, Any], batches: list[_Batch], arguments: KernelArguments
+        self, index: int, group: dict[str, Any], batches: list[Batch], arguments: KernelArguments
     ) -> Iterator[_Halves]:
         """Do what `_with_pytorch` does, reading memory once before the matrix products and once after."""
         from . import muon_kernels
@@ -425,7 +339,7 @@ class Muon(torch.optim.Optimizer):
                     rest: tuple[int, ...] = (shape[-1], first, *layout),
                 ) -> None:
                     if shared:
-                        active = _any_nonzero(directions).float()
+                        active = any_nonzero(directions).float()
                     factors = active
                     if normalize:
                         stacks = directions.view(len(batch), *batch[0].shape)

@@ -24,9 +24,12 @@ _INDEX = 8
 _WORKSPACE = 64 << 20
 # Logits that the loss holds at once on a GPU; see `modeling.loss`.
 _LOGITS_AT_ONCE = 1 << 26
-# Muon stacks gradients and momentum of equal shapes and iterates on copies: float32 input and output, twice,
-# and four matrices in bf16.
-_MUON_WORK = 4 * _FLOAT + 4 * 2
+# Muon stacks gradients and momentum of equal shapes, at most so many elements (see `optim.matrix_batches`),
+# and iterates on copies: four matrices in bf16, and without its kernels float32 input and output, twice.
+_MUON_BATCH = 1 << 26
+_MUON_ITERATES, _MUON_COPIES = 4 * 2, 4 * _FLOAT
+# Batches of orthogonal factors, in bf16, that processes have gathered and not applied yet.
+_GATHERED_BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def estimate_memory(
         optimizer=optimizer_bytes(model_config, optimizer) // shards,
         activations=tokens * (layers * kept + last),
         working=max(backward, _loss_bytes(tokens, c, vocabulary, low, compiled)),
-        optimizer_working=_MUON_WORK * 2 * layers * _inner_weights(model_config) // 3
+        optimizer_working=_muon_bytes(model_config, fused, num_processes if shards == 1 else 1)
         if optimizer != "adamw"
         else 0,
         gradients_stay=accumulation_steps > 1 or (num_processes > 1 and shards == 1),
@@ -186,6 +189,15 @@ def optimizer_bytes(model_config: MiniMindConfig, optimizer: str) -> int:
     """Return the bytes of optimizer state: two numbers per parameter, one with Muon inside blocks."""
     both = 2 * _FLOAT * model_config.num_parameters()
     return both if optimizer == "adamw" else both - _FLOAT * _block_matrices(model_config)
+
+
+def _muon_bytes(model_config: MiniMindConfig, kernels: bool, ranks: int) -> int:
+    """Return the temporary memory of Muon's step, in which `ranks` share the orthogonalization."""
+    one = _inner_weights(model_config) // 3
+    # Gate and up of all blocks have the same shape.
+    batch = min(2 * model_config.num_hidden_layers * one, max(_MUON_BATCH, one))
+    gathered = min(_GATHERED_BATCHES * batch * ranks, _block_matrices(model_config)) if ranks > 1 else 0
+    return (_MUON_ITERATES + (0 if kernels else _MUON_COPIES)) * batch + 2 * gathered
 
 
 def _inner_width(model_config: MiniMindConfig) -> int:

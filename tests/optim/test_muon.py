@@ -28,6 +28,7 @@ from minimind.config.options import PretrainConfig
 from minimind.distributed.gradient_reduction import GradientReduction
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.optim import matrix_batches
 from minimind.optim.build import (
     build_optimizer,
     embedding_lr_scale,
@@ -35,6 +36,7 @@ from minimind.optim.build import (
     set_schedule,
     skip_if_nonfinite,
 )
+from minimind.optim.matrix_batches import batches_by_shape
 from minimind.optim.muon import Muon
 from minimind.optim.orthogonalize import assign, orthogonalize
 from minimind.training.pretrain import pretrain
@@ -303,6 +305,39 @@ def test_ranks_that_share_the_work_make_the_updates_of_one_process(tmp_path: Pat
             torch.testing.assert_close(ours, wanted.detach(), rtol=0, atol=2e-6)
         for rank in (1, 2):
             assert all(map(torch.equal, torch.load(f"{file}{rank}")[name], first[name]))
+
+
+def test_few_matrices_at_once_give_the_same_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = steps_of_matrices(random_matrices())
+    monkeypatch.setattr(matrix_batches, "LARGEST_BATCH", 2 * 6 * 6)
+    some = random_matrices()
+    for ours, wanted in zip(steps_of_matrices(some), expected, strict=True):
+        assert torch.equal(ours, wanted)
+    batches = batches_by_shape(some, {}, None)
+    assert max(sum(p.numel() for p in batch.parameters) for batch in batches) <= 2 * 6 * 6
+    assert sorted(id(p) for batch in batches for p in batch.parameters) == sorted(map(id, some))
+
+
+class Ranks:
+    """Stands for the second of three ranks."""
+
+    rank = 1
+
+    def owned_by(self, owners: list[int]) -> list[int]:
+        return [owners.count(rank) for rank in range(3)]
+
+
+def test_every_rank_has_a_share_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_batches, "LARGEST_BATCH", 2 * 20)
+    some = [nn.Parameter(torch.zeros(4, 5)) for _ in range(15)]
+    # Five for each rank, those of the first rank first.
+    owners = {id(p): index // 5 for index, p in enumerate(some)}
+    batches = batches_by_shape(some, owners, Ranks())  # type: ignore[arg-type]
+    assert sorted(batch.counts or [] for batch in batches) == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+    for batch in batches:
+        assert [owners[id(p)] for p in batch.parameters] == sorted(owners[id(p)] for p in batch.parameters)
+        assert {owners[id(p)] for p in batch.parameters[batch.own]} == {1}
+        assert len(batch.parameters[batch.own]) == (batch.counts or [])[1]
 
 
 @pytest.mark.parametrize(

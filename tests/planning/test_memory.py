@@ -12,7 +12,9 @@ from minimind.config.options import PretrainConfig
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.parameter_count import PARTS, count_parts
 from minimind.modeling.transformer import MiniMindForCausalLM
+from minimind.optim import matrix_batches
 from minimind.optim.build import build_optimizer
+from minimind.planning import memory
 from minimind.planning.memory import (
     Compiled,
     MemoryEstimate,
@@ -225,6 +227,19 @@ GATHERED = MATRICES // 4 + P - MATRICES  # two blocks, embedding and LM head
 def test_an_estimate_by_hand(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     found = estimate(**changes)
     assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_the_working_memory_of_muon_is_that_of_a_batch_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory._MUON_BATCH == matrix_batches.LARGEST_BATCH
+    all_of_a_shape, one = 8 * 2 * 64 * 160, 64 * 160
+    assert estimate(optimizer="muon", fused=True).optimizer_working == 8 * all_of_a_shape
+    monkeypatch.setattr(memory, "_MUON_BATCH", 3 * one)
+    assert estimate(optimizer="muon", fused=True).optimizer_working == 8 * 3 * one
+    # Two ranks have half of twice as many, and gather all.
+    gathered = estimate(optimizer="muon", fused=True, num_processes=2).optimizer_working - 8 * 3 * one
+    assert gathered == 2 * 3 * 2 * 3 * one
+    monkeypatch.setattr(memory, "_MUON_BATCH", 1)
+    assert estimate(optimizer="muon", fused=True).optimizer_working == 8 * one
 
 
 def test_the_peak_is_the_highest_of_backward_begin_backward_end_and_step() -> None:
