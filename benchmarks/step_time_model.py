@@ -54,9 +54,9 @@ MEASURED = (
     Measured("H200", "350m", 16, "FSDP2", 4, 187_000, 665_000),
     Measured("H100", "minimind-3", 128, "DDP", 2, 948_560, 1_815_411),
     Measured("H100", "350m", 16, "FSDP2", 2, 181_313, 278_431),
-    Measured("H200", "minimind-3", 128, "DDP", 2, 1_007_486, 1_942_451, graphs=True),
-    Measured("H200", "minimind-3", 32, "DDP", 2, 790_507, 1_520_709, graphs=True),
-    Measured("H200", "350m", 16, "DDP", 2, 171_484, 331_514, graphs=True),
+    Measured("H200", "minimind-3", 128, "DDP", 2, 1_018_406, 1_991_568, graphs=True),
+    Measured("H200", "minimind-3", 32, "DDP", 2, 830_998, 1_638_483, graphs=True),
+    Measured("H200", "350m", 16, "DDP", 2, 173_226, 351_654, graphs=True),
     Measured("H200", "350m", 16, "FSDP2", 2, 171_484, 321_734),
 )
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -74,8 +74,8 @@ _LAUNCH_GAPS = 1.5e-3 / 8
 _HOST_LAUNCHES = 37.7e-3 / 8
 # Standard deviation of a rank's step. Without a graph: seconds, least squares over the four DDP measurements
 # with 128 sequences and of `350m`. With one: a share of the step, and the seconds that a step of any size
-# takes longer, both from the two measurements of 2 H200 with graphs.
-_SPREAD, _GRAPH_SPREAD, _GRAPH_EXCHANGE = 3.9e-3, 0.038, 1.0e-3
+# takes longer, both from the three measurements of 2 H200 with graphs.
+_SPREAD, _GRAPH_SPREAD, _GRAPH_EXCHANGE = 3.9e-3, 0.032, 0.6e-3
 # Muon's products reach this share of the speed of a large one: 2.1 ms for `minimind-3` on one H100. What it
 # does besides, another 1.3 ms there, is not counted as shared.
 _MUON_EFFICIENCY = 0.63
