@@ -81,7 +81,7 @@ def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dic
                 continue
             difficulty = known.get(point["text"], point.get("difficulty"))
             point["difficulty"] = Difficulty(*difficulty) if difficulty else None
-            useful = useful_tokens(point["tokens"], point.get("batch", 0))
+            useful = useful_tokens(point["tokens"], point.get("batch", 0), point["unique_tokens"])
             point["bytes"] = worth(point, useful)
             points.append(point)
     return points

@@ -51,14 +51,16 @@ SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
 
 # Beyond four epochs a repeated token is worth visibly less than a new one (Muennighoff et al. 2023,
 # arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.
-MOST_EPOCHS = 11
+MOST_EPOCHS = 8
 # With more parameters inside the blocks than tokens of unique text fewer epochs, ∝ (N/U)^-0.6. At N/U = 1.4
-# eight epochs were better than twelve, at 2.8 six were still good. At 4.6 the validation loss rose after four
-# (with less weight decay), and at 6 four were better than eight (docs/experiments.md).
+# eight epochs were better than six and twelve on one text, and five as good as eight on another; at 2.8 six
+# were still good. At 4.6 the validation loss rose after four, and at 6 four were better than eight
+# (docs/experiments.md).
 EPOCHS_EXPONENT = -0.6
-# R* there: the number of repetitions after which all further ones together are worth 1/e of what those before
-# were.
-REPETITION_SCALE = 15.4
+# R* there, the number of repetitions after which all further ones together are worth 1/e of what those before
+# were, is 15.4 for models of 100M parameters and more. Small models on small text gained from four to eight
+# epochs a third of what that predicts.
+REPETITION_SCALE = 5.0
 # R_N* there, the same for parameters beyond those that the text can use; here one per token of unique text.
 EXCESS_SCALE = 5.31
 # A model with more parameters than this per token of unique text is not considered: in several epochs it
@@ -119,21 +121,24 @@ _WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2
 LADDER = tuple(ModelShape.of(width, max(4, width // 64)) for width in _WIDTHS)
 
 
-def global_batch_tokens(tokens: float) -> int:
-    """Return the tokens of a global batch for a run of so many tokens: B ∝ D^0.383, through the anchor.
+def global_batch_tokens(tokens: float, unique_tokens: float = math.inf) -> int:
+    """Return the tokens of a global batch for a run of D tokens: B ∝ D^0.383, through the anchor.
 
     A power of two, for sequences of a power of two. At the anchor twice the batch was worse by 0.0075
-    bits/byte.
+    bits/byte. In several epochs of U tokens of text the batch is that of a run of √(D·U) tokens: in eight
+    epochs of 0.6M tokens 8192 tokens were worse than 4096 by 0.075 bits/byte, and in four epochs 2048 as good
+    as 4096 (docs/experiments.md).
     """
-    power = 1 << max(round(math.log2(_wanted_batch(tokens))), 0)
+    power = 1 << max(round(math.log2(_wanted_batch(tokens, unique_tokens))), 0)
     return min(max(power, SMALLEST_BATCH), LARGEST_BATCH)
 
 
-def _wanted_batch(tokens: float) -> float:
-    return ANCHOR_BATCH * (max(tokens, 1.0) / ANCHOR_TOKENS) ** BATCH_EXPONENT
+def _wanted_batch(tokens: float, unique_tokens: float) -> float:
+    horizon = math.sqrt(max(tokens, 1.0) * min(max(tokens, 1.0), unique_tokens))
+    return ANCHOR_BATCH * (horizon / ANCHOR_TOKENS) ** BATCH_EXPONENT
 
 
-def useful_tokens(tokens: float, batch_tokens: float) -> float:
+def useful_tokens(tokens: float, batch_tokens: float, unique_tokens: float = math.inf) -> float:
     """Return how many tokens in batches of the rule are worth as much as `tokens` in these batches.
 
     Smaller batches are not worth more. Up to a constant 12 + m times the tokens are needed with m times the
@@ -141,7 +146,7 @@ def useful_tokens(tokens: float, batch_tokens: float) -> float:
     26% more for 65536 in place of 16384 tokens at a horizon of 30M (here 30%), 20% for 32768 in place of
     16384 at 20M (11%), and 4% at 61M (8%).
     """
-    excess = max(batch_tokens / _wanted_batch(tokens), 1.0)
+    excess = max(batch_tokens / _wanted_batch(tokens, unique_tokens), 1.0)
     return tokens * (1 + 1 / BATCH_TOLERANCE) / (1 + excess / BATCH_TOLERANCE)
 
 
@@ -199,8 +204,8 @@ def most_epochs(parameters: float, unique_tokens: float) -> int:
 def effective_tokens(tokens: float, unique_tokens: float) -> float:
     """Return how many new tokens are worth as much as `tokens` in epochs over `unique_tokens`.
 
-    D' = U + U·R*·(1 - exp(-R/R*)), with R = D/U - 1 repetitions and R* = 15.4: equation 5 and table 1 of
-    Muennighoff et al. 2023 (arXiv:2305.16264). Increasing in both arguments.
+    D' = U + U·R*·(1 - exp(-R/R*)), with R = D/U - 1 repetitions and R* = 5: equation 5 of Muennighoff et al.
+    2023 (arXiv:2305.16264). Increasing in both arguments.
     """
     if tokens <= unique_tokens:
         return tokens

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Increase when the same sources give other documents, which invalidates cached tokens.
-_REVISION = 1
+_REVISION = 2
 # Tests and tables contain little prose; installed packages are not part of Python.
 _SKIPPED = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "ensurepip"}
@@ -33,11 +33,12 @@ def builtin_documents() -> Iterator[str]:
     """Yield the documents, in the same order on every call.
 
     First the topics of the language reference (`help("while")`), then one document for each library module
-    (its docstring and those of its functions) and one for each class with its methods. Repeated docstrings
-    and documents below 200 characters are dropped. A Python library in an archive or without sources has
-    fewer documents, possibly none.
+    (its docstring and those of its functions) and one for each class with its methods. Topics that are part
+    of another one, repeated docstrings and documents below 200 characters are dropped: a validation document
+    must not be training text as well. A Python library in an archive or without sources has fewer documents,
+    possibly none.
     """
-    yield from dict.fromkeys(text.strip() for _, text in _topics())
+    yield from _without_parts([text.strip() for _, text in _topics()])
     seen: set[str] = set()
     for name, file in _library():
         for sections in _documents(name, file):
@@ -67,6 +68,16 @@ def _topics() -> list[tuple[str, str]]:
     except ImportError:  # some distributions package it separately
         return []
     return sorted(topics.items())
+
+
+def _without_parts(texts: list[str]) -> list[str]:
+    """Drop what is, but for its heading, part of a longer text, as `while` is of the compound statements."""
+    paragraphs = {text: set(text.split("\n\n")[1:]) for text in texts}
+    return [
+        text
+        for text, own in paragraphs.items()
+        if not own or not any(len(other) > len(text) and own <= its for other, its in paragraphs.items())
+    ]
 
 
 def _library() -> list[tuple[str, Path]]:

@@ -171,10 +171,11 @@ class Chooser:
 
     def _rule_batch(self, shape: ModelShape, tokenizer: TokenizerChoice) -> int:
         """Return the tokens of a batch by the rule, for the horizon of the budget."""
-        tokens = min(self._unique_tokens(tokenizer), 1e6)
+        unique = self._unique_tokens(tokenizer)
+        tokens = min(unique, 1e6)
         # The batch follows from the tokens, and with the speed the tokens from the batch.
         for _ in range(4):
-            batch_tokens = recipe.global_batch_tokens(tokens)
+            batch_tokens = recipe.global_batch_tokens(tokens, unique)
             plan = self._batch(shape, tokenizer, batch_tokens)
             if plan is None:
                 break
@@ -250,8 +251,8 @@ class Chooser:
     def _forecast(
         self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, batch_tokens: int
     ) -> Forecast:
-        useful = recipe.useful_tokens(tokens, batch_tokens)
-        worth = recipe.effective_tokens(useful, self._unique_tokens(tokenizer))
+        unique = self._unique_tokens(tokenizer)
+        worth = recipe.effective_tokens(recipe.useful_tokens(tokens, batch_tokens, unique), unique)
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
             self._parameters(shape, tokenizer), num_bytes, tokenizer.entries, self.text.difficulty

@@ -45,6 +45,23 @@ def test_python_carries_some_megabytes_of_prose():
     assert len(set(documents)) == len(documents)
 
 
+def test_a_topic_that_is_part_of_another_one_is_dropped(monkeypatch, tmp_path):
+    stand_in_for_python(monkeypatch, tmp_path)
+    loop = f"{prose('loop')}\n\n{prose('break')}"
+    whole = f"Statements\n**********\n\n{prose('if')}\n\nLoops\n=====\n\n{loop}\n\n{prose('with')}"
+    other = f"Loops\n*****\n\n{loop}\n\n{prose('else')}"
+    topics = {"for": f"Loops\n*****\n\n{loop}", "if": whole, "else": other, "head": "Heading only"}
+    monkeypatch.setattr(embedded, "_topics", lambda: sorted(topics.items()))
+    assert list(builtin_documents()) == [other, "Heading only", whole]
+
+
+def test_no_topic_of_python_is_part_of_another_one():
+    topics = embedded._without_parts([text.strip() for _, text in embedded._topics()])
+    paragraphs = [set(text.split("\n\n")[1:]) for text in topics]
+    parts = [a for a in paragraphs for b in paragraphs if a is not b and a and a <= b]
+    assert parts == []
+
+
 def test_order_and_fingerprint_are_the_same_in_another_process():
     script = (
         "import hashlib; from minimind.data.builtin_corpus import *; "

@@ -279,7 +279,7 @@ def test_options_follow_from_the_candidate_and_the_budget() -> None:
         "max_seq_len": 512,
         "batch_size": 8,
         "global_batch_size": 32,
-        "epochs": 11,  # the clock ends the run
+        "epochs": 8,  # the clock ends the run
         "learning_rate": chosen["learning_rate"],
         "lr_schedule": "wsd",
         "warmup_steps": 80,  # 2% of the steps
@@ -313,7 +313,7 @@ def test_options_follow_from_the_candidate_and_the_budget() -> None:
         # Without a budget in seconds the epochs are those of the tokens.
         ({"epochs": 1.4}, None, {"epochs": 2}),
         # 2M tokens of text for 24M parameters.
-        ({"epochs": 30.0}, None, {"epochs": 3}),
+        ({"epochs": 30.0}, None, {"epochs": 2}),
         ({"steps": 40_000}, None, {"log_interval": 200, "save_interval": 4000}),
     ],
 )
