@@ -126,8 +126,8 @@ def global_batch_tokens(tokens: float, unique_tokens: float = math.inf) -> int:
 
     A power of two, for sequences of a power of two. At the anchor twice the batch was worse by 0.0075
     bits/byte. In several epochs of U tokens of text the batch is that of a run of √(D·U) tokens: in eight
-    epochs of 0.6M tokens 8192 tokens were worse than 4096 by 0.075 bits/byte, and in four epochs 2048 as good
-    as 4096 (docs/experiments.md).
+    epochs of 0.6M tokens three runs with 8192 tokens ended at 1.65 to 1.67 bits/byte, two with 4096 at 1.57
+    and 1.64, and in four epochs 2048 was as good as 4096 (docs/experiments.md).
     """
     power = 1 << max(round(math.log2(_wanted_batch(tokens, unique_tokens))), 0)
     return min(max(power, SMALLEST_BATCH), LARGEST_BATCH)
