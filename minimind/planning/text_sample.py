@@ -160,9 +160,11 @@ def _entries_for(bytes_per_token: float, trained: Sequence[TokenizerChoice], def
     above = next((n for n, one in enumerate(trained) if one.bytes_per_token >= bytes_per_token), -1)
     before, after = trained[max(above, 1) - 1 :][:2] if above >= 0 else trained[-2:]
     slope = math.log(after.vocab_size / before.vocab_size)
+    # Where more entries save no token, it is as steep as can be.
     slope /= max(after.bytes_per_token - before.bytes_per_token, 1e-3)
-    entries = after.vocab_size * math.exp(slope * (bytes_per_token - after.bytes_per_token))
-    return min(max(entries, default / _MOST_TIMES), default * _MOST_TIMES)
+    logarithm = math.log(after.vocab_size) + slope * (bytes_per_token - after.bytes_per_token)
+    most = math.log(_MOST_TIMES)
+    return default * math.exp(min(max(logarithm - math.log(default), -most), most))
 
 
 def _difficulty(sample: TextSample) -> Difficulty:

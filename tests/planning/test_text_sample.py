@@ -160,6 +160,9 @@ def test_a_tokenizer_counts_as_one_trained_on_the_text_with_as_few_tokens(tokens
     trained = [TokenizerChoice(v, 1 + math.log2(v) / 4, trained=True) for v in (1024, 2048, 4096)]
     assert _entries_for(1 + math.log2(tokens_of) / 4, trained, 6400) == pytest.approx(tokens_of)
     assert _entries_for(1.0, trained[:1], 6400) == 6400
+    # Far away, and where more entries save no token, within limits.
+    equal = [TokenizerChoice(v, 3.0, trained=True) for v in (1024, 2048)]
+    assert [_entries_for(x, equal, 6400) for x in (0.1, 90.0)] == pytest.approx([1600, 4 * 6400])
 
 
 def test_a_cache_that_cannot_be_written_does_not_hinder_the_choice(
