@@ -58,8 +58,8 @@ MOST_EPOCHS = 8
 # (docs/experiments.md).
 EPOCHS_EXPONENT = -0.6
 # R* there, the number of repetitions after which all further ones together are worth 1/e of what those before
-# were, is 15.4 for models of 100M parameters and more. Small models on small text gained from four to eight
-# epochs a third of what that predicts.
+# were, is 15.4 for models of 100M parameters and more. Small models on small text gained less from four to
+# eight epochs than that predicts.
 REPETITION_SCALE = 5.0
 # R_N* there, the same for parameters beyond those that the text can use; here one per token of unique text.
 EXCESS_SCALE = 5.31
