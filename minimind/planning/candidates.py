@@ -27,19 +27,11 @@ class TokenizerChoice:
         vocab_size: V.
         bytes_per_token: of the text of the run.
         trained: trained on the text; otherwise it is given, or that of the package.
-        equivalent: V for the scaling law, which knows the tokenizer of the package: as many times its entries
-            as V is times those that a tokenizer trained on the text needs for as few tokens; 0 for V.
     """
 
     vocab_size: int
     bytes_per_token: float
     trained: bool = False
-    equivalent: int = 0
-
-    @property
-    def entries(self) -> int:
-        """V for the scaling law."""
-        return self.equivalent or self.vocab_size
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class Chooser:
     def _relative(self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float) -> float:
         worth = recipe.effective_tokens(tokens, self._unique_tokens(tokenizer))
         num_bytes = worth * tokenizer.bytes_per_token
-        return self.law.relative(self._parameters(shape, tokenizer), num_bytes, tokenizer.entries)
+        return self.law.relative(self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size)
 
     def _forecast(
         self, shape: ModelShape, tokenizer: TokenizerChoice, tokens: float, batch_tokens: int
@@ -255,7 +255,7 @@ class Chooser:
         worth = recipe.effective_tokens(recipe.useful_tokens(tokens, batch_tokens, unique), unique)
         num_bytes = worth * tokenizer.bytes_per_token
         return self.law.before_start(
-            self._parameters(shape, tokenizer), num_bytes, tokenizer.entries, self.text.difficulty
+            self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.difficulty
         )
 
     def _batch(self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int) -> BatchChoice | None:

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,6 @@ _PLACES = 32
 # Vocabularies to choose from. One needs about 400 bytes of sample per entry for its entries to be common.
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384)
 BYTES_PER_ENTRY = 400
-# The tokenizer in use counts as one trained on the text of at most so many times fewer or more entries.
-_MOST_TIMES = 4
 # Bytes of the documents that the bigram model counts.
 _BIGRAM_BYTES = 1_000_000
 # Of fewer documents than this, pieces of so many characters are counted and predicted in their place.
@@ -135,36 +133,16 @@ def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: b
     marks = 2 * len(held_out)
     given = load_tokenizer(config.tokenizer)
     given_tokens = sum(map(len, given.encode_batch(held_out))) + marks
-    unchanged = TokenizerChoice(given.vocab_size, num_bytes / given_tokens)
-    trained: list[TokenizerChoice] = []
+    found = [TokenizerChoice(given.vocab_size, num_bytes / given_tokens)]
     sizes = sample.vocabularies() if choose_tokenizer else ()
     if sizes and (rules := trained_rules(config, sample)) is not None:
         for size in sizes:
             if size > len(rules["model"]["vocab"]):
                 break
             tokens = sum(map(len, _of_size(rules, size).encode_batch(held_out))) + marks
-            trained.append(TokenizerChoice(size, num_bytes / tokens, trained=True))
-    factor = given.vocab_size / _entries_for(unchanged.bytes_per_token, trained, given.vocab_size)
-    found = [unchanged, *(replace(one, equivalent=round(factor * one.vocab_size)) for one in trained)]
+            found.append(TokenizerChoice(size, num_bytes / tokens, trained=True))
     share = 1.0 if config.val_data else 1 - config.val_fraction
     return TextSize(share * sample.num_bytes, _difficulty(sample), tuple(found))
-
-
-def _entries_for(bytes_per_token: float, trained: Sequence[TokenizerChoice], default: int) -> float:
-    """Return the entries with which tokens of the text, of trained tokenizers, have so many bytes.
-
-    Bytes per token grow with the logarithm of the entries, between and beyond two neighbouring sizes.
-    """
-    if len(trained) < 2:
-        return default
-    above = next((n for n, one in enumerate(trained) if one.bytes_per_token >= bytes_per_token), -1)
-    before, after = trained[max(above, 1) - 1 :][:2] if above >= 0 else trained[-2:]
-    slope = math.log(after.vocab_size / before.vocab_size)
-    # Where more entries save no token, it is as steep as can be.
-    slope /= max(after.bytes_per_token - before.bytes_per_token, 1e-3)
-    logarithm = math.log(after.vocab_size) + slope * (bytes_per_token - after.bytes_per_token)
-    most = math.log(_MOST_TIMES)
-    return default * math.exp(min(max(logarithm - math.log(default), -most), most))
 
 
 def _difficulty(sample: TextSample) -> Difficulty:
