@@ -65,7 +65,8 @@ def measure(folder: Path, repeats: int, device: str) -> list[tuple[str, float]]:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    reserved, _ = timed(lambda: reserve_host_memory(accelerator, model, optimizer))
+    reserved, held = timed(lambda: reserve_host_memory(accelerator, model, optimizer))
+    held.clear()
     store = CheckpointStore(folder, keep=1)
     blocked: list[float] = []
     written: list[float] = []

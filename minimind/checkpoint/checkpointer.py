@@ -21,7 +21,7 @@ from ..tracking.trackers import Trackers
 from .compatibility import changed_group_values, changes_evaluation, compare_settings
 from .files import StoredCheckpoint, stored_checkpoints
 from .resume import AUTO, all_damaged, finished_run
-from .state_dict import gather_state_dict, load_state_dict
+from .state_dict import gather_state_dict, load_state_dict, reserve_host_memory
 from .store import CheckpointStore
 from .train_state import TrainState
 
@@ -86,6 +86,11 @@ class RunCheckpoints:
     trackers: Trackers = field(init=False)
     saved_settings: dict[str, Any] | None = field(init=False, default=None)
     best_restarted: bool = field(init=False, default=False)
+    _reserved: list[torch.Tensor] = field(init=False, default_factory=list)
+
+    def reserve_host_memory(self) -> None:
+        """Pin the memory of the first save, which would take part of a second during training."""
+        self._reserved = reserve_host_memory(self.accelerator, self.model, self.optimizer)
 
     def resume(self, source: str | None, *, branch: bool = False) -> tuple[TrainState, int, dict[str, str]]:
         """Load a checkpoint, if one is asked for, and return the state to start from.
@@ -156,6 +161,7 @@ class RunCheckpoints:
             "trackers": self.trackers.state(),
             "callbacks": self.callbacks.state_dict(),
         }
+        self._reserved.clear()
         snapshot = gather_state_dict(self.accelerator, self.model, self.optimizer, extra)
         if snapshot is not None:
             # A resumed run does not repeat the reports up to this step: they must be on the disk first.

@@ -6,7 +6,8 @@ the unwrapped model, so one process can load what four sharded processes saved.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain, count
 from typing import Any, cast
 
@@ -24,9 +25,11 @@ from .files import StoredCheckpoint
 from .store import Snapshot
 
 _RESERVED = ("param_groups", "scaler", "tied", "versions")
-# Bytes. Pinning takes milliseconds a tensor, and an optimizer has hundreds of scalars and vectors, which are
-# copied as fast to ordinary memory.
+# Bytes. Pinning takes milliseconds a tensor, and an optimizer has hundreds of scalars and vectors: those of
+# one dtype are copied as one.
 SMALLEST_PINNED = 1 << 16
+# Share of the device's free memory that the copy of a state may take.
+STAGED_SHARE = 0.5
 
 
 def gather_state_dict(
@@ -34,13 +37,15 @@ def gather_state_dict(
 ) -> Snapshot | None:
     """Copy the state to the host. A collective operation, between two optimizer steps.
 
-    Call `CheckpointStore.wait_until_written` first, so that the pinned memory of the previous save is reused.
+    Where the device has room, the state is copied on it, which takes a millisecond, and from there to the
+    host while training continues. Call `CheckpointStore.wait_until_written` first, so that the pinned memory
+    of the previous save is reused.
 
     Args:
         extra: further values, at least `step`; JSON-serializable.
 
     Returns:
-        The snapshot on the main process, None on other ranks.
+        The snapshot on the main process, None on other ranks. Call its `wait` before reading tensors.
     """
     if taken := [key for key in _RESERVED if key in extra]:
         raise ValueError(f"{', '.join(taken)} is reserved for gather_state_dict")
@@ -54,7 +59,7 @@ def gather_state_dict(
         for parameter, fields in core.state.items()
         for field, value in fields.items()
     }
-    host_weights, host_state = _to_host(accelerator, weights, optimizer_state)
+    (host_weights, host_state), arrived = _to_host(accelerator, weights, optimizer_state)
     if not accelerator.is_main_process:
         return None
     trainer = {
@@ -64,29 +69,34 @@ def gather_state_dict(
         "tied": tied,
         "versions": {"minimind": __version__, "torch": torch.__version__},
     }
-    return Snapshot(int(extra["step"]), host_weights, host_state, trainer)
+    return Snapshot(int(extra["step"]), host_weights, host_state, trainer, arrived)
 
 
-def reserve_host_memory(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Pin the host memory of `gather_state_dict`, so that the first save on a GPU is not slow.
+def reserve_host_memory(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[torch.Tensor]:
+    """Return pinned memory for `gather_state_dict` on a GPU, so that the first save need not pin it.
 
-    The memory returns to the caching allocator, which reuses it for every `gather_state_dict`.
+    Drop it just before the first save: it then returns to the caching allocator, which reuses it for every
+    `gather_state_dict`. Capturing a CUDA graph empties that allocator.
     """
     if accelerator.device.type != "cuda" or not accelerator.is_main_process:
-        return
+        return []
     weights, _ = _named_tensors(model)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    held = []
-    for tensor in weights.values():
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        for tensor in weights.values()
+        if tensor.nbytes >= SMALLEST_PINNED
         # Every optimizer keeps at most two tensors of a parameter's shape.
-        for _ in range(3 if id(tensor) in trained else 1):
-            if tensor.nbytes >= SMALLEST_PINNED:
-                held.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+        for _ in range(3 if id(tensor) in trained else 1)
+    ]
 
 
 def gather_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Return full copies of the weights on the host, on the main process. A collective operation."""
-    (copies,) = _to_host(accelerator, _named_tensors(model)[0])
+    (copies,), arrived = _to_host(accelerator, _named_tensors(model)[0])
+    arrived()
     return copies if accelerator.is_main_process else None
 
 
@@ -160,22 +170,88 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
 
 def _to_host(
     accelerator: Accelerator, *groups: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], ...]:
-    """Copy tensors to the host on the main process; all ranks take part in gathering DTensors."""
+) -> tuple[tuple[dict[str, torch.Tensor], ...], Callable[[], None]]:
+    """Copy tensors to the host on the main process; all ranks take part in gathering DTensors.
+
+    Returns:
+        The copies, and a function that waits until they have arrived.
+    """
     copies: tuple[dict[str, torch.Tensor], ...] = tuple({} for _ in groups)
+    stage = accelerator.is_main_process and _has_room_for(groups, accelerator.device)
+    # Destinations and sources of copies that are still to be started.
+    staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+    small: dict[torch.dtype, list[tuple[dict[str, torch.Tensor], str]]] = {}
+
+    def copy(source: torch.Tensor, *, fresh: bool) -> torch.Tensor:
+        # The caching allocator reuses pinned memory.
+        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        if stage:
+            with suppress(torch.OutOfMemoryError):
+                staged.append((host, source if fresh else source.clone()))
+                return host
+        # The current stream changes the source only after this.
+        host.copy_(source, non_blocking=True)
+        return host
+
     for group, copied in zip(groups, copies, strict=True):
         for name, tensor in group.items():
             whole = tensor.detach()
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
-            if accelerator.is_main_process:
-                pinned = whole.device.type == "cuda" and whole.nbytes >= SMALLEST_PINNED
-                # The caching allocator reuses pinned memory.
-                host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=pinned)
-                copied[name] = host.copy_(whole, non_blocking=pinned)
-    if accelerator.is_main_process and accelerator.device.type == "cuda":
-        torch.cuda.current_stream(accelerator.device).synchronize()
-    return copies
+            if not accelerator.is_main_process:
+                continue
+            if whole.device.type != "cuda":
+                copied[name] = whole.clone()
+            elif whole.nbytes >= SMALLEST_PINNED:
+                copied[name] = copy(whole, fresh=False)
+            else:
+                copied[name] = whole
+                small.setdefault(whole.dtype, []).append((copied, name))
+    for places in small.values():
+        sources = [copied[name] for copied, name in places]
+        parts = copy(torch.cat([source.reshape(-1) for source in sources]), fresh=True)
+        for (copied, name), source, part in zip(
+            places, sources, parts.split([source.numel() for source in sources]), strict=True
+        ):
+            copied[name] = part.view(source.shape)
+    return copies, _start_copies(staged, accelerator.device)
+
+
+def _has_room_for(groups: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> bool:
+    """Whether a GPU has memory to spare for copies of tensors."""
+    if device.type != "cuda":
+        return False
+    needed = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(index) - reserved
+    return needed <= STAGED_SHARE * (min(free, allowed) + reserved - torch.cuda.memory_allocated(index))
+
+
+def _start_copies(
+    staged: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Callable[[], None]:
+    """Start copies from a GPU beside what is computed next.
+
+    Returns:
+        A function that waits for them, and for the copies of the current stream.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for host, source in staged:
+            host.copy_(source, non_blocking=True)
+    arrived = stream.record_event()
+
+    def wait() -> None:
+        arrived.synchronize()
+        # The memory of the copies on the device is free from here on.
+        staged.clear()
+
+    return wait
 
 
 def _copy_or_broadcast(accelerator: Accelerator, target: torch.Tensor, source: torch.Tensor | None) -> None:

@@ -61,12 +61,14 @@ class Snapshot:
         weights: parameters and buffers by name, a tied one once.
         optimizer_state: the optimizer's tensors, named `parameter|field`.
         trainer: everything else; must be JSON-serializable.
+        wait: returns when the tensors have arrived; call it before reading them.
     """
 
     step: int
     weights: Mapping[str, torch.Tensor]
     optimizer_state: Mapping[str, torch.Tensor]
     trainer: Mapping[str, Any]
+    wait: Callable[[], None] = lambda: None
 
     @property
     def num_bytes(self) -> int:
@@ -207,6 +209,7 @@ class CheckpointStore:
         self.last_error = None
 
         def write() -> None:
+            snapshot.wait()
             if first is not None:
                 first()
             self._write(snapshot, trainer)

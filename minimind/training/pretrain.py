@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..checkpoint.resume import check_parts, check_resumable, resume_source
-from ..checkpoint.state_dict import reserve_host_memory
 from ..config.naming import errors_for_caller
 from ..config.options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from ..data.documents import Documents
@@ -100,7 +99,7 @@ def pretrain(
         store, timeout = trainer.checkpointer.store, parse_duration(config.dist_timeout)
         closing.enter_context(watch_peers(accelerator, place, timeout, stop, store.wait_until_written))
         progress.start(trainer.last_step, trainer.state.step)
-        reserve_host_memory(accelerator, parts.model, parts.optimizer)
+        trainer.checkpointer.reserve_host_memory()
         state, last_step = (lambda: trainer.state), (lambda: trainer.last_step)
         callbacks.start(Run(inputs.config, parts.model, accelerator, state, last_step, stop, store))
         trainer.sanity_check_validation()
