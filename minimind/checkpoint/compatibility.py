@@ -58,7 +58,7 @@ CHANGED: Mapping[str, str] = {
         ),
         "takes effect from the next step",
     ),
-    "mixed_precision": "losses may differ in the last digits",
+    "mixed_precision": "products are rounded differently from the next step",
     "reduce_dtype": "losses may differ in the last digits",
     "val_data": "validation losses before and after are not comparable",
 }

@@ -174,10 +174,11 @@ class RunConfig:
     """Run"""
 
     mixed_precision: Annotated[
-        Literal["auto", "no", "bf16", "fp16"],
+        Literal["auto", "no", "bf16", "fp16", "fp8"],
         FieldInfo(
             "Precision of matrix multiplications; `auto` uses bf16 (or fp16) on GPUs that support it, and "
-            "bf16 for wide models on CPUs that do.",
+            "bf16 for wide models on CPUs that do. `fp8` is bf16 with FP8 products in dense layers, on GPUs "
+            "of compute capability 8.9 or more.",
             aliases=("--dtype",),
             synonyms=(("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "no")),
             common=True,

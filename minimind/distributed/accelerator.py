@@ -42,6 +42,7 @@ from ..launch_env import (
     was_launched,
     world_size,
 )
+from ..modeling import float8
 from .launch_checks import launch_problems
 
 # On CPUs with bf16 instructions conversions cost little in wide models, but most of the gain at width 128.
@@ -134,8 +135,18 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
 
 
 def choose_precision(config: PretrainConfig) -> str:
-    """Return `no`, `bf16` or `fp16`: the requested precision, or the best that the device has natively."""
+    """Return `no`, `bf16` or `fp16`: the requested precision, or the best that the device has natively.
+
+    It is bf16 for fp8, which replaces some products of a bf16 run; see `shown_precision`.
+    """
     requested: str = config.mixed_precision
+    if requested == "fp8":
+        if device_type() != "cuda" or not float8.available():
+            raise ConfigError(
+                "--mixed-precision fp8 needs an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper, "
+                "Blackwell); omit the option."
+            )
+        return "bf16"
     if requested == "auto":
         # A precision from `accelerate config` or `accelerate launch --mixed_precision` counts as requested.
         requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto").lower()
@@ -153,7 +164,8 @@ def choose_precision(config: PretrainConfig) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if requested not in ("no", "bf16", "fp16"):
         raise ConfigError(
-            f"mixed precision {requested} of the launcher is not supported; use --mixed-precision bf16."
+            f"mixed precision {requested} of the launcher is not supported; use --mixed-precision "
+            f"{'fp8' if requested == 'fp8' else 'bf16'}."
         )
     if device == "mps" and requested != "no" and not _trains_in(device, requested):
         raise ConfigError(f"--mixed-precision {requested} is not supported by this GPU; omit the option.")
@@ -162,6 +174,12 @@ def choose_precision(config: PretrainConfig) -> str:
     if requested == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("--mixed-precision bf16 is not native to this GPU; use --mixed-precision fp16.")
     return requested
+
+
+def shown_precision(config: PretrainConfig, accelerator: Accelerator) -> str:
+    """Return the precision of a run by the name that users know: fp8, else that of Accelerate."""
+    precision: str = accelerator.mixed_precision
+    return "fp8" if config.mixed_precision == "fp8" else precision
 
 
 def _trains_in(device: str, precision: str) -> bool:

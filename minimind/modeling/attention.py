@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from . import float8
 from .config import MiniMindConfig
 from .documents import Documents
 from .kernels import dispatch as fused
@@ -132,6 +133,8 @@ class Attention(nn.Module):
         # QK-norm bounds the attention scores (Henry et al. 2020).
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
+        # Compute the projections in FP8 in training, where the kernels are used.
+        self.float8 = False
 
     def forward(
         self, x: Tensor, rotary: Rotary, mask: Mask | None = None, cache: LayerCache | None = None
@@ -139,7 +142,9 @@ class Attention(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         batch_size, length, _ = x.shape
         if isinstance(mask, Documents):
-            return self.o_proj(self._fused(x, rotary, mask))
+            if self.float8 and self.training:
+                return float8.linear(self._fused(x, rotary, mask, float8.linear), self.o_proj.weight)
+            return self.o_proj(self._fused(x, rotary, mask, F.linear))
         heads = batch_size, length, -1, self.head_dim
         v = self.v_proj(x).view(heads)
         # Norm and rotation run in float32; attention runs in the dtype of the projections.
@@ -151,12 +156,18 @@ class Attention(nn.Module):
         out = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(out.transpose(1, 2).reshape(batch_size, length, -1))
 
-    def _fused(self, x: Tensor, rotary: Rotary, documents: Documents) -> Tensor:
-        """Return the input of `o_proj`, by one fused projection and our Triton kernels."""
+    def _fused(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        documents: Documents,
+        linear: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Return the input of `o_proj`, by one fused projection, `linear`, and our Triton kernels."""
         assert rotary.positions is not None
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         return fused.attend(
-            F.linear(x, torch.cat(weights)),
+            linear(x, torch.cat(weights)),
             self.q_norm.weight,
             self.k_norm.weight,
             rotary.cos,

@@ -205,6 +205,15 @@ class MiniMindForCausalLM(nn.Module):
         """Return the output layer."""
         return self.lm_head
 
+    def train_in_float8(self) -> None:
+        """Compute the products of attention and SwiGLU in FP8 in training mode on the path of the kernels.
+
+        Call it before compiling; see `modeling.float8`. Weights and evaluation stay as they are.
+        """
+        for module in self.modules():
+            if isinstance(module, (Attention, SwiGLU)):
+                module.float8 = True
+
     def compile_for_training(self, mode: Literal["whole", "blocks"]) -> None:
         """Compile submodules in place, before the model is wrapped; state-dict keys do not change.
 

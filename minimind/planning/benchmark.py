@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..config.options import PretrainConfig
 from ..data.shards import random_shards
-from ..distributed.accelerator import close_accelerator, start_accelerator
+from ..distributed.accelerator import close_accelerator, shown_precision, start_accelerator
 from ..errors import ConfigError
 from ..formatting import count, duration
 from ..modeling.config import MiniMindConfig
@@ -176,7 +176,7 @@ def benchmark(config: PretrainConfig, seconds: float = 10.0) -> BenchmarkResult:
             **dataclasses.asdict(times),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
             processes=processes,
-            precision=accelerator.mixed_precision,
+            precision=shown_precision(config, accelerator),
             compiled=parts.compiled,
             optimizer=inputs.config.optimizer,
             parameters=model_config.num_parameters(),

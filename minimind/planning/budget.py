@@ -241,7 +241,8 @@ def _plan(
     if best.tokenizer.trained:
         options["tokenizer"] = trained_tokenizer(config, sample(), best.tokenizer.vocab_size)
     if "compile" not in kept and machine.device == "cuda":
-        options["compile"] = (budget.seconds or best.seconds) > _COMPILE_AFTER[machine.fused]
+        long = (budget.seconds or best.seconds) > _COMPILE_AFTER[machine.fused]
+        options["compile"] = long or config.mixed_precision == "fp8"
     if config.val_data:
         options.pop("val_fraction", None)
     if kept.get("lr_schedule", "wsd") != "wsd":
@@ -335,6 +336,8 @@ def measure_candidate(
         "accumulation_steps": 1,
         "epochs": 1,
         "compile": False,
+        # Without compiling, FP8 would be slow.
+        "mixed_precision": "bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
         "tokenizer": None,
         "from_weight": None,
         "resume": None,

@@ -267,7 +267,7 @@ def _estimate(
 ) -> MemoryEstimate:
     own = not isinstance(model_config, TransformersConfig)
     on_gpu = own and device_type() == "cuda"
-    precision = choose_precision(config) if measured is None else measured.precision
+    precision = choose_precision(config)
     fused = on_gpu and unsupported_reason(precision, model_config.head_dim, config.dropout) is None
     compiled: Compiled = "no"
     if own and (measured.compiled if measured is not None else config.compile is not False):

@@ -234,7 +234,8 @@ def scale_run(
         one,
         gpu=gpu,
         measured=measured is not None,
-        graphs=config.cuda_graphs is not False and (measured is None or measured.precision == "bf16"),
+        graphs=config.cuda_graphs is not False
+        and (measured is None or measured.precision in ("bf16", "fp8")),
         step_tokens=scaled.global_batch_size * config.max_seq_len,
         total_steps=max(total_steps - first_step, 0),
         other_seconds=start + evaluations * one.forward_seconds,

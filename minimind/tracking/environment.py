@@ -57,15 +57,15 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def describe_launch(accelerator: Accelerator, *, compiled: bool) -> dict[str, Any]:
-    """Return how the processes of a run were launched."""
+def describe_launch(accelerator: Accelerator, *, precision: str, compiled: bool) -> dict[str, Any]:
+    """Return how the processes of a run were launched; `precision` is that of matrix products."""
     kind = "one process" if accelerator.num_processes == 1 else "DDP"
     return {
         "processes": accelerator.num_processes,
         "machines": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
         "kind": "FSDP2" if accelerator.is_fsdp2 else kind,
         "on_cpu": accelerator.device.type == "cpu",
-        "precision": accelerator.mixed_precision,
+        "precision": precision,
         "compiled": compiled,
         # How FSDP shards the model; other variables may hold secrets.
         "variables": {

@@ -26,6 +26,7 @@ from ..data.batch_plan import BatchPlan, candidate_micro_batches, sequences_per_
 from ..data.loader import Loader, MicroBatch
 from ..data.prepare import cache_folder
 from ..data.shards import TokenShards, random_shards
+from ..distributed.accelerator import shown_precision
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..errors import ConfigError
 from ..formatting import count
@@ -179,7 +180,7 @@ def _cache_key(
         "processes": accelerator.num_processes,
         "rows": sequences,
         "model": dataclasses.asdict(model_config),
-        "precision": accelerator.mixed_precision,
+        "precision": shown_precision(config, accelerator),
         "compile": config.compile
         if config.compile is not None
         else str(accelerator.state.dynamo_plugin.backend),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from ..errors import ConfigError
 from ..formats.open_model import ModelSource, open_model
 from ..formats.transformers_folder import load_model
 from ..formats.transformers_model import TransformersModel
+from ..launch_env import is_set
+from ..modeling import float8
 from ..modeling.config import MiniMindConfig
+from ..modeling.kernels.dispatch import unsupported_reason
 from ..modeling.transformer import MiniMindForCausalLM
 from ..modeling.transformers_config import TransformersConfig
 from ..optim.build import OptimizerFactory, build_custom_optimizer, build_optimizer
@@ -52,7 +55,8 @@ def resolve_model_config(
         source: what is at --from-weight; None opens it.
 
     Raises:
-        ConfigError: for sizes that contradict that model, or a vocabulary smaller than the tokenizer's.
+        ConfigError: for sizes that contradict that model or --mixed-precision fp8, or a vocabulary smaller
+            than the tokenizer's.
     """
     training_options: dict[str, Any] = {name: getattr(config, name) for name in _TRAINING_OPTIONS}
     if config.from_weight is not None:
@@ -76,6 +80,8 @@ def resolve_model_config(
             f"--max-seq-len {config.max_seq_len} is more than the {model_config.max_position_embeddings} "
             f"positions of the model in {config.from_weight}; lower it."
         )
+    if config.mixed_precision == "fp8" and (problems := [*_float8_problems(model_config)]):
+        raise ConfigError(problems)
     bos = tokenizer.bos_token_id
     filled = dataclasses.replace(config, **{name: getattr(model_config, name) for name in _MODEL_OPTIONS})
     return filled, dataclasses.replace(
@@ -174,6 +180,7 @@ def _check_custom_model(config: PretrainConfig, model: nn.Module) -> None:
         "--compile": config.compile,
         "--activation-checkpointing": config.activation_checkpointing,
         "--use-moe": config.use_moe,
+        "--mixed-precision fp8": config.mixed_precision == "fp8",
     }
     problems = [
         f"{flag} is implemented in MiniMindForCausalLM, and the model is a {type(model).__name__}; omit the "
@@ -215,6 +222,36 @@ def _check_same_sizes(config: PretrainConfig, model_config: MiniMindConfig) -> N
         raise ConfigError(problems)
 
 
+def _float8_problems(model_config: MiniMindConfig) -> Iterator[str]:
+    """Yield why a model cannot be trained in FP8, or not as it was launched."""
+    if isinstance(model_config, TransformersConfig):
+        yield (
+            "--mixed-precision fp8 is implemented for minimind's own models, not for a "
+            f"{model_config.architecture} of transformers; use bf16."
+        )
+        return
+    if is_set("ACCELERATE_USE_FSDP"):
+        yield "--mixed-precision fp8 is not supported with FSDP2; use bf16, or launch without --use_fsdp."
+    if model_config.use_moe:
+        yield "--mixed-precision fp8 is not implemented for experts; use bf16, or omit --use-moe."
+    reason = unsupported_reason("bf16", model_config.head_dim, model_config.dropout)
+    if reason is not None:
+        yield f"--mixed-precision fp8 needs the fused attention kernels, and {reason}; use bf16."
+    d = model_config.head_dim
+    sizes = {
+        "--hidden-size": model_config.hidden_size,
+        "--intermediate-size": model_config.intermediate_size,
+        "--num-attention-heads x --head-dim": model_config.num_attention_heads * d,
+        "--num-key-value-heads x --head-dim": model_config.num_key_value_heads * d,
+    }
+    for flag, size in sizes.items():
+        if size % float8.ALIGNMENT:
+            yield (
+                f"--mixed-precision fp8 needs sizes that are multiples of {float8.ALIGNMENT}, and {flag} is "
+                f"{size}; change it, or use bf16."
+            )
+
+
 def _next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
@@ -246,6 +283,8 @@ def compile_and_wrap(
     fused = uses_kernels(config, model_config, accelerator, model)
     if isinstance(model, MiniMindForCausalLM):
         model.model.recompute = config.activation_checkpointing
+        if config.mixed_precision == "fp8":
+            model.train_in_float8()
         model.gathered_dtype = cast_weights_only(accelerator)
         if compiled:
             model.compile_for_training(compile_mode(config, accelerator.num_processes, fused=fused))

@@ -16,6 +16,7 @@ from ..checkpoint.train_state import TrainState
 from ..config.checks import run_notes
 from ..config.options import PretrainConfig
 from ..data.prepare import PreparedData
+from ..distributed.accelerator import shown_precision
 from ..distributed.collectives import run_on_main_and_broadcast
 from ..distributed.shutdown import StopRequest
 from ..errors import CheckpointError
@@ -76,7 +77,8 @@ class TrainerBuilder:
         accelerator = self.accelerator
         if not accelerator.is_main_process:
             return {}
-        launch = describe_launch(accelerator, compiled=self.parts.compiled)
+        precision = shown_precision(self.inputs.config, accelerator)
+        launch = describe_launch(accelerator, precision=precision, compiled=self.parts.compiled)
         custom = {name: part for name, part in self.parts.custom_names.items() if part}
         facts = {"launch": launch, "fingerprints": {**fingerprints, "mixture": self.data.mixture}}
         if custom:

@@ -127,8 +127,10 @@ def compiling_pays(
     """Return whether compiling the model shortens a run of so many tokens, compilation included.
 
     With fused kernels in a CUDA graph Inductor gains little, and only a long run makes up for the later
-    start. Otherwise, and on a GPU whose peak is unknown, compiling pays.
+    start. Otherwise, in FP8 and on a GPU whose peak is unknown, compiling pays.
     """
+    if config.mixed_precision == "fp8":
+        return True
     peak = peak_flops_of(accelerator.device)
     if peak is None or config.cuda_graphs is False or config.activation_checkpointing:
         return True

@@ -249,6 +249,8 @@ def build_training(
         tokens=tokens,
         optimizer_factory=custom.optimizer,
     )
+    if config.mixed_precision == "fp8" and not compiled:
+        note("--no-compile makes FP8 slow: the scaling is fused with other kernels only by compiling.")
     loader = inputs.loader(
         shards,
         plan,

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from ..config.options import CONFIG_SECTIONS, PretrainConfig
 from ..config.schema import schema_of
 from ..data.prepare import PreparedData
+from ..distributed.accelerator import shown_precision
 from ..formats.model_card import model_card
 from ..formatting import count, duration, option_text
 from ..launch_env import is_main_process, resume_command
@@ -37,7 +38,8 @@ def banner(
     epochs = total_steps / parts.loader.steps_per_epoch
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    precision = shown_precision(config, accelerator)
+    precision = {"no": "float32"}.get(precision, precision)
     kernels = ""
     own = parts.custom_model is None and not isinstance(model_config, TransformersConfig)
     if device.type == "cuda" and own:
@@ -167,7 +169,8 @@ def summarize(
     rows = summary_rows(result, totals, bottleneck, state.skipped_steps, state.rewinds, page)
     trainer.progress.summary(rows)
     if result.stopped is not None:
-        launch = describe_launch(trainer.accelerator, compiled=parts.compiled)
+        precision = shown_precision(trainer.config, trainer.accelerator)
+        launch = describe_launch(trainer.accelerator, precision=precision, compiled=parts.compiled)
         command = resume_command(folder.path, launch)
         if parts.custom_model is not None:
             command = "pretrain() with the same arguments and resume='auto'"

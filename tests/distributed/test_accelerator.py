@@ -198,11 +198,34 @@ def test_a_cpu_defaults_to_bf16_only_with_bf16_instructions(
     assert choose_precision(PretrainConfig(hidden_size=width, **options)) == precision
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp16"])
-def test_an_unsupported_precision_is_refused_early(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "remedy"), [("fp8", "use --mixed-precision fp8"), ("fp16", "needs a GPU")]
+)
+def test_an_unsupported_precision_is_refused_early(
+    monkeypatch: pytest.MonkeyPatch, precision: str, remedy: str
+) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    with pytest.raises(ConfigError, match=precision):
+    with pytest.raises(ConfigError, match=remedy):
         check_launch(PretrainConfig())
+
+
+@pytest.mark.parametrize(("hip", "capability"), [(None, (8, 6)), (None, (8, 9)), ("7.0", (9, 4))])
+def test_fp8_is_bf16_to_accelerate_and_needs_a_gpu_that_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int]
+) -> None:
+    config = PretrainConfig(mixed_precision="fp8")
+    refused = pytest.raises(ConfigError, match=r"fp8 needs an NVIDIA GPU of compute capability 8\.9")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with refused:
+        check_launch(config)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    # What a launcher asks for does not count.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with nullcontext() if hip is None and capability == (8, 9) else refused:
+        assert choose_precision(config) == "bf16"
 
 
 class Tied(nn.Module):

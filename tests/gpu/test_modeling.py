@@ -10,7 +10,7 @@ import torch
 from modeling.test_kernels import FEWEST, ROUNDING
 from torch import Tensor
 
-from minimind.modeling import moe
+from minimind.modeling import float8, moe
 from minimind.modeling.attention import attend, document_block_mask, document_mask
 from minimind.modeling.config import MiniMindConfig
 from minimind.modeling.documents import documents as document_boundaries
@@ -194,3 +194,34 @@ def test_compiled_on_a_gpu_documents_give_the_loss_and_gradients_of_the_cpu(mode
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         evaluated = on_gpu.eval()(ids.cuda(), shift_labels=ids.cuda(), document_ids=documents.cuda())
     torch.testing.assert_close(evaluated.loss, out.loss, rtol=1e-2, atol=0)
+
+
+@pytest.mark.skipif(not float8.available(), reason="needs compute capability 8.9")
+def test_gradients_in_fp8_are_those_in_bf16_up_to_its_rounding_compiled_and_not() -> None:
+    model = build(hidden_size=256, head_dim=64, num_hidden_layers=2).cuda()
+    # A number of tokens that has to be padded.
+    ids = torch.randint(96, (3, 379), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def gradients(*, in_float8: bool, compiled: bool = False) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        copied = copy.deepcopy(model)
+        if in_float8:
+            copied.train_in_float8()
+        if compiled:
+            copied.compile_for_training("blocks")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = copied(ids, shift_labels=ids.roll(-1, 1)).loss
+        loss.backward()
+        with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+            evaluated = copied.eval()(ids, shift_labels=ids.roll(-1, 1)).loss
+        assert evaluated.item() == pytest.approx(loss.item(), rel=1e-2)
+        return {name: parameter.grad for name, parameter in copied.named_parameters()}
+
+    bf16, eager = gradients(in_float8=False), gradients(in_float8=True)
+    for name, grad in gradients(in_float8=True, compiled=True).items():
+        assert grad.dtype == torch.float32
+        # 0.15 with products of a CPU.
+        assert (grad - eager[name]).norm() < 0.2 * eager[name].norm(), name
+        assert (grad - bf16[name]).norm() < 0.2 * bf16[name].norm(), name
+        assert (eager[name] - bf16[name]).norm() < 0.2 * bf16[name].norm(), name
+        assert not torch.equal(grad, bf16[name]), name

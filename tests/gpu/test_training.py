@@ -1,4 +1,4 @@
-"""Asynchronous metrics, `--batch-size auto`, CUDA graphs, fp16 and experts on a CUDA GPU."""
+"""Asynchronous metrics, `--batch-size auto`, CUDA graphs, fp16, fp8 and experts on a CUDA GPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from minimind.data.builtin_corpus import builtin_documents
 from minimind.data.shards import ShardWriter, TokenShards, random_shards, token_dtype
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
 from minimind.formats.open_model import open_model
+from minimind.modeling import float8
 from minimind.optim.build import set_schedule
 from minimind.planning.budget import plan_budget
 from minimind.tokenizer import load_tokenizer
@@ -232,6 +233,32 @@ def test_fp16_with_a_small_vocabulary_and_large_batches_trains_as_bf16_does(tmp_
     assert losses["no"][-1] < losses["no"][0] - 1
     assert losses["bf16"][-1] == pytest.approx(losses["no"][-1], rel=1e-2)
     assert losses["fp16"][-1] == pytest.approx(losses["no"][-1], rel=1e-2), skipped
+
+
+@pytest.mark.skipif(not float8.available(), reason="needs compute capability 8.9")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fp8_trains_as_bf16_does(tmp_path: Path, accumulation: int) -> None:
+    losses = {}
+    for precision in ("bf16", "fp8"):
+        config = PretrainConfig(
+            **SMALL | {"batch_size": 32},
+            accumulation_steps=accumulation,
+            mixed_precision=precision,
+            max_steps=30,
+            log_interval=1,
+            output_dir=str(tmp_path / precision),
+            cache_dir=str(tmp_path / "cache"),
+            tracker=("none",),
+        )
+        history = pretrain(config).history
+        losses[precision] = [*history.losses, *history.val_losses]
+        launch = json.loads((tmp_path / precision / "environment.json").read_text())["launch"]
+        assert launch["precision"] == precision
+        assert launch["compiled"] or precision == "bf16"
+        assert len(history.losses) == 30
+    assert losses["bf16"][29] < 0.9 * losses["bf16"][0]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.02)
+    assert losses["fp8"] != losses["bf16"]
 
 
 def test_ten_evaluations_of_a_compiled_run_of_28_layers_compile_nothing_again(tmp_path: Path) -> None:

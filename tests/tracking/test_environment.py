@@ -47,15 +47,13 @@ def test_a_launch_is_described_without_its_secrets(monkeypatch, processes, fsdp,
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("OTHER_TOKEN", "s3cret")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    accelerator = SimpleNamespace(
-        num_processes=processes, is_fsdp2=fsdp, device=torch.device("cpu"), mixed_precision="bf16"
-    )
-    assert describe_launch(accelerator, compiled=True) == {
+    accelerator = SimpleNamespace(num_processes=processes, is_fsdp2=fsdp, device=torch.device("cpu"))
+    assert describe_launch(accelerator, precision="bf16", compiled=True) == {
         **{"processes": processes, "machines": 3, "kind": kind, "on_cpu": True, "precision": "bf16"},
         **{"compiled": True, "variables": {"FSDP_VERSION": "2"}},
     }
     monkeypatch.delenv("GROUP_WORLD_SIZE")
-    assert describe_launch(accelerator, compiled=False)["machines"] == 1
+    assert describe_launch(accelerator, precision="no", compiled=False)["machines"] == 1
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")

@@ -89,6 +89,10 @@ def test_where_no_graph_can_be_short_runs_compile_too(accelerator: Any, model: t
     assert pays(1000, accelerator, model)
 
 
+def test_an_fp8_run_compiles_however_short() -> None:
+    assert pays(1000, machine(), mixed_precision="fp8")
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_what_the_user_asks_for_counts(asked: bool) -> None:
     config = dataclasses.replace(PretrainConfig(), compile=asked)

@@ -1,0 +1,88 @@
+"""Matrix products in FP8 for training, with one dynamic scale per tensor.
+
+Activations and weights are rounded to e4m3 (4 exponent, 3 mantissa bits), gradients to e5m2, whose range is
+larger (Micikevicius et al. 2022, arXiv 2209.05433). A tensor is scaled before by the factor that maps its
+largest magnitude to the largest number of the format. Sums are float32, results bf16.
+
+Compiled, the scaling is part of the kernels before a product; in eager mode it costs more than FP8 saves.
+
+Shapes: N tokens, C input, F output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# C, F and the padded N are multiples of it: `torch._scaled_mm` needs 16 bytes.
+ALIGNMENT = 16
+# Of activations and weights, and of gradients.
+_FORWARD, _BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+# Below this magnitude the scale would overflow float32; a zero tensor needs a finite one too.
+_SMALLEST = 1e-12
+
+
+def available() -> bool:
+    """Whether the current GPU multiplies FP8: NVIDIA's of compute capability 8.9 or more."""
+    nvidia = torch.cuda.is_available() and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T, (..., F) bf16, with the three products of forward and backward pass in FP8.
+
+    Both gradients are bf16, as those of a bf16 product are, and have the dtype of their input. A NaN or
+    infinity makes the whole result NaN.
+
+    Args:
+        x: (..., C), C a multiple of `ALIGNMENT`.
+        weight: (F, C), F a multiple of `ALIGNMENT`.
+    """
+    flat = x.flatten(0, -2).to(torch.bfloat16)
+    # The gradient of the weight is a sum over tokens. Zeros add nothing to it.
+    padding = -flat.shape[0] % ALIGNMENT
+    if padding:
+        flat = F.pad(flat, (0, 0, 0, padding))
+    out: Tensor = _Linear.apply(flat, weight.to(torch.bfloat16))
+    if padding:
+        out = out[:-padding]
+    return out.unflatten(0, x.shape[:-1])
+
+
+def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return scaled `x` in `dtype`, and the float32 scalar that the result is multiplied by."""
+    largest = torch.finfo(dtype).max
+    scale = largest / x.abs().amax().float().clamp(min=_SMALLEST)
+    # The conversion does not saturate, and rounding may exceed the range.
+    return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
+
+
+def _product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], *, fast: bool = True) -> Tensor:
+    """Return a @ b in bf16 of (M, K) by rows and (K, N) by columns; `fast` sums with fewer bits on Hopper."""
+    return torch._scaled_mm(
+        a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast and a.device.type == "cuda"
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = _quantize(x, _FORWARD)
+        weight8, weight_scale = _quantize(weight, _FORWARD)
+        ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
+        return _product(x8, weight8.t(), (x_scale, weight_scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x8, x_scale, weight8, weight_scale = ctx.saved_tensors
+        grad8, grad_scale = _quantize(grad, _BACKWARD)
+        # Hopper multiplies FP8 in one layout only, so copies transpose the operands.
+        for_x = _product(grad8, weight8.t().contiguous().t(), (grad_scale, weight_scale))
+        # A sum over all tokens, which needs the bits.
+        for_weight = _product(
+            grad8.t().contiguous(), x8.t().contiguous().t(), (grad_scale, x_scale), fast=False
+        )
+        return for_x, for_weight
