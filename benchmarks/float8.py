@@ -68,9 +68,8 @@ def main() -> None:
     if len(options.presets) != len(options.batch_sizes):
         parser.error("--batch-sizes needs one size for each of --presets")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}")
-    print(
-        "| preset | sequences | seed | precision | tokens/s | memory | loss |\n|---|---:|---:|---|---:|---:|---:|"
-    )
+    print("| preset | sequences | seed | precision | tokens/s | memory | loss |")
+    print("|---|---:|---:|---|---:|---:|---:|", flush=True)
     for preset, batch_size in zip(options.presets, options.batch_sizes, strict=True):
         for seed in options.seeds:
             found = {}

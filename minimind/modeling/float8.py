@@ -56,8 +56,8 @@ def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return scaled `x` in `dtype`, and the float32 scalar that the result is multiplied by."""
     largest = torch.finfo(dtype).max
     scale = largest / x.abs().amax().float().clamp(min=_SMALLEST)
-    # The conversion does not saturate, and rounding may exceed the range.
-    return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
+    # The product may exceed the range by rounding alone, and then rounds back to the largest number.
+    return (x.float() * scale).to(dtype), scale.reciprocal()
 
 
 def _product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], *, fast: bool = True) -> Tensor:

@@ -68,6 +68,24 @@ def test_the_three_products_are_those_of_the_rounded_operands(leading: tuple[int
         assert ((found.double() - exact.reshape(found.shape)).abs() <= bound.reshape(found.shape)).all()
 
 
+def test_a_gpu_gets_the_sizes_and_layouts_that_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    multiply = float8._product
+
+    def record(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append((a.shape, b.shape, a.stride(), b.stride()))
+        return multiply(a, b, *rest, **options)
+
+    monkeypatch.setattr(float8, "_product", record)
+    product(*operands(3, 7), float8.linear)
+    # 21 tokens are padded; the first operand is stored by rows, the second by columns.
+    assert seen == [
+        ((32, 64), (64, 48), (64, 1), (1, 64)),
+        ((32, 48), (48, 64), (48, 1), (1, 48)),
+        ((48, 32), (32, 64), (32, 1), (1, 32)),
+    ]
+
+
 def test_the_products_are_close_to_those_in_bf16() -> None:
     case = operands(2, 64)
     ours, theirs = product(*case, float8.linear), product(*case, F.linear)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minimind import ConfigError, MiniMindForCausalLM, PretrainConfig, pretrain
+from minimind import ConfigError, MiniMindForCausalLM, PretrainConfig
 from minimind.data.shards import random_shards
 from minimind.distributed import accelerator as launch
 from minimind.distributed.accelerator import close_accelerator, start_accelerator
@@ -20,9 +20,10 @@ from minimind.modeling.kernels import dispatch as fused
 from minimind.modeling.transformers_config import TransformersConfig
 from minimind.planning import budget
 from minimind.tokenizer import load_tokenizer
+from minimind.training.auto_batch_size import _cache_key
 from minimind.training.build_model import _float8_problems, resolve_model_config
 from minimind.training.setup import build_training, resolve_run
-from support.tiny_runs import tiny, write_corpus
+from support.tiny_runs import pretrain_as_command, tiny, write_corpus
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 1, "max_seq_len": 32, "batch_size": 2}
@@ -85,6 +86,8 @@ def test_the_products_of_blocks_are_switched_before_compiling_which_is_recommend
         assert accelerator.mixed_precision == "bf16"
         assert launch.shown_precision(config, accelerator) == precision
         inputs = resolve_run(config)
+        key = _cache_key(config, inputs.model_config, accelerator, 2)
+        assert key["precision"] == precision  # of the sizes that --batch-size auto measured
         shards = random_shards(tmp_path / "tokens", inputs.model_config.vocab_size)
         for compiles in (True, False):
             chosen = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, compile=compiles))
@@ -97,12 +100,15 @@ def test_the_products_of_blocks_are_switched_before_compiling_which_is_recommend
     assert [note.split(":")[0] for note in notes] == ["--no-compile makes FP8 slow"] * (precision == "fp8")
 
 
-def test_only_the_record_of_a_run_says_that_it_was_fp8(tmp_path: Path) -> None:
+def test_only_the_record_of_a_run_says_that_it_was_fp8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On a CPU there are no kernels, so that both runs compute the same."""
     corpus, weights = write_corpus(tmp_path / "corpus.jsonl"), []
     for precision in ("bf16", "fp8"):
         changes = {**SMALL, "dropout": 0.0, "mixed_precision": precision, "max_steps": 2, "epochs": None}
-        result = pretrain(tiny(corpus, tmp_path / precision, **changes))
+        result = pretrain_as_command(tiny(corpus, tmp_path / precision, **changes))
+        assert f"CPU x 1, {precision}, not compiled" in capsys.readouterr().out
         folder = result.model_dir
         weights.append([(folder / name).read_bytes() for name in ("model.safetensors", "config.json")])
         record = json.loads((tmp_path / precision / "environment.json").read_text())
