@@ -53,8 +53,8 @@ SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
 # arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.
 MOST_EPOCHS = 8
 # With more parameters inside the blocks than tokens of unique text fewer epochs, ∝ (N/U)^-0.44. At N/U = 1.4
-# eight epochs were better than six and twelve on one text, and five nearly as good as seven on another; at 2.7
-# six were better than four, at 4.9 four better than three, and at 6 four better than eight
+# eight epochs were better than six and twelve on one text, and five nearly as good as seven on another; at
+# 2.7 six were better than four, at 4.9 four better than three, and at 6 four better than eight
 # (docs/experiments.md).
 EPOCHS_EXPONENT = -0.44
 # R* there, the number of repetitions after which all further ones together are worth 1/e of what those before
