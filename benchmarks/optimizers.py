@@ -1,15 +1,16 @@
 """AdamW against Muon at equal tokens: one model, text and order, many learning rates and schedules.
 
-First each optimizer gets every rate of --rates with the schedule of the preset; a rate below or above follows
-while the best one is the first or the last, for an optimum at the edge is none. Then each optimizer tries
-the --variants at its best rate. All points share one model and its compiled code: the weights are put back to
-the same beginning. Compare validation bits per byte.
+First each optimizer gets every rate of --rates with the schedule of the preset, for each of --warmups; a rate
+below or above follows while the best one is the first or the last, for an optimum at the edge is none. Then
+each optimizer tries the --variants at its best rate and warm-up. All points share one model and its compiled
+code: the weights are put back to the same beginning. Compare validation bits per byte.
 
 A variant is options of pretrain, such as lr_schedule=wsd,min_lr_ratio=0, with warmup_steps=10% as a share of
 all steps; or one of what pretrain has no option for: embedding_lr=3 multiplies the learning rate of the
 embedding and the norms, zero_init=1 begins with zeros in the matrices that write to the residual stream.
 
     python benchmarks/optimizers.py --preset minimind2-small --data en.jsonl zh.jsonl --output results
+    python benchmarks/optimizers.py --set hidden_size=64 --warmups 2% 10% 30% --seed 1 --variants
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ from minimind.data.prepare import prepare_data
 from minimind.distributed.accelerator import start_accelerator, wants_compile
 from minimind.evaluation.validation import evaluate
 from minimind.modeling.transformer import MiniMindForCausalLM
-from minimind.optim.build import build_optimizer, set_schedule
+from minimind.optim.build import build_optimizer, fit_to_horizon, set_schedule
 from minimind.schedule import LearningRateSchedule
 from minimind.tokenizer import load_tokenizer
 from minimind.training.build_model import build_model, resolve_model_config
 from minimind.training.step import forward_loss
 
 RATES = {
+    "normuon": (2e-3, 4e-3, 8e-3),
     "muon": (2e-3, 4e-3, 8e-3),
     "adamw": (2.5e-4, 5e-4, 1e-3),
 }
@@ -73,9 +75,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=float, default=10e6, help="of each point")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-seq-len", type=int, help="default: the preset's")
-    parser.add_argument("--optimizers", nargs="+", default=list(RATES), choices=RATES)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of pretrain")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order")
+    parser.add_argument("--optimizers", nargs="+", default=["muon", "adamw"], choices=RATES)
     parser.add_argument(
         "--rates", nargs="+", type=float, help="for all optimizers; default: for each its own"
+    )
+    parser.add_argument(
+        "--warmups", nargs="+", default=[""], metavar="SHARE", help="such as 10%%; default: the preset's"
     )
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME=VALUE[,NAME=VALUE]")
     parser.add_argument("--widen", type=int, default=2, help="further rates while the best is at the edge")
@@ -121,8 +128,10 @@ class Bench:
             val_fraction=0.05,
             cache_dir=str(folder / "cache"),
             batch_size=options.batch_size,
+            seed=options.seed,
             **sizes,
         )
+        config = _changed(config, dict(word.split("=") for word in options.set), 1)
         self.config, shape = resolve_model_config(config, tokenizer)
         text = prepare_data(self.config, tokenizer)
         assert text.validation is not None
@@ -141,7 +150,7 @@ class Bench:
             seq_len=self.config.max_seq_len,
             packing=True,
             plan=BatchPlan(options.batch_size, 1, 1),
-            seed=0,
+            seed=options.seed,
             process_index=0,
             device=device_type,
         )
@@ -173,14 +182,15 @@ class Bench:
                     if name.endswith(WRITING):
                         parameter.zero_()
         optimizer = build_optimizer(self.bare, config, self.accelerator.device, kernels=self.compiled)
+        fit_to_horizon(optimizer, self.total_steps)
         embedding = self.bare.get_input_embeddings().weight
         for group in optimizer.param_groups:
             if any(parameter is embedding for parameter in group["params"]):
-                group["lr_scale"] = embedding_lr
+                group["lr_scale"] = embedding_lr * group.get("lr_scale", 1.0)
         rate = LearningRateSchedule(config, self.total_steps).at
         losses: list[torch.Tensor] = []
         for step, batch in zip(range(self.total_steps), self._steps(), strict=False):
-            set_schedule(optimizer, rate(step))
+            set_schedule(optimizer, rate(step), step)
             (micro_batch,) = batch.micro_batches
             loss = forward_loss(self.model, micro_batch) / max(batch.num_targets, 1)
             loss.backward()
@@ -220,7 +230,7 @@ def sweep(
     results: list[dict[str, Any]] = []
     deadline = bench.began + 60 * options.minutes
 
-    def point(optimizer: str, rate: float, variant: str = "") -> float:
+    def point(optimizer: str, rate: float, warmup: str, variant: str = "") -> float:
         """Return bits per byte, infinite for a run that diverged or had no time."""
         took = max((result["seconds"] for result in results[1:]), default=0.0)
         if time.perf_counter() + took > deadline:
@@ -229,40 +239,45 @@ def sweep(
         changes = dict(word.split("=") for word in variant.split(",") if word)
         embedding_lr = float(changes.pop("embedding_lr", 1))
         zero_init = changes.pop("zero_init", "0") == "1"
-        values = {"optimizer": optimizer, "learning_rate": rate, **changes}
-        result: dict[str, Any] = {"optimizer": optimizer, "rate": rate, "variant": variant}
-        result |= bench.train(_changed(bench, values), embedding_lr=embedding_lr, zero_init=zero_init)
+        warmups = {"warmup_steps": warmup} if warmup else {}
+        values = {"optimizer": optimizer, "learning_rate": rate, **warmups, **changes}
+        config = _changed(bench.config, values, bench.total_steps)
+        name = f"{optimizer}, warm-up {warmup}" if warmup else optimizer
+        result: dict[str, Any] = {"optimizer": name, "rate": rate, "variant": variant}
+        result |= bench.train(config, embedding_lr=embedding_lr, zero_init=zero_init)
         results.append(result)
         written(results)
         shown = {key: value for key, value in result.items() if key != "curve"}
         print(json.dumps(shown), file=sys.stderr, flush=True)
         return result["bits_per_byte"] or math.inf
 
-    best: dict[str, float] = {}
+    best: dict[str, tuple[float, str]] = {}
     for optimizer in options.optimizers:
-        rates = sorted(options.rates or RATES[optimizer])
-        found = {rate: point(optimizer, rate) for rate in rates}
-        for _ in range(options.widen):
-            lowest = min(found, key=found.__getitem__)
-            if math.isinf(found[lowest]) or lowest not in (min(found), max(found)):
-                break
-            further = lowest / 2 if lowest == min(found) else lowest * 2
-            found[further] = point(optimizer, further)
-        best[optimizer] = min(found, key=found.__getitem__)
+        everything: dict[tuple[float, str], float] = {}
+        for warmup in options.warmups:
+            found = {rate: point(optimizer, rate, warmup) for rate in options.rates or RATES[optimizer]}
+            for _ in range(options.widen):
+                lowest = min(found, key=found.__getitem__)
+                if math.isinf(found[lowest]) or lowest not in (min(found), max(found)):
+                    break
+                further = lowest / 2 if lowest == min(found) else lowest * 2
+                found[further] = point(optimizer, further, warmup)
+            everything |= {(rate, warmup): value for rate, value in found.items()}
+        best[optimizer] = min(everything, key=everything.__getitem__)
     for variant in options.variants:
         for optimizer in options.optimizers:
-            point(optimizer, best[optimizer], variant)
+            point(optimizer, *best[optimizer], variant)
     return results
 
 
-def _changed(bench: Bench, values: dict[str, Any]) -> PretrainConfig:
+def _changed(config: PretrainConfig, values: dict[str, Any], total_steps: int) -> PretrainConfig:
     for name, value in values.items():
         if isinstance(value, str) and value.endswith("%"):
-            values[name] = round(float(value.removesuffix("%")) / 100 * bench.total_steps)
+            values[name] = round(float(value.removesuffix("%")) / 100 * total_steps)
     parsed, problems = parse_values(PretrainConfig, values)
     if problems:
         sys.exit("\n".join(problems))
-    return dataclasses.replace(bench.config, **parsed)
+    return dataclasses.replace(config, **parsed)
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -541,6 +541,8 @@ class Bench:
             return failed(part, what, error)
         share = several.tokens / sum(alone)
         measured = f"{several.tokens:,.0f} / ({min(alone):,.0f} to {max(alone):,.0f} each) = {share:.1%}"
+        # All wait for the slowest GPU in every step, whatever the software does.
+        measured += f", {several.tokens / (self.gpus * min(alone)):.1%} of the slowest times {self.gpus}"
         measured += f", slowest report {several.slowest:.0%}, {several.memory:.1f} GB"
         return self.row(part, what, measured, share, least=least)
 

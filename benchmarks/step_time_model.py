@@ -57,7 +57,8 @@ MEASURED = (
     Measured("H200", "minimind-3", 128, "DDP", 2, 1_018_406, 1_991_568, graphs=True),
     Measured("H200", "minimind-3", 32, "DDP", 2, 830_998, 1_638_483, graphs=True),
     Measured("H200", "350m", 16, "DDP", 2, 173_226, 351_654, graphs=True),
-    Measured("H200", "350m", 16, "FSDP2", 2, 171_484, 321_734),
+    Measured("H200", "350m", 16, "DDP", 2, 173_715, 346_992, graphs=True),
+    Measured("H200", "350m", 16, "FSDP2", 2, 173_715, 329_638),
 )
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -201,7 +201,7 @@ def _to_host(
             if not accelerator.is_main_process:
                 continue
             if whole.device.type != "cuda":
-                copied[name] = whole.clone()
+                copied[name] = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
             elif whole.nbytes >= SMALLEST_PINNED:
                 copied[name] = copy(whole, fresh=False)
             else:

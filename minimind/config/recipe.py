@@ -52,15 +52,15 @@ SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
 # Beyond four epochs a repeated token is worth visibly less than a new one (Muennighoff et al. 2023,
 # arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.
 MOST_EPOCHS = 8
-# With more parameters inside the blocks than tokens of unique text fewer epochs, ∝ (N/U)^-0.6. At N/U = 1.4
-# eight epochs were better than six and twelve on one text, and five as good as eight on another; at 2.8 six
-# were still good. At 4.6 the validation loss rose after four, and at 6 four were better than eight
+# With more parameters inside the blocks than tokens of unique text fewer epochs, ∝ (N/U)^-0.44. At N/U = 1.4
+# eight epochs were better than six and twelve on one text, and five nearly as good as seven on another; at
+# 2.7 six were better than four, at 4.9 four better than three, and at 6 four better than eight
 # (docs/experiments.md).
-EPOCHS_EXPONENT = -0.6
+EPOCHS_EXPONENT = -0.44
 # R* there, the number of repetitions after which all further ones together are worth 1/e of what those before
-# were, is 15.4 for models of 100M parameters and more. Small models on small text gained less from four to
-# eight epochs than that predicts.
-REPETITION_SCALE = 5.0
+# were, is 15.4 for models of 100M parameters and more. Of 2.5 to 8, 3 fits this project's runs of several
+# epochs best: small models on small text gain less from repeating it.
+REPETITION_SCALE = 3.0
 # R_N* there, the same for parameters beyond those that the text can use; here one per token of unique text.
 EXCESS_SCALE = 5.31
 # A model with more parameters than this per token of unique text is not considered: in several epochs it
@@ -204,7 +204,7 @@ def most_epochs(parameters: float, unique_tokens: float) -> int:
 def effective_tokens(tokens: float, unique_tokens: float) -> float:
     """Return how many new tokens are worth as much as `tokens` in epochs over `unique_tokens`.
 
-    D' = U + U·R*·(1 - exp(-R/R*)), with R = D/U - 1 repetitions and R* = 5: equation 5 of Muennighoff et al.
+    D' = U + U·R*·(1 - exp(-R/R*)), with R = D/U - 1 repetitions and R* = 3: equation 5 of Muennighoff et al.
     2023 (arXiv:2305.16264). Increasing in both arguments.
     """
     if tokens <= unique_tokens:

@@ -140,11 +140,13 @@ class MuonWork:
         seconds: on one GPU.
         elements: of all matrices.
         largest: share of the matrix that takes longest; a matrix is not split.
+        largest_stack: share of the stack of matrices, such as those of all experts of a layer, that does.
     """
 
     seconds: float
     elements: int
     largest: float
+    largest_stack: float
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[int, ...]], matmul_flops: float) -> MuonWork:
@@ -152,13 +154,20 @@ class MuonWork:
         stacks = [(math.prod(shape[:-2]), *sorted(shape[-2:])) for shape in shapes]
         # Five steps of three products: twice n x m by m x n, and the square of n x n.
         flops = [5 * (4 * n * n * m + 2 * n**3) for _, n, m in stacks]
-        total = sum(stack[0] * one for stack, one in zip(stacks, flops, strict=True))
+        of_stacks = [stack[0] * one for stack, one in zip(stacks, flops, strict=True)]
+        total = sum(of_stacks)
         elements = sum(math.prod(stack) for stack in stacks)
-        return cls(total / (_MUON_EFFICIENCY * matmul_flops), elements, max(flops) / total)
+        seconds = total / (_MUON_EFFICIENCY * matmul_flops)
+        return cls(seconds, elements, max(flops) / total, max(of_stacks) / total)
 
-    def saved(self, num_processes: int) -> float:
-        """Return the seconds that a process saves by its share of the work, balanced by cost."""
-        return self.seconds * (1 - max(1 / num_processes, self.largest))
+    def saved(self, num_processes: int, *, whole_stacks: bool) -> float:
+        """Return the seconds that a process saves by its share of the work, balanced by cost.
+
+        Args:
+            whole_stacks: a stack belongs to one process, as under DDP; FSDP2 shards it.
+        """
+        largest = self.largest_stack if whole_stacks else self.largest
+        return self.seconds * (1 - max(1 / num_processes, largest))
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,7 @@ def ddp_step(one: SingleGPU, cluster: Cluster, *, muon_shared: bool = True, grap
     owned = one.muon.elements if muon_shared and one.muon is not None else 0
     muon = 0.0
     if owned and one.muon is not None:
-        saved = one.muon.saved(cluster.num_processes)
+        saved = one.muon.saved(cluster.num_processes, whole_stacks=True)
         gather = all_gather_seconds(2 * owned, cluster)
         if graphs:
             gather = max(gather - (one.muon.seconds - saved), _START)
@@ -287,7 +296,7 @@ def fsdp2_step(
     elif one.muon is not None:
         # Momentum to its owner and directions back, in float32: each process sends its shard.
         muon = all_gather_seconds(8 * one.muon.elements / shards.num_processes, shards)
-        muon -= one.muon.saved(shards.num_processes)
+        muon -= one.muon.saved(shards.num_processes, whole_stacks=False)
     return _step(one, cluster, communication, muon, graphs)
 
 

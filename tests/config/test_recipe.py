@@ -105,8 +105,8 @@ def test_repeated_tokens_are_worth_less_than_new_ones_and_never_harm(
         (1e6, 1e6, 8),
         (1e3, 1e9, 8),
         (1.4e6, 1e6, 7),
-        (2.8e6, 1e6, 4),
-        (4e6, 1e6, 3),
+        (2.7e6, 1e6, 5),
+        (4.9e6, 1e6, 4),
         (16e6, 1e6, 2),
         (1e12, 1e6, 1),
     ],
@@ -117,8 +117,8 @@ def test_a_model_that_is_large_for_its_text_sees_it_less_often(
     assert recipe.most_epochs(parameters, tokens) == epochs
 
 
-def test_four_epochs_are_worth_three_of_new_tokens() -> None:
-    assert recipe.effective_tokens(4e6, 1e6) == pytest.approx(3.26e6, rel=0.01)
+def test_four_epochs_are_worth_nearly_three_of_new_tokens() -> None:
+    assert recipe.effective_tokens(4e6, 1e6) == pytest.approx(2.9e6, rel=0.01)
 
 
 def test_the_batch_of_several_epochs_is_smaller() -> None:

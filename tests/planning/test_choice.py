@@ -313,7 +313,7 @@ def test_options_follow_from_the_candidate_and_the_budget() -> None:
         # Without a budget in seconds the epochs are those of the tokens.
         ({"epochs": 1.4}, None, {"epochs": 2}),
         # 2M tokens of text for 24M parameters.
-        ({"epochs": 30.0}, None, {"epochs": 2}),
+        ({"epochs": 30.0}, None, {"epochs": 3}),
         ({"steps": 40_000}, None, {"log_interval": 200, "save_interval": 4000}),
     ],
 )

@@ -32,7 +32,7 @@ ONE = SingleGPU(
     parameters=64_000_000,
     layers=8,
     embedding_parameters=5_000_000,
-    muon=MuonWork(seconds=0.004, elements=59_000_000, largest=0.03),
+    muon=MuonWork(seconds=0.004, elements=59_000_000, largest=0.03, largest_stack=0.03),
 )
 
 
@@ -82,9 +82,10 @@ def test_muon_by_hand() -> None:
     work = MuonWork.of([(3, 2), (2, 2, 3)], 64 / 0.63)
     assert work.elements == 18
     assert work.seconds == pytest.approx(15)
-    assert work.largest == pytest.approx(1 / 3)
-    assert work.saved(2) == pytest.approx(7.5)
-    assert work.saved(1000) == pytest.approx(10)  # a matrix is not split
+    assert (work.largest, work.largest_stack) == pytest.approx((1 / 3, 2 / 3))
+    assert work.saved(2, whole_stacks=False) == pytest.approx(7.5)
+    assert work.saved(1000, whole_stacks=False) == pytest.approx(10)  # a matrix is not split
+    assert work.saved(1000, whole_stacks=True) == pytest.approx(5)
 
 
 def test_one_gpu_has_no_overhead() -> None:
