@@ -1,10 +1,11 @@
 """Matrix products in FP8 for training, with one dynamic scale per tensor.
 
 Activations and weights are rounded to e4m3 (4 exponent, 3 mantissa bits), gradients to e5m2, whose range is
-larger (Micikevicius et al. 2022, arXiv 2209.05433). A tensor is scaled before by the factor that maps its
-largest magnitude to the largest number of the format. Sums are float32, results bf16.
+larger (Micikevicius et al. 2022, arXiv 2209.05433). Before, a tensor is scaled by the factor that maps its
+largest magnitude to the largest number of the format. Results are bf16.
 
-Compiled, the scaling is part of the kernels before a product; in eager mode it costs more than FP8 saves.
+Compile the callers: Inductor fuses the scaling with the kernels before a product, and eager mode adds several
+kernels for each operand.
 
 Shapes: N tokens, C input, F output.
 """
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# C, F and the padded N are multiples of it: `torch._scaled_mm` needs 16 bytes.
+# C, F and the padded N are multiples of it, as `torch._scaled_mm` requires.
 ALIGNMENT = 16
 # Of activations and weights, and of gradients.
 _FORWARD, _BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
-# Below this magnitude the scale would overflow float32; a zero tensor needs a finite one too.
+# Of the magnitudes that a scale is computed from: a tensor of zeros needs a finite one.
 _SMALLEST = 1e-12
 
 
@@ -42,7 +43,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         weight: (F, C), F a multiple of `ALIGNMENT`.
     """
     flat = x.flatten(0, -2).to(torch.bfloat16)
-    # The gradient of the weight is a sum over tokens. Zeros add nothing to it.
+    # The gradient of the weight is a sum over N, to which zeros add nothing.
     padding = -flat.shape[0] % ALIGNMENT
     if padding:
         flat = F.pad(flat, (0, 0, 0, padding))
@@ -79,9 +80,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
         grad8, grad_scale = _quantize(grad, _BACKWARD)
-        # Hopper multiplies FP8 in one layout only, so copies transpose the operands.
+        # `torch._scaled_mm` takes one layout only, so operands are transposed by copies.
         for_x = _product(grad8, weight8.t().contiguous().t(), (grad_scale, weight_scale))
-        # A sum over all tokens, which needs the bits.
+        # N is the longest sum, so it is accumulated in full float32.
         for_weight = _product(
             grad8.t().contiguous(), x8.t().contiguous().t(), (grad_scale, x_scale), fast=False
         )

@@ -221,7 +221,7 @@ def test_gradients_in_fp8_are_those_in_bf16_up_to_its_rounding_compiled_and_not(
     for name, grad in gradients(in_float8=True, compiled=True).items():
         assert grad.dtype == torch.float32
         # 0.15 with products of a CPU.
-        assert (grad - eager[name]).norm() < 0.2 * eager[name].norm(), name
-        assert (grad - bf16[name]).norm() < 0.2 * bf16[name].norm(), name
-        assert (eager[name] - bf16[name]).norm() < 0.2 * bf16[name].norm(), name
+        assert (grad - eager[name]).norm() < 0.25 * eager[name].norm(), name
+        assert (grad - bf16[name]).norm() < 0.25 * bf16[name].norm(), name
+        assert (eager[name] - bf16[name]).norm() < 0.25 * bf16[name].norm(), name
         assert not torch.equal(grad, bf16[name]), name

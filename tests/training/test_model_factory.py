@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,10 +105,11 @@ def test_a_jump_is_reported_with_the_texts_of_a_model_of_ones_own(
         ({"compile": True}, "--compile is implemented in MiniMindForCausalLM"),
         ({"activation_checkpointing": True}, "--activation-checkpointing is implemented in"),
         ({"use_moe": True}, "--use-moe is implemented in"),
+        ({"mixed_precision": "fp8"}, "--mixed-precision fp8 is implemented in"),
         ({"sample_interval": 5}, "--sample-interval generates with MiniMindForCausalLM"),
     ],
 )
-def test_what_only_miniminds_model_does_is_refused(option: dict[str, bool], message: str) -> None:
+def test_what_only_miniminds_model_does_is_refused(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(PretrainConfig(**option), SHAPE, lambda shape: Bigram(shape.vocab_size))
     assert isinstance(build_model(PretrainConfig(**option), SHAPE), MiniMindForCausalLM)
