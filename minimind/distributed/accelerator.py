@@ -144,7 +144,7 @@ def choose_precision(config: PretrainConfig) -> str:
         if device_type() != "cuda" or not float8.available():
             raise ConfigError(
                 "--mixed-precision fp8 needs an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper, "
-                "Blackwell); omit the option."
+                "Blackwell); use --mixed-precision auto."
             )
         return "bf16"
     if requested == "auto":
