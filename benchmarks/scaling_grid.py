@@ -102,8 +102,9 @@ class Grid:
         self.base |= {"val_fraction": options.val_fraction}
         if options.cache_dir:
             self.base["cache_dir"] = options.cache_dir
-        sample = read_sample(PretrainConfig(**self.base))
-        self.difficulty = text_size(PretrainConfig(), sample, choose_tokenizer=False).difficulty
+        run = PretrainConfig(**self.base)
+        size = text_size(run, read_sample(run), choose_tokenizer=False, val_fraction=options.val_fraction)
+        self.difficulty = size.difficulty
         if options.vocab_size:
             tokenizer = train_tokenizer(_documents(options.data), options.vocab_size, max_bytes=8_000_000)
             tokenizer.save(folder / "tokenizer")

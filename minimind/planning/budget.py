@@ -215,7 +215,8 @@ def _decide(
     """Yield what to measure, first the machine (None), then candidates, and at last the outcome."""
     machine = yield None
     choose_tokenizer = "tokenizer" not in kept and config.vocab_size is None
-    text = text_size(config, sample(), choose_tokenizer=choose_tokenizer)
+    val_fraction = kept.get("val_fraction")
+    text = text_size(config, sample(), choose_tokenizer=choose_tokenizer, val_fraction=val_fraction)
     recompute = config.activation_checkpointing
     chooser = Chooser(budget, text, machine, packaged_law(), kept, config.optimizer, recompute)
     seconds = budget.seconds or 3600.0

@@ -19,6 +19,11 @@ EVALUATION_SHARE = 0.007
 HELD_OUT_BYTES = 500e3
 
 
+def chosen_val_fraction(num_bytes: float) -> float:
+    """Return the share of a text to hold out for validation."""
+    return min(max(HELD_OUT_BYTES / num_bytes, 0.001), 0.05)
+
+
 @dataclass(frozen=True)
 class TokenizerChoice:
     """A tokenizer to choose.
@@ -146,7 +151,7 @@ def chosen_options(
         optimizer, width=candidate.shape.hidden_size, batch_tokens=candidate.batch_tokens, tokens=horizon
     )
     steps = candidate.steps
-    held_out = min(max(HELD_OUT_BYTES / text.num_bytes, 0.001), 0.05)
+    held_out = chosen_val_fraction(text.num_bytes)
     total = budget.seconds or candidate.seconds
     evaluation_tokens = held_out * text.num_bytes / candidate.tokenizer.bytes_per_token
     per_batch = candidate.micro_batch_size * candidate.seq_len

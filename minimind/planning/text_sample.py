@@ -21,12 +21,13 @@ from ..data.builtin_corpus import builtin_documents
 from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
 from ..data.sources import DataSource, read_sources
+from ..data.tokenization import hash_text
 from ..errors import DataError
 from ..evaluation.scaling_law import TYPICAL, Difficulty, bigram_bits
 from ..io.lock import LockedError, hold_lock
 from ..io.reading import parse_json
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
-from .candidates import TextSize, TokenizerChoice
+from .candidates import TextSize, TokenizerChoice, chosen_val_fraction
 
 # Text that is read, from files spread over all, and of it the text that a tokenizer is trained on.
 SAMPLE_BYTES = 8_000_000
@@ -38,10 +39,12 @@ _PLACES = 32
 # Vocabularies to choose from. One needs about 400 bytes of sample per entry for its entries to be common.
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384)
 BYTES_PER_ENTRY = 400
-# Bytes of the documents that the bigram model counts.
-_BIGRAM_BYTES = 1_000_000
-# Of fewer documents than this, pieces of so many characters are counted and predicted in their place.
-_FEW_DOCUMENTS, _PIECE = 16, 2000
+# Bytes of the text that the bigram model counts, in pieces of so many characters, and predicts at most.
+_BIGRAM_BYTES, _PIECE = 1_000_000, 2000
+# Of fewer documents than this, pieces are predicted in their place, unless some are validation data.
+_FEW_DOCUMENTS = 16
+# Predict the validation documents of a run where the sample has so many bytes of them.
+_LEAST_VALIDATION = 20_000
 # Every so many documents one is kept from training the tokenizer, to count its tokens.
 _HELD_OUT = 8
 _LOCK_SECONDS = 600.0
@@ -54,10 +57,12 @@ class TextSample:
     Attributes:
         documents: the sample.
         num_bytes: UTF-8 bytes of the whole text, about.
+        validation: documents of --val-data.
     """
 
     documents: tuple[str, ...]
     num_bytes: float
+    validation: tuple[str, ...] = ()
 
     @property
     def training(self) -> list[str]:
@@ -80,21 +85,37 @@ class TextSample:
 
 
 def read_sample(config: PretrainConfig) -> TextSample:
-    """Read a sample of the training text: documents of files spread evenly over all of them.
-
-    A file has the share of the sample that it has of the run: by its size, or the weight of its source.
+    """Read a sample of the training text, and of --val-data.
 
     Raises:
         DataError: for data that is missing or unreadable.
     """
+    validation: list[str] = []
+    if config.val_data:
+        sources = read_sources(config.val_data, text_key=config.text_key)
+        validation, _ = _read(sources, "--val-data", config, _BIGRAM_BYTES)
     if not config.data:
         documents = tuple(builtin_documents())
-        return TextSample(documents, _bytes(documents))
-    sources = read_sources(config.data, text_key=config.text_key)
+        return TextSample(documents, _bytes(documents), tuple(validation))
+    read, num_bytes = _read(
+        read_sources(config.data, text_key=config.text_key), "--data", config, SAMPLE_BYTES
+    )
+    if not read:
+        raise DataError("--data has no documents; name files with text.")
+    return TextSample(tuple(read), num_bytes, tuple(validation))
+
+
+def _read(
+    sources: Sequence[DataSource], option: str, config: PretrainConfig, num_bytes: float
+) -> tuple[list[str], float]:
+    """Return documents of files spread evenly over the sources, and the bytes of the whole text, about.
+
+    A file has the share of these documents that it has of the run: by its size, or the weight of its source.
+    """
     files = [path for source in sources for path in source.paths]
     chosen = files[:: -(-len(files) // SAMPLE_FILES)]
     shares = _shares(sources)
-    each = SAMPLE_BYTES / sum(shares[path] for path in chosen)
+    each = num_bytes / max(sum(shares[path] for path in chosen), 1e-9)
     documents_read: list[str] = []
     text_bytes = file_bytes = 0.0
     for path in chosen:
@@ -103,13 +124,11 @@ def read_sample(config: PretrainConfig) -> TextSample:
             kept, done = _spread(path, config.text_key, quota)
             read = _bytes(kept)
         else:
-            kept, read, done = _beginning(TextFile(path, "--data", config.text_key, config.bad_lines), quota)
+            kept, read, done = _beginning(TextFile(path, option, config.text_key, config.bad_lines), quota)
         documents_read += kept
         text_bytes, file_bytes = text_bytes + read, file_bytes + max(done, 1)
-    if not documents_read:
-        raise DataError("--data has no documents; name files with text.")
     total = sum(path.stat().st_size for path in files)
-    return TextSample(tuple(documents_read), max(text_bytes / file_bytes * total, text_bytes))
+    return documents_read, max(text_bytes / max(file_bytes, 1) * total, text_bytes)
 
 
 def _shares(sources: Sequence[DataSource]) -> dict[Path, float]:
@@ -122,11 +141,25 @@ def _shares(sources: Sequence[DataSource]) -> dict[Path, float]:
     return shares
 
 
-def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: bool) -> TextSize:
-    """Return the size of the text of a run, and its tokens with each tokenizer to choose from.
+def text_size(
+    config: PretrainConfig,
+    sample: TextSample,
+    *,
+    choose_tokenizer: bool,
+    val_fraction: float | None = None,
+) -> TextSize:
+    """Return the size and difficulty of the text of a run, and its tokens with each tokenizer to choose from.
 
-    With `choose_tokenizer` these include vocabularies trained on the sample.
+    Args:
+        config: of the run.
+        sample: of its text.
+        choose_tokenizer: include vocabularies trained on the sample.
+        val_fraction: that of the run; None for what `--budget` chooses.
     """
+    if val_fraction is None:
+        val_fraction = chosen_val_fraction(sample.num_bytes)
+    if config.val_data:
+        val_fraction = 0.0
     held_out = sample.held_out
     num_bytes = _bytes(held_out)
     # Every document ends with a token of no bytes, and begins with one.
@@ -141,30 +174,55 @@ def text_size(config: PretrainConfig, sample: TextSample, *, choose_tokenizer: b
                 break
             tokens = sum(map(len, _of_size(rules, size).encode_batch(held_out))) + marks
             found.append(TokenizerChoice(size, num_bytes / tokens, trained=True))
-    share = 1.0 if config.val_data else 1 - config.val_fraction
-    return TextSize(share * sample.num_bytes, _difficulty(sample), tuple(found))
+    training_bytes = (1 - val_fraction) * sample.num_bytes
+    return TextSize(training_bytes, _difficulty(sample, val_fraction), tuple(found))
 
 
-def _difficulty(sample: TextSample) -> Difficulty:
-    """Return what a bigram model of the sample reaches on other documents of it."""
-    documents = list(sample.documents)
-    if len(documents) < _FEW_DOCUMENTS:
-        pieces = (text[k : k + _PIECE] for text in documents for k in range(0, len(text), _PIECE))
-        documents = list(pieces) or documents
+def _difficulty(sample: TextSample, val_fraction: float) -> Difficulty:
+    """Return what a bigram model of the training text reaches on other documents.
+
+    These are the validation documents of the run, as far as the sample has them.
+    """
+    held_out = list(sample.validation)
+    training = list(sample.documents)
+    if not held_out:
+        validates = [hash_text(text)[0] / 2.0**64 < val_fraction for text in training]
+        held_out = list(itertools.compress(training, validates))
+        training = [text for text, chosen in zip(training, validates, strict=True) if not chosen]
     # Documents that are neighbours in a file are alike.
-    random.Random(0).shuffle(documents)
-    ends = list(itertools.accumulate(_bytes([text]) for text in documents))
-    most = min(_BIGRAM_BYTES, 0.75 * ends[-1])
-    half, full, last = (bisect.bisect_left(ends, n) + 1 for n in (most / 2, most, most + _BIGRAM_BYTES))
+    shuffle = random.Random(0).shuffle
+    if _bytes(held_out) < _LEAST_VALIDATION or not training:
+        documents = list(sample.documents)
+        if len(documents) < _FEW_DOCUMENTS:
+            documents = _pieces(documents) or documents
+        shuffle(documents)
+        ends = list(itertools.accumulate(_bytes([text]) for text in documents))
+        split = bisect.bisect_left(ends, min(_BIGRAM_BYTES, 0.75 * ends[-1])) + 1
+        training, held_out = documents[:split], documents[split:] or documents
+    else:
+        shuffle(held_out)
+    ends = list(itertools.accumulate(_bytes([text]) for text in held_out))
+    held_out = held_out[: bisect.bisect_left(ends, _BIGRAM_BYTES) + 1]
+    # A few long documents must not be all that is counted.
+    pieces = _pieces(training) or training
+    shuffle(pieces)
+    ends = list(itertools.accumulate(_bytes([text]) for text in pieces))
+    most = min(_BIGRAM_BYTES, ends[-1])
+    half, full = (bisect.bisect_left(ends, n) + 1 for n in (most / 2, most))
     tokenizer = load_tokenizer()
-    training = tokenizer.encode_batch(documents[:full])
-    held_out = documents[full:last] or documents
-    ids, num_bytes = tokenizer.encode_batch(held_out), _bytes(held_out)
-    bits, earlier = (bigram_bits(training[:n], ids, num_bytes) for n in (full, half))
+    counted, ids = tokenizer.encode_batch(pieces[:full]), tokenizer.encode_batch(held_out)
+    bits, earlier = (bigram_bits(counted[:n], ids, _bytes(held_out)) for n in (full, half))
     slope = TYPICAL.slope
-    if bits > 0 and ends[half - 1] < ends[full - 1]:
-        slope = math.log(earlier / bits) / math.log(ends[full - 1] / ends[half - 1])
-    return Difficulty(bits * (max(most, 1.0) / _BIGRAM_BYTES) ** TYPICAL.slope, slope)
+    if bits > 0 and half < full:
+        slope = math.log(earlier / bits) / math.log(ends[min(full, len(ends)) - 1] / ends[half - 1])
+    sizes = [_bytes([text]) for text in held_out]
+    documents_worth = sum(sizes) ** 2 / max(sum(size * size for size in sizes), 1)
+    bits *= (max(most, 1.0) / _BIGRAM_BYTES) ** TYPICAL.slope
+    return Difficulty(bits, slope, max(documents_worth, 1.0))
+
+
+def _pieces(texts: Sequence[str]) -> list[str]:
+    return [text[k : k + _PIECE] for text in texts for k in range(0, len(text), _PIECE)]
 
 
 def trained_tokenizer(config: PretrainConfig, sample: TextSample, vocab_size: int) -> str:

@@ -53,6 +53,13 @@ def test_a_forecast_before_the_start_scales_with_the_difficulty_of_the_text() ->
     assert math.log(unknown.high / unknown.low) == pytest.approx(2 * 1.645 * 0.1)
 
 
+def test_few_validation_documents_make_the_interval_wide() -> None:
+    few, many = (LAW_OF_TESTS.before_start(1e6, 1e7, 6400, Difficulty(2.0, 0.07, n)) for n in (4.0, 4e6))
+    assert few.bits_per_byte == many.bits_per_byte
+    assert math.log(many.high / many.low) == pytest.approx(2 * 1.645 * 0.02, rel=0.01)
+    assert math.log(few.high / few.low) == pytest.approx(2 * 1.645 * math.hypot(0.02, 0.155 / 2))
+
+
 def test_models_learn_faster_where_a_bigram_model_does() -> None:
     fast, slow = Difficulty(2.0, 0.1), Difficulty(2.0, 0.04)
     assert fast.at(1e6) == slow.at(1e6) == 2.0

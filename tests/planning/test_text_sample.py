@@ -12,6 +12,7 @@ import pytest
 
 from minimind import PretrainConfig, load_tokenizer
 from minimind.data.shards import random_shards
+from minimind.data.tokenization import hash_text
 from minimind.evaluation.scaling_law import TYPICAL, Difficulty
 from minimind.planning import text_sample
 from minimind.planning.text_sample import TextSample, _spread, read_sample, text_size, trained_tokenizer
@@ -99,7 +100,7 @@ def test_the_difficulty_is_that_of_other_documents_and_falls_with_more_to_count(
 
     def difficulty(words: int, number: int = 400) -> Difficulty:
         texts = (" ".join(WORDS[draw.randrange(words)] for _ in range(60)) for _ in range(number))
-        return text_sample._difficulty(TextSample(tuple(texts), 1e6))
+        return text_sample._difficulty(TextSample(tuple(texts), 1e6), 0.0)
 
     easy, hard = difficulty(3), difficulty(17)
     assert 0 < easy.bits < hard.bits < 8
@@ -114,9 +115,48 @@ def test_the_difficulty_is_that_of_other_documents_and_falls_with_more_to_count(
 
 @pytest.mark.parametrize("texts", [("",), ("a",), ("word " * 4000,), ("", "x" * 50)])
 def test_few_documents_have_a_difficulty(texts: tuple[str, ...]) -> None:
-    found = text_sample._difficulty(TextSample(texts, 1e6))
+    found = text_sample._difficulty(TextSample(texts, 1e6), 0.05)
     assert 0 <= found.bits < 20
+    assert found.documents >= 1
     assert found.at(1e5) == pytest.approx(found.bits, rel=0.5)
+
+
+def test_the_difficulty_is_that_of_the_validation_documents() -> None:
+    draw = random.Random(0)
+
+    def texts(words: int, number: int, length: int = 60) -> tuple[str, ...]:
+        return tuple(" ".join(WORDS[draw.randrange(words)] for _ in range(length)) for _ in range(number))
+
+    training = texts(3, 400)
+    alike, other = (TextSample(training, 1e6, validation) for validation in (texts(3, 200), texts(17, 200)))
+    easy, hard = (text_sample._difficulty(sample, 0.0) for sample in (alike, other))
+    assert easy.bits < 0.7 * hard.bits
+    assert easy.documents == pytest.approx(200, rel=0.02)
+    # One long document is half of the data.
+    (long,) = texts(3, 1, 60 * 200)
+    few = text_sample._difficulty(TextSample(training, 1e6, (*alike.validation, long)), 0.0)
+    assert few.documents == pytest.approx(4, rel=0.05)
+
+
+def test_the_documents_that_a_run_holds_out_are_predicted_and_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text_sample, "_LEAST_VALIDATION", 100)
+    texts = tuple(documents(400))
+    held_out = {text for text in texts if hash_text(text)[0] / 2.0**64 < 0.2}
+    seen: list[list[list[int]]] = []
+
+    def bits(counted: list[list[int]], predicted: list[list[int]], num_bytes: int) -> float:
+        seen.append([counted, predicted])
+        return 2.0
+
+    monkeypatch.setattr(text_sample, "bigram_bits", bits)
+    found = text_sample._difficulty(TextSample(texts, 1e5), 0.2)
+    encode = load_tokenizer().encode
+    counted, predicted = seen[0]
+    assert sorted(predicted) == sorted(map(encode, held_out))
+    assert sorted(counted) == sorted(encode(text) for text in texts if text not in held_out)
+    assert found.documents == pytest.approx(len(held_out), rel=0.02)
 
 
 def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
@@ -127,7 +167,7 @@ def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
     options = config(write(tmp_path / "a.jsonl", documents(100)))
     sample = read_sample(options)
     assert sample.vocabularies() == (290, 300, 310)
-    size = text_size(options, sample, choose_tokenizer=True)
+    size = text_size(options, sample, choose_tokenizer=True, val_fraction=0.01)
     packaged, *trained = size.tokenizers
     assert (packaged.vocab_size, packaged.trained) == (load_tokenizer().vocab_size, False)
     assert [choice.vocab_size for choice in trained] == [290, 300, 310]
