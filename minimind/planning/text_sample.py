@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ import tokenizers as tokenizers_library
 
 from ..config.options import PretrainConfig
 from ..data.builtin_corpus import builtin_documents
+from ..data.files import find_files
+from ..data.hub import is_hub
 from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
 from ..data.sources import DataSource, read_sources
@@ -90,33 +92,35 @@ def read_sample(config: PretrainConfig) -> TextSample:
     Raises:
         DataError: for data that is missing or unreadable.
     """
-    validation: list[str] = []
-    if config.val_data:
-        sources = read_sources(config.val_data, text_key=config.text_key)
-        validation, _ = _read(sources, "--val-data", config, _BIGRAM_BYTES)
+    # Data sets of the Hub are not read for this.
+    local = [pattern for pattern in config.val_data if not is_hub(pattern)]
+    held = find_files(local, "--val-data", text_key=config.text_key) if local else []
+    validation, _ = _read({path: path.stat().st_size for path in held}, "--val-data", config, _BIGRAM_BYTES)
     if not config.data:
         documents = tuple(builtin_documents())
         return TextSample(documents, _bytes(documents), tuple(validation))
-    read, num_bytes = _read(
-        read_sources(config.data, text_key=config.text_key), "--data", config, SAMPLE_BYTES
-    )
+    shares = _shares(read_sources(config.data, text_key=config.text_key))
+    read, num_bytes = _read(shares, "--data", config, SAMPLE_BYTES)
     if not read:
         raise DataError("--data has no documents; name files with text.")
     return TextSample(tuple(read), num_bytes, tuple(validation))
 
 
 def _read(
-    sources: Sequence[DataSource], option: str, config: PretrainConfig, num_bytes: float
+    shares: Mapping[Path, float], option: str, config: PretrainConfig, num_bytes: float
 ) -> tuple[list[str], float]:
-    """Return documents of files spread evenly over the sources, and the bytes of the whole text, about.
+    """Return documents of files spread evenly over all files, and the bytes of the whole text, about.
 
-    A file has the share of these documents that it has of the run: by its size, or the weight of its source.
+    Args:
+        shares: of each file in the documents to read, in any unit.
+        option: that names the files.
+        config: `text_key` and `bad_lines`.
+        num_bytes: of the documents to read, about.
     """
-    files = [path for source in sources for path in source.paths]
-    chosen = files[:: -(-len(files) // SAMPLE_FILES)]
-    shares = _shares(sources)
+    files = list(shares)
+    chosen = files[:: max(-(-len(files) // SAMPLE_FILES), 1)]
     each = num_bytes / max(sum(shares[path] for path in chosen), 1e-9)
-    documents_read: list[str] = []
+    documents: list[str] = []
     text_bytes = file_bytes = 0.0
     for path in chosen:
         quota = each * shares[path]
@@ -125,10 +129,10 @@ def _read(
             read = _bytes(kept)
         else:
             kept, read, done = _beginning(TextFile(path, option, config.text_key, config.bad_lines), quota)
-        documents_read += kept
+        documents += kept
         text_bytes, file_bytes = text_bytes + read, file_bytes + max(done, 1)
     total = sum(path.stat().st_size for path in files)
-    return documents_read, max(text_bytes / max(file_bytes, 1) * total, text_bytes)
+    return documents, max(text_bytes / max(file_bytes, 1) * total, text_bytes)
 
 
 def _shares(sources: Sequence[DataSource]) -> dict[Path, float]:

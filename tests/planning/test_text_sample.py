@@ -13,6 +13,7 @@ import pytest
 from minimind import PretrainConfig, load_tokenizer
 from minimind.data.shards import random_shards
 from minimind.data.tokenization import hash_text
+from minimind.errors import DataError
 from minimind.evaluation.scaling_law import TYPICAL, Difficulty
 from minimind.planning import text_sample
 from minimind.planning.text_sample import TextSample, _spread, read_sample, text_size, trained_tokenizer
@@ -119,6 +120,20 @@ def test_few_documents_have_a_difficulty(texts: tuple[str, ...]) -> None:
     assert 0 <= found.bits < 20
     assert found.documents >= 1
     assert found.at(1e5) == pytest.approx(found.bits, rel=0.5)
+
+
+def test_the_sample_has_documents_of_the_validation_data(tmp_path: Path) -> None:
+    training, held = write(tmp_path / "a.jsonl", documents(20)), write(tmp_path / "v.jsonl", documents(7)[3:])
+
+    def sample(*val_data: str) -> TextSample:
+        return read_sample(PretrainConfig(data=(str(training),), val_data=val_data))
+
+    assert sample(str(held)).validation == tuple(documents(7)[3:])
+    assert sample(str(held)).documents == sample().documents == tuple(documents(20))
+    # Data sets of the Hub are not loaded for it.
+    assert sample("hf://owner/name").validation == ()
+    with pytest.raises(DataError, match=r"^--val-data .*missing.jsonl does not exist"):
+        sample(str(tmp_path / "missing.jsonl"))
 
 
 def test_the_difficulty_is_that_of_the_validation_documents() -> None:
