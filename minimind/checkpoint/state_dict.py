@@ -59,7 +59,9 @@ def gather_state_dict(
         for parameter, fields in core.state.items()
         for field, value in fields.items()
     }
-    (host_weights, host_state), arrived = _to_host(accelerator, weights, optimizer_state)
+    groups = weights, optimizer_state
+    stage = accelerator.is_main_process and _has_room_for(groups, accelerator.device)
+    (host_weights, host_state), arrived = _to_host(accelerator, *groups, stage=stage)
     if not accelerator.is_main_process:
         return None
     trainer = {
@@ -169,25 +171,28 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def _to_host(
-    accelerator: Accelerator, *groups: Mapping[str, torch.Tensor]
+    accelerator: Accelerator, *groups: Mapping[str, torch.Tensor], stage: bool = False
 ) -> tuple[tuple[dict[str, torch.Tensor], ...], Callable[[], None]]:
     """Copy tensors to the host on the main process; all ranks take part in gathering DTensors.
+
+    Args:
+        groups: tensors by name.
+        stage: copy them on the GPU first, so that they may change before they have arrived.
 
     Returns:
         The copies, and a function that waits until they have arrived.
     """
     copies: tuple[dict[str, torch.Tensor], ...] = tuple({} for _ in groups)
-    stage = accelerator.is_main_process and _has_room_for(groups, accelerator.device)
     # Destinations and sources of copies that are still to be started.
     staged: list[tuple[torch.Tensor, torch.Tensor]] = []
     small: dict[torch.dtype, list[tuple[dict[str, torch.Tensor], str]]] = {}
 
-    def copy(source: torch.Tensor, *, fresh: bool) -> torch.Tensor:
+    def copy(source: torch.Tensor) -> torch.Tensor:
         # The caching allocator reuses pinned memory.
         host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         if stage:
             with suppress(torch.OutOfMemoryError):
-                staged.append((host, source if fresh else source.clone()))
+                staged.append((host, source.clone()))
                 return host
         # The current stream changes the source only after this.
         host.copy_(source, non_blocking=True)
@@ -203,13 +208,14 @@ def _to_host(
             if whole.device.type != "cuda":
                 copied[name] = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
             elif whole.nbytes >= SMALLEST_PINNED:
-                copied[name] = copy(whole, fresh=False)
+                copied[name] = copy(whole)
             else:
+                # Replaced below; the names keep their order.
                 copied[name] = whole
                 small.setdefault(whole.dtype, []).append((copied, name))
     for places in small.values():
         sources = [copied[name] for copied, name in places]
-        parts = copy(torch.cat([source.reshape(-1) for source in sources]), fresh=True)
+        parts = copy(torch.cat([source.reshape(-1) for source in sources]))
         for (copied, name), source, part in zip(
             places, sources, parts.split([source.numel() for source in sources]), strict=True
         ):
@@ -222,7 +228,7 @@ def _has_room_for(groups: Sequence[Mapping[str, torch.Tensor]], device: torch.de
     if device.type != "cuda":
         return False
     needed = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index  # None is the current device
     free, total = torch.cuda.mem_get_info(index)
     reserved = torch.cuda.memory_reserved(index)
     allowed = total * torch.cuda.get_per_process_memory_fraction(index) - reserved

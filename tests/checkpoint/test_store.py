@@ -565,3 +565,11 @@ def save_for_ever(folder: Path, step: int, pipe: int) -> None:
         store.mark_best(step, abs(step % 7 - 3.0))
         store.wait()
         os.write(pipe, step.to_bytes(4, "little"))
+
+
+def test_a_snapshot_is_read_only_when_its_tensors_have_arrived(tmp_path: Path) -> None:
+    weights = {"w": torch.full((4,), math.nan)}
+    store = CheckpointStore(tmp_path, 1)
+    store.save(Snapshot(1, weights, {}, {"step": 1}, lambda: weights["w"].fill_(7.0)))
+    store.wait()
+    assert torch.equal(store.open(tmp_path / "step-00000001").weights()["w"], torch.full((4,), 7.0))
