@@ -166,7 +166,9 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
     return values | {
         "texts": {
             name: {
-                "difficulty": next((p["difficulty"] or ())[:2] or None for p in points if p["text"] == name),
+                "difficulty": next(
+                    p["difficulty"] and p["difficulty"][:2] for p in points if p["text"] == name
+                ),
                 "over_it": round(ratio, 4),
             }
             for name, ratio in ratios.items()

@@ -99,6 +99,11 @@ class _Batch:
 _Ids = tuple[NDArray[Any], NDArray[np.int64]]
 
 
+def is_held_out(hashes: NDArray[np.uint64], share: float | NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which documents belong to the share for validation, by the hashes of their content."""
+    return hashes / 2.0**64 < share
+
+
 def hash_text(text: str) -> tuple[int, int]:
     """Return a 64-bit hash of a document, equal in all versions and on all machines, and its UTF-8 bytes."""
     digest, size = hashlib.blake2b(digest_size=8, key=b"minimind document"), 0
@@ -146,7 +151,7 @@ def encode(
         hashes = {split: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for split in SPLITS}
         contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
         for batch, (tokens, lengths) in _tokenized(_batches(assignments, readings), tokenizer, dtype):
-            validation = all_validation[batch.source] | (batch.hashes / 2.0**64 < held_out[batch.source])
+            validation = all_validation[batch.source] | is_held_out(batch.hashes, held_out[batch.source])
             sizes = np.stack((np.ones_like(lengths), batch.text_bytes, lengths), axis=1)
             np.add.at(encoded.counts, (batch.source, validation.astype(np.int64)), sizes)
             for split, chosen in zip(SPLITS, (~validation, validation), strict=True):

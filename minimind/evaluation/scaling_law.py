@@ -66,7 +66,7 @@ class Difficulty(NamedTuple):
     Attributes:
         bits: bits per byte of a model that counts 1 MB.
         slope: exponent of the bytes counted with which they fall.
-        documents: how many documents of equal size would tell the bits as exactly.
+        documents: effective number of documents that were predicted, (Σ bytes)² / Σ bytes² (Kish 1965).
     """
 
     bits: float

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers as tokenizers_library
 
 from ..config.options import PretrainConfig
@@ -23,7 +24,7 @@ from ..data.hub import is_hub
 from ..data.prepare import cache_folder
 from ..data.readers import Reading, TextFile
 from ..data.sources import DataSource, read_sources
-from ..data.tokenization import hash_text
+from ..data.tokenization import hash_text, is_held_out
 from ..errors import DataError
 from ..evaluation.scaling_law import TYPICAL, Difficulty, bigram_bits
 from ..io.lock import LockedError, hold_lock
@@ -95,7 +96,8 @@ def read_sample(config: PretrainConfig) -> TextSample:
     # Data sets of the Hub are not read for this.
     local = [pattern for pattern in config.val_data if not is_hub(pattern)]
     held = find_files(local, "--val-data", text_key=config.text_key) if local else []
-    validation, _ = _read({path: path.stat().st_size for path in held}, "--val-data", config, _BIGRAM_BYTES)
+    sizes = {path: max(path.stat().st_size, 1) for path in held}
+    validation = _read(sizes, "--val-data", config, _BIGRAM_BYTES)[0] if held else []
     if not config.data:
         documents = tuple(builtin_documents())
         return TextSample(documents, _bytes(documents), tuple(validation))
@@ -112,14 +114,14 @@ def _read(
     """Return documents of files spread evenly over all files, and the bytes of the whole text, about.
 
     Args:
-        shares: of each file in the documents to read, in any unit.
+        shares: of each file in the documents to read, above 0, in any unit; of at least one file.
         option: that names the files.
         config: `text_key` and `bad_lines`.
         num_bytes: of the documents to read, about.
     """
     files = list(shares)
-    chosen = files[:: max(-(-len(files) // SAMPLE_FILES), 1)]
-    each = num_bytes / max(sum(shares[path] for path in chosen), 1e-9)
+    chosen = files[:: -(-len(files) // SAMPLE_FILES)]
+    each = num_bytes / sum(shares[path] for path in chosen)
     documents: list[str] = []
     text_bytes = file_bytes = 0.0
     for path in chosen:
@@ -132,7 +134,7 @@ def _read(
         documents += kept
         text_bytes, file_bytes = text_bytes + read, file_bytes + max(done, 1)
     total = sum(path.stat().st_size for path in files)
-    return documents, max(text_bytes / max(file_bytes, 1) * total, text_bytes)
+    return documents, max(text_bytes / file_bytes * total, text_bytes)
 
 
 def _shares(sources: Sequence[DataSource]) -> dict[Path, float]:
@@ -190,7 +192,8 @@ def _difficulty(sample: TextSample, val_fraction: float) -> Difficulty:
     held_out = list(sample.validation)
     training = list(sample.documents)
     if not held_out:
-        validates = [hash_text(text)[0] / 2.0**64 < val_fraction for text in training]
+        hashes = np.array([hash_text(text)[0] for text in training], np.uint64)
+        validates = is_held_out(hashes, val_fraction)
         held_out = list(itertools.compress(training, validates))
         training = [text for text, chosen in zip(training, validates, strict=True) if not chosen]
     # Documents that are neighbours in a file are alike.
@@ -200,29 +203,32 @@ def _difficulty(sample: TextSample, val_fraction: float) -> Difficulty:
         if len(documents) < _FEW_DOCUMENTS:
             documents = _pieces(documents) or documents
         shuffle(documents)
-        ends = list(itertools.accumulate(_bytes([text]) for text in documents))
-        split = bisect.bisect_left(ends, min(_BIGRAM_BYTES, 0.75 * ends[-1])) + 1
+        split = _prefix(documents, min(_BIGRAM_BYTES, 0.75 * _bytes(documents)))
         training, held_out = documents[:split], documents[split:] or documents
     else:
         shuffle(held_out)
-    ends = list(itertools.accumulate(_bytes([text]) for text in held_out))
-    held_out = held_out[: bisect.bisect_left(ends, _BIGRAM_BYTES) + 1]
+    held_out = held_out[: _prefix(held_out, _BIGRAM_BYTES)]
     # A few long documents must not be all that is counted.
     pieces = _pieces(training) or training
     shuffle(pieces)
-    ends = list(itertools.accumulate(_bytes([text]) for text in pieces))
-    most = min(_BIGRAM_BYTES, ends[-1])
-    half, full = (bisect.bisect_left(ends, n) + 1 for n in (most / 2, most))
+    most = min(_BIGRAM_BYTES, _bytes(pieces))
+    half, full = _prefix(pieces, most / 2), _prefix(pieces, most)
     tokenizer = load_tokenizer()
     counted, ids = tokenizer.encode_batch(pieces[:full]), tokenizer.encode_batch(held_out)
     bits, earlier = (bigram_bits(counted[:n], ids, _bytes(held_out)) for n in (full, half))
     slope = TYPICAL.slope
     if bits > 0 and half < full:
-        slope = math.log(earlier / bits) / math.log(ends[min(full, len(ends)) - 1] / ends[half - 1])
-    sizes = [_bytes([text]) for text in held_out]
-    documents_worth = sum(sizes) ** 2 / max(sum(size * size for size in sizes), 1)
+        slope = math.log(earlier / bits) / math.log(_bytes(pieces[:full]) / _bytes(pieces[:half]))
     bits *= (max(most, 1.0) / _BIGRAM_BYTES) ** TYPICAL.slope
-    return Difficulty(bits, slope, max(documents_worth, 1.0))
+    sizes = [_bytes([text]) for text in held_out]
+    effective = sum(sizes) ** 2 / max(sum(size * size for size in sizes), 1)
+    return Difficulty(bits, slope, max(effective, 1.0))
+
+
+def _prefix(texts: Sequence[str], num_bytes: float) -> int:
+    """Return how many of the first texts have so many bytes together, at most all."""
+    ends = list(itertools.accumulate(_bytes([text]) for text in texts))
+    return min(bisect.bisect_left(ends, num_bytes) + 1, len(texts))
 
 
 def _pieces(texts: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from minimind import ConfigError, PretrainConfig, pretrain
 from minimind.config.budget import BUDGET_OPTIONS
 from minimind.planning import budget as budget_module
 from minimind.planning.budget import plan_budget
+from minimind.planning.text_sample import read_sample
 from support.step_clock import StepClock
 from support.tiny_runs import last_checkpoint, write_corpus
 
@@ -135,6 +136,17 @@ def test_a_resumed_run_keeps_its_choice_and_counts_the_time_of_all_attempts(
 def test_tokens_of_a_budget_are_what_the_run_trains_on(tmp_path: Path, measured: list[int]) -> None:
     result = pretrain(config(tmp_path, "2k tokens", **SMALL, global_batch_size=4, epochs=10))
     assert result.tokens == pytest.approx(2000, abs=4 * 32)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_text_is_measured_with_the_validation_share_of_the_run(
+    tmp_path: Path, measured: list[int], *, given: bool
+) -> None:
+    options = {"val_fraction": 0.25} if given else {}
+    plan = plan_budget(config(tmp_path, "60s", **options), quiet=True)
+    assert plan.config.val_fraction == (0.25 if given else 0.05)
+    whole = read_sample(plan.config).num_bytes
+    assert plan.text.num_bytes == pytest.approx((1 - plan.config.val_fraction) * whole)
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(

@@ -174,6 +174,24 @@ def test_the_documents_that_a_run_holds_out_are_predicted_and_not_counted(
     assert found.documents == pytest.approx(len(held_out), rel=0.02)
 
 
+def test_pieces_from_all_over_the_text_are_counted_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_sample, "_BIGRAM_BYTES", 20_000)
+    monkeypatch.setattr(text_sample, "_PIECE", 200)
+    counted: list[str] = []
+    tokenizer = load_tokenizer()
+
+    def bits(ids: list[list[int]], predicted: list[list[int]], num_bytes: int) -> float:
+        counted[:] = counted or map(tokenizer.decode, ids)
+        return 2.0
+
+    monkeypatch.setattr(text_sample, "bigram_bits", bits)
+    # Half of the text is one document.
+    training = ("long " * 8000, *("short " * 40 for _ in range(167)))
+    text_sample._difficulty(TextSample(training, 1e5, tuple(documents(200))), 0.0)
+    assert sum(map(len, counted)) == pytest.approx(20_000, abs=200)
+    assert 0.3 < sum("long" in piece for piece in counted) / len(counted) < 0.6
+
+
 def test_vocabularies_are_prefixes_of_one_that_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
