@@ -23,10 +23,11 @@ from .memory import estimate_memory
 
 # Share of a time budget for evaluations and checkpoints.
 BESIDES = 0.06
-# Share of the device's memory that the estimate may take; the allocator's fragmentation and the CUDA context
-# need about 1 GB besides.
+# Share of a device's available memory that a run may take by the estimate; the rest is for fragmentation of
+# the allocator. On a GPU, kernels and workspaces that are loaded later come on top; the CUDA context does not,
+# because it exists when memory is measured.
 USABLE = 0.8
-CONTEXT_BYTES = 1 << 30
+LOADED_BYTES = 1 << 28
 # Tokens of a micro-batch on a GPU at most: it is near its best there.
 MOST_TOKENS = {"cuda": 65536}
 MOST_TOKENS_ELSEWHERE = 8192
@@ -279,7 +280,7 @@ class Chooser:
             if (shape, tokenizer.vocab_size, size) in self.too_large:
                 continue
             memory = self._memory(shape, tokenizer, size, seq_len, max(share // size, 1))
-            if memory + CONTEXT_BYTES * (self.machine.device == "cuda") <= USABLE * self.machine.memory:
+            if memory + LOADED_BYTES * (self.machine.device == "cuda") <= USABLE * self.machine.memory:
                 return BatchChoice(sequences * seq_len, seq_len, size, memory)
         return None
 
