@@ -167,6 +167,8 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumul
         config = PretrainConfig(
             **SMALL,
             accumulation_steps=accumulation,
+            # A low rate: with the default one the first steps amplify differences of rounding by a hundred.
+            learning_rate=5e-4,
             max_steps=12,
             eval_interval=5,
             log_interval=1,
@@ -183,8 +185,8 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path: Path, accumul
             row.get("loss", row.get("val_loss")) for row in rows if "loss" in row or "val_loss" in row
         ]
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-4)
-    # Compiled code rounds to bf16 in other places, which the first steps amplify.
-    assert losses["with, not compiled"] == pytest.approx(losses["without"], rel=3e-3)
+    # Compiled code rounds to bf16 in other places.
+    assert losses["with, not compiled"] == pytest.approx(losses["without"], rel=1e-3)
     assert losses["recomputed, not compiled"] == pytest.approx(losses["with, not compiled"], rel=1e-3)
     assert losses["recomputed"] == pytest.approx(losses["without"], rel=1e-3)
     assert len(losses["with"]) >= 12
