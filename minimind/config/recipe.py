@@ -47,7 +47,7 @@ FINAL_RATE = 0.0
 
 # Sequences of a batch, at least; shorter sequences are more of them.
 SEQUENCES_PER_BATCH = 16
-SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
+SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 256, 2048
 
 # Beyond four epochs a repeated token is worth visibly less than a new one (Muennighoff et al. 2023,
 # arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.

@@ -324,7 +324,7 @@ class SpeedTrial:
         self._accelerator.free_memory()
         gc.collect()
         if compiled:
-            torch._dynamo.reset()
+            torch.compiler.reset()
         if self._accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._accelerator.device)

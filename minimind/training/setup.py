@@ -201,9 +201,14 @@ class TrainingParts:
     custom_names: dict[str, str | None]
 
     def release(self) -> None:
-        """Destroy the CUDA graphs, before the process group."""
+        """Destroy the CUDA graphs, before the process group, and compiled code.
+
+        Dynamo keeps the code of a few models only, and refuses to compile another one in this process.
+        """
         if self.graphs is not None:
             self.graphs.release()
+        if self.compiled:
+            torch.compiler.reset()
 
 
 def build_training(

@@ -70,3 +70,30 @@ def test_evaluations_of_many_layers_compile_nothing_again(
     assert graphs[0] >= 3
     # The first is before the first step: training has compiled at the second.
     assert set(graphs[1:]) == {graphs[1]}
+
+
+def test_more_runs_than_dynamo_recompiles_train_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run of another width compiles the code of a block again, of which Dynamo keeps a few versions."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(build_model, "compile_mode", lambda *_, **__: "blocks")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    for run in range(4):
+        config = PretrainConfig(
+            hidden_size=32 * (1 + run),
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_seq_len=32,
+            batch_size=4,
+            max_steps=2,
+            compile=True,
+            val_fraction=0.0,
+            data=(str(corpus),),
+            output_dir=str(tmp_path / str(run)),
+            cache_dir=str(tmp_path / "cache"),
+            tracker=("none",),
+        )
+        assert len(pretrain(config).history.losses) > 0
