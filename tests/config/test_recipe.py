@@ -46,8 +46,12 @@ def test_the_rates_of_the_presets_lie_near_the_rule(preset: str, tokens: float, 
 
 def test_the_batch_of_the_smallest_preset_lies_on_the_rule() -> None:
     tiny = PRESETS["tiny"]
-    assert recipe.global_batch_tokens(1.1e6) in (2048, 4096)
-    assert recipe.sequence_length(tiny["batch_size"] * tiny["max_seq_len"]) == tiny["max_seq_len"]
+    batch = tiny["batch_size"] * tiny["max_seq_len"]
+    assert recipe.global_batch_tokens(1.1e6) in (batch, 2 * batch)
+
+
+def test_small_batches_have_few_long_sequences_rather_than_many_short_ones() -> None:
+    assert [recipe.sequence_length(batch) for batch in (1024, 4096, 8192, 32768)] == [256, 256, 256, 1024]
 
 
 @given(HORIZONS, HORIZONS)
