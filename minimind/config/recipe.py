@@ -45,9 +45,9 @@ SMALLEST_DECAY, LARGEST_DECAY = 0.005, 0.3
 DECAY_RATIO = 0.6
 FINAL_RATE = 0.0
 
-# Sequences of a batch, at least, where they are longer than the shortest. In batches of 4096 tokens, sequences
-# of 256 were better than those of 128 by 0.011 bits/byte at equal FLOPs, and 512 no better than 256
-# (docs/experiments.md).
+# Sequences of a batch, at least, where they are longer than the shortest. In batches of 4096 tokens,
+# sequences of 256 were better than those of 128 by 0.011 bits/byte at equal FLOPs, and 512 no better than
+# 256 (docs/experiments.md).
 SEQUENCES_PER_BATCH = 32
 SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 256, 2048
 

@@ -24,8 +24,8 @@ from .memory import estimate_memory
 # Share of a time budget for evaluations and checkpoints.
 BESIDES = 0.06
 # Share of a device's available memory that a run may take by the estimate; the rest is for fragmentation of
-# the allocator. On a GPU, kernels and workspaces that are loaded later come on top; the CUDA context does not,
-# because it exists when memory is measured.
+# the allocator. On a GPU, kernels and workspaces that are loaded later come on top; the CUDA context does
+# not, because it exists when memory is measured.
 USABLE = 0.8
 LOADED_BYTES = 1 << 28
 # Tokens of a micro-batch on a GPU at most: it is near its best there.
