@@ -105,6 +105,8 @@ class Grid:
         run = PretrainConfig(**self.base)
         size = text_size(run, read_sample(run), choose_tokenizer=False, val_fraction=options.val_fraction)
         self.difficulty = size.difficulty
+        # Tokens of the text, about: that of another tokenizer differs by less than a half.
+        self.unique_tokens = size.num_bytes / size.tokenizers[0].bytes_per_token
         if options.vocab_size:
             tokenizer = train_tokenizer(_documents(options.data), options.vocab_size, max_bytes=8_000_000)
             tokenizer.save(folder / "tokenizer")
@@ -125,7 +127,11 @@ class Grid:
         """Train one point and return its result."""
         shape, tokens, batch = _parse(point)
         batch = batch or recipe.global_batch_tokens(tokens)
-        length = recipe.sequence_length(batch)
+        length = recipe.sequence_length(
+            batch,
+            epochs=tokens / self.unique_tokens,
+            parameters_per_token=shape.block_parameters / self.unique_tokens,
+        )
         rate = self.options.rate * recipe.learning_rate(
             PretrainConfig.optimizer, width=shape.hidden_size, batch_tokens=batch, tokens=tokens
         )

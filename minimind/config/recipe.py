@@ -45,11 +45,13 @@ SMALLEST_DECAY, LARGEST_DECAY = 0.005, 0.3
 DECAY_RATIO = 0.6
 FINAL_RATE = 0.0
 
-# Sequences of a batch, at least, where they are longer than the shortest. In batches of 4096 tokens,
-# sequences of 256 were better than those of 128 by 0.011 bits/byte at equal FLOPs, and 512 no better than
-# 256 (docs/experiments.md).
+# Sequences of a batch, at least, where they are longer than the shortest.
 SEQUENCES_PER_BATCH = 32
-SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 256, 2048
+SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 128, 2048
+# In more epochs than this, a model with more parameters inside the blocks than the text has tokens gets
+# sequences twice as long as the shortest: better by 0.01 to 0.04 bits/byte. Smaller models and shorter runs
+# were worse with them, by up to 0.09 (docs/experiments.md).
+LONGER_AFTER_EPOCHS = 2.5
 
 # Beyond four epochs a repeated token is worth visibly less than a new one (Muennighoff et al. 2023,
 # arXiv:2305.16264), and a model with more parameters than tokens begins to overfit.
@@ -152,14 +154,20 @@ def useful_tokens(tokens: float, batch_tokens: float, unique_tokens: float = mat
     return tokens * (1 + 1 / BATCH_TOLERANCE) / (1 + excess / BATCH_TOLERANCE)
 
 
-def sequence_length(batch_tokens: int) -> int:
+def sequence_length(batch_tokens: int, *, epochs: float = 1.0, parameters_per_token: float = 0.0) -> int:
     """Return the sequence length for a global batch: a power of two that leaves enough sequences.
 
-    The anchor has 32 sequences of 512.
+    The anchor has 32 sequences of 512, `--preset tiny` 16 of 128.
+
+    Args:
+        batch_tokens: B.
+        epochs: of the whole run.
+        parameters_per_token: inside the blocks, per token of unique text.
     """
     wanted = max(batch_tokens // SEQUENCES_PER_BATCH, 1)
     power = 1 << (wanted.bit_length() - 1)
-    return min(max(power, SHORTEST_SEQUENCE), LONGEST_SEQUENCE)
+    longer = epochs > LONGER_AFTER_EPOCHS and parameters_per_token > 1
+    return min(max(power, SHORTEST_SEQUENCE * (2 if longer else 1)), LONGEST_SEQUENCE)
 
 
 def learning_rate(optimizer: str, *, width: int, batch_tokens: float, tokens: float) -> float:

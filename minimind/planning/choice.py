@@ -148,9 +148,10 @@ class Chooser:
         for shape, tokenizer in itertools.product(shapes, self.text.tokenizers):
             most = recipe.MOST_PARAMETERS_PER_TOKEN * self._unique_tokens(tokenizer)
             if shape in shapes[:3] or shape.block_parameters <= most:
-                rule = self._rule_batch(shape, tokenizer)
+                rule, epochs = self._rule_batch(shape, tokenizer)
                 for multiple in (1,) if given else BATCHES:
-                    if (candidate := self._candidate(shape, tokenizer, multiple * rule)) is not None:
+                    candidate = self._candidate(shape, tokenizer, multiple * rule, epochs)
+                    if candidate is not None:
                         yield candidate
 
     def _shapes(self) -> list[ModelShape]:
@@ -170,18 +171,18 @@ class Chooser:
         ]
         return list(dict.fromkeys(valid or shapes))
 
-    def _rule_batch(self, shape: ModelShape, tokenizer: TokenizerChoice) -> int:
-        """Return the tokens of a batch by the rule, for the horizon of the budget."""
+    def _rule_batch(self, shape: ModelShape, tokenizer: TokenizerChoice) -> tuple[int, float]:
+        """Return the tokens of a batch by the rule, for the horizon of the budget, and its epochs."""
         unique = self._unique_tokens(tokenizer)
         tokens = min(unique, 1e6)
         # The batch follows from the tokens, and with the speed the tokens from the batch.
         for _ in range(4):
             batch_tokens = recipe.global_batch_tokens(tokens, unique)
-            plan = self._batch(shape, tokenizer, batch_tokens)
+            plan = self._batch(shape, tokenizer, batch_tokens, tokens / unique)
             if plan is None:
                 break
             tokens = self._horizon(shape, tokenizer, plan)
-        return batch_tokens
+        return batch_tokens, tokens / unique
 
     def _horizon(self, shape: ModelShape, tokenizer: TokenizerChoice, plan: BatchChoice) -> float:
         """Return the tokens that the budget and the limit of epochs allow."""
@@ -195,10 +196,10 @@ class Chooser:
         return unique * (self.kept.get("epochs") or recipe.most_epochs(shape.block_parameters, unique))
 
     def _candidate(
-        self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int
+        self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int, epochs: float
     ) -> Candidate | None:
         """Return a candidate; None where it does not fit into memory, or into the budget."""
-        plan = self._batch(shape, tokenizer, batch_tokens)
+        plan = self._batch(shape, tokenizer, batch_tokens, epochs)
         if plan is None:
             return None
         tokens = self._horizon(shape, tokenizer, plan)
@@ -259,9 +260,15 @@ class Chooser:
             self._parameters(shape, tokenizer), num_bytes, tokenizer.vocab_size, self.text.difficulty
         )
 
-    def _batch(self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int) -> BatchChoice | None:
+    def _batch(
+        self, shape: ModelShape, tokenizer: TokenizerChoice, batch_tokens: int, epochs: float
+    ) -> BatchChoice | None:
         """Return the sizes of a step of so many tokens; None where not one sequence fits into memory."""
-        seq_len = self.kept.get("max_seq_len") or recipe.sequence_length(batch_tokens)
+        seq_len = self.kept.get("max_seq_len") or recipe.sequence_length(
+            batch_tokens,
+            epochs=epochs,
+            parameters_per_token=shape.block_parameters / self._unique_tokens(tokenizer),
+        )
         processes = self.machine.processes
         micro, accumulation = self.kept.get("batch_size"), self.kept.get("accumulation_steps")
         sequences = self.kept.get("global_batch_size")

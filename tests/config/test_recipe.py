@@ -46,12 +46,19 @@ def test_the_rates_of_the_presets_lie_near_the_rule(preset: str, tokens: float, 
 
 def test_the_batch_of_the_smallest_preset_lies_on_the_rule() -> None:
     tiny = PRESETS["tiny"]
-    batch = tiny["batch_size"] * tiny["max_seq_len"]
-    assert recipe.global_batch_tokens(1.1e6) in (batch, 2 * batch)
+    assert recipe.global_batch_tokens(1.1e6) in (2048, 4096)
+    assert recipe.sequence_length(tiny["batch_size"] * tiny["max_seq_len"]) == tiny["max_seq_len"]
 
 
-def test_small_batches_have_few_long_sequences_rather_than_many_short_ones() -> None:
-    assert [recipe.sequence_length(batch) for batch in (1024, 4096, 8192, 32768)] == [256, 256, 256, 1024]
+def test_only_small_batches_of_large_models_on_repeated_text_have_longer_sequences() -> None:
+    def lengths(epochs: float, parameters_per_token: float) -> list[int]:
+        return [
+            recipe.sequence_length(batch, epochs=epochs, parameters_per_token=parameters_per_token)
+            for batch in (1024, 4096, 8192, 32768)
+        ]
+
+    assert lengths(1, 2) == lengths(4, 0.5) == [128, 128, 256, 1024]
+    assert lengths(4, 2) == [256, 256, 256, 1024]
 
 
 @given(HORIZONS, HORIZONS)
