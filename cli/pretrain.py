@@ -114,7 +114,6 @@ def _print_plan(
 ) -> None:
     """Print a plan on the main process, as JSON or as lines with the warnings after them."""
     plan: RunPlan | BudgetPlan
-    problems: tuple[str, ...] = ()
     if config.budget_chooses:
         if price_per_hour is not None:
             raise ConfigError('--price-per-hour does not go with --budget; write it as in "$3 at $2.50/h".')
@@ -128,7 +127,6 @@ def _print_plan(
 
         request = _scale_request(*scale)
         plan = plan_run(config, price_per_hour=price_per_hour, scale=request, quiet=as_json)
-        problems = plan.problems
     if not is_main_process():
         return
     if as_json:
@@ -136,7 +134,7 @@ def _print_plan(
         return
     for key, value in plan.rows():
         typer.echo(f"{key + ':' if key else '':<12} {printable(value)}")
-    for problem in problems:
+    for problem in plan.problems:
         typer.echo(f"{paint('warning:', '33', sys.stdout)} {printable(problem)}")
 
 

@@ -131,6 +131,8 @@ def follow_budget(config: PretrainConfig, *, quiet: bool = True) -> PretrainConf
     recorded = _recorded_choice(config)
     if recorded is not None:
         return recorded
+    if (occupied := _occupied(config)) is not None:
+        raise ConfigError(occupied)
     plan = plan_budget(config)
     with closing(Progress(enabled=is_main_process(), quiet=quiet)) as progress:
         progress.banner(plan.rows())
@@ -152,11 +154,16 @@ def plan_budget(config: PretrainConfig, *, quiet: bool = False) -> BudgetPlan:
     """
     with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         check_launch(config)  # its remark is the run's
-        occupied = RunFolder(Path(config.output_dir)).occupied()
-        if config.resume is None and not restarts() and occupied is not None:
-            raise ConfigError(occupied)
         progress.note(f"--budget {config.budget}: measuring text and machine.")
-        return _choose(config)
+        occupied = _occupied(config)
+        problems = () if occupied is None else (occupied,)
+        return dataclasses.replace(_choose(config), problems=problems)
+
+
+def _occupied(config: PretrainConfig) -> str | None:
+    """Return why a new run cannot be in --output-dir, None where it can or a run is resumed."""
+    new = config.resume is None and not restarts()
+    return RunFolder(Path(config.output_dir)).occupied() if new else None
 
 
 def _recorded_choice(config: PretrainConfig) -> PretrainConfig | None:

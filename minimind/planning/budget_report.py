@@ -26,6 +26,7 @@ class BudgetPlan:
         machine: where it trains.
         ranked: the choice, then the next best alternatives.
         kept: options that were set and therefore not chosen.
+        problems: sentences about what would go wrong.
     """
 
     config: PretrainConfig
@@ -34,6 +35,7 @@ class BudgetPlan:
     machine: Machine
     ranked: tuple[Candidate, ...]
     kept: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
     @property
     def best(self) -> Candidate:
@@ -58,6 +60,7 @@ class BudgetPlan:
             "text": dataclasses.asdict(self.text),
             "seconds": self.seconds,
             "candidates": [_values(candidate) for candidate in self.ranked],
+            "problems": list(self.problems),
         }
 
     def rows(self) -> list[tuple[str, str]]:

@@ -137,7 +137,11 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def plan_budget(config: Any, *, quiet: bool) -> SimpleNamespace:
         configs.append(config)
-        return SimpleNamespace(rows=lambda: [("model", "small")], to_dict=lambda: {"seconds": 1800})
+        return SimpleNamespace(
+            rows=lambda: [("model", "small")],
+            to_dict=lambda: {"seconds": 1800},
+            problems=("the disk is full",),
+        )
 
     fake = SimpleNamespace(plan_budget=plan_budget)
     monkeypatch.setitem(sys.modules, "minimind.planning.budget", fake)  # type: ignore[arg-type]
@@ -147,7 +151,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_plan_of_a_budget_is_its_choice(run: Command, budgets: list[Any], trained: list[Any]) -> None:
     done = run("pretrain", "--budget", "30m", "--plan", "--max_seq_len", "512")
     assert done.code == 0, done.err
-    assert done.out == "model:       small\n"
+    assert done.out == "model:       small\nwarning: the disk is full\n"
     assert "--preset tiny" not in done.err
     assert budgets[0].budget_keeps == ("max_seq_len",)
     assert json.loads(run("pretrain", "--budget", "$3 at $2/h", "--plan", "--json").out) == {"seconds": 1800}

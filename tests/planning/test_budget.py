@@ -149,7 +149,7 @@ def test_the_text_is_measured_with_the_validation_share_of_the_run(
     assert plan.text.num_bytes == pytest.approx((1 - plan.config.val_fraction) * whole)
 
 
-def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured_and_a_plan_warns_of_it(
     tmp_path: Path, measured: list[int]
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -157,6 +157,10 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(
     with pytest.raises(ConfigError, match="already holds a run"):
         pretrain(config(tmp_path, "1h"))
     assert not measured
+    plan = plan_budget(config(tmp_path, "1h"), quiet=True)
+    assert measured
+    assert ["already holds a run" in problem for problem in plan.problems] == [True]
+    assert plan.to_dict()["problems"] == list(plan.problems)
 
 
 def test_a_launch_that_would_not_train_together_is_refused_before_anything_is_measured(
