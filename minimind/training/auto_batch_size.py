@@ -207,7 +207,7 @@ def _measure(
     launcher_compiles = accelerator.state.dynamo_plugin.backend
     plan = BatchPlan(1, 1, accelerator.num_processes)
     model, optimizer, compiled = compile_and_wrap(config, model_config, plan, accelerator)
-    trial = SpeedTrial(config, model_config, accelerator, model, optimizer)
+    trial = SpeedTrial(config, model_config, accelerator, model, optimizer, compiled=compiled)
     del model, optimizer
 
     def seconds_per_sequence(size: int) -> float:
@@ -233,7 +233,7 @@ def _measure(
             )
     finally:
         accelerator.state.dynamo_plugin.backend = launcher_compiles
-        trial.close(compiled=compiled)
+        trial.close()
     if all(map(math.isinf, found.values())):
         raise ConfigError(
             f"--batch-size auto: not even {min(found)} sequence of --max-seq-len {config.max_seq_len} fits "
@@ -260,8 +260,11 @@ class SpeedTrial:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        *,
+        compiled: bool,
     ) -> None:
         self._config, self._model_config, self._accelerator = config, model_config, accelerator
+        self._compiled = compiled
         self._model: Any = model.train()
         # Not the wrapper of Accelerate: these steps must not change the scale of fp16.
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
@@ -278,6 +281,9 @@ class SpeedTrial:
             return math.inf
         finally:
             self._optimizer.zero_grad()
+            if self._compiled:
+                # Dynamo keeps the code of a few sizes only, and refuses to compile another one.
+                torch.compiler.reset()
             if self._accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -318,13 +324,11 @@ class SpeedTrial:
         timer.mark("round")
         return timer.seconds()["round"][0]
 
-    def close(self, *, compiled: bool) -> None:
-        """Free memory and compiled code, so that the run starts as if there had been no trial."""
+    def close(self) -> None:
+        """Free memory, so that the run starts as if there had been no trial."""
         self._model = self._optimizer = None
         self._accelerator.free_memory()
         gc.collect()
-        if compiled:
-            torch.compiler.reset()
         if self._accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._accelerator.device)

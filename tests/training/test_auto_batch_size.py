@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.runs.verify_resume import verify_resume
 from minimind.tokenizer import load_tokenizer
+from minimind.training import build_model
 from minimind.training.auto_batch_size import (
     FILE,
     SpeedTrial,
@@ -172,6 +174,20 @@ def test_the_device_running_out_of_memory_is_a_size_that_does_not_fit(
     assert config.batch_size == 2
 
 
+def test_more_sizes_than_dynamo_recompiles_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(build_model, "compile_mode", lambda *_, **__: "blocks")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(
+        module, "search_upwards", lambda sizes, first, measure, **_: {size: measure(size) for size in sizes}
+    )
+    _, (sentence,) = resolve(tmp_path, compile=True)
+    assert all(f" {size}: " in sentence for size in (1, 2, 4, 8)), sentence
+    assert "too large" not in sentence
+
+
 def test_other_errors_are_not_treated_as_a_lack_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +246,6 @@ def test_a_measurement_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(SpeedTrial, "_seconds", out_of_memory)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config: Any = PretrainConfig()
-    trial = SpeedTrial(config, config, start_accelerator(config), model, optimizer)
+    trial = SpeedTrial(config, config, start_accelerator(config), model, optimizer, compiled=False)
     assert trial.seconds(4) == math.inf
     assert [parameter.grad for parameter in model.parameters()] == [None, None]
