@@ -162,7 +162,7 @@ def sequence_length(batch_tokens: int, *, epochs: float = 1.0, parameters_per_to
     Args:
         batch_tokens: B.
         epochs: of the whole run.
-        parameters_per_token: inside the blocks, per token of unique text.
+        parameters_per_token: parameters inside the blocks per token of unique text.
     """
     wanted = max(batch_tokens // SEQUENCES_PER_BATCH, 1)
     power = 1 << (wanted.bit_length() - 1)

@@ -282,7 +282,7 @@ class SpeedTrial:
         finally:
             self._optimizer.zero_grad()
             if self._compiled:
-                # Dynamo keeps the code of a few sizes only, and refuses to compile another one.
+                # Every size compiles again, and Dynamo allows `recompile_limit` times.
                 torch.compiler.reset()
             if self._accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -203,7 +203,8 @@ class TrainingParts:
     def release(self) -> None:
         """Destroy the CUDA graphs, before the process group, and compiled code.
 
-        Dynamo keeps the code of a few models only, and refuses to compile another one in this process.
+        Dynamo compiles the same code at most `recompile_limit` times, which runs of other sizes in this
+        process would reach.
         """
         if self.graphs is not None:
             self.graphs.release()

@@ -161,6 +161,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured_and_a_
     assert measured
     assert ["already holds a run" in problem for problem in plan.problems] == [True]
     assert plan.to_dict()["problems"] == list(plan.problems)
+    assert plan_budget(config(tmp_path, "1h", resume="auto"), quiet=True).problems == ()
 
 
 def test_a_launch_that_would_not_train_together_is_refused_before_anything_is_measured(

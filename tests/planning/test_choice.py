@@ -95,6 +95,17 @@ def test_repetition_is_limited_and_the_rest_of_the_budget_not_spent() -> None:
     assert kept.epochs <= 2
 
 
+def test_a_large_model_that_sees_a_small_text_often_has_longer_sequences() -> None:
+    small = dataclasses.replace(TEXT, num_bytes=2e6, tokenizers=(PACKAGED,))
+
+    def length(width: int, epochs: int) -> int:
+        kept = {"hidden_size": width, "num_hidden_layers": 4, "epochs": epochs}
+        (best, *_) = chooser(Budget(seconds=1e6), text=small, **kept).ranked()
+        return best.seq_len
+
+    assert [length(256, 4), length(256, 1), length(64, 4)] == [256, 128, 128]
+
+
 def test_a_small_text_on_a_large_machine_trains_a_small_model() -> None:
     small = dataclasses.replace(TEXT, num_bytes=3e6, tokenizers=(PACKAGED,))
     best = chooser(Budget(seconds=600), text=small).ranked()[0]

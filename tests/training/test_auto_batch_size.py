@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from minimind.distributed.accelerator import start_accelerator
 from minimind.errors import ConfigError
 from minimind.runs.verify_resume import verify_resume
 from minimind.tokenizer import load_tokenizer
-from minimind.training import build_model
 from minimind.training.auto_batch_size import (
     FILE,
     SpeedTrial,
@@ -32,6 +30,7 @@ from minimind.training.auto_batch_size import (
 )
 from minimind.training.build_model import resolve_model_config
 from support import topologies
+from support.compiling import compile_blocks_without_inductor
 from support.tiny_runs import pretrain_as_command as pretrain
 from support.tiny_runs import reports, tiny, write_corpus
 
@@ -177,13 +176,12 @@ def test_the_device_running_out_of_memory_is_a_size_that_does_not_fit(
 def test_more_sizes_than_dynamo_recompiles_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(build_model, "compile_mode", lambda *_, **__: "blocks")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    compile_blocks_without_inductor(monkeypatch)
     monkeypatch.setattr(
         module, "search_upwards", lambda sizes, first, measure, **_: {size: measure(size) for size in sizes}
     )
-    _, (sentence,) = resolve(tmp_path, compile=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        _, (sentence,) = resolve(tmp_path, compile=True)
     assert all(f" {size}: " in sentence for size in (1, 2, 4, 8)), sentence
     assert "too large" not in sentence
 

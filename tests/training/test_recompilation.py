@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from minimind import PretrainConfig, pretrain
-from minimind.training import build_model
+from support.compiling import compile_blocks_without_inductor
 from support.cycle_corpus import write_corpus
+from support.tiny_runs import tiny
 
 EVALUATIONS = 10
 
@@ -62,9 +62,7 @@ def graphs_at_evaluations(folder: Path, **changes: Any) -> list[int]:
 def test_evaluations_of_many_layers_compile_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Dynamo decides what is compiled; without Inductor that takes seconds. A GPU compiles block by block.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(build_model, "compile_mode", lambda *_, **__: "blocks")
+    compile_blocks_without_inductor(monkeypatch)
     graphs = graphs_at_evaluations(tmp_path)
     assert len(graphs) > EVALUATIONS
     assert graphs[0] >= 3
@@ -75,25 +73,11 @@ def test_evaluations_of_many_layers_compile_nothing_again(
 def test_more_runs_than_dynamo_recompiles_train_in_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run of another width compiles the code of a block again, of which Dynamo keeps a few versions."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(build_model, "compile_mode", lambda *_, **__: "blocks")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+    """Each run of another width compiles the code of a block again, which Dynamo limits."""
+    compile_blocks_without_inductor(monkeypatch)
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     for run in range(4):
-        config = PretrainConfig(
-            hidden_size=32 * (1 + run),
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_seq_len=32,
-            batch_size=4,
-            max_steps=2,
-            compile=True,
-            val_fraction=0.0,
-            data=(str(corpus),),
-            output_dir=str(tmp_path / str(run)),
-            cache_dir=str(tmp_path / "cache"),
-            tracker=("none",),
-        )
-        assert len(pretrain(config).history.losses) > 0
+        sizes = {"hidden_size": 32 * (1 + run), "max_steps": 2, "val_fraction": 0.0}
+        config = tiny(corpus, tmp_path / str(run), compile=True, **sizes)
+        with torch._dynamo.config.patch(recompile_limit=3):
+            assert len(pretrain(config).history.losses) > 0
