@@ -27,6 +27,11 @@ def kernels_supported(tensors: list[Tensor]) -> bool:
     )
 
 
+def symmetric_products_supported(device: torch.device) -> bool:
+    """Whether the kernel of symmetric products runs there: it is tuned for compute capability 9."""
+    return _BUILDABLE and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @dataclass(frozen=True)
 class KernelArguments:
     """What the kernels read on the GPU in one step.

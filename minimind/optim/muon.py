@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from .kernel_arguments import KernelArguments, kernels_supported
+from .kernel_arguments import KernelArguments, kernels_supported, symmetric_products_supported
 from .matrix_batches import Batch, batches_by_shape
 from .matrix_updates import any_nonzero, local, nesterov_momenta, row_factors, update_scale
 from .orthogonalize import MIN_NORM, SharedOrthogonalization, StackLayout, newton_schulz, normalized
@@ -83,8 +83,9 @@ class Muon(torch.optim.Optimizer):
             eps: added by AdamW to the root of the second moment.
             momentum: decay rate of Muon's momentum.
             fused: use the fused AdamW kernel of CUDA and CPU; without it `found_inf` is ignored.
-            kernels: use the Triton kernels of `muon_kernels.py` around the matrix products, compiled at the
-                first step, where supported: unsharded float32 parameters on a CUDA GPU.
+            kernels: use the Triton kernels of `muon_kernels.py`, compiled at the first step, where supported:
+                for symmetric products on a GPU of compute capability 9, and around the products for unsharded
+                float32 parameters on any CUDA GPU.
             process_group: ranks that have equal parameters and share the work; has no effect on sharded
                 parameters.
 
@@ -221,7 +222,8 @@ class Muon(torch.optim.Optimizer):
                 update(gathered().flatten(0, -3))
 
         for batch, (matrices, update) in zip(batches, halves, strict=True):
-            directions = newton_schulz(matrices)
+            symmetric = self._kernels and symmetric_products_supported(matrices.device)
+            directions = newton_schulz(matrices, kernels=symmetric)
             if self.shared is None or batch.counts is None:
                 update(directions)
                 continue
@@ -320,8 +322,10 @@ class Muon(torch.optim.Optimizer):
                         table, found_inf, of_step, nesterov, sums, nonzero, first + own.start, *layout,
                         **constants,
                     )  # fmt: skip
-                norm = sums.sum(-1).sqrt_().clamp_(min=MIN_NORM)
-                x /= norm.bfloat16().view(-1, 1, 1)
+                norm = sums.sum(-1).sqrt_().clamp_(min=MIN_NORM).view(-1, 1, 1)
+                # Normalized, the numbers are in the range of fp16.
+                x = torch.div(x, norm, out=torch.empty_like(x, dtype=torch.float16))
+                del nesterov
                 active = torch.ones(len(batch) * stack, device=device)
                 if len(shape) > 2:
                     active = nonzero.sum(-1)

@@ -1,6 +1,7 @@
-"""Triton kernels of Muon's step for CUDA GPUs: momentum before and weight update after the matrix products.
+"""Triton kernels of Muon's step for CUDA GPUs: symmetric matrix products, and what is before and after them.
 
-Each kernel reads and writes memory once, for all tensors of one shape. A table holds their addresses.
+The kernels that update momenta and parameters read and write memory once, for all tensors of one shape. A
+table holds their addresses.
 
 Shapes: n tensors of one shape, each m matrices of R rows and C columns; a matrix has B blocks, one per
 program. The table is (3, N) int64: gradients, momenta and parameters of all N tensors, contiguous float32.
@@ -9,8 +10,10 @@ Importing this file needs Triton.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Arguments that vary with the shape. Without this list Triton recompiles a kernel whenever one of them is 1
 # or a multiple of 16.
@@ -90,3 +93,74 @@ def update_parameters(
         direction *= tl.load(factors + matrix * (size // columns) + at // columns, mask=inside, other=0.0)
     old = tl.load(here, mask=inside, other=0.0)
     tl.store(here, old * tl.load(numbers + 2) - tl.load(numbers + 3) * direction, mask=inside)
+
+
+# Rows and columns of a tile of the result, and columns of the left factor that are read at once.
+_TILE, _DEPTH = 128, 64
+
+
+@triton.jit
+def _multiply_symmetric(
+    left, right, out, size, depth, left_matrix, left_row, left_column, right_matrix, right_row, right_column,
+    scale, add, diagonal, ADD: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Compute the tiles (row, column) with row ≥ column, and write them to (column, row), too."""
+    tiles = tl.cdiv(size, TILE)
+    row = tl.program_id(0) // tiles
+    column = tl.program_id(0) % tiles
+    if row >= column:
+        matrix = tl.program_id(1).to(tl.int64)
+        rows = row * TILE + tl.arange(0, TILE)
+        columns = column * TILE + tl.arange(0, TILE)
+        inner = tl.arange(0, DEPTH)
+        # Beyond the edge any row may be read: what it gives is not written.
+        lefts = left + matrix * left_matrix + (rows % size)[:, None] * left_row + inner[None, :] * left_column
+        rights = right + matrix * right_matrix + inner[:, None] * right_row
+        rights += (columns % size)[None, :] * right_column
+        sums = tl.zeros((TILE, TILE), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            if EVEN:
+                a = tl.load(lefts)
+                b = tl.load(rights)
+            else:
+                a = tl.load(lefts, mask=inner[None, :] < depth - start, other=0.0)
+                b = tl.load(rights, mask=inner[:, None] < depth - start, other=0.0)
+            sums = tl.dot(a, b, sums)
+            lefts += DEPTH * left_column
+            rights += DEPTH * right_row
+        below = rows[:, None] * size + columns[None, :]
+        inside = (rows < size)[:, None] & (columns < size)[None, :]
+        if ADD:
+            # With ADD the left factor is contiguous.
+            added = tl.load(left + matrix * left_matrix + below, mask=inside, other=0.0)
+            sums = scale * sums + add * added.to(tl.float32)
+            sums += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
+        result = sums.to(out.dtype.element_ty)
+        out += matrix * size * size
+        tl.store(out + below, result, mask=inside)
+        if row > column:
+            above = columns[:, None] * size + rows[None, :]
+            tl.store(out + above, tl.trans(result), mask=(columns < size)[:, None] & (rows < size)[None, :])
+
+
+def multiply_symmetric(
+    left: Tensor, right: Tensor, scale: float = 1.0, add: float = 0.0, diagonal: float = 0.0
+) -> Tensor:
+    """Return scale·left·right, and with `add` plus add·left + diagonal·I, where the product is symmetric.
+
+    Half of it is computed. The factors are transposes of each other, or symmetric and commute.
+
+    Args:
+        left: (n, S, C) fp16; contiguous with `add`.
+        right: (n, C, S) fp16.
+
+    Returns:
+        (n, S, S) fp16.
+    """
+    count, size, depth = left.shape
+    out = torch.empty((count, size, size), dtype=left.dtype, device=left.device)
+    _multiply_symmetric[(triton.cdiv(size, _TILE) ** 2, count)](
+        left, right, out, size, depth, *left.stride(), *right.stride(), scale, add, diagonal,
+        ADD=add != 0.0, EVEN=depth % _DEPTH == 0, TILE=_TILE, DEPTH=_DEPTH, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out

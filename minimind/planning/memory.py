@@ -25,9 +25,9 @@ _WORKSPACE = 64 << 20
 # Logits that the loss holds at once on a GPU; see `modeling.loss`.
 _LOGITS_AT_ONCE = 1 << 26
 # Muon stacks gradients and momentum of equal shapes, at most so many elements (see `optim.matrix_batches`),
-# and iterates on copies: four matrices in bf16, and without its kernels float32 input and output, twice.
+# and iterates on copies: six matrices in fp16, and without its kernels float32 input and output, twice.
 _MUON_BATCH = 1 << 26
-_MUON_ITERATES, _MUON_COPIES = 4 * 2, 4 * _FLOAT
+_MUON_ITERATES, _MUON_COPIES = 6 * 2, 4 * _FLOAT
 # Batches of orthogonal factors, in bf16, that processes have gathered and not applied yet.
 _GATHERED_BATCHES = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,15 +39,15 @@ from minimind.optim.build import (
 )
 from minimind.optim.matrix_batches import batches_by_shape
 from minimind.optim.muon import Muon
-from minimind.optim.orthogonalize import assign, orthogonalize
+from minimind.optim.orthogonalize import assign, newton_schulz, orthogonalize
 from minimind.training.pretrain import pretrain
 from support import muon_cases, topologies
 
 CONFIG = PretrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
-# The relative error of an update in bf16 is 0.01 to 0.02; a bit more for a single row, whose one singular
-# value takes all rounding.
-ROUNDING = 0.03
+# The relative error of an update whose momentum was rounded to bf16, and orthogonalized in fp16, is 0.004 to
+# 0.008.
+ROUNDING = 0.012
 MATRICES = 2 * len(muon_cases.SHAPES["cpu"])
 
 
@@ -448,6 +449,57 @@ def test_singular_values_of_an_update_are_near_one_and_vectors_are_kept(
     torch.testing.assert_close(along.square().sum(-1), result.square().sum((-2, -1)), rtol=1e-3, atol=1e-3)
 
 
+def iterated(matrices: torch.Tensor) -> torch.Tensor:
+    """Return five steps of a·x + b·x·xᵀ·x + c·x·xᵀ·x·xᵀ·x from the normalized matrices."""
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    return x
+
+
+def with_singular_values(values: torch.Tensor, columns: int) -> torch.Tensor:
+    u, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(columns, len(values), dtype=torch.float64))
+    return u * values @ v.mT
+
+
+SPECTRA = {
+    "equal": torch.ones(96),
+    "over two decades": torch.logspace(0, -2, 96),
+    "over four decades": torch.logspace(0, -4, 96),
+    "harmonic": 1 / torch.arange(1, 97),
+    "rank 8": (torch.arange(96) < 8).float(),
+}
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("columns", [96, 250])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_products_of_gram_matrices_are_the_newton_schulz_iteration(
+    spectrum: str, columns: int, tall: bool
+) -> None:
+    torch.manual_seed(0)
+    matrix = with_singular_values(SPECTRA[spectrum].double(), columns)
+    matrix = (matrix.mT if tall else matrix)[None]
+    exact = iterated(matrix)
+    torch.testing.assert_close(orthogonalize(matrix), exact, atol=1e-9, rtol=0)
+
+    def error(result: torch.Tensor) -> float:
+        return ((result.double() - exact).norm() / exact.norm()).item()
+
+    assert error(orthogonalize(matrix.float())) < 1e-4
+    # In the precision of a GPU; the iteration itself in bf16 is off by 0.02 to 0.35.
+    assert error(newton_schulz((matrix / matrix.norm()).half())) < 0.05
+
+
+def test_matrices_in_half_precision_are_orthogonalized_in_float32_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 24, 64, dtype=torch.bfloat16)
+    result = orthogonalize(matrices)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, orthogonalize(matrices.float()).bfloat16())
+
+
 def test_the_update_is_as_large_as_one_of_adamw() -> None:
     """A first AdamW update is ±1 everywhere and later ones about 0.2 (Liu et al. 2025)."""
     weight = nn.Parameter(torch.zeros(96, 32))
@@ -605,8 +657,12 @@ def interpreted(*options: str) -> list[Any]:
     """Return what `muon_cases.py` prints: a JSON value for each line."""
     if find_spec("triton") is None or not version("triton").startswith("3.6."):
         pytest.skip("needs triton 3.6: pip install '.[interpreter]'")
-    command = [sys.executable, muon_cases.__file__, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "support.muon_cases", *options]
+    tests = Path(muon_cases.__file__).parents[1]
+    path = os.pathsep.join((str(tests), *sys.path))
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

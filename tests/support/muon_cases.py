@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import tempfile
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from minimind.optim import muon
+from support import fused_cases
 
 # Wide, tall, square, a stack, and one smaller than a block. Only the first fills all its blocks; it and the
 # stack have matrices of a multiple of 16 elements, which allows vectorized loads.
@@ -129,10 +129,14 @@ def all_cases(device: str) -> dict[str, dict[str, float]]:
 
 def interpret() -> None:
     """Run the kernels in Triton's interpreter from now on."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    # So that small matrices have several blocks.
+    fused_cases.interpret()
+    from minimind.optim import muon_kernels
+
+    # So that small matrices have several blocks and tiles.
     muon._BLOCK = 256
+    muon_kernels._TILE, muon_kernels._DEPTH = 16, 16
     muon.kernels_supported = lambda tensors: True
+    muon.symmetric_products_supported = lambda device: True
 
 
 def run_on_rank(rank: int, store: str) -> None:
