@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .config import MiniMindConfig
 from .kernels import dispatch as fused
 
+# The logits of at most so many experts are computed without a matrix product.
+_MOST_SUMMED_EXPERTS = 8
 # F.grouped_mm needs both dimensions of a matrix to be multiples of this (16 bytes of bf16).
 ALIGNMENT = 8
 
@@ -50,7 +52,9 @@ class MixtureOfExperts(nn.Module):
         num_experts, k = self.gate.out_features, self.experts_per_token
         tokens = x.flatten(0, 1)
         probabilities = self._probabilities(tokens)  # (N, E)
-        weights, expert_ids = probabilities.topk(k, dim=-1)  # (N, K)
+        # Compiled code fuses a maximum with the softmax, but not `topk`.
+        largest = probabilities.max(-1, keepdim=True) if k == 1 else probabilities.topk(k, dim=-1)
+        weights, expert_ids = largest  # (N, K)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         if token_mask is not None:
@@ -82,9 +86,30 @@ class MixtureOfExperts(nn.Module):
 
         Always in float32: rounded router logits make training unstable (Fedus et al. 2021, section 2.4).
         """
+        weight = self.gate.weight.float()
+        if torch.compiler.is_compiling() and tokens.is_cuda and len(weight) <= _MOST_SUMMED_EXPERTS:
+            return _RouterLogits.apply(tokens, weight).softmax(-1)
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.float(), self.gate.weight.float())
-        return logits.softmax(-1)
+            return F.linear(tokens.float(), weight).softmax(-1)
+
+
+class _RouterLogits(torch.autograd.Function):
+    """x·Wᵀ as one sum per expert, which compiled code fuses with the operations before and after.
+
+    Matrix products of so few columns take twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.stack([(x.float() * row).sum(-1) for row in weight.unbind()], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        for_x = (grad[:, :, None] * weight).sum(1).to(x.dtype)
+        # A sum over all tokens, in which the rounding of bf16 averages out.
+        return for_x, (grad.to(x.dtype).mT @ x).to(weight.dtype)
 
 
 class Experts(nn.Module):

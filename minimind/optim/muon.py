@@ -310,28 +310,28 @@ class Muon(torch.optim.Optimizer):
         with torch.cuda.device_of(table):
             for (batch, own, counts), of_step in zip(batches, numbers, strict=False):
                 shape = batch[0].shape
-                nesterov = torch.empty((len(batch[own]), *shape), dtype=torch.bfloat16, device=device)
-                x = nesterov.view(-1, *shape[-2:])
+                stack = shape[:-2].numel()
+                count = len(batch[own]) * stack
+                nesterov = torch.empty((count, *shape[-2:]), dtype=torch.bfloat16, device=device)
+                x = torch.empty_like(nesterov, dtype=torch.float16)
                 size = shape[-2] * shape[-1]
                 blocks = -(-size // _BLOCK)
-                stack = shape[:-2].numel()
                 layout = table.shape[1], stack, size, blocks
-                sums, nonzero = torch.empty((2, len(x), blocks), device=device)
-                if len(x):
-                    muon_kernels.update_momentum[(len(x) * blocks,)](
+                sums, nonzero = torch.empty((2, count, blocks), device=device)
+                if count:
+                    muon_kernels.update_momentum[(count * blocks,)](
                         table, found_inf, of_step, nesterov, sums, nonzero, first + own.start, *layout,
                         **constants,
                     )  # fmt: skip
-                norm = sums.sum(-1).sqrt_().clamp_(min=MIN_NORM).view(-1, 1, 1)
-                # Normalized, the numbers are in the range of fp16.
-                x = torch.div(x, norm, out=torch.empty_like(x, dtype=torch.float16))
+                    norms = sums.sum(-1).sqrt_().clamp_(min=MIN_NORM)
+                    muon_kernels.normalize[(count * blocks,)](
+                        nesterov, norms, x, size, blocks, BLOCK=_BLOCK, num_warps=_WARPS
+                    )
                 del nesterov
-                active = torch.ones(len(batch) * stack, device=device)
-                if len(shape) > 2:
-                    active = nonzero.sum(-1)
-                    if counts is not None:
-                        # The other ranks see from the orthogonal factor, then zero, that it is not updated.
-                        x *= active.ne(0).view(-1, 1, 1)
+                active = nonzero.sum(-1) if len(shape) > 2 else torch.ones(len(batch), device=device)
+                if counts is not None and len(shape) > 2:
+                    # The other ranks see from the orthogonal factor, then zero, that it is not updated.
+                    x *= active.ne(0).view(-1, 1, 1)
 
                 def update(
                     directions: Tensor,

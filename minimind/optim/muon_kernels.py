@@ -71,6 +71,17 @@ def update_momentum(
 
 
 @triton.jit(do_not_specialize=_SHAPE)
+def normalize(nesterov, norms, normalized, size, blocks, BLOCK: tl.constexpr):
+    """Write Nesterov's momenta divided by their `norms`, (n·m,) float32: within the range of fp16."""
+    program = tl.program_id(0)
+    matrix = program // blocks
+    at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    start = matrix.to(tl.int64) * size
+    value = tl.load(nesterov + start + at, mask=at < size, other=0.0).to(tl.float32) / tl.load(norms + matrix)
+    tl.store(normalized + start + at, value.to(normalized.dtype.element_ty), mask=at < size)
+
+
+@triton.jit(do_not_specialize=_SHAPE)
 def update_parameters(
     addresses, found_inf, numbers, active, factors, directions, columns, first, tensors, matrices, size,
     blocks, NORMALIZE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -257,6 +257,26 @@ def test_a_compiled_model_gives_the_same_loss_routing_and_gradients(mode: Any) -
         torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_logits_as_sums_are_those_of_a_product_in_float32(dtype: torch.dtype, compiled: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 24).to(dtype).requires_grad_()
+    weight = torch.randn(3, 24, requires_grad=True)
+    grad = torch.randn(40, 3)
+    function = moe._RouterLogits.apply
+    if compiled:
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = function(x, weight)
+    for_x, for_weight = torch.autograd.grad(logits, (x, weight), grad)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, x.detach().float() @ weight.detach().mT)
+    torch.testing.assert_close(for_x, (grad @ weight.detach()).to(dtype))
+    rounding = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(for_weight, grad.mT @ x.detach().float(), atol=rounding, rtol=0)
+
+
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     plain, thrifty = build(), build()
     thrifty.model.recompute = True

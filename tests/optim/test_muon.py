@@ -649,6 +649,7 @@ def check_kernels(found: dict[str, dict[str, float]]) -> None:
     assert len(found["momenta"]) == 2 * MATRICES
     assert {case: error for case, error in found["updates"].items() if not error < ROUNDING} == {}
     assert {case: error for case, error in found["momenta"].items() if not error < 1e-6} == {}
+    assert {case: error for case, error in found.get("products", {}).items() if not error < 1e-3} == {}
     assert [case for case, holds in found["properties"].items() if not holds] == []
     assert found["properties"]
 
@@ -668,7 +669,9 @@ def interpreted(*options: str) -> list[Any]:
 
 
 def test_interpreted_kernels_agree_with_plain_pytorch() -> None:
-    check_kernels(*interpreted("--interpret"))
+    (found,) = interpreted("--interpret")
+    assert len(found["products"]) == 12
+    check_kernels(found)
 
 
 @pytest.mark.slow

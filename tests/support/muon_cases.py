@@ -99,13 +99,39 @@ def errors(case: str, ours: list[Tensor], wanted: list[Tensor]) -> dict[str, flo
     found = {}
     for index, (our, want) in enumerate(zip(ours, wanted, strict=True)):
         name = f"{case}, {tuple(our.shape)} at {index}"
-        found[name] = float((our.double() - want.double()).norm() / want.double().norm())
+        found[name] = error(our, want)
     return found
 
 
+def products(device: str) -> dict[str, float]:
+    """Return the relative errors of symmetric products in fp16, compared with float64."""
+    from minimind.optim.muon_kernels import multiply_symmetric
+
+    torch.manual_seed(0)
+    found = {}
+    for count, size, depth in ((2, 40, 64), (1, 33, 50), (1, 16, 7)):
+        x = torch.randn(count, size, depth, device=device).half()
+        exact = x.double() @ x.double().mT
+        for name, left in (("wide", x), ("tall", x.mT.contiguous().mT)):
+            found[f"{name} {size} x {depth}"] = error(multiply_symmetric(left, left.mT), exact)
+        gram = (exact / exact.norm()).half()
+        square = gram.double() @ gram.double()
+        found[f"squared {size}"] = error(multiply_symmetric(gram, gram), square)
+        polynomial = multiply_symmetric(gram, gram, scale=2.0, add=-5.0, diagonal=3.0)
+        identity = torch.eye(size, dtype=torch.float64, device=device)
+        found[f"polynomial {size}"] = error(polynomial, 2 * square - 5 * gram.double() + 3 * identity)
+    return found
+
+
+def error(our: Tensor, want: Tensor) -> float:
+    return float((our.double() - want.double()).norm() / want.double().norm())
+
+
 def all_cases(device: str) -> dict[str, dict[str, float]]:
-    """Return relative errors of `updates` and `momenta` by case, and which `properties` hold."""
+    """Return relative errors by case, and which `properties` hold."""
     found: dict[str, dict[str, float]] = {"updates": {}, "momenta": {}, "properties": {}}
+    if device == "cpu" or muon.symmetric_products_supported(torch.device(device)):
+        found["products"] = products(device)
     for offset, normalize in ((0, False), (1, True)):
         plain, plain_momenta, _ = run(device, kernels=False, normalize=normalize)
         updates, momenta, stayed = run(device, kernels=True, offset=offset, normalize=normalize)
@@ -136,7 +162,6 @@ def interpret() -> None:
     muon._BLOCK = 256
     muon_kernels._TILE, muon_kernels._DEPTH = 16, 16
     muon.kernels_supported = lambda tensors: True
-    muon.symmetric_products_supported = lambda device: True
 
 
 def run_on_rank(rank: int, store: str) -> None:
