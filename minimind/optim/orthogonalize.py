@@ -56,7 +56,7 @@ def newton_schulz(x: Tensor, *, kernels: bool = False) -> Tensor:
     the next iterate is p(G)·G·p(G). So several steps need one product with x, by the product of their
     polynomials; the other products are of symmetric (S, S) matrices that commute.
 
-    The numbers stay below 12, and the result in fp16 has a tenth of the error of bf16.
+    The numbers stay below a³ = 41. In fp16 the result has a tenth of the error of the iteration on x in bf16.
 
     Args:
         kernels: compute the symmetric products by the Triton kernel of `muon_kernels.py`.

@@ -39,8 +39,8 @@ _LAUNCH_SECONDS = {"cuda": 4e-4}
 _LAUNCH_SECONDS_ELSEWHERE = 2e-4
 # Batches to compare, as multiples of that of the rule.
 BATCHES = (1, 2, 4)
-# FLOPs of Newton-Schulz per weight and hidden size: 36 of a square matrix, 18 of one three times as wide, and
-# half of 28 of them where symmetric products are computed by half.
+# FLOPs of Newton-Schulz per weight and hidden size, between those of a square matrix and of one three times
+# as wide: 36 and 17, or 20 and 11 where half of each symmetric product is computed.
 _ORTHOGONALIZE = 20
 # A trained tokenizer must lower the expected bits per byte by this much.
 WORTHWHILE = 0.003
