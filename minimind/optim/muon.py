@@ -221,8 +221,8 @@ class Muon(torch.optim.Optimizer):
                 gathered, update = exchanged.popleft()
                 update(gathered().flatten(0, -3))
 
+        symmetric = self._kernels and symmetric_products_supported(parameters[0].device)
         for batch, (matrices, update) in zip(batches, halves, strict=True):
-            symmetric = self._kernels and symmetric_products_supported(matrices.device)
             directions = newton_schulz(matrices, kernels=symmetric)
             if self.shared is None or batch.counts is None:
                 update(directions)

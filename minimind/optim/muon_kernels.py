@@ -86,7 +86,7 @@ def update_parameters(
     addresses, found_inf, numbers, active, factors, directions, columns, first, tensors, matrices, size,
     blocks, NORMALIZE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Set each parameter to numbers[2]·parameter - numbers[3]·direction; directions are (n, m, R, C) bf16.
+    """Set each parameter to numbers[2]·parameter - numbers[3]·direction; directions are (n, m, R, C) fp16.
 
     With NORMALIZE each row of a direction is multiplied by its element of `factors`, (n, m, R) float32. Where
     `found_inf`, (), is not 0 or `active`, (n·m,), is 0 parameters do not change. `columns` is C, the other

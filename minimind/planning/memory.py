@@ -28,7 +28,7 @@ _LOGITS_AT_ONCE = 1 << 26
 # and iterates on copies: six matrices in fp16, and without its kernels float32 input and output, twice.
 _MUON_BATCH = 1 << 26
 _MUON_ITERATES, _MUON_COPIES = 6 * 2, 4 * _FLOAT
-# Batches of orthogonal factors, in bf16, that processes have gathered and not applied yet.
+# Batches of orthogonal factors, in fp16, that processes have gathered and not applied yet.
 _GATHERED_BATCHES = 3
 
 

@@ -216,7 +216,7 @@ def ddp_step(one: SingleGPU, cluster: Cluster, *, muon_shared: bool = True, grap
     """Return the step with DDP.
 
     Args:
-        muon_shared: each process orthogonalizes a share of the matrices, and bf16 directions are gathered.
+        muon_shared: each process orthogonalizes a share of the matrices, and fp16 directions are gathered.
         graphs: the processes train with CUDA graphs.
     """
     owned = one.muon.elements if muon_shared and one.muon is not None else 0

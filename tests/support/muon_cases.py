@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from minimind.optim import muon
 from support import fused_cases
+from support.fused_cases import error
 
 # Wide, tall, square, a stack, and one smaller than a block. Only the first fills all its blocks; it and the
 # stack have matrices of a multiple of 16 elements, which allows vectorized loads.
@@ -99,7 +100,7 @@ def errors(case: str, ours: list[Tensor], wanted: list[Tensor]) -> dict[str, flo
     found = {}
     for index, (our, want) in enumerate(zip(ours, wanted, strict=True)):
         name = f"{case}, {tuple(our.shape)} at {index}"
-        found[name] = error(our, want)
+        found[name] = error(our, want.double())
     return found
 
 
@@ -121,10 +122,6 @@ def products(device: str) -> dict[str, float]:
         identity = torch.eye(size, dtype=torch.float64, device=device)
         found[f"polynomial {size}"] = error(polynomial, 2 * square - 5 * gram.double() + 3 * identity)
     return found
-
-
-def error(our: Tensor, want: Tensor) -> float:
-    return float((our.double() - want.double()).norm() / want.double().norm())
 
 
 def all_cases(device: str) -> dict[str, dict[str, float]]:
