@@ -182,7 +182,7 @@ class Bench:
                     if name.endswith(WRITING):
                         parameter.zero_()
         optimizer = build_optimizer(self.bare, config, self.accelerator.device, kernels=self.compiled)
-        fit_to_horizon(optimizer, self.total_steps)
+        fit_to_horizon(optimizer, self.total_steps, self.epochs)
         embedding = self.bare.get_input_embeddings().weight
         for group in optimizer.param_groups:
             if any(parameter is embedding for parameter in group["params"]):

@@ -173,7 +173,7 @@ class Grid:
         tokens_per_step = config.batch_size * config.max_seq_len
         sample = max(int(self.options.eval_tokens / tokens_per_step), 1)
         rate = LearningRateSchedule(config, steps).at
-        fit_to_horizon(parts.optimizer, steps)
+        fit_to_horizon(parts.optimizer, steps, steps / parts.loader.steps_per_epoch)
         losses: list[torch.Tensor] = []
         evaluations: list[tuple[int, float]] = []
         evaluating = 0.0

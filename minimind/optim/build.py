@@ -29,6 +29,9 @@ ROUTER_SCALE = LEARNING_RATES["adamw"] / LEARNING_RATES["muon"]
 FIRST_MOMENTUM = 0.85
 MOMENTUM = 0.95
 
+# Repeated text is worth about as much as new text so far (Muennighoff et al. 2023, arXiv:2305.16264).
+HARMLESS_EPOCHS = 4.0
+
 
 # Builds the optimizer of a run from its model and options; see `pretrain`.
 OptimizerFactory = Callable[[nn.Module, PretrainConfig], torch.optim.Optimizer]
@@ -174,7 +177,7 @@ def build_optimizer(
     )
 
 
-def fit_to_horizon(optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+def fit_to_horizon(optimizer: torch.optim.Optimizer, total_steps: int, epochs: float = 1.0) -> None:
     """Set what NorMuon derives from the length of a run; other optimizers stay as they are.
 
     Call this before a checkpoint is loaded: a resumed run keeps the values of its beginning.
@@ -182,22 +185,30 @@ def fit_to_horizon(optimizer: torch.optim.Optimizer, total_steps: int) -> None:
     Args:
         optimizer: bare or prepared.
         total_steps: optimizer steps of the whole run.
+        epochs: of the whole run.
     """
     if any(group.get("normalize_rows") for group in optimizer.param_groups):
         for group in optimizer.param_groups:
             if group["algorithm"] == "muon":
                 group["momentum_warmup"] = momentum_warmup_steps(total_steps)
             elif group.get("lr_scale") == 1.0:
-                group["lr_scale"] = embedding_lr_scale(total_steps)
+                group["lr_scale"] = embedding_lr_scale(total_steps, epochs)
 
 
-def embedding_lr_scale(total_steps: int) -> float:
-    """Return the learning rate of embedding and norms over that of the matrices: 200/√steps, from 1 to 6.
+def embedding_lr_scale(total_steps: int, epochs: float = 1.0) -> float:
+    """Return the learning rate of embedding and norms over that of the matrices.
 
-    AdamW moves a weight by at most the learning rate in a step, and in a short run the embedding does not get
-    far enough. Measured (docs/experiments.md): best 6 for 1,221 steps and 3 for 3,723.
+    200/√steps, from 1 to 6. AdamW moves a weight by at most the learning rate in a step, and in a short run
+    the embedding does not get far enough. Measured (docs/experiments.md): best 6 for 1,221 steps and 3 for
+    3,723. The embedding has no weight decay, and a high rate makes it overfit text that is repeated more than
+    four times: beyond, the factor falls with the square of the epochs.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        epochs: of the whole run.
     """
-    return min(max(200 / math.sqrt(max(total_steps, 1)), 1.0), 6.0)
+    factor = min(200 / math.sqrt(max(total_steps, 1)), 6.0)
+    return max(factor / max(epochs / HARMLESS_EPOCHS, 1.0) ** 2, 1.0)
 
 
 def momentum_warmup_steps(total_steps: int) -> int:

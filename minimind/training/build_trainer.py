@@ -106,7 +106,8 @@ class TrainerBuilder:
             # For those who read the weights without the run.
             "model_config": model_config.to_dict() if parts.custom_model is None else None,
         }
-        fit_to_horizon(parts.optimizer, expected_steps(config, total_steps))
+        steps = expected_steps(config, total_steps)
+        fit_to_horizon(parts.optimizer, steps, steps / parts.loader.steps_per_epoch)
         checkpointer = RunCheckpoints(
             store, accelerator, parts.model, parts.optimizer, settings, progress, self.callbacks
         )

@@ -427,6 +427,7 @@ def test_short_runs_move_the_embedding_faster_and_resume_with_the_values_of_thei
         assert others["lr"] == pytest.approx(0.05)
         assert muon["lr"] == 0.01
     assert [embedding_lr_scale(steps) for steps in (1, 1111, 10_000, 40_000, 10**7)] == [6, 6, 2, 1, 1]
+    assert [embedding_lr_scale(100, epochs) for epochs in (0.5, 1, 4, 8, 16)] == [6, 6, 6, 1.5, 1]
     plain = build_optimizer(model, CONFIG, "cpu")
     fit_to_horizon(plain, 1600)
     assert not any(key in group for group in plain.param_groups for key in ("lr_scale", "momentum_warmup"))

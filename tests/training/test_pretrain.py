@@ -387,8 +387,8 @@ def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(
     config = tiny(
         corpus, tmp_path / "timed", epochs=100_000, lr_schedule="wsd", warmup_steps=10, log_interval=1
     )
-    first = pretrain(config, stop_after=100)
-    clock = StepClock(monkeypatch, 0.1)
+    first = pretrain(config, stop_after=40)
+    clock = StepClock(monkeypatch, 0.25)
     result = pretrain(dataclasses.replace(config, max_time="25s", resume="auto"))
     assert 0.85 * (25 - END_SECONDS) < clock.elapsed < 25 - END_SECONDS
     assert result.stopped is None
@@ -397,7 +397,7 @@ def test_a_wsd_run_that_is_resumed_finishes_within_its_time_too(
     assert len(rates) == result.steps
     assert rates[-1] == pytest.approx(0.1 * max(rates))
     # The decay is about a fifth of all steps, those before the resume included.
-    assert 0.05 < sum(rate < max(rates) for rate in rates[100:]) / len(rates) < 0.3
+    assert 0.05 < sum(rate < max(rates) for rate in rates[40:]) / len(rates) < 0.3
 
 
 def test_a_wsd_run_with_a_time_limit_reaches_its_peak_and_goes_on_when_it_gets_more_time(
@@ -438,6 +438,21 @@ def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: p
     ]
     assert evaluations[-1] < 0.54 * evaluations[0]
     assert result.sample
+
+
+@pytest.mark.parametrize(("epochs", "scale"), [(1, 6.0), (4, 6.0), (8, 1.5), (16, 1.0)])
+def test_repeated_text_lowers_the_learning_rate_of_the_embedding(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, scale: float
+) -> None:
+    found: list[float] = []
+
+    def train(trainer: Trainer) -> None:
+        groups = trainer.optimizer.param_groups
+        found.extend(group["lr_scale"] for group in groups if "lr_scale" in group)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    pretrain(tiny(corpus, tmp_path / "run", optimizer="normuon", epochs=epochs))
+    assert found == [pytest.approx(scale)]
 
 
 def test_a_run_does_not_depend_on_the_callers_torch_settings(corpus: Path, tmp_path: Path) -> None:
