@@ -22,6 +22,7 @@ ROUNDING = 0.01
 FEWEST = 20
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_agree_with_float64() -> None:
     if find_spec("triton") is None or not version("triton").startswith("3.6."):
         pytest.skip("needs triton 3.6: pip install '.[interpreter]'")
