@@ -429,14 +429,14 @@ def test_a_wsd_run_with_a_time_limit_reaches_its_peak_and_goes_on_when_it_gets_m
 
 
 @pytest.mark.slow
-def test_the_default_run_learns_the_embedded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `minimind-train pretrain` without arguments where there is no GPU, but 150 steps of its 674."""
+def test_the_tiny_preset_learns_the_built_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--preset tiny` without --data, but 80 steps of its 674."""
     monkeypatch.chdir(tmp_path)
-    result = pretrain(preset_config("tiny", max_steps=150, cache_dir=str(tmp_path / "cache")))
+    result = pretrain(preset_config("tiny", max_steps=80, cache_dir=str(tmp_path / "cache")))
     evaluations = [
         row["val_bits_per_byte"] for row in metrics(tmp_path / "out") if "val_bits_per_byte" in row
     ]
-    assert evaluations[-1] < 0.54 * evaluations[0]
+    assert evaluations[-1] < 0.6 * evaluations[0]
     assert result.sample
 
 
