@@ -179,13 +179,21 @@ print(time.process_time())
 """
 
 
+IMPORT_IN_A_CHILD = """
+import time
+import rich.console, typer.main
+print(time.process_time())
+"""
+
+
 def test_help_takes_little_time_and_no_torch() -> None:
-    def seconds() -> float:
-        command = [sys.executable, "-c", HELP_IN_A_CHILD]
+    def seconds(program: str) -> float:
+        command = [sys.executable, "-c", program]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
-    # Processor time, the least of three: other programs may use the cores too.
-    assert min(seconds() for _ in range(3)) <= 0.6
+    # Processor time, the least of three: other programs may use the cores too. 3.5 times where it was measured.
+    imports, help_all = (min(seconds(each) for _ in range(3)) for each in (IMPORT_IN_A_CHILD, HELP_IN_A_CHILD))
+    assert help_all <= 7 * imports
 
 
 @pytest.mark.parametrize(
