@@ -15,7 +15,10 @@ import record
 GROUPS = {"one process": list(record.SINGLE), "DDP": ["ddp"], "FSDP2": ["fsdp2"]}
 
 
-@pytest.mark.parametrize("group", GROUPS)
+# Launching processes takes most of the time of the others.
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=[pytest.mark.slow] * (len(GROUPS[name]) == 1)) for name in GROUPS]
+)
 def test_runs_compute_the_golden_losses(group: str) -> None:
     found = record.run_cases(GROUPS[group])
     differing = [line for name in GROUPS[group] for line in record.differences(name, found[name])]

@@ -49,12 +49,14 @@ def test_an_old_run_resumes_and_computes_what_it_would_have_computed(folder: Pat
     assert (folder / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_decays_into_a_new_run(folder: Path) -> None:
     minimind_train(folder, "decay", "run", "--tokens", "512", "--output-dir", "annealed")
     assert max(losses(folder / "annealed" / "metrics.jsonl")) == 17
     assert (folder / "annealed" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_commands_read_an_old_run(folder: Path) -> None:
     described = json.loads(minimind_train(folder, "info", "run", "--json"))
     assert "13" in json.dumps(described)

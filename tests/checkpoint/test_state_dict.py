@@ -183,6 +183,7 @@ def test_run_on_main_and_broadcast_returns_or_raises_what_the_work_did() -> None
         run_on_main_and_broadcast(accelerator, lambda: 1 // 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "optimizer_name"), [("ddp", "adamw"), ("fsdp2", "adamw"), ("fsdp2", "muon")]
 )

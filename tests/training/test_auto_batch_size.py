@@ -173,6 +173,7 @@ def test_the_device_running_out_of_memory_is_a_size_that_does_not_fit(
     assert config.batch_size == 2
 
 
+@pytest.mark.slow
 def test_more_sizes_than_dynamo_recompiles_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def graphs_at_evaluations(folder: Path, **changes: Any) -> list[int]:
     return [*counting.graphs, counters["stats"]["unique_graphs"]]
 
 
+@pytest.mark.slow
 def test_evaluations_of_many_layers_compile_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +71,7 @@ def test_evaluations_of_many_layers_compile_nothing_again(
     assert set(graphs[1:]) == {graphs[1]}
 
 
+@pytest.mark.slow
 def test_more_runs_than_dynamo_recompiles_train_in_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
