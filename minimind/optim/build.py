@@ -29,8 +29,9 @@ ROUTER_SCALE = LEARNING_RATES["adamw"] / LEARNING_RATES["muon"]
 FIRST_MOMENTUM = 0.85
 MOMENTUM = 0.95
 
-# Repeated text is worth about as much as new text so far (Muennighoff et al. 2023, arXiv:2305.16264).
-HARMLESS_EPOCHS = 4.0
+# Up to this many epochs a repeated token is worth about as much as a new one (Muennighoff et al. 2023,
+# arXiv:2305.16264).
+EPOCHS_LIKE_NEW_TEXT = 4.0
 
 
 # Builds the optimizer of a run from its model and options; see `pretrain`.
@@ -200,15 +201,15 @@ def embedding_lr_scale(total_steps: int, epochs: float = 1.0) -> float:
 
     200/√steps, from 1 to 6. AdamW moves a weight by at most the learning rate in a step, and in a short run
     the embedding does not get far enough. Measured (docs/experiments.md): best 6 for 1,221 steps and 3 for
-    3,723. The embedding has no weight decay, and a high rate makes it overfit text that is repeated more than
-    four times: beyond, the factor falls with the square of the epochs.
+    3,723. The embedding has no weight decay, and in many epochs a high rate makes it overfit: beyond four
+    epochs the ratio is divided by (epochs/4)².
 
     Args:
         total_steps: optimizer steps of the whole run.
         epochs: of the whole run.
     """
-    factor = min(200 / math.sqrt(max(total_steps, 1)), 6.0)
-    return max(factor / max(epochs / HARMLESS_EPOCHS, 1.0) ** 2, 1.0)
+    ratio = min(200 / math.sqrt(max(total_steps, 1)), 6.0)
+    return max(ratio / max(epochs / EPOCHS_LIKE_NEW_TEXT, 1.0) ** 2, 1.0)
 
 
 def momentum_warmup_steps(total_steps: int) -> int:
