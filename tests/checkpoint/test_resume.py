@@ -188,6 +188,7 @@ def test_options_are_saved_before_tokenization(
     assert pretrain(dataclasses.replace(config, resume="auto")).steps == 12
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_one_trains(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -629,7 +629,7 @@ def test_muon_learns_faster_than_adamw_at_its_better_rate(shared: Path, tmp_path
                 num_attention_heads=4,
                 max_seq_len=128,
                 batch_size=8,
-                max_steps=120,
+                max_steps=80,
                 eval_batches=25,
                 save_interval=1000,
                 compile=False,
@@ -653,8 +653,8 @@ def check_kernels(found: dict[str, dict[str, float]]) -> None:
     assert found["properties"]
 
 
-def interpreted(*options: str) -> list[Any]:
-    """Return what `muon_cases.py` prints: a JSON value for each line."""
+def interpreted(*options: str) -> Any:
+    """Return what `muon_cases.py` prints, a JSON value."""
     if find_spec("triton") is None or not version("triton").startswith("3.6."):
         pytest.skip("needs triton 3.6: pip install '.[interpreter]'")
     command = [sys.executable, "-m", "support.muon_cases", *options]
@@ -664,11 +664,12 @@ def interpreted(*options: str) -> list[Any]:
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_agree_with_plain_pytorch() -> None:
-    (found,) = interpreted("--interpret")
+    found = interpreted("--interpret")
     assert len(found["products"]) == 12
     check_kernels(found)
 
@@ -679,5 +680,5 @@ def test_ranks_that_share_the_work_of_the_kernels_make_the_updates_of_one_proces
     ranks = interpreted("--shared")
     assert len(ranks) == 2
     for found in ranks:
-        assert len(found) == 2 * (1 + MATRICES * (muon_cases.STEPS + 1))
+        assert len(found) == 1 + MATRICES * (muon_cases.STEPS + 1)
         assert {case: error for case, error in found.items() if not error < 1e-6} == {}
