@@ -286,7 +286,10 @@ def run_plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         drop_last=True,
     )
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.peak_learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        model.parameters(),
+        lr=config.peak_learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.matrix_weight_decay,
     )
     watch = Stopwatch(options.seconds, options.device)
     step = 0
@@ -335,7 +338,7 @@ def run_trainer(options: argparse.Namespace, folder: Path, *, packing: bool) -> 
         per_device_train_batch_size=options.packed_batch_size if packing else options.batch_size,
         max_steps=1_000_000,
         learning_rate=config.peak_learning_rate,
-        weight_decay=config.weight_decay,
+        weight_decay=config.matrix_weight_decay,
         max_grad_norm=config.grad_clip,
         bf16=options.device == "cuda",
         use_cpu=options.device == "cpu",

@@ -185,7 +185,7 @@ class RecipeOptimizer:
             momentum = 0.85 + (momentum - 0.85) * share / recipe.momentum_warmup
         if recipe.momentum_cooldown and share > 1 - recipe.momentum_cooldown:
             momentum = momentum + (0.85 - momentum) * (1 - (1 - share) / recipe.momentum_cooldown)
-        decay = config.weight_decay * (factor if recipe.decay_follows else 1.0)
+        decay = config.matrix_weight_decay * (factor if recipe.decay_follows else 1.0)
         for batch, buffer, square in zip(self.matrices, self.momenta, self.squares, strict=True):
             gradient = torch.stack([p.grad for p in batch])
             buffer.lerp_(gradient, 1 - momentum)

@@ -6,7 +6,6 @@ The command line, TOML files, the documentation and the library read them. Impor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,11 +14,8 @@ from .budget import BudgetConfig
 from .checks import conflicts
 from .data_options import DataConfig
 from .naming import for_caller
+from .recipe import ANCHOR_DECAY, ANCHOR_RATES, TRAINED_RATE
 from .schema import FieldInfo, convert_fields, fill_unset, range_problems, schema_of
-
-# Default peak learning rate of an optimizer, unless a preset has its own, and the share for trained weights.
-LEARNING_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
-FROM_WEIGHT_RATE = 0.3
 
 AUTO = "auto"
 DEFAULT_BATCH_SIZE = 32
@@ -130,8 +126,8 @@ class OptimizationConfig:
         FieldInfo(
             "Peak learning rate.",
             above=0.0,
-            default_text=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-            + f"; with --from-weight {FROM_WEIGHT_RATE:g} times that",
+            default_text="from hidden size, global batch and training tokens; with --from-weight "
+            f"{TRAINED_RATE:g} times that",
             common=True,
         ),
     ] = None
@@ -156,8 +152,13 @@ class OptimizationConfig:
         Literal["sqrt", "linear"], FieldInfo("Decay curve of wsd: 1 - sqrt(progress), or linear.")
     ] = "sqrt"
     weight_decay: Annotated[
-        float, FieldInfo("Weight decay of the weight matrices; norms and embeddings have none.", minimum=0.0)
-    ] = 0.1
+        float | None,
+        FieldInfo(
+            "Weight decay of the weight matrices; norms and embeddings have none.",
+            minimum=0.0,
+            default_text="from learning rate, steps and epochs",
+        ),
+    ] = None
     beta1: Annotated[float, FieldInfo("AdamW beta1.", minimum=0.0, below=1.0)] = 0.9
     beta2: Annotated[float, FieldInfo("AdamW beta2.", minimum=0.0, below=1.0)] = 0.95
     grad_clip: Annotated[float, FieldInfo("Maximum gradient norm; 0 disables clipping.", minimum=0.0)] = 1.0
@@ -321,9 +322,13 @@ class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, D
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak learning rate; by default that of the optimizer, and lower with --from-weight."""
-        default = LEARNING_RATES[self.optimizer] * (1.0 if self.from_weight is None else FROM_WEIGHT_RATE)
-        return default if self.learning_rate is None else self.learning_rate
+        """The peak learning rate; that of the anchor of the rules before a run has chosen its own."""
+        return ANCHOR_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def matrix_weight_decay(self) -> float:
+        """The weight decay; that of the anchor of the rules before a run has chosen its own."""
+        return ANCHOR_DECAY if self.weight_decay is None else self.weight_decay
 
     @property
     def evaluation_interval(self) -> int:

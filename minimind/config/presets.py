@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..launch_env import world_size
 from .budget import BUDGET_OPTIONS
 from .naming import flag_of, for_caller, options_were_typed
-from .options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, PretrainConfig
+from .options import AUTO, CONFIG_SCHEMA, PretrainConfig
 from .schema import parse_values
 
 _SIZES = (
@@ -23,16 +23,11 @@ def _shape(*sizes: int) -> dict[str, Any]:
     return dict(zip(_SIZES, sizes, strict=False))
 
 
-def _rates(muon: float, adamw: float) -> dict[str, float]:
-    """Return the learning rate of each optimizer."""
-    return {"normuon": muon, "muon": muon, "adamw": adamw}
-
-
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Trains on the built-in corpus in minutes on two CPU cores.
     "tiny": {
         **_shape(128, 4, 4, 2),
-        **{"max_seq_len": 128, "batch_size": 16, "learning_rate": _rates(1e-2, 3e-3), "epochs": 2},
+        **{"max_seq_len": 128, "batch_size": 16, "epochs": 2},
         **{"val_fraction": 0.05, "log_interval": 50, "eval_interval": 250, "save_interval": 250},
     },
     "minimind2-small": _shape(512, 8, 8, 2, 1408),
@@ -41,14 +36,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "minimind-3-moe": {**_shape(768, 8, 8, 4, 2432), "use_moe": True},
     "minimind2": _shape(768, 16, 8, 2, 2048),
     # Hidden size, layers and intermediate size of Qwen3-0.6B, with half its heads.
-    "350m": {
-        **_shape(1024, 28, 8, 4, 3072),
-        **{"head_dim": 128, "max_seq_len": 2048, "learning_rate": _rates(2e-3, 3e-4)},
-    },
-    "1b": {
-        **_shape(1792, 28, 14, 7, 4864),
-        **{"head_dim": 128, "max_seq_len": 2048, "learning_rate": _rates(1.5e-3, 2e-4)},
-    },
+    "350m": {**_shape(1024, 28, 8, 4, 3072), "head_dim": 128, "max_seq_len": 2048},
+    "1b": {**_shape(1792, 28, 14, 7, 4864), "head_dim": 128, "max_seq_len": 2048},
 }
 
 # Rounded, with the built-in tokenizer (6400 tokens) and tied embeddings.
@@ -131,12 +120,10 @@ def resolve(
         unknown = f"--preset {preset} is not known; choose one of {', '.join(PRESETS)}."
         problems.append(for_caller(unknown, ["preset"]))
     merged: dict[str, Any] = dict(PRESETS.get(str(preset), {}))
-    rates: Mapping[str, float] = merged.pop("learning_rate", {})
     with_budget = {**file_values, **(flags or {})}.get("budget") is not None
     if with_budget:
         # The preset gives the model; the budget chooses how to train it.
         merged = {name: value for name, value in merged.items() if name in (*SHAPE_OPTIONS, "use_moe")}
-        rates = {}
     rejected: set[str] = set()
     given: set[str] = set()
     micro_batch: int | None = None
@@ -160,12 +147,6 @@ def resolve(
     if "epochs" not in given and (merged.get("max_steps") or merged.get("max_tokens")):
         # The epochs of a preset are a default: a limit that is given takes their place.
         merged.pop("epochs", None)
-    if merged.get("learning_rate") is None:
-        rate = rates.get(merged.get("optimizer", PretrainConfig.optimizer))
-        if rate is not None and merged.get("from_weight") is not None:
-            # The rates of a preset are those of random weights.
-            rate *= FROM_WEIGHT_RATE
-        merged["learning_rate"] = rate
     if with_budget:
         merged["budget_keeps"] = _kept_by_budget(merged, file_values, flags or {}, preset)
     try:

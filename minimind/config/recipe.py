@@ -1,8 +1,9 @@
 """Rules of the training recipe: shape, batch, learning rate and decay as functions of size and horizon.
 
-`--budget` chooses options by these rules. All of them are plain functions of numbers. A rule is anchored at
-one measured point of this project, stated beside it (`docs/experiments.md`); its exponents are from the
-literature. C hidden size, L layers, B tokens of a global batch, D training tokens of the whole run.
+Learning rate and weight decay of every run follow these rules, and with `--budget` the other options too. All
+of them are plain functions of numbers. A rule is anchored at one measured point of this project, stated
+beside it (`docs/experiments.md`); its exponents are from the literature. C hidden size, L layers, B tokens of
+a global batch, D training tokens of the whole run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ANCHOR_WIDTH = 512
 ANCHOR_TOKENS = 61e6
 ANCHOR_BATCH = 32 * 512
 ANCHOR_RATES: Mapping[str, float] = {"normuon": 4e-3, "muon": 4e-3, "adamw": 5e-4}
+ANCHOR_DECAY = 0.1
 
 # B ∝ D^0.383: Power Lines (Bergsma et al. 2025, arXiv:2505.13738), which nanochat uses too.
 BATCH_EXPONENT = 0.383
@@ -31,7 +33,13 @@ RATE_BATCH_EXPONENT = 0.5
 # lr ∝ 1/C for AdamW (μP: Yang et al. 2022, arXiv:2203.03466). Muon's update has a spectral norm that depends
 # less on the width; the presets from C = 128 to 1792 lie on C^-0.5.
 RATE_WIDTH_EXPONENT: Mapping[str, float] = {"normuon": -0.5, "muon": -0.5, "adamw": -1.0}
+# Share of the learning rate of random weights that trained weights continue with
+# (docs/training-stability.md).
+TRAINED_RATE = 0.3
 LARGEST_RATES: Mapping[str, float] = {"normuon": 3e-2, "muon": 3e-2, "adamw": 5e-3}
+# In fewer steps the rate is lower in proportion: the rule was too high by a factor of 2 in 20 and 60 steps
+# and of 8 in 5, where it made the loss rise, and right in 200 (docs/experiments.md).
+FEWEST_STEPS = 100
 # Peak rate x weight decay x steps of one epoch: the time scale on which AdamW and Muon average over updates.
 # The best one is constant in epochs (Wang and Aitchison 2024, arXiv:2405.13698). 1.5 at the anchor; 2.6 in
 # the tuned Muon of modded-nanogpt. In four epochs, four times the decay of one was better by 0.012 bits/byte
@@ -199,6 +207,43 @@ def weight_decay(rate: float, steps: int, epochs: float = 1.0) -> float:
     """
     decay = min(max(DECAY_TIME / (rate * max(steps, 1)), SMALLEST_DECAY), LARGEST_DECAY)
     return float(f"{decay * max(epochs, 1.0):.2g}")
+
+
+def rates_of_run(
+    optimizer: str,
+    *,
+    width: int,
+    batch_tokens: float,
+    unique_tokens: float,
+    epochs: float,
+    rate: float | None = None,
+    trained: bool = False,
+) -> tuple[float, float]:
+    """Return the peak learning rate and the weight decay of a run.
+
+    Args:
+        optimizer: `normuon`, `muon` or `adamw`.
+        width: C.
+        batch_tokens: B.
+        unique_tokens: of the text.
+        epochs: most epochs of the run. Eight at most count: a time limit may end a run long before them, and
+            no rule was measured beyond.
+        rate: peak learning rate, where it is given; None for that of the rule.
+        trained: the run begins with trained weights. Their learning rate is lower, and in short runs not
+            higher; the weight decay is that of random weights.
+    """
+    epochs = min(epochs, MOST_EPOCHS)
+    tokens = epochs * unique_tokens
+    steps = max(round(tokens / batch_tokens), 1)
+    random_rate = learning_rate(optimizer, width=width, batch_tokens=batch_tokens, tokens=tokens)
+    random_rate = float(f"{random_rate * min(steps / FEWEST_STEPS, 1.0):.2g}")
+    share = TRAINED_RATE if trained else 1.0
+    if rate is None:
+        at_anchor = learning_rate(optimizer, width=width, batch_tokens=ANCHOR_BATCH, tokens=ANCHOR_TOKENS)
+        rate = float(f"{share * min(random_rate, at_anchor):.2g}") if trained else random_rate
+    else:
+        random_rate = rate / share
+    return rate, weight_decay(random_rate, steps, epochs)
 
 
 def most_epochs(parameters: float, unique_tokens: float) -> int:

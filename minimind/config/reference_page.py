@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from .options import CONFIG_SECTIONS
 from .presets import PRESETS, size_text
@@ -65,15 +64,8 @@ def _meaning(field: ConfigField) -> str:
 def _preset_rows() -> Iterator[str]:
     yield from ("| Preset | Parameters | Sets |", "|---|---|---|")
     for name, values in PRESETS.items():
-        sets = ", ".join(f"`{key} = {_format(value)}`" for key, value in values.items())
+        sets = ", ".join(f"`{key} = {value}`" for key, value in values.items())
         yield f"| `{name}` | {size_text(name)} | {sets} |"
-
-
-def _format(value: Any) -> str:
-    """Return a value of a preset; a learning rate with its optimizer."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{one:g} ({name})" for name, one in value.items())
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from ..config.options import LEARNING_RATES, PretrainConfig
+from ..config.options import PretrainConfig
+from ..config.recipe import ANCHOR_RATES
 from ..errors import ConfigError
 from .muon import Muon
 
@@ -23,7 +24,7 @@ FUSED_DEVICES = ("cuda", "cpu")
 OUTPUT = "lm_head."
 ROUTER = ".mlp.gate.weight"
 # With Muon the routers keep the learning rate of AdamW: at a higher one they oscillate between experts.
-ROUTER_SCALE = LEARNING_RATES["adamw"] / LEARNING_RATES["muon"]
+ROUTER_SCALE = ANCHOR_RATES["adamw"] / ANCHOR_RATES["muon"]
 
 # NorMuon begins with a lower momentum, which forgets the first gradients sooner.
 FIRST_MOMENTUM = 0.85
@@ -148,8 +149,9 @@ def build_optimizer(
             decayed.append((name, parameter))
         else:
             matrices.append((name, parameter))
+    decay = config.matrix_weight_decay
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": decayed, "weight_decay": decay},
         {"params": others, "weight_decay": 0.0},
     ]
     if config.optimizer == "normuon":
@@ -157,9 +159,9 @@ def build_optimizer(
     betas = (config.beta1, config.beta2)
     fused = torch.device(device).type in FUSED_DEVICES
     if muon:
-        group = {"params": matrices, "weight_decay": config.weight_decay, "algorithm": "muon"}
+        group = {"params": matrices, "weight_decay": decay, "algorithm": "muon"}
         groups.insert(0, {**group, "normalize_rows": config.optimizer == "normuon"})
-        groups.append({"params": routers, "weight_decay": config.weight_decay, "lr_scale": ROUTER_SCALE})
+        groups.append({"params": routers, "weight_decay": decay, "lr_scale": ROUTER_SCALE})
         used = [group for group in groups if group["params"]]
         lr = config.peak_learning_rate
         options: dict[str, Any] = {

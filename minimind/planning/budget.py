@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from ..checkpoint.resume import containing_run
 from ..config.budget import BUDGET_OPTIONS, Budget, parse_budget
-from ..config.options import AUTO, CONFIG_SCHEMA, FROM_WEIGHT_RATE, ModelConfig, PretrainConfig
+from ..config.options import AUTO, CONFIG_SCHEMA, ModelConfig, PretrainConfig
 from ..config.schema import parse_values, read_toml, schema_of
 from ..data.documents import Documents
 from ..data.shards import random_shards
@@ -242,10 +242,14 @@ def _plan(
 ) -> BudgetPlan:
     best, machine = outcome.ranked[0], outcome.machine
     options = chosen_options(
-        best, outcome.text, budget, kept, optimizer=config.optimizer, processes=machine.processes
+        best,
+        outcome.text,
+        budget,
+        kept,
+        optimizer=config.optimizer,
+        processes=machine.processes,
+        trained=config.from_weight is not None,
     )
-    if config.from_weight is not None and "learning_rate" in options:
-        options["learning_rate"] *= FROM_WEIGHT_RATE
     if best.tokenizer.trained:
         options["tokenizer"] = trained_tokenizer(config, sample(), best.tokenizer.vocab_size)
     if "compile" not in kept and machine.device == "cuda":

@@ -144,11 +144,20 @@ def chosen_options(
     *,
     optimizer: str = "normuon",
     processes: int = 1,
+    trained: bool = False,
 ) -> dict[str, Any]:
-    """Return the options of a candidate, without those in `kept`; a trained tokenizer is added later."""
-    horizon = candidate.tokens
-    rate = kept.get("learning_rate") or recipe.learning_rate(
-        optimizer, width=candidate.shape.hidden_size, batch_tokens=candidate.batch_tokens, tokens=horizon
+    """Return the options of a candidate, without those in `kept`; a trained tokenizer is added later.
+
+    `trained`: the run begins with trained weights.
+    """
+    rate, decay = recipe.rates_of_run(
+        optimizer,
+        width=candidate.shape.hidden_size,
+        batch_tokens=candidate.batch_tokens,
+        unique_tokens=candidate.tokens / candidate.epochs,
+        epochs=candidate.epochs,
+        rate=kept.get("learning_rate"),
+        trained=trained,
     )
     steps = candidate.steps
     held_out = chosen_val_fraction(text.num_bytes)
@@ -173,7 +182,7 @@ def chosen_options(
         "min_lr_ratio": recipe.FINAL_RATE,
         "decay_ratio": recipe.DECAY_RATIO,
         "decay_shape": "linear",
-        "weight_decay": recipe.weight_decay(rate, steps, candidate.epochs),
+        "weight_decay": decay,
         "val_fraction": float(f"{held_out:.2g}"),
         "log_interval": _every(min(max(total / 200, 1.5), 30.0), candidate, steps),
         "eval_interval": max(steps // EVALUATIONS, 1),

@@ -180,6 +180,9 @@ class RunPlan:
             f"{self.total_steps:,} steps{left}, {count(self.total_tokens)} tokens, {epochs:.3g} epochs, "
             f"{self.total_tokens / self.parameters:.3g} tokens per parameter",
         )
+        config = self.config
+        rates = f"learning rate {config.peak_learning_rate:g}, weight decay {config.matrix_weight_decay:g}"
+        yield "optimizer", f"{config.optimizer}, {rates}"
 
     def _memory_rows(self) -> Iterator[tuple[str, str]]:
         m = self.memory

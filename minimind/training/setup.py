@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ..checkpoint.files import MANIFEST, StoredCheckpoint, stored_checkpoints
-from ..config.options import AUTO, FROM_WEIGHT_RATE, PretrainConfig
+from ..config import recipe
+from ..config.options import AUTO, PretrainConfig
 from ..data.batch_plan import BatchPlan, budget_tokens, count_steps, max_training_tokens, plan_batches
 from ..data.loader import Loader
 from ..data.shards import TokenShards
@@ -43,7 +45,7 @@ class RunInputs:
     """The options of a run and what follows from them.
 
     Attributes:
-        config: every size of the model and the learning rate filled in.
+        config: every size of the model filled in; learning rate and weight decay by `with_rates`.
         model_config: sizes of the model.
         tokenizer: of the run.
     """
@@ -62,6 +64,49 @@ class RunInputs:
         """
         config = resolve_batch_size(self.config, self.model_config, accelerator, note)
         return dataclasses.replace(self, config=config)
+
+    def with_rates(
+        self, train: TokenShards, processes: int, note: Callable[[str], object] = lambda sentence: None
+    ) -> RunInputs:
+        """Return these inputs with learning rate and weight decay; where no option gives them, by the rules.
+
+        Args:
+            train: training split.
+            processes: world size.
+            note: gets sentences for the user.
+
+        Raises:
+            ConfigError: for batches that the ranks cannot share.
+        """
+        config = self.config
+        length = float(config.max_seq_len)
+        if not config.packing:
+            length = min(length, train.num_tokens / train.num_documents)
+        batch_tokens = plan_batches(config, processes).global_batch_size * length
+        epochs = config.max_epochs
+        if config.max_steps is not None:
+            epochs = min(epochs, config.max_steps * batch_tokens / train.num_tokens)
+        if config.max_tokens is not None:
+            epochs = min(epochs, config.max_tokens / train.num_tokens)
+        rate, decay = recipe.rates_of_run(
+            config.optimizer,
+            width=self.model_config.hidden_size,
+            batch_tokens=batch_tokens,
+            unique_tokens=train.num_tokens,
+            epochs=epochs,
+            rate=config.learning_rate,
+            trained=config.from_weight is not None,
+        )
+        if config.from_weight is not None and config.resume is None:
+            note(
+                f"--from-weight continues at a peak learning rate of {rate:g} (default: "
+                f"{recipe.TRAINED_RATE:g} times that of random weights); --learning-rate changes it."
+            )
+        if config.weight_decay is not None:
+            decay = config.weight_decay
+        return dataclasses.replace(
+            self, config=dataclasses.replace(config, learning_rate=rate, weight_decay=decay)
+        )
 
     def loader(
         self,
@@ -114,33 +159,36 @@ def resolve_run(config: PretrainConfig, note: Callable[[str], object] = lambda s
     if (remark := check_launch(config)) is not None:
         note(remark)
     source = _initial_model(config)
+    recorded = _recorded_settings(config)
+    # A run keeps the values of its beginning, also where it goes on for longer.
+    config = dataclasses.replace(
+        config,
+        **{
+            name: recorded[name]
+            for name in ("learning_rate", "weight_decay")
+            if getattr(config, name) is None and recorded.get(name) is not None
+        },
+    )
     if config.from_weight is not None and source is None:
         config = dataclasses.replace(config, from_weight=pinned_name(config.from_weight))
     tokenizer, caution = training_tokenizer(
-        config.tokenizer, config.from_weight, _recorded_tokenizer(config), source
+        config.tokenizer, config.from_weight, recorded.get("tokenizer_fingerprint"), source
     )
     if caution is not None:
         note(caution)
     filled, model_config = resolve_model_config(config, tokenizer, source)
-    if config.from_weight is not None and config.resume is None:
-        note(
-            f"--from-weight continues at a peak learning rate of {filled.peak_learning_rate:g} (default: "
-            f"{FROM_WEIGHT_RATE:g} times that of random weights); --learning-rate changes it."
-        )
-    resolved = dataclasses.replace(filled, learning_rate=filled.peak_learning_rate)
-    return RunInputs(resolved, model_config, tokenizer)
+    return RunInputs(filled, model_config, tokenizer)
 
 
-def _recorded_tokenizer(config: PretrainConfig) -> str | None:
-    """Return the fingerprint of the tokenizer of the run to resume, None if unknown.
+def _recorded_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return the settings of the newest readable checkpoint of the run to resume; empty if there is none.
 
-    The run is checked when its checkpoint is loaded. Every checkpoint of a run has the same tokenizer.
+    The run is checked when its checkpoint is loaded.
     """
     for place in _places_to_resume(config):
         with suppress(CheckpointError):
-            settings = StoredCheckpoint(place, 0).trainer.get("settings", {})
-            return None if (found := settings.get("tokenizer_fingerprint")) is None else str(found)
-    return None
+            return StoredCheckpoint(place, 0).trainer.get("settings", {})
+    return {}
 
 
 def _initial_model(config: PretrainConfig) -> ModelSource | None:

@@ -83,6 +83,11 @@ def banner(
             f"of {config.max_seq_len} tokens)",
         ),
         (
+            "optimizer",
+            f"{parts.custom_names['optimizer'] or config.optimizer}, learning rate "
+            f"{config.peak_learning_rate:g}, weight decay {config.matrix_weight_decay:g}",
+        ),
+        (
             "device",
             f"{name} x {accelerator.num_processes}, {precision}, "
             f"{'' if parts.compiled else 'not '}compiled{kernels}",

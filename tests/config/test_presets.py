@@ -7,7 +7,7 @@ import math
 import pytest
 
 from minimind.config.naming import options_were_typed
-from minimind.config.options import LEARNING_RATES, PretrainConfig
+from minimind.config.options import PretrainConfig
 from minimind.config.presets import (
     PRESET_PARAMETERS,
     PRESETS,
@@ -78,18 +78,9 @@ def test_a_flag_for_the_size_of_a_step_replaces_the_other_one_of_the_file() -> N
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_has_a_learning_rate_for_each_optimizer(name: str) -> None:
-    rates = {optimizer: preset_config(name, optimizer=optimizer) for optimizer in LEARNING_RATES}
-    given = PRESETS[name].get("learning_rate", LEARNING_RATES)
-    assert given.keys() == LEARNING_RATES.keys()
-    assert {optimizer: config.peak_learning_rate for optimizer, config in rates.items()} == given
-
-
-def test_a_learning_rate_that_is_given_counts_for_any_optimizer() -> None:
-    config = resolve(preset="tiny", file={"learning_rate": 0.5}, flags={"optimizer": "muon"})
-    assert config.peak_learning_rate == 0.5
-    unset = resolve(preset="tiny", file={"learning_rate": 0.5}, flags={"learning_rate": None})
-    assert unset.peak_learning_rate == preset_config("tiny").peak_learning_rate
+def test_learning_rate_and_weight_decay_follow_from_the_run_not_from_the_preset(name: str) -> None:
+    config = preset_config(name)
+    assert (config.learning_rate, config.weight_decay) == (None, None)
 
 
 def test_auto_in_place_of_a_batch_size_keeps_the_sequences_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,25 +26,21 @@ def test_the_anchor_is_reproduced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "tokens", "optimizer"),
+    ("width", "tokens", "optimizer", "tuned"),
     [
-        ("tiny", 1.1e6, "muon"),
-        ("350m", 7e9, "muon"),
-        ("1b", 20e9, "muon"),
-        ("tiny", 1.1e6, "adamw"),
-        ("350m", 7e9, "adamw"),
+        (128, 1.1e6, "muon", 1e-2),
+        (1024, 7e9, "muon", 2e-3),
+        (1792, 20e9, "muon", 1.5e-3),
+        (128, 1.1e6, "adamw", 3e-3),
+        (1024, 7e9, "adamw", 3e-4),
     ],
 )
-def test_the_rates_of_the_presets_lie_near_the_rule(preset: str, tokens: float, optimizer: str) -> None:
-    config = preset_config(preset, optimizer=optimizer)
-    rule = recipe.learning_rate(
-        optimizer,
-        width=config.hidden_size,
-        batch_tokens=recipe.global_batch_tokens(tokens),
-        tokens=tokens,
-    )
-    assert config.learning_rate is not None
-    assert 1 / 2 < rule / config.learning_rate < 2
+def test_the_rule_lies_near_rates_that_were_tuned(
+    width: int, tokens: float, optimizer: str, tuned: float
+) -> None:
+    batch = recipe.global_batch_tokens(tokens)
+    rule = recipe.learning_rate(optimizer, width=width, batch_tokens=batch, tokens=tokens)
+    assert 1 / 2 < rule / tuned < 2
 
 
 def test_the_batch_of_the_smallest_preset_lies_on_the_rule() -> None:
@@ -88,6 +87,43 @@ def test_the_rate_falls_with_the_horizon_and_the_width(
 def test_weight_decay_falls_with_the_steps(rate: float, one: int, other: int) -> None:
     few, many = sorted((one, other))
     assert 0.3 >= recipe.weight_decay(rate, few) >= recipe.weight_decay(rate, many) >= 0.005
+
+
+def rates(epochs: float, **given: Any) -> tuple[float, float]:
+    return recipe.rates_of_run(
+        "normuon", width=512, batch_tokens=32 * 512, unique_tokens=61e6, epochs=epochs, **given
+    )
+
+
+def test_the_rates_of_a_run_follow_from_its_length() -> None:
+    assert rates(1) == (4e-3, 0.1)
+    lower, decay = rates(4)
+    assert lower == pytest.approx(4e-3 * 4**-0.32, rel=0.02)
+    # Learning rate x weight decay x steps of an epoch stay the same.
+    assert lower * decay == pytest.approx(4e-4, rel=0.05)
+    assert rates(8) == rates(1000) == rates(math.inf)
+
+
+def test_a_run_of_few_steps_has_a_low_rate() -> None:
+    def rate(steps: int) -> float:
+        return rates(steps * 32 * 512 / 61e6)[0]
+
+    assert rate(1) < rate(10) < rate(50) < rate(99)
+    assert rate(20) == pytest.approx(rate(50) * 2.5**0.32 / 2.5, rel=0.05)
+    assert rate(100) > rate(200) > rate(400)
+
+
+def test_a_rate_that_is_given_stays_and_the_decay_follows_it() -> None:
+    assert rates(1, rate=2e-3) == (2e-3, 0.2)
+
+
+def test_trained_weights_have_a_lower_rate_not_a_higher_decay() -> None:
+    assert rates(1, trained=True) == (1.2e-3, 0.1)
+    assert rates(1, trained=True, rate=2.4e-3) == (2.4e-3, 0.05)
+    # In a short run their rate is not higher.
+    assert rates(0.05)[0] > 2 * rates(1)[0]
+    assert rates(0.05, trained=True)[0] == 1.2e-3
+    assert rates(8, trained=True)[0] == pytest.approx(0.3 * rates(8)[0], rel=0.05)
 
 
 def test_the_ladder_has_valid_shapes_of_growing_size() -> None:

@@ -38,6 +38,8 @@ PORTABLE = {
 UNSTABLE = {"time", "seconds", "tokens_per_second", "eta_seconds", "memory_gb", "mfu"}
 BASE: dict[str, Any] = {
     "optimizer": "muon",
+    "learning_rate": 4e-3,
+    "weight_decay": 0.1,
     "data": ("corpus.jsonl",),
     "val_fraction": 0.1,
     "tokenizer": str(HERE / "tokenizer.json"),
@@ -89,7 +91,7 @@ def dropout_accumulation() -> Path:
 
 
 def adamw() -> Path:
-    return train("adamw", optimizer="adamw", weight_decay=0.2, beta2=0.99, grad_clip=0.5)
+    return train("adamw", optimizer="adamw", learning_rate=5e-4, weight_decay=0.2, beta2=0.99, grad_clip=0.5)
 
 
 def wsd_mixture() -> Path:

@@ -381,7 +381,8 @@ def test_the_plan_says_why_the_choice_is_neither_larger_nor_smaller() -> None:
     smaller = candidate(shape=recipe.ModelShape.of(256, 4), steps=9000, forecast=expected(0.95))
 
     def rows(*others: Candidate, machine: Machine = GPU, **changes: Any) -> dict[str, str]:
-        config = PretrainConfig(budget="200s", learning_rate=4e-3, lr_schedule="wsd", decay_ratio=0.6)
+        rates = {"learning_rate": 4e-3, "weight_decay": 0.1}
+        config = PretrainConfig(budget="200s", **rates, lr_schedule="wsd", decay_ratio=0.6)
         chosen = dataclasses.replace(best, **changes)
         plan = BudgetPlan(config, Budget(seconds=200), TEXT, machine, (chosen, *others), ("batch_size",))
         return dict(plan.rows())
@@ -475,7 +476,7 @@ def test_what_the_user_has_set_changes_what_goes_with_it() -> None:
     plain = planned(PretrainConfig(budget="1h"), 600)
     assert (plain.lr_schedule, plain.decay_ratio, plain.val_fraction) == ("wsd", 0.6, 0.0031)
     tuned = planned(PretrainConfig(budget="1h", from_weight="model"), 600)
-    assert tuned.learning_rate == pytest.approx(0.3 * plain.learning_rate)
+    assert tuned.learning_rate == pytest.approx(0.3 * plain.learning_rate, rel=0.05)
     given = planned(PretrainConfig(budget="1h", data=("a",), val_data=("v",)), 600)
     assert given.val_fraction == PretrainConfig().val_fraction
     cosine = planned(PretrainConfig(budget="1h", lr_schedule="cosine"), 600)

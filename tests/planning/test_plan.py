@@ -330,6 +330,7 @@ def test_the_screen_of_a_plan() -> None:
         "cache": "250 kB in cache, tokenized now; the run will use it",
         "step": "1.54k tokens (micro-batch 4 x accumulation 2 x processes 3, sequences of 64 tokens)",
         "run": "130 steps, 200k tokens, 2 epochs, 0.08 tokens per parameter",
+        "optimizer": "normuon, learning rate 0.004, weight decay 0.1",
         "memory": "estimate 136 MB at the peak: weights 15.0 MB, gradients 10.0 MB, optimizer 20.0 MB, "
         "activations 30.0 MB, working space 6.00 MB",
         "speed": "3.07k tokens/s, 500 ms per step (2 steps measured on CPU x 1)",

@@ -154,7 +154,7 @@ def record(folder: Path, config: PretrainConfig, **environment: Any) -> Reproduc
 def test_the_page_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = preset_config("minimind-3", data=("corpus.jsonl",), batch_size=128, optimizer="adamw")
-    config = dataclasses.replace(config, learning_rate=config.peak_learning_rate)
+    config = dataclasses.replace(config, learning_rate=5e-4, weight_decay=0.3)
     found = record(Path("runs/adamw"), config, working_folder=str(tmp_path))
     page = Path(__file__).parents[2] / "docs" / "comparing-runs.md"
     assert f"\n{shlex.join(found.args)}\n" in page.read_text(encoding="utf-8")

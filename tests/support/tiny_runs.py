@@ -66,6 +66,7 @@ def tiny(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
         accumulation_steps=2,
         epochs=2,
         learning_rate=1e-2,
+        weight_decay=0.1,
         mixed_precision="no",
         compile=False,
         tracker=("none",),

@@ -27,6 +27,7 @@ from minimind import (
 from minimind.config.options import CONFIG_SECTIONS
 from minimind.config.presets import resolve
 from minimind.config.schema import parse_values, read_toml, write_toml
+from minimind.data.shards import random_shards
 from minimind.tracking.console import Progress
 from minimind.training.setup import resolve_run
 from minimind.training.summary import PretrainResult
@@ -217,15 +218,38 @@ def test_every_size_that_is_given_beside_weights_must_be_theirs(
     assert resolve(file=tomllib.loads(write_toml(config, CONFIG_SECTIONS))) == config
 
 
-def test_trained_weights_continue_at_a_lower_rate(finished: tuple[Path, PretrainResult]) -> None:
+def test_trained_weights_continue_at_a_lower_rate(
+    finished: tuple[Path, PretrainResult], tmp_path: Path
+) -> None:
     weights = {"from_weight": str(finished[1].model_dir), "max_seq_len": 32}
+    train = random_shards(tmp_path / "random", 100)
     notes: list[str] = []
-    assert resolve_run(PretrainConfig(**weights), notes.append).config.learning_rate == 0.3 * 4e-3
-    assert [note for note in notes if "0.0012 (default: 0.3 times that of random weights)" in note]
-    assert resolve(flags=weights | {"optimizer": "adamw"}).peak_learning_rate == 0.3 * 5e-4
-    assert resolve(preset="tiny").peak_learning_rate == 1e-2
-    assert resolve(preset="tiny", flags=weights).peak_learning_rate == 0.3 * 1e-2
-    assert resolve(preset="tiny", flags=weights | {"learning_rate": 0.5}).peak_learning_rate == 0.5
+
+    def rates(**options: Any) -> tuple[float | None, float | None]:
+        inputs = resolve_run(PretrainConfig(**options)).with_rates(train, 1, notes.append)
+        return inputs.config.learning_rate, inputs.config.weight_decay
+
+    rate, decay = rates(hidden_size=32, max_seq_len=32)
+    assert rate is not None
+    lower, same = rates(**weights)
+    assert lower == pytest.approx(0.3 * rate, rel=0.05)
+    assert same == decay
+    assert [note for note in notes if f"{lower:g} (default: 0.3 times that of random weights)" in note]
+    assert rates(**weights, learning_rate=0.5, weight_decay=0.7) == (0.5, 0.7)
+
+
+def test_a_run_that_goes_on_for_longer_keeps_its_rates(corpus: Path, tmp_path: Path) -> None:
+    config = tiny(corpus, tmp_path / "out", learning_rate=None, weight_decay=None, max_steps=10)
+
+    def rates(config: PretrainConfig) -> tuple[float, float]:
+        pretrain(config)
+        written = read_toml(Path(config.output_dir) / "config.toml")
+        return written["learning_rate"], written["weight_decay"]
+
+    short = rates(config)
+    longer = dataclasses.replace(config, max_steps=20)
+    assert rates(dataclasses.replace(longer, resume="auto")) == short
+    assert rates(dataclasses.replace(longer, output_dir=str(tmp_path / "new"))) != short
 
 
 def test_padded_sequences_train_too(corpus: Path, tmp_path: Path) -> None:
