@@ -31,7 +31,7 @@ BATCH_TOLERANCE = 12.0
 RATE_HORIZON_EXPONENT = -0.32
 RATE_BATCH_EXPONENT = 0.5
 # lr ∝ 1/C for AdamW (μP: Yang et al. 2022, arXiv:2203.03466). Muon's update has a spectral norm that depends
-# less on the width; the presets from C = 128 to 1792 lie on C^-0.5.
+# less on the width; rates that were tuned by hand from C = 128 to 1792 lie on C^-0.5.
 RATE_WIDTH_EXPONENT: Mapping[str, float] = {"normuon": -0.5, "muon": -0.5, "adamw": -1.0}
 # Share of the learning rate of random weights that trained weights continue with
 # (docs/training-stability.md).
@@ -229,8 +229,8 @@ def rates_of_run(
         epochs: most epochs of the run. Eight at most count: a time limit may end a run long before them, and
             no rule was measured beyond.
         rate: peak learning rate, where it is given; None for that of the rule.
-        trained: the run begins with trained weights. Their learning rate is lower, and in short runs not
-            higher; the weight decay is that of random weights.
+        trained: the run begins with trained weights. Their learning rate is lower, and neither it nor the
+            weight decay rises above its value at the anchor in short runs or with the epochs.
     """
     epochs = min(epochs, MOST_EPOCHS)
     tokens = epochs * unique_tokens
@@ -243,7 +243,8 @@ def rates_of_run(
         rate = float(f"{share * min(random_rate, at_anchor):.2g}") if trained else random_rate
     else:
         random_rate = rate / share
-    return rate, weight_decay(random_rate, steps, epochs)
+    decay = weight_decay(random_rate, steps, epochs)
+    return rate, min(decay, ANCHOR_DECAY) if trained else decay
 
 
 def most_epochs(parameters: float, unique_tokens: float) -> int:

@@ -164,9 +164,10 @@ def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPl
     """Resolve the options and tokenize the data."""
     with closing(Progress(enabled=is_main_process() and not quiet)) as progress:
         inputs = resolve_batch_size_alone(resolve_run(config, progress.note))
+        batches = plan_batches(inputs.config, world_size())
         data = prepare_data(inputs.config, inputs.tokenizer, progress.data_build)
         inputs = inputs.with_rates(data.train, world_size(), progress.note)
-        return inputs, plan_batches(inputs.config, world_size()), data
+        return inputs, batches, data
 
 
 def _first_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer.main
 
 from minimind.config.options import PretrainConfig
 from minimind_cli.app import main
@@ -37,6 +39,16 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def plain_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take back that a process other than the first signs its warnings."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+
+# Typer builds every command again for each command line.
+_get_command = functools.cache(typer.main.get_command)
+
+
+@pytest.fixture(autouse=True)
+def commands_that_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what typer makes of the commands from one test to the next."""
+    monkeypatch.setattr(typer.main, "get_command", _get_command)
 
 
 @pytest.fixture

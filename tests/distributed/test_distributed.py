@@ -252,7 +252,7 @@ def test_processes_that_are_launched_train_together_on_cpus(corpus: Path, tmp_pa
     args = command(corpus, tmp_path / "out", *FEW_STEPS)
     code, text = launch([*launcher, *program, *args], tmp_path)
     assert code == 0, text
-    assert banner_line(text) == "device: CPU x 2, float32, not compiled"
+    assert banner_line(text) == "device:    CPU x 2, float32, not compiled"
     assert "no GPU here: 2 processes train together on CPUs." in text
     # Only rank 0 prints.
     assert text.count("step 2/2 | loss") == 1

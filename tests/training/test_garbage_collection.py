@@ -25,8 +25,12 @@ def a_cycle() -> weakref.ref[Cycle]:
     return weakref.ref(Cycle())
 
 
+COUNT = gc.get_freeze_count
+
+
 @pytest.fixture(autouse=True)
-def _collector_on() -> Iterator[None]:
+def _collector_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gc, "get_freeze_count", COUNT)
     gc.enable()
     gc.unfreeze()
     yield

@@ -277,8 +277,8 @@ def test_two_weighted_sources_train_and_resume_as_one_run(
     )
     result = pretrain(weighted)
     said = capsys.readouterr().out
-    assert f"mixture: {first}: 60.0% of the tokens, 2.4" in said
-    assert f"mixture: {second}: 40.0% of the tokens, 1.6" in said
+    assert f"mixture:   {first}: 60.0% of the tokens, 2.4" in said
+    assert f"mixture:   {second}: 40.0% of the tokens, 1.6" in said
 
     def losses(out: Path) -> dict[int, float]:
         return {row["step"]: row["loss"] for row in metrics(out) if "loss" in row}
