@@ -58,6 +58,7 @@ def tiny(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
             batch_size=4,
             epochs=3,
             learning_rate=1e-2,
+            weight_decay=0.1,
             log_interval=5,
             save_interval=10,
             compile=False,
