@@ -455,13 +455,13 @@ def test_a_wsd_run_with_a_time_limit_reaches_its_peak_and_goes_on_when_it_gets_m
 
 @pytest.mark.slow
 def test_the_tiny_preset_learns_the_built_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--preset tiny` without --data, but 80 steps of its 674."""
+    """`--preset tiny` without --data, but 40 steps of its 674."""
     monkeypatch.chdir(tmp_path)
-    result = pretrain(preset_config("tiny", max_steps=80, cache_dir=str(tmp_path / "cache")))
+    result = pretrain(preset_config("tiny", max_steps=40, cache_dir=str(tmp_path / "cache")))
     evaluations = [
         row["val_bits_per_byte"] for row in metrics(tmp_path / "out") if "val_bits_per_byte" in row
     ]
-    assert evaluations[-1] < 0.6 * evaluations[0]
+    assert evaluations[-1] < 0.75 * evaluations[0]
     assert result.sample
 
 
