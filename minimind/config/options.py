@@ -322,12 +322,12 @@ class PretrainConfig(BudgetConfig, RunConfig, OptimizationConfig, ModelConfig, D
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak learning rate; that of the anchor of the rules before a run has chosen its own."""
+        """Peak learning rate; where neither an option nor the run sets it, `ANCHOR_RATES` of `recipe`."""
         return ANCHOR_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     @property
     def matrix_weight_decay(self) -> float:
-        """The weight decay; that of the anchor of the rules before a run has chosen its own."""
+        """Weight decay; where neither an option nor the run sets it, `ANCHOR_DECAY` of `recipe`."""
         return ANCHOR_DECAY if self.weight_decay is None else self.weight_decay
 
     @property

@@ -209,7 +209,7 @@ def weight_decay(rate: float, steps: int, epochs: float = 1.0) -> float:
     return float(f"{decay * max(epochs, 1.0):.2g}")
 
 
-def rates_of_run(
+def learning_rate_and_decay(
     optimizer: str,
     *,
     width: int,
@@ -240,7 +240,7 @@ def rates_of_run(
     share = TRAINED_RATE if trained else 1.0
     if rate is None:
         at_anchor = learning_rate(optimizer, width=width, batch_tokens=ANCHOR_BATCH, tokens=ANCHOR_TOKENS)
-        rate = float(f"{share * min(random_rate, at_anchor):.2g}") if trained else random_rate
+        rate = share * min(random_rate, at_anchor) if trained else random_rate
     else:
         random_rate = rate / share
     decay = weight_decay(random_rate, steps, epochs)

@@ -139,9 +139,19 @@ def budget_tokens(config: PretrainConfig, flops_per_token: float) -> float | Non
     return budget.tokens if budget.flops is None else max(budget.flops / flops_per_token, 1.0)
 
 
-def max_training_tokens(config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int) -> int:
-    """Return the upper limit of input tokens of a run."""
+def max_training_tokens(
+    config: PretrainConfig, plan: BatchPlan, tokens_per_epoch: int, mean_length: float | None = None
+) -> int:
+    """Return the upper limit of input tokens of a run.
+
+    Args:
+        config: holds the limits.
+        plan: batches of a step.
+        tokens_per_epoch: real input tokens in one epoch.
+        mean_length: mean tokens of a sequence; by default sequences are full.
+    """
     tokens = config.max_epochs * tokens_per_epoch
     if config.max_steps is not None:
-        tokens = min(tokens, config.max_steps * plan.global_batch_size * config.max_seq_len)
+        length = config.max_seq_len if mean_length is None else mean_length
+        tokens = min(tokens, config.max_steps * plan.global_batch_size * length)
     return int(tokens if config.max_tokens is None else min(tokens, config.max_tokens))

@@ -150,7 +150,7 @@ def chosen_options(
 
     `trained`: the run begins with trained weights.
     """
-    rate, decay = recipe.rates_of_run(
+    rate, decay = recipe.learning_rate_and_decay(
         optimizer,
         width=candidate.shape.hidden_size,
         batch_tokens=candidate.batch_tokens,

@@ -166,7 +166,7 @@ def _resolve(config: PretrainConfig, *, quiet: bool) -> tuple[RunInputs, BatchPl
         inputs = resolve_batch_size_alone(resolve_run(config, progress.note))
         batches = plan_batches(inputs.config, world_size())
         data = prepare_data(inputs.config, inputs.tokenizer, progress.data_build)
-        inputs = inputs.with_rates(data.train, world_size(), progress.note)
+        inputs = inputs.with_learning_rate(data.train, world_size(), progress.note)
         return inputs, batches, data
 
 

@@ -72,7 +72,7 @@ def pretrain(
         shared = run_signature(accelerator, dataclasses.asdict(options.config), fingerprints)
         check_same_on_all_ranks(accelerator, shared)
         inputs = options.with_batch_size(accelerator, progress.note)
-        inputs = inputs.with_rates(data.train, accelerator.num_processes, progress.note)
+        inputs = inputs.with_learning_rate(data.train, accelerator.num_processes, progress.note)
         parts = build_training(
             inputs,
             data.train,

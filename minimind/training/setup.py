@@ -45,7 +45,7 @@ class RunInputs:
     """The options of a run and what follows from them.
 
     Attributes:
-        config: every size of the model filled in; learning rate and weight decay by `with_rates`.
+        config: every size of the model filled in; learning rate and weight decay by `with_learning_rate`.
         model_config: sizes of the model.
         tokenizer: of the run.
     """
@@ -65,7 +65,7 @@ class RunInputs:
         config = resolve_batch_size(self.config, self.model_config, accelerator, note)
         return dataclasses.replace(self, config=config)
 
-    def with_rates(
+    def with_learning_rate(
         self, train: TokenShards, processes: int, note: Callable[[str], object] = lambda sentence: None
     ) -> RunInputs:
         """Return these inputs with learning rate and weight decay; where no option gives them, by the rules.
@@ -82,18 +82,14 @@ class RunInputs:
         length = float(config.max_seq_len)
         if not config.packing:
             length = min(length, train.num_tokens / train.num_documents)
-        batch_tokens = plan_batches(config, processes).global_batch_size * length
-        epochs = config.max_epochs
-        if config.max_steps is not None:
-            epochs = min(epochs, config.max_steps * batch_tokens / train.num_tokens)
-        if config.max_tokens is not None:
-            epochs = min(epochs, config.max_tokens / train.num_tokens)
-        rate, decay = recipe.rates_of_run(
+        plan = plan_batches(config, processes)
+        tokens = max_training_tokens(config, plan, train.num_tokens, length)
+        rate, decay = recipe.learning_rate_and_decay(
             config.optimizer,
             width=self.model_config.hidden_size,
-            batch_tokens=batch_tokens,
+            batch_tokens=plan.global_batch_size * length,
             unique_tokens=train.num_tokens,
-            epochs=epochs,
+            epochs=tokens / train.num_tokens,
             rate=config.learning_rate,
             trained=config.from_weight is not None,
         )

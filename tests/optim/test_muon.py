@@ -682,5 +682,5 @@ def test_ranks_that_share_the_work_of_the_kernels_make_the_updates_of_one_proces
     ranks = interpreted("--shared")
     assert len(ranks) == 2
     for found in ranks:
-        assert len(found) == 1 + MATRICES * (muon_cases.STEPS + 1)
+        assert len(found) == 2 * (1 + MATRICES * (muon_cases.STEPS + 1))
         assert {case: error for case, error in found.items() if not error < 1e-6} == {}

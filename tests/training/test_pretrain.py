@@ -227,13 +227,13 @@ def test_trained_weights_continue_at_a_lower_rate(
     notes: list[str] = []
 
     def rates(**options: Any) -> tuple[float | None, float | None]:
-        inputs = resolve_run(PretrainConfig(**options)).with_rates(train, 1, notes.append)
+        inputs = resolve_run(PretrainConfig(**options)).with_learning_rate(train, 1, notes.append)
         return inputs.config.learning_rate, inputs.config.weight_decay
 
     rate, decay = rates(hidden_size=32, max_seq_len=32)
     assert rate is not None
     lower, same = rates(**weights)
-    assert lower == pytest.approx(0.3 * rate, rel=0.05)
+    assert lower == pytest.approx(0.3 * rate)
     assert same == decay
     assert [note for note in notes if f"{lower:g} (default: 0.3 times that of random weights)" in note]
     assert rates(**weights, learning_rate=0.5, weight_decay=0.7) == (0.5, 0.7)
@@ -455,13 +455,13 @@ def test_a_wsd_run_with_a_time_limit_reaches_its_peak_and_goes_on_when_it_gets_m
 
 @pytest.mark.slow
 def test_the_tiny_preset_learns_the_built_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--preset tiny` without --data, but 40 steps of its 674."""
+    """`--preset tiny` without --data, but 80 steps of its 674."""
     monkeypatch.chdir(tmp_path)
-    result = pretrain(preset_config("tiny", max_steps=40, cache_dir=str(tmp_path / "cache")))
+    result = pretrain(preset_config("tiny", max_steps=80, cache_dir=str(tmp_path / "cache")))
     evaluations = [
         row["val_bits_per_byte"] for row in metrics(tmp_path / "out") if "val_bits_per_byte" in row
     ]
-    assert evaluations[-1] < 0.75 * evaluations[0]
+    assert evaluations[-1] < 0.6 * evaluations[0]
     assert result.sample
 
 
