@@ -126,6 +126,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("windows") / "corpus.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_that_windows_lacks(corpus: Path) -> None:
     command = [sys.executable, "-X", "warn_default_encoding", "-c", WINDOWS + RUN]
     done = subprocess.run(command, cwd=corpus.parent, capture_output=True, text=True, timeout=120)

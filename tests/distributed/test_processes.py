@@ -56,16 +56,17 @@ def test_the_number_of_processes_changes_neither_sequences_nor_losses(tmp_path: 
     pretrain(tiny(corpus, tmp_path / "straight", max_steps=STEPS, **options))
     file = tmp_path / "run.toml"
     file.write_text(write_toml(tiny(corpus, tmp_path / "parts", **options), CONFIG_SECTIONS))
-    for processes, last in ((1, 3), (2, 6), (4, 9), (1, STEPS)):
-        args = ["minimind_cli", "pretrain", "--config", str(file), "--max-steps", str(last), "--resume"]
-        if processes > 1:
-            launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-            launch += ["--num_processes", str(processes), "--main_process_port", "0", "-m"]
-            args = [*launch, *args]
-        child = command_line(args)
+    pretrain(tiny(corpus, tmp_path / "parts", max_steps=3, **options))
+    for processes, last in ((2, 6), (4, 9)):
+        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        launch += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "minimind_cli"]
+        child = command_line(
+            [*launch, "pretrain", "--config", str(file), "--max-steps", str(last), "--resume"]
+        )
         output, errors = child.communicate()
         assert reports(tmp_path / "parts")[-1]["step"] == last, errors
         assert f"processes {processes}, " in output
+    pretrain(tiny(corpus, tmp_path / "parts", max_steps=STEPS, resume="auto", **options))
     straight, parts = reports(tmp_path / "straight"), reports(tmp_path / "parts")
     assert [(line["step"], line["kind"], line.get("digest")) for line in parts] == [
         (line["step"], line["kind"], line.get("digest")) for line in straight

@@ -235,7 +235,7 @@ def main(folder: Path, kills: int, seed: int, processes: int) -> None:
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     chance = random.Random(seed)
     corpus = write_corpus(folder / "corpus.jsonl")
-    changes = {"epochs": 6, "save_interval": 2, "eval_interval": 4, "eval_batches": 2}
+    changes = {"epochs": 4, "save_interval": 2, "eval_interval": 4, "eval_batches": 2}
     if processes > 1:
         changes |= {"batch_size": 8 // processes, "accumulation_steps": 1}
     straight = tiny(corpus, folder / "straight", **changes)

@@ -26,7 +26,7 @@ SHAPES = {
     "cpu": [(32, 64), (95, 33), (51, 51), (3, 48, 24), (1, 7)],
     "cuda": [(256, 768), (769, 255), (515, 515), (8, 336, 128), (1, 7)],
 }
-STEPS = 3
+STEPS = 2
 
 
 def parameters(device: str, offset: int) -> list[nn.Parameter]:

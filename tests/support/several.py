@@ -24,7 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from minimind.config.options import PretrainConfig
 from support.foreign_models import save_shape
 
-STEPS = 20
+STEPS = 17
 # Between the norms of gradients that come up.
 CLIP = 1.4
 # Options of each run. A step is of 8 sequences over all processes; an epoch ends in a short one.

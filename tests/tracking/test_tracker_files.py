@@ -30,6 +30,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minimind.tracking.backends import grouped_name
 from support.tiny_runs import write_corpus
 
+pytestmark = pytest.mark.slow
+
 # The key of WandB must have 40 characters.
 KEY = "ca9a51ca9a52ca9a53ca9a54ca9a55ca9a56ca9a"
 SAMPLE = "step {step}:\n  <b>zwölf</b> & 你好\n"
