@@ -226,7 +226,7 @@ def evaluation(point: dict[str, Any], share: float) -> tuple[float, float]:
 
 def gains(law: ScalingLaw, points: list[dict[str, Any]]) -> tuple[float, float]:
     """Return g and h of `ScalingLaw.gain`, from what the second half of the runs gained."""
-    known = [p for p in points if p["evaluations"] and p["tokens"] < 2 * p["unique_tokens"]]
+    known = [point for point in points if point["evaluations"]]
     rows = []
     for point in known:
         reached = law.relative(point["block_parameters"], worth(point, point["tokens"]))
@@ -241,7 +241,7 @@ def on_curve(law: ScalingLaw, points: list[dict[str, Any]], share: float) -> tup
     """Return a share of a run, d of `ScalingLaw.gain` there, and the deviation of the forecast."""
     if share == 1.0:
         return share, 0.0, SMALLEST_SIGMA_DURING
-    known = [p for p in points if p["evaluations"] and p["tokens"] < 2 * p["unique_tokens"]]
+    known = [point for point in points if point["evaluations"]]
     expected = [law.gain(p["block_parameters"], worth(p, p["tokens"])) for p in known]
     gained = [evaluation(point, share)[1] - finished(point) for point in known]
     d = sum(a * b for a, b in zip(expected, gained, strict=True)) / sum(a * a for a in expected)
@@ -259,7 +259,6 @@ def half_time_error(law: ScalingLaw, point: dict[str, Any]) -> float | None:
         observed=bits,
         num_bytes=worth(point, point["tokens"]),
         share=share,
-        epochs=point["tokens"] / point["unique_tokens"],
     )
     return forecast.bits_per_byte - finished(point)
 

@@ -50,6 +50,8 @@ POINTS = (
 # Points of a training curve, and evaluations on the way.
 REPORTS = 30
 EVALUATIONS = 6
+# Epochs of a run that its steps end.
+ENDLESS = 1000
 
 
 def main() -> None:
@@ -132,9 +134,6 @@ class Grid:
             epochs=tokens / self.unique_tokens,
             parameters_per_token=shape.block_parameters / self.unique_tokens,
         )
-        rate = self.options.rate * recipe.learning_rate(
-            PretrainConfig.optimizer, width=shape.hidden_size, batch_tokens=batch, tokens=tokens
-        )
         steps = max(round(tokens / batch), 2)
         config = PretrainConfig(
             **self.base,
@@ -142,7 +141,7 @@ class Grid:
             max_seq_len=length,
             batch_size=max(batch // length, 1),
             max_steps=steps,
-            learning_rate=rate,
+            epochs=ENDLESS,
             lr_schedule="wsd",
             decay_ratio=recipe.DECAY_RATIO,
             decay_shape="linear",
@@ -150,8 +149,11 @@ class Grid:
         )
         inputs = resolve_run(config)
         data = prepare_data(inputs.config, inputs.tokenizer)
-        decay = recipe.weight_decay(rate, steps, tokens / data.train.num_tokens)
-        inputs = replace(inputs, config=replace(inputs.config, weight_decay=decay))
+        inputs_of_rule = inputs.with_learning_rate(data.train, 1)
+        assert inputs_of_rule.config.learning_rate is not None
+        rate = self.options.rate * inputs_of_rule.config.learning_rate
+        inputs = replace(inputs, config=replace(inputs.config, learning_rate=rate))
+        inputs = inputs.with_learning_rate(data.train, 1)
         accelerator = start_accelerator(inputs.config)
         try:
             return self._train(inputs, data, accelerator, steps) | {

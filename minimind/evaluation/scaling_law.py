@@ -26,10 +26,6 @@ REFERENCE_VOCABULARY = 6400
 # Bounds of what the rest of a run gains: as a share of the loss, and in units of d. No run that was measured
 # is near them.
 _LARGEST_GAIN, _SMALLEST_GAIN = 0.4, 0.1
-# Bytes of the shortest run of the fit. Two of a third to a half of that gained about half as much.
-_SMALLEST_RUN = 6e5
-# Of more epochs the later ones gain less: about two thirds in two runs of 4.4 epochs.
-_FEW_EPOCHS = 2.0
 # Token before the first of a document.
 _START = -1
 
@@ -155,9 +151,7 @@ class ScalingLaw:
         sigma = math.hypot(self.sigma if difficulty else 5 * self.sigma, _DOCUMENT_SPREAD / documents**0.5)
         return Forecast.of(scale * relative, sigma)
 
-    def during(
-        self, parameters: float, *, observed: float, num_bytes: float, share: float, epochs: float = 1.0
-    ) -> Forecast:
+    def during(self, parameters: float, *, observed: float, num_bytes: float, share: float) -> Forecast:
         """Return the forecast from an evaluation on the way.
 
         Args:
@@ -165,14 +159,9 @@ class ScalingLaw:
             observed: bits per byte of the evaluation.
             num_bytes: D of the whole run.
             share: of the run that is done, from 0 to 1.
-            epochs: of the whole run.
         """
         d, sigma = self._on_curve(share)
-        known = min(num_bytes / _SMALLEST_RUN, 1.0)
-        gain = d * self.gain(parameters, num_bytes) * known**0.5
-        gain *= min(_FEW_EPOCHS / max(epochs, 1.0), 1.0) ** 0.5
-        sigma /= max(known, 0.1)
-        final = observed - min(gain, _LARGEST_GAIN * observed)
+        final = observed - min(d * self.gain(parameters, num_bytes), _LARGEST_GAIN * observed)
         return Forecast(final, max(final - _DEVIATIONS * sigma, 0.0), final + _DEVIATIONS * sigma)
 
     def gain(self, parameters: float, num_bytes: float) -> float:

@@ -33,11 +33,6 @@ class RunForecast:
         return self._law.during(
             self._parameters,
             observed=bits_per_byte,
-            num_bytes=self._worth(tokens / share),
+            num_bytes=effective_tokens(tokens / share, self._unique_tokens) * self._bytes_per_token,
             share=share,
-            epochs=tokens / share / self._unique_tokens,
         )
-
-    def _worth(self, tokens: float) -> float:
-        """Return the bytes of new text that tokens of some epochs are worth."""
-        return effective_tokens(tokens, self._unique_tokens) * self._bytes_per_token

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +173,12 @@ def worker(topology: str) -> None:
 
 def command_line(*args: str) -> Any:
     """Run a command of the program and return the JSON that it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "minimind_cli", *args], check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1] if args[0] == "generate" else done.stdout)
+    from minimind_cli.app import main
+
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        main(list(args))
+    text = printed.getvalue()
+    return json.loads(text.splitlines()[-1] if args[0] == "generate" else text)
 
 
 def facts(out: Path) -> dict[str, Any]:
