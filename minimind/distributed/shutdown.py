@@ -102,6 +102,22 @@ class StopRequest:
             self._signals.put(None)
             thread.join()
 
+    @contextmanager
+    def unhandled(self) -> Iterator[None]:
+        """Let a signal end the process at once; for code with nothing to save in which no handler would run.
+
+        Raises:
+            KeyboardInterrupt: where a signal arrived before.
+        """
+        for number in self._previous:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            self.exit_if_signalled()
+            yield
+        finally:
+            for number in self._previous:
+                signal.signal(number, self._handle)
+
     def exit_if_signalled(self) -> None:
         """End the program if a signal arrived or the launcher ended; for code with nothing to save.
 

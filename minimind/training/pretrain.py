@@ -65,7 +65,9 @@ def pretrain(
         data = _claim_and_tokenize(options, session, custom.data, source=None if branch else source)
         closing.enter_context(stop.announced(progress.note))
 
-        accelerator = start_accelerator(options.config)
+        # Ranks wait for each other in C++: Python would call a handler only afterwards.
+        with stop.unhandled():
+            accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
         place = closing.enter_context(report_peer_failures(accelerator))
         fingerprints = {"tokenizer": options.tokenizer.fingerprint, "training text": data.fingerprint}

@@ -237,6 +237,8 @@ def test_processes_that_were_refused_and_restarted_leave_another_run_alone(
     code, text = launch(torchrun("", corpus, out, "--max-steps", 4, restarts=1), tmp_path)
     assert code != 0
     assert text.count(f"error: --output-dir {out} already holds a run; continue it with --resume") == 2
+    # The other rank waits for this one, and ends when the launcher asks it to.
+    assert "Unable to shutdown process" not in text
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

@@ -54,6 +54,28 @@ def test_a_signal_forwarded_by_the_launcher_is_not_a_second_request(monkeypatch:
     assert left == [128 + signal.SIGINT]
 
 
+def test_a_signal_that_no_handler_could_answer_ends_the_process() -> None:
+    script = (
+        "import os, signal\n"
+        "from minimind.distributed.shutdown import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    with stop.unhandled():\n"
+        "        pass\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.reason, flush=True)\n"
+        "    try:\n"
+        "        with stop.unhandled():\n"
+        "            print('unreachable')\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('ended', flush=True)\n"
+        "with StopRequest() as stop, stop.unhandled():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('unreachable')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=15)
+    assert (done.stdout, done.returncode) == ("SIGTERM\nended\n", -signal.SIGTERM)
+
+
 def test_the_time_limit_counts_from_the_start_given() -> None:
     now = [100.0]
     stop = StopRequest(60, started=90.0, clock=lambda: now[0])
