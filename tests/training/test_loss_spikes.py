@@ -449,6 +449,7 @@ def test_a_rewind_excludes_the_sequences_as_if_they_had_never_been(
     monkeypatch.setattr(step_module, "forward_loss", poison)
     # So that a jump is known within this short run.
     monkeypatch.setattr(spikes_module, "MIN_STEPS", 5)
+    monkeypatch.setattr("minimind.training.outputs.SAMPLE_TOKENS", 4)
     original = Trainer.train
 
     def train_with_lag(run: Trainer) -> None:
