@@ -17,8 +17,8 @@ from support.tiny_runs import STEPS, assert_same_end, tiny, write_corpus
 
 TESTS = Path(__file__).parents[1]
 # benchmarks/kill_storm.py and `full_disk_runs.py FOLDER 30` are the long versions.
-KILLS = {1: 12, 2: 5}
-MOMENTS = 3
+KILLS = {1: 16, 2: 5}
+MOMENTS = 4
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -74,7 +74,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 *("experts", *FOREIGN),
             ],
         ),
-        ("ddp", 4, "DistributedDataParallel", ["packed", "accumulated"]),
+        ("ddp", 4, "DistributedDataParallel", ["packed", "padded", "accumulated"]),
         (
             "fsdp2",
             2,
@@ -82,7 +82,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["packed", "padded", "adamw", "accumulated", "untied", "bf16", "sampled"],
         ),
         ("fsdp2", 2, "FSDPMiniMindForCausalLM", ["compiled", "experts", *FOREIGN, "opt"]),
-        ("fsdp2", 4, "FSDPMiniMindForCausalLM", ["packed", "accumulated"]),
+        ("fsdp2", 4, "FSDPMiniMindForCausalLM", ["packed", "padded", "accumulated"]),
         ("hsdp", 4, "FSDPMiniMindForCausalLM", ["packed"]),
     ],
 )

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,12 @@ def command_line(*args: str) -> Any:
     """Run a command of the program and return the JSON that it prints."""
     from minimind_cli.app import main
 
-    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
-        main(list(args))
+    with redirect_stdout(StringIO()) as printed:
+        try:
+            main(args)
+        except SystemExit as end:
+            if end.code:
+                raise
     text = printed.getvalue()
     return json.loads(text.splitlines()[-1] if args[0] == "generate" else text)
 

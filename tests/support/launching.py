@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
-# Seconds after which a launch is taken to hang: several times what the longest needs on two busy cores.
+# Seconds until a launch counts as hung: several times what the longest needs on two busy cores.
 TIMEOUT = 400.0
 FEW_STEPS = ("--max-steps", 2)
 
