@@ -50,8 +50,8 @@ POINTS = (
 # Points of a training curve, and evaluations on the way.
 REPORTS = 30
 EVALUATIONS = 6
-# Epochs of a run that its steps end.
-ENDLESS = 1000
+# More epochs than any point trains, so that --max-steps ends the run.
+MOST_EPOCHS = 1000
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ class Grid:
             max_seq_len=length,
             batch_size=max(batch // length, 1),
             max_steps=steps,
-            epochs=ENDLESS,
+            epochs=MOST_EPOCHS,
             lr_schedule="wsd",
             decay_ratio=recipe.DECAY_RATIO,
             decay_shape="linear",
@@ -149,10 +149,9 @@ class Grid:
         )
         inputs = resolve_run(config)
         data = prepare_data(inputs.config, inputs.tokenizer)
-        inputs_of_rule = inputs.with_learning_rate(data.train, 1)
-        assert inputs_of_rule.config.learning_rate is not None
-        rate = self.options.rate * inputs_of_rule.config.learning_rate
+        rate = inputs.with_learning_rate(data.train, 1).config.peak_learning_rate * self.options.rate
         inputs = replace(inputs, config=replace(inputs.config, learning_rate=rate))
+        # The weight decay follows the learning rate.
         inputs = inputs.with_learning_rate(data.train, 1)
         accelerator = start_accelerator(inputs.config)
         try:

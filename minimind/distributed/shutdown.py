@@ -25,8 +25,9 @@ class StopRequest:
     """Records that this process should stop: on a signal, at a time limit, or by `request`.
 
     As a context manager it handles SIGINT and SIGTERM. The first signal is only recorded: the loop finishes
-    the step, all processes agree, the state is saved; tokenization ends at once. A second signal exits
-    immediately, with the exit code that shells use for the signal (128 + its number).
+    the step, all processes agree, the state is saved; tokenization ends at once, and so does the process
+    inside `default_handlers`. A second signal exits immediately, with the exit code that shells use for the
+    signal (128 + its number).
 
     Args:
         max_seconds: time limit, counted from `started`; None for no limit.
@@ -103,8 +104,10 @@ class StopRequest:
             thread.join()
 
     @contextmanager
-    def unhandled(self) -> Iterator[None]:
-        """Let a signal end the process at once; for code with nothing to save in which no handler would run.
+    def default_handlers(self) -> Iterator[None]:
+        """Restore the default signal handlers, which end the process at once.
+
+        For blocking C++ calls, during which Python runs no handler, and with nothing to save.
 
         Raises:
             KeyboardInterrupt: where a signal arrived before.

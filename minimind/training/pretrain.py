@@ -65,8 +65,8 @@ def pretrain(
         data = _claim_and_tokenize(options, session, custom.data, source=None if branch else source)
         closing.enter_context(stop.announced(progress.note))
 
-        # Ranks wait for each other in C++: Python would call a handler only afterwards.
-        with stop.unhandled():
+        # init_process_group waits for the other ranks in C++, where Python runs no signal handler.
+        with stop.default_handlers():
             accelerator = start_accelerator(options.config)
         closing.callback(close_accelerator, accelerator)
         place = closing.enter_context(report_peer_failures(accelerator))

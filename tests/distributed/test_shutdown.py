@@ -54,21 +54,21 @@ def test_a_signal_forwarded_by_the_launcher_is_not_a_second_request(monkeypatch:
     assert left == [128 + signal.SIGINT]
 
 
-def test_a_signal_that_no_handler_could_answer_ends_the_process() -> None:
+def test_the_default_handlers_end_the_process_at_once() -> None:
     script = (
         "import os, signal\n"
         "from minimind.distributed.shutdown import StopRequest\n"
         "with StopRequest() as stop:\n"
-        "    with stop.unhandled():\n"
+        "    with stop.default_handlers():\n"
         "        pass\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(stop.reason, flush=True)\n"
         "    try:\n"
-        "        with stop.unhandled():\n"
+        "        with stop.default_handlers():\n"
         "            print('unreachable')\n"
         "    except KeyboardInterrupt:\n"
         "        print('ended', flush=True)\n"
-        "with StopRequest() as stop, stop.unhandled():\n"
+        "with StopRequest() as stop, stop.default_handlers():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('unreachable')\n"
     )
