@@ -19,9 +19,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
-from minimind.config.recipe import effective_tokens, useful_tokens
+from minimind.config.recipe import effective_parameters, effective_tokens, useful_tokens
 from minimind.evaluation.scaling_law import LAW, TYPICAL, Difficulty, ScalingLaw, packaged_law
 
 # Means and deviations of the priors: E, ln A at N = 1M, a, ln B at D = 1 MB, b, v, ln U. No run of a minute
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
-    """Return the points of files, with the bytes that their tokens are worth."""
+    """Return the points of files, with the bytes and parameters that theirs are worth."""
     points = []
     for file in files:
         for line in file.read_text().splitlines():
@@ -85,6 +86,9 @@ def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dic
             point["difficulty"] = Difficulty(*difficulty) if difficulty else None
             useful = useful_tokens(point["tokens"], point.get("batch", 0), point["unique_tokens"])
             point["bytes"] = worth(point, useful)
+            point["useful_parameters"] = effective_parameters(
+                point["block_parameters"], point["unique_tokens"]
+            )
             points.append(point)
     return points
 
@@ -104,7 +108,7 @@ def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, f
     size, amount, vocabulary, reached = (
         torch.tensor([float(value(point)) for point in points], dtype=torch.float64)
         for value in (
-            lambda p: p["block_parameters"] / REFERENCE,
+            lambda p: p["useful_parameters"] / REFERENCE,
             lambda p: p["bytes"] / REFERENCE,
             lambda p: p["model_vocab"] / 6400,
             lambda p: math.log(p["bits_per_byte"] / (p["difficulty"] or TYPICAL).at(p["bytes"])),
@@ -153,9 +157,8 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
         "form": "bits/byte = s (V/6400)^-v / (1/U + 1/(E + A N^-a + B D^-b))",
         **{name: round(value, 6) for name, value in constants.items()},
         "sigma": SMALLEST_SIGMA,
-        **{"g": 0.0, "h": 0.0, "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]]},
+        **{"g": gain_by_text(points), "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]]},
     }
-    values["g"], values["h"] = (round(value, 5) for value in gains(ScalingLaw.from_dict(values), points))
     law = ScalingLaw.from_dict(values)
     values["curve"] = [[round(value, 5) for value in on_curve(law, points, share)] for share in SHARES]
     if not errors_too:
@@ -194,7 +197,7 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
 def log_error(law: ScalingLaw, point: dict[str, Any]) -> float:
     """Return the error of log L before the start."""
     scale = (point["difficulty"] or TYPICAL).at(point["bytes"])
-    relative = law.relative(point["block_parameters"], point["bytes"], point["model_vocab"])
+    relative = law.relative(point["useful_parameters"], point["bytes"], point["model_vocab"])
     return math.log(scale * relative / point["bits_per_byte"])
 
 
@@ -218,23 +221,20 @@ def finished(point: dict[str, Any]) -> float:
     return bits if tokens > 0.97 * point["tokens"] else point["bits_per_byte"]
 
 
-def evaluation(point: dict[str, Any], share: float) -> tuple[float, float]:
-    """Return the share of the run at the evaluation nearest to a share, and its bits/byte."""
-    tokens, bits = min(point["evaluations"], key=lambda e: abs(e[0] / point["tokens"] - share))
-    return tokens / point["tokens"], bits
+def evaluation(point: dict[str, Any], share: float) -> float:
+    """Return the bits/byte at a share of the run, between the evaluations on the way."""
+    tokens, bits = zip(*point["evaluations"], strict=True)
+    return float(np.interp(share * point["tokens"], tokens, bits))
 
 
-def gains(law: ScalingLaw, points: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return g and h of `ScalingLaw.gain`, from what the second half of the runs gained."""
+def gain_by_text(points: list[dict[str, Any]]) -> float:
+    """Return g of `ScalingLaw.gain`, from what the second half of the runs gained."""
     known = [point for point in points if point["evaluations"]]
-    rows = []
-    for point in known:
-        reached = law.relative(point["block_parameters"], worth(point, point["tokens"]))
-        rows.append([1.0, -math.log(worth(point, point["tokens"]) / 1e6), -reached])
-    gained = [[evaluation(point, 0.5)[1] - finished(point)] for point in known]
+    rows = [[1.0, -math.log(worth(p, p["tokens"]) / p["block_parameters"])] for p in known]
+    gained = [[evaluation(point, 0.5) - finished(point)] for point in known]
     inputs, outputs = (torch.tensor(values, dtype=torch.float64) for values in (rows, gained))
-    d, dg, dh = torch.linalg.lstsq(inputs, outputs).solution.flatten().tolist()
-    return dg / d, dh / d
+    d, dg = torch.linalg.lstsq(inputs, outputs).solution.flatten().tolist()
+    return round(dg / d, 5)
 
 
 def on_curve(law: ScalingLaw, points: list[dict[str, Any]], share: float) -> tuple[float, float, float]:
@@ -243,7 +243,7 @@ def on_curve(law: ScalingLaw, points: list[dict[str, Any]], share: float) -> tup
         return share, 0.0, SMALLEST_SIGMA_DURING
     known = [point for point in points if point["evaluations"]]
     expected = [law.gain(p["block_parameters"], worth(p, p["tokens"])) for p in known]
-    gained = [evaluation(point, share)[1] - finished(point) for point in known]
+    gained = [evaluation(point, share) - finished(point) for point in known]
     d = sum(a * b for a, b in zip(expected, gained, strict=True)) / sum(a * a for a in expected)
     sigma = rms([d * a - b for a, b in zip(expected, gained, strict=True)])
     return share, d, max(sigma * (2 if share == 0.0 else 1), SMALLEST_SIGMA_DURING)
@@ -253,12 +253,11 @@ def half_time_error(law: ScalingLaw, point: dict[str, Any]) -> float | None:
     """Return the error of the forecast from the evaluation at half time; None without one."""
     if not point["evaluations"]:
         return None
-    share, bits = evaluation(point, 0.5)
     forecast = law.during(
         point["block_parameters"],
-        observed=bits,
+        observed=evaluation(point, 0.5),
         num_bytes=worth(point, point["tokens"]),
-        share=share,
+        share=0.5,
     )
     return forecast.bits_per_byte - finished(point)
 

@@ -100,7 +100,7 @@ class ScalingLaw:
         text: B and b.
         vocabulary: v.
         sigma: standard deviation of log L before the start, on data that the fit did not see.
-        rest: g and h, see `gain`.
+        rest: g, see `gain`.
         curve: at shares of a run, d of `gain`, and the standard deviation of the forecast from there in
             bits/byte; ascending.
     """
@@ -111,7 +111,7 @@ class ScalingLaw:
     text: tuple[float, float]
     vocabulary: float
     sigma: float
-    rest: tuple[float, float]
+    rest: float
     curve: tuple[tuple[float, float, float], ...]
 
     @classmethod
@@ -124,7 +124,7 @@ class ScalingLaw:
             text=(values["B"], values["b"]),
             vocabulary=values["v"],
             sigma=values["sigma"],
-            rest=(values["g"], values["h"]),
+            rest=values["g"],
             curve=tuple(tuple(point) for point in values["curve"]),
         )
 
@@ -165,14 +165,13 @@ class ScalingLaw:
         return Forecast(final, max(final - _DEVIATIONS * sigma, 0.0), final + _DEVIATIONS * sigma)
 
     def gain(self, parameters: float, num_bytes: float) -> float:
-        """Return 1 - g ln(D / 1 MB) - h L/s: the bits/byte that the rest of a run gains, up to d.
+        """Return 1 - g ln(D/N): the bits/byte that the rest of a run gains, up to d.
 
-        With text of any difficulty it was about the same; larger models gain more, and long runs less. The
-        factor d depends on the share of the run that is done.
+        It was about the same for text of any difficulty and any number of epochs, from 0.2M to 350M
+        parameters; with more text per parameter it is smaller. The factor d depends on the share of the run
+        that is done.
         """
-        g, h = self.rest
-        relative = self.relative(parameters, num_bytes)
-        return max(1 - g * math.log(max(num_bytes, 1.0) / 1e6) - h * relative, _SMALLEST_GAIN)
+        return max(1 - self.rest * math.log(max(num_bytes, 1.0) / max(parameters, 1.0)), _SMALLEST_GAIN)
 
     def _on_curve(self, share: float) -> tuple[float, float]:
         """Return d at a share of a run, and the deviation of the forecast from there in bits/byte."""
