@@ -33,6 +33,11 @@ RATE_BATCH_EXPONENT = 0.5
 # lr ∝ 1/C for AdamW (μP: Yang et al. 2022, arXiv:2203.03466). Muon's update has a spectral norm that depends
 # less on the width; rates that were tuned by hand from C = 128 to 1792 lie on C^-0.5.
 RATE_WIDTH_EXPONENT: Mapping[str, float] = {"normuon": -0.5, "muon": -0.5, "adamw": -1.0}
+# Learning rate of the embedding, at most, where AdamW trains it beside NorMuon; ∝ C^-2. In 184 to 3,541 steps
+# the best rate was 0.027 to 0.054 for C = 256, 0.024 for 512, 0.011 for 768 and 0.0024 to 0.0048 for 1024,
+# where 0.0095 was far worse (docs/experiments.md).
+ANCHOR_EMBEDDING_RATE = 0.02
+EMBEDDING_RATE_WIDTH_EXPONENT = -2.0
 # Share of the learning rate of random weights that trained weights continue with
 # (docs/training-stability.md).
 TRAINED_RATE = 0.3
@@ -195,6 +200,17 @@ def learning_rate(optimizer: str, *, width: int, batch_tokens: float, tokens: fl
     rate *= (batch_tokens / ANCHOR_BATCH) ** RATE_BATCH_EXPONENT
     rate *= (max(tokens, 1.0) / ANCHOR_TOKENS) ** RATE_HORIZON_EXPONENT
     return float(f"{min(rate, LARGEST_RATES[optimizer]):.2g}")
+
+
+def largest_embedding_rate(width: int) -> float:
+    """Return the highest learning rate of an embedding beside NorMuon: 0.02 · (512/C)².
+
+    A tied embedding is also the output layer, so one step at a rate changes a logit by up to C times as much.
+
+    Args:
+        width: C.
+    """
+    return ANCHOR_EMBEDDING_RATE * (width / ANCHOR_WIDTH) ** EMBEDDING_RATE_WIDTH_EXPONENT
 
 
 def weight_decay(rate: float, steps: int, epochs: float = 1.0) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from ..config.options import PretrainConfig
-from ..config.recipe import ANCHOR_RATES
+from ..config.recipe import ANCHOR_RATES, largest_embedding_rate
 from ..errors import ConfigError
 from .muon import Muon
 
@@ -195,16 +195,20 @@ def fit_to_horizon(optimizer: torch.optim.Optimizer, total_steps: int, epochs: f
             if group["algorithm"] == "muon":
                 group["momentum_warmup"] = momentum_warmup_steps(total_steps)
             elif group.get("lr_scale") == 1.0:
-                group["lr_scale"] = embedding_lr_scale(total_steps, epochs)
+                scale = embedding_lr_scale(total_steps, epochs)
+                widths = [parameter.shape[-1] for parameter in group["params"] if parameter.ndim > 1]
+                if widths and optimizer.defaults["lr"]:
+                    scale = min(scale, largest_embedding_rate(max(widths)) / optimizer.defaults["lr"])
+                group["lr_scale"] = scale
 
 
 def embedding_lr_scale(total_steps: int, epochs: float = 1.0) -> float:
-    """Return the learning rate of embedding and norms over that of the matrices.
+    """Return the learning rate of embedding and norms over that of the matrices, for narrow models.
 
     200/√steps, from 1 to 6. AdamW moves a weight by at most the learning rate in a step, and in a short run
     the embedding does not get far enough. Measured (docs/experiments.md): best 6 for 1,221 steps and 3 for
     3,723. The embedding has no weight decay, and in many epochs a high rate makes it overfit: beyond four
-    epochs the ratio is divided by (epochs/4)².
+    epochs the ratio is divided by (epochs/4)². `largest_embedding_rate` limits the rate of wide models.
 
     Args:
         total_steps: optimizer steps of the whole run.

@@ -83,6 +83,18 @@ def test_the_rate_falls_with_the_horizon_and_the_width(
     assert rate(1024, short) <= rate(512, short) <= rate(64, short)
 
 
+@pytest.mark.parametrize(
+    ("width", "best"),
+    [(256, (0.027, 0.054)), (512, (0.012, 0.024)), (768, (0.006, 0.011)), (1024, (0.0024, 0.0048))],
+)
+def test_the_largest_rate_of_an_embedding_lies_near_the_best_ones(
+    width: int, best: tuple[float, float]
+) -> None:
+    # The best two that were measured (docs/experiments.md).
+    low, high = best
+    assert low < recipe.largest_embedding_rate(width) < 1.5 * high
+
+
 @given(st.floats(1e-4, 3e-2), st.integers(1, 10**7), st.integers(1, 10**7))
 def test_weight_decay_falls_with_the_steps(rate: float, one: int, other: int) -> None:
     few, many = sorted((one, other))

@@ -433,6 +433,29 @@ def test_short_runs_move_the_embedding_faster_and_resume_with_the_values_of_thei
     assert not any(key in group for group in plain.param_groups for key in ("lr_scale", "momentum_warmup"))
 
 
+@pytest.mark.parametrize(
+    ("learning_rate", "width", "embedding_lr"),
+    [
+        pytest.param(0.01, 256, 0.05, id="narrow"),
+        pytest.param(0.004, 512, 0.02, id="as wide as the anchor"),
+        pytest.param(0.0095, 1024, 0.005, id="wide, below the rate of the matrices"),
+        pytest.param(0.0005, 1024, 0.0025, id="wide, at a low rate"),
+    ],
+)
+def test_wide_models_have_a_lower_learning_rate_of_the_embedding(
+    learning_rate: float, width: int, embedding_lr: float
+) -> None:
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(
+            MiniMindConfig(vocab_size=29, hidden_size=width, num_hidden_layers=1, num_attention_heads=4)
+        )
+    config = dataclasses.replace(CONFIG, optimizer="normuon", learning_rate=learning_rate)
+    optimizer = build_optimizer(model, config, "cpu")
+    fit_to_horizon(optimizer, 1600)
+    set_schedule(optimizer, learning_rate, 0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([learning_rate, embedding_lr])
+
+
 @pytest.mark.parametrize("shape", [(3, 48, 48), (2, 64, 24), (2, 24, 64)])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
 def test_singular_values_of_an_update_are_near_one_and_vectors_are_kept(
