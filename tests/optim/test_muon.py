@@ -456,6 +456,30 @@ def test_wide_models_have_a_lower_learning_rate_of_the_embedding(
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([learning_rate, embedding_lr])
 
 
+def test_the_first_steps_of_a_wide_model_do_not_raise_its_loss() -> None:
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(
+        MiniMindConfig(
+            vocab_size=64, hidden_size=1024, num_hidden_layers=1, num_attention_heads=8, intermediate_size=64
+        )
+    )
+    # The rate and the warm-up of the rules for 184 steps of 65,536 tokens.
+    config = dataclasses.replace(CONFIG, optimizer="normuon", learning_rate=0.0095)
+    optimizer = build_optimizer(model, config, "cpu")
+    fit_to_horizon(optimizer, 184)
+    losses = []
+    for step in range(5):
+        set_schedule(optimizer, config.peak_learning_rate * min((step + 1) / 4, 1), step)
+        tokens = torch.multinomial(1 / torch.arange(1, 65.0), 4 * 32, replacement=True).view(4, 32)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    # At the rate of a narrow one it is 16 after four steps.
+    assert max(losses) < losses[0] + 0.5
+
+
 @pytest.mark.parametrize("shape", [(3, 48, 48), (2, 64, 24), (2, 24, 64)])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
 def test_singular_values_of_an_update_are_near_one_and_vectors_are_kept(
