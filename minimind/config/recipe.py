@@ -33,9 +33,9 @@ RATE_BATCH_EXPONENT = 0.5
 # lr ∝ 1/C for AdamW (μP: Yang et al. 2022, arXiv:2203.03466). Muon's update has a spectral norm that depends
 # less on the width; rates that were tuned by hand from C = 128 to 1792 lie on C^-0.5.
 RATE_WIDTH_EXPONENT: Mapping[str, float] = {"normuon": -0.5, "muon": -0.5, "adamw": -1.0}
-# Learning rate of the embedding, at most, where AdamW trains it beside NorMuon; ∝ C^-2. In 184 to 3,541 steps
-# the best rate was 0.027 to 0.054 for C = 256, 0.024 for 512, 0.011 for 768 and 0.0024 to 0.0048 for 1024,
-# where 0.0095 was far worse (docs/experiments.md).
+# Learning rate of the embedding, at most, where AdamW trains it beside NorMuon; ∝ C^-2. In 184 to 3,723 steps
+# the best rate was 0.027 to 0.054 for C = 256, 0.012 to 0.024 for 512, 0.011 for 768 and 0.0024 to 0.0048 for
+# 1024, where 0.0095 was far worse (docs/experiments.md).
 ANCHOR_EMBEDDING_RATE = 0.02
 EMBEDDING_RATE_WIDTH_EXPONENT = -2.0
 # Share of the learning rate of random weights that trained weights continue with
