@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
-    """Return the points of files, with the bytes and parameters that theirs are worth."""
+    """Return the points of files, with effective parameters and the bytes that their tokens are worth."""
     points = []
     for file in files:
         for line in file.read_text().splitlines():
@@ -86,7 +86,7 @@ def read(files: Sequence[Path], known: dict[str, tuple[float, ...]]) -> list[dic
             point["difficulty"] = Difficulty(*difficulty) if difficulty else None
             useful = useful_tokens(point["tokens"], point.get("batch", 0), point["unique_tokens"])
             point["bytes"] = worth(point, useful)
-            point["useful_parameters"] = effective_parameters(
+            point["effective_parameters"] = effective_parameters(
                 point["block_parameters"], point["unique_tokens"]
             )
             points.append(point)
@@ -108,7 +108,7 @@ def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, f
     size, amount, vocabulary, reached = (
         torch.tensor([float(value(point)) for point in points], dtype=torch.float64)
         for value in (
-            lambda p: p["useful_parameters"] / REFERENCE,
+            lambda p: p["effective_parameters"] / REFERENCE,
             lambda p: p["bytes"] / REFERENCE,
             lambda p: p["model_vocab"] / 6400,
             lambda p: math.log(p["bits_per_byte"] / (p["difficulty"] or TYPICAL).at(p["bytes"])),
@@ -157,7 +157,7 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
         "form": "bits/byte = s (V/6400)^-v / (1/U + 1/(E + A N^-a + B D^-b))",
         **{name: round(value, 6) for name, value in constants.items()},
         "sigma": SMALLEST_SIGMA,
-        **{"g": gain_by_text(points), "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]]},
+        **{"g": gain_slope(points), "curve": [[1.0, 0.0, SMALLEST_SIGMA_DURING]]},
     }
     law = ScalingLaw.from_dict(values)
     values["curve"] = [[round(value, 5) for value in on_curve(law, points, share)] for share in SHARES]
@@ -197,7 +197,7 @@ def describe(points: list[dict[str, Any]], *, errors_too: bool = True) -> dict[s
 def log_error(law: ScalingLaw, point: dict[str, Any]) -> float:
     """Return the error of log L before the start."""
     scale = (point["difficulty"] or TYPICAL).at(point["bytes"])
-    relative = law.relative(point["useful_parameters"], point["bytes"], point["model_vocab"])
+    relative = law.relative(point["effective_parameters"], point["bytes"], point["model_vocab"])
     return math.log(scale * relative / point["bits_per_byte"])
 
 
@@ -227,7 +227,7 @@ def evaluation(point: dict[str, Any], share: float) -> float:
     return float(np.interp(share * point["tokens"], tokens, bits))
 
 
-def gain_by_text(points: list[dict[str, Any]]) -> float:
+def gain_slope(points: list[dict[str, Any]]) -> float:
     """Return g of `ScalingLaw.gain`, from what the second half of the runs gained."""
     known = [point for point in points if point["evaluations"]]
     rows = [[1.0, -math.log(worth(p, p["tokens"]) / p["block_parameters"])] for p in known]

@@ -100,7 +100,7 @@ class ScalingLaw:
         text: B and b.
         vocabulary: v.
         sigma: standard deviation of log L before the start, on data that the fit did not see.
-        rest: g, see `gain`.
+        gain_slope: g, see `gain`.
         curve: at shares of a run, d of `gain`, and the standard deviation of the forecast from there in
             bits/byte; ascending.
     """
@@ -111,7 +111,7 @@ class ScalingLaw:
     text: tuple[float, float]
     vocabulary: float
     sigma: float
-    rest: float
+    gain_slope: float
     curve: tuple[tuple[float, float, float], ...]
 
     @classmethod
@@ -124,7 +124,7 @@ class ScalingLaw:
             text=(values["B"], values["b"]),
             vocabulary=values["v"],
             sigma=values["sigma"],
-            rest=values["g"],
+            gain_slope=values["g"],
             curve=tuple(tuple(point) for point in values["curve"]),
         )
 
@@ -171,7 +171,8 @@ class ScalingLaw:
         parameters; with more text per parameter it is smaller. The factor d depends on the share of the run
         that is done.
         """
-        return max(1 - self.rest * math.log(max(num_bytes, 1.0) / max(parameters, 1.0)), _SMALLEST_GAIN)
+        bytes_per_parameter = max(num_bytes, 1.0) / max(parameters, 1.0)
+        return max(1 - self.gain_slope * math.log(bytes_per_parameter), _SMALLEST_GAIN)
 
     def _on_curve(self, share: float) -> tuple[float, float]:
         """Return d at a share of a run, and the deviation of the forecast from there in bits/byte."""

@@ -197,13 +197,13 @@ def fit_to_horizon(optimizer: torch.optim.Optimizer, total_steps: int, epochs: f
             elif group.get("lr_scale") == 1.0:
                 scale = embedding_lr_scale(total_steps, epochs)
                 widths = [parameter.shape[-1] for parameter in group["params"] if parameter.ndim > 1]
-                if widths and optimizer.defaults["lr"]:
+                if widths:
                     scale = min(scale, largest_embedding_rate(max(widths)) / optimizer.defaults["lr"])
                 group["lr_scale"] = scale
 
 
 def embedding_lr_scale(total_steps: int, epochs: float = 1.0) -> float:
-    """Return the learning rate of embedding and norms over that of the matrices, for narrow models.
+    """Return the learning rate of embedding and norms relative to that of the matrices, for narrow models.
 
     200/√steps, from 1 to 6. AdamW moves a weight by at most the learning rate in a step, and in a short run
     the embedding does not get far enough. Measured (docs/experiments.md): best 6 for 1,221 steps and 3 for

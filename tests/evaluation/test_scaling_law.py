@@ -39,7 +39,7 @@ LAW_OF_TESTS = ScalingLaw(
     text=(20.0, 0.2),
     vocabulary=0.03,
     sigma=0.02,
-    rest=0.08,
+    gain_slope=0.08,
     curve=((0.0, 1.0, 0.2), (0.5, 0.8, 0.05), (1.0, 0.0, 0.01)),
 )
 
