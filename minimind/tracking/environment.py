@@ -46,7 +46,10 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
         "working_folder": _working_folder(),
         "git": _git_revision(),
         "python": platform.python_version(),
-        "packages": {"minimind": __version__} | {name: _version(name) for name in PACKAGES},
+        # The metadata of a CUDA build may lack the local label of its version.
+        "packages": {"minimind": __version__}
+        | {name: _version(name) for name in PACKAGES}
+        | {"torch": torch.__version__},
         "platform": platform.platform(),
         "host": platform.node(),
         "cpu_count": os.cpu_count(),
